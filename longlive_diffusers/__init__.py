@@ -1,0 +1,38 @@
+"""LongLive-2.0 in diffusers: real-time, minute-long, multi-shot, interactive video.
+
+Importing this package registers its classes, so that `DiffusionPipeline.from_pretrained` and `AutoModel` find them.
+"""
+
+from diffusers import ModelMixin, SchedulerMixin  # looked up here by diffusers when it loads our components
+
+from .models.kv_cache import KVCache, LayerKVCache
+from .models.streaming_vae import StreamingDecoder, StreamingEncoder
+from .models.transformer_longlive import LongLiveTransformer3DModel
+from .pipelines.pipeline_longlive import LongLivePipeline
+from .pipelines.pipeline_output import LongLivePipelineOutput, VideoChunk
+from .pipelines.session import StreamingSession
+from .pipelines.shots import Shot, ShotPlan
+from .registration import register
+from .schedulers.scheduling_longlive import LongLiveScheduler
+from .version import __version__
+
+
+register({cls.__name__: cls for cls in (LongLivePipeline, LongLiveTransformer3DModel, LongLiveScheduler)})
+
+__all__ = [
+    "KVCache",
+    "LayerKVCache",
+    "LongLivePipeline",
+    "LongLivePipelineOutput",
+    "LongLiveScheduler",
+    "LongLiveTransformer3DModel",
+    "ModelMixin",
+    "SchedulerMixin",
+    "Shot",
+    "ShotPlan",
+    "StreamingDecoder",
+    "StreamingEncoder",
+    "StreamingSession",
+    "VideoChunk",
+    "__version__",
+]

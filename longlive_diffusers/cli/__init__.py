@@ -1,0 +1,1 @@
+"""The command line: `longlive generate | convert | quantize | bench`."""

@@ -1,0 +1,107 @@
+"""Reading what a user hands to the command line: a video to continue, an image to begin with."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> tuple[np.ndarray, float]:
+    """Read a video's first frames.
+
+    A file that breaks off (its writer was interrupted) is read as far as it goes, with a warning.
+
+    Args:
+        path: a video file of any format PyAV reads. It is turned upright where the file says it is to be turned.
+        max_frames: stop after so many frames; all frames if `None`.
+
+    Returns:
+        The frames, uint8 [F, H, W, 3], RGB; and frames per second.
+
+    Raises:
+        ValueError: there is no such file, it is not a video, none of its frames can be decoded, the frame rate is not
+            known, or `max_frames` is less than 1.
+    """
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames must be at least 1, but it is {max_frames}")
+    path = _existing_file(path, "video")
+    frames: list[np.ndarray] = []
+    is_whole = True
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"'{path}' holds no video, only {len(container.streams)} other stream(s)")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            fps = stream.average_rate or stream.guessed_rate
+            try:
+                for frame in _decode(container, stream):
+                    frames.append(_upright(frame))
+                    if len(frames) == max_frames:
+                        break
+            except _BreaksOffError:
+                is_whole = False
+    except av.error.FFmpegError as error:
+        raise ValueError(f"'{path}' cannot be read as a video: {error.strerror}") from error
+    if not frames:
+        raise ValueError(f"none of the frames of '{path}' can be decoded")
+    if not fps:
+        raise ValueError(f"'{path}' does not say its frame rate ({len(frames)} frame(s) were read)")
+    if not is_whole:
+        warnings.warn(f"'{path}' is damaged or incomplete: it was read up to frame {len(frames)}", stacklevel=2)
+    return np.stack(frames), float(fps)
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """Read an image as RGB, turned upright where its EXIF data say so.
+
+    Raises:
+        ValueError: there is no such file, it is not an image, or it is damaged.
+    """
+    path = _existing_file(path, "image")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"'{path}' cannot be read as an image: its format is not known") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG is a SyntaxError to Pillow
+        raise ValueError(f"'{path}' cannot be read as an image: {error}") from error
+
+
+def _existing_file(path: str | os.PathLike, kind: str) -> Path:
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ValueError(f"the {kind} '{path}' does not exist")
+    if not path.is_file():
+        raise ValueError(f"the {kind} '{path}' is not a file")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"the {kind} '{path}' cannot be read: permission denied")
+    return path
+
+
+class _BreaksOffError(Exception):
+    """The frames read so far are all that can be had of a damaged or unfinished file."""
+
+
+def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """All sound frames, also those the decoder still holds when the file breaks off; then `_BreaksOffError`."""
+    with contextlib.suppress(av.error.FFmpegError):
+        for packet in container.demux(stream):
+            if packet.is_corrupt:  # cut short: it might decode, but to a picture that is partly invented
+                break
+            yield from packet.decode()
+        else:
+            return
+    with contextlib.suppress(av.error.EOFError):  # the error came from the last, emptying call itself
+        yield from stream.codec_context.decode(None)
+    raise _BreaksOffError
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """A frame's pixels [H, W, 3], turned as its display matrix says (a telephone held upright films lying down)."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))  # both count anticlockwise

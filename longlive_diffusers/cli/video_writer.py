@@ -1,0 +1,194 @@
+"""Writing a video while it is being made.
+
+A long video is written as its chunks arrive: memory stays constant, and the file can be watched, and survives, while
+the program is still running. An ordinary mp4 does neither, because its index is written last. So the mp4 is
+fragmented: the header comes first and empty, and every frame is a fragment of its own with its own piece of index
+(about 110 bytes). The encoder keeps nothing back either (x264's zero-latency tuning: no B-frames, no look-ahead). Thus
+when `write` returns, all its frames but the last are on the disk, and that one follows with the next frame or at the
+end, whatever then becomes of the process. Every chunk begins with a key frame, so a player can start or seek at any.
+"""
+
+import os
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import av
+import av.codec
+import numpy as np
+import torch
+from av.video.frame import PictureType
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+ENCODER = "libx264"
+# By suffix, what makes the container progressive: mp4's fragments; Matroska's clusters, a new one for every frame.
+CONTAINER_OPTIONS = {
+    ".mp4": {"movflags": "frag_every_frame+empty_moov+default_base_moof"},
+    ".mov": {"movflags": "frag_every_frame+empty_moov+default_base_moof"},
+    ".mkv": {"cluster_time_limit": "0"},
+}
+# Float pixels are in [0, 1]; what rounding in a half-precision decoder may add beyond it is clipped without a word.
+RANGE_TOLERANCE = 1e-2
+
+
+def check_output(path: str | os.PathLike) -> Path:
+    """Say now, before hours of work, whether a video can be written to `path`.
+
+    Returns:
+        The path as a `pathlib.Path`. Nothing is created or changed on the disk.
+
+    Raises:
+        ValueError: the suffix is not one of a video this can write, the folder is missing or cannot be written to, the
+            path is a folder or a file that cannot be written to, or PyAV was built without the H.264 encoder.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in CONTAINER_OPTIONS:
+        suffixes = ", ".join(CONTAINER_OPTIONS)
+        raise ValueError(f"Cannot write '{path}': its suffix is '{path.suffix}', but a video's is one of {suffixes}")
+    if path.is_dir():
+        raise ValueError(f"Cannot write '{path}': it is a folder, not a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"Cannot write '{path}': the folder '{path.parent}' does not exist")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"Cannot write '{path}': permission denied")
+    try:
+        av.codec.Codec(ENCODER, "w")
+    except av.codec.codec.UnknownCodecError as error:
+        raise ValueError(
+            f"Cannot write '{path}': PyAV {av.__version__} was built without the H.264 encoder '{ENCODER}'. The PyAV "
+            "wheels on PyPI have it: pip install --force-reinstall --no-deps av"
+        ) from error
+    return path
+
+
+class VideoWriter:
+    """Writes frames to an H.264 video (yuv420p, BT.709) as they come, in constant memory.
+
+    The file is created, or an existing one replaced, at the first `write`. It is playable at any time from then on,
+    also while it is being written and after the process was killed: at most the last frame written is missing.
+
+    Args:
+        path: where to write; ends with .mp4, .mov or .mkv.
+        fps: frames per second.
+        crf: x264's constant rate factor: 0 is lossless, 18 hardly distinguishable, 51 the worst.
+
+    Raises:
+        ValueError: as `check_output`; or `fps` or `crf` is out of range.
+
+    Example:
+        >>> with VideoWriter("video.mp4") as writer:
+        ...     for chunk in session:
+        ...         writer.write(chunk.frames[0])
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: float | Fraction = 24, *, crf: int = 18) -> None:
+        self.path = check_output(path)
+        # 1001 is the largest denominator in use: 23.976 is 24000/1001.
+        self.fps = Fraction(fps).limit_denominator(1001) if 0 < fps <= 1000 else Fraction(0)
+        if self.fps <= 0:
+            raise ValueError(f"fps must be in (0, 1000], but it is {fps}")
+        if not 0 <= crf <= 51:
+            raise ValueError(f"crf must be in [0, 51], but it is {crf}")
+        self.crf = crf
+        self.frames_written = 0
+        self._size: tuple[int, int] | None = None  # height, width
+        self._container: av.container.OutputContainer | None = None
+        self._stream: av.VideoStream | None = None
+        self._closed = False
+
+    def write(self, frames: np.ndarray | torch.Tensor) -> None:
+        """Append one chunk of frames.
+
+        Args:
+            frames: [F, H, W, 3], RGB: floating point in [0, 1], or uint8. NumPy, or torch on any device. H and W are
+                even and the same for the whole video.
+
+        Raises:
+            ValueError: another shape, size, dtype or range of values, or the writer is closed. The video is unchanged.
+        """
+        if self._closed:
+            raise ValueError(f"Cannot write to '{self.path}': the writer is closed after {self.frames_written} frames")
+        frames = _as_numpy(frames)
+        self._check(frames)
+        if self._container is None:
+            self._open(height=frames.shape[1], width=frames.shape[2])
+        for index, frame in enumerate(frames):
+            self._encode(_as_uint8(frame), is_key_frame=index == 0)
+
+    def close(self) -> None:
+        """Finish the video. Closing twice, or before any frame was written (there is no file then), does nothing."""
+        self._closed = True
+        if self._container is None:
+            return
+        container, self._container = self._container, None
+        try:
+            container.mux(self._stream.encode(None))
+        finally:
+            container.close()
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # After an error too: what was made so far is worth keeping.
+        self.close()
+
+    def _check(self, frames: np.ndarray) -> None:
+        if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+            raise ValueError(f"frames must be [F, H, W, 3] with at least one frame, but their shape is {frames.shape}")
+        height, width = frames.shape[1:3]
+        if height % 2 or width % 2:
+            raise ValueError(f"H.264 with yuv420p needs an even height and width, but the frames are {height}x{width}")
+        if self._size is not None and (height, width) != self._size:
+            raise ValueError(
+                "all frames of a video have one size (height x width): the first were "
+                f"{self._size[0]}x{self._size[1]}, these are {height}x{width}"
+            )
+        if frames.dtype == np.uint8:
+            return
+        if not np.issubdtype(frames.dtype, np.floating):
+            raise ValueError(f"frames must be floating point in [0, 1] or uint8, but their dtype is {frames.dtype}")
+        low, high = float(frames.min()), float(frames.max())
+        if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # so written, NaN is caught too
+            raise ValueError(f"floating point frames must be in [0, 1], but they are in [{low:g}, {high:g}]")
+
+    def _open(self, *, height: int, width: int) -> None:
+        # flush_packets: no frame waits in a buffer of the process, where a kill would lose it.
+        options = {"flush_packets": "1", **CONTAINER_OPTIONS[self.path.suffix.lower()]}
+        self._container = av.open(str(self.path), mode="w", options=options)
+        encoder_options = {"crf": str(self.crf), "preset": "medium", "tune": "zerolatency"}
+        stream = self._container.add_stream(ENCODER, rate=self.fps, options=encoder_options)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        # Untagged, players guess the colours from the size of the picture.
+        stream.codec_context.colorspace = Colorspace.ITU709
+        stream.codec_context.color_range = ColorRange.MPEG
+        stream.codec_context.color_primaries = ColorPrimaries.BT709
+        stream.codec_context.color_trc = ColorTrc.BT709
+        self._stream = stream
+        self._size = (height, width)
+
+    def _encode(self, image: np.ndarray, *, is_key_frame: bool) -> None:
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        )
+        frame.pts, frame.time_base = self.frames_written, 1 / self.fps
+        frame.pict_type = PictureType.I if is_key_frame else PictureType.NONE
+        self._container.mux(self._stream.encode(frame))
+        self.frames_written += 1
+
+
+def _as_numpy(frames: np.ndarray | torch.Tensor) -> np.ndarray:
+    if not isinstance(frames, torch.Tensor):
+        return np.asarray(frames)
+    frames = frames.detach().cpu()
+    # NumPy has no bfloat16.
+    return (frames.float() if frames.dtype == torch.bfloat16 else frames).numpy()
+
+
+def _as_uint8(frame: np.ndarray) -> np.ndarray:
+    """One frame [H, W, 3], as 8-bit pixels in one block of memory."""
+    if frame.dtype != np.uint8:
+        frame = np.rint(frame.astype(np.float32).clip(0.0, 1.0) * 255.0).astype(np.uint8)
+    return np.ascontiguousarray(frame)

@@ -1,0 +1,180 @@
+"""How tokens attend: over the cache when streaming, over allowed chunks when training, over the text of their chunk.
+
+Masks of this model are made of whole chunks, so none is ever built for a dense kernel: each chunk's queries attend, in
+one unmasked call, to exactly the keys they may see. That works with every backend of `dispatch_attention_fn`, has a
+backward on every device, and computes no score that a mask would throw away. FlexAttention (backend "flex") takes the
+same rule as a block mask instead; it needs a GPU for the backward.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from .kv_cache import ChunkPlan, LayerKVCache
+from .rotary import Rotary, apply_rotary
+
+
+@dataclass(frozen=True)
+class ChunkMask:
+    """Which chunks see which, for tokens `[clean; noisy]` (teacher forcing) or `[noisy]` alone (block causal).
+
+    Teacher forcing: clean chunk b sees clean chunks 0..b; noisy chunk b sees clean chunks 0..b-1 and itself. Block
+    causal: chunk b sees chunks 0..b. (LongLive-2.0, teacher forcing with a clean history.)
+    """
+
+    num_chunks: int
+    chunk_tokens: int
+    has_clean: bool
+
+    @property
+    def num_halves(self) -> int:
+        return 2 if self.has_clean else 1
+
+    def dense(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend) -> torch.Tensor:
+        """Chunk-wise attention; all tensors `[B, tokens, heads, head_dim]`."""
+        size, clean_tokens = self.chunk_tokens, self.num_chunks * self.chunk_tokens
+        outputs = []
+        for stop in range(size, clean_tokens + 1, size):
+            outputs.append(attend(query[:, stop - size : stop], key[:, :stop], value[:, :stop], backend))
+        if self.has_clean:
+            for start in range(0, clean_tokens, size):
+                own = slice(clean_tokens + start, clean_tokens + start + size)
+                seen = [torch.cat([states[:, :start], states[:, own]], dim=1) for states in (key, value)]
+                outputs.append(attend(query[:, own], *seen, backend))
+        return torch.cat(outputs, dim=1)
+
+    def block_mask(self, device: torch.device) -> BlockMask:
+        """The same rule for FlexAttention."""
+        return _block_mask(self, device)
+
+    def allows(self, query_token: torch.Tensor, key_token: torch.Tensor) -> torch.Tensor:
+        """The rule itself, on token indices."""
+        query_chunk, key_chunk = query_token // self.chunk_tokens, key_token // self.chunk_tokens
+        if not self.has_clean:
+            return key_chunk <= query_chunk
+        query_noisy, key_noisy = query_chunk >= self.num_chunks, key_chunk >= self.num_chunks
+        clean_rule = ~query_noisy & ~key_noisy & (key_chunk <= query_chunk)
+        history_rule = query_noisy & ~key_noisy & (key_chunk < query_chunk - self.num_chunks)
+        return clean_rule | history_rule | (query_noisy & (query_chunk == key_chunk))
+
+
+@functools.lru_cache(maxsize=8)
+def _block_mask(mask: ChunkMask, device: torch.device) -> BlockMask:
+    tokens = mask.num_chunks * mask.chunk_tokens * mask.num_halves
+    rule = lambda batch, head, query_token, key_token: mask.allows(query_token, key_token)  # noqa: E731
+    return create_block_mask(rule, None, None, tokens, tokens, device=device)
+
+
+class LongLiveAttnProcessor:
+    """Self-attention (streaming or masked by chunks) and cross-attention to the text, for `WanAttention` modules.
+
+    Which of them a call is depends on its arguments alone.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: ChunkMask | None = None,
+        rotary_emb: Rotary | None = None,
+        layer_cache: LayerKVCache | None = None,
+        plan: ChunkPlan | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            attn: The module whose projections are used.
+            hidden_states: `[B, tokens, dim]`.
+            encoder_hidden_states: Projected text, `[B, L, dim]`, or per chunk `[B, chunks, L, dim]`: cross-attention.
+            attention_mask: Rule of self-attention without a cache.
+            rotary_emb: Rotation of queries and keys of self-attention.
+            layer_cache, plan: Cache of this layer and the chunk's place in it; of cross-attention, where the text's
+                keys and values are kept.
+
+        Returns:
+            `[B, tokens, dim]`.
+        """
+        if attn.is_cross_attention:
+            states = self._attend_to_text(attn, hidden_states, encoder_hidden_states, attention_mask, layer_cache)
+        else:
+            states = self._attend_to_frames(attn, hidden_states, attention_mask, rotary_emb, layer_cache, plan)
+        states = states.flatten(2, 3).type_as(hidden_states)
+        return attn.to_out[1](attn.to_out[0](states))
+
+    def _attend_to_frames(self, attn, hidden_states, attention_mask, rotary_emb, layer_cache, plan):
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = split_heads(attn, attn.norm_q(query), attn.norm_k(key), value)
+        raw_key = key
+        query, key = apply_rotary(query, rotary_emb), apply_rotary(key, rotary_emb)
+
+        if layer_cache is not None:
+            key, value = layer_cache.update(key, value, raw_key, plan)
+            return attend(query, key, value, self._attention_backend)
+        if self._attention_backend == AttentionBackendName.FLEX:
+            mask = attention_mask.block_mask(query.device)
+            return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
+        return attention_mask.dense(query, key, value, self._attention_backend)
+
+    def _attend_to_text(self, attn, hidden_states, encoder_hidden_states, attention_mask, layer_cache):
+        (query,) = split_heads(attn, attn.norm_q(attn.to_q(hidden_states)))
+        if layer_cache is not None:
+            if layer_cache.text is None:
+                layer_cache.text = project_text(attn, encoder_hidden_states)
+            return attend(query, *layer_cache.text, self._attention_backend)
+
+        key, value = project_text(attn, encoder_hidden_states)
+        if key.ndim == 4:
+            return attend(query, key, value, self._attention_backend)
+        # One text for each chunk: [B, halves * chunks * n, H, D] meets it as a batch of B * chunks.
+        halves, chunks = attention_mask.num_halves, attention_mask.num_chunks
+        query = query.unflatten(1, (halves, chunks, -1)).transpose(1, 2)  # [B, chunks, halves, n, H, D]
+        states = attend(query.flatten(2, 3).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), self._attention_backend)
+        states = states.unflatten(0, (-1, chunks)).unflatten(2, (halves, -1))
+        return states.transpose(1, 2).flatten(1, 3)
+
+
+def split_heads(attn: WanAttention, *states: torch.Tensor) -> list[torch.Tensor]:
+    """`[..., tokens, dim]` -> `[..., tokens, heads, head_dim]`."""
+    return [x.unflatten(-1, (attn.heads, -1)) for x in states]
+
+
+def project_text(attn: WanAttention, text: torch.Tensor) -> list[torch.Tensor]:
+    """Keys and values `[..., L, heads, head_dim]` of projected text `[..., L, dim]`."""
+    if attn.fused_projections:
+        key, value = attn.to_kv(text).chunk(2, dim=-1)
+    else:
+        key, value = attn.to_k(text), attn.to_v(text)
+    return split_heads(attn, attn.norm_k(key), value)
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+    """Unmasked attention, `[B, tokens, heads, head_dim]`, by `backend` (None: diffusers' active one)."""
+    if backend is None and _prefers_matmul(query):
+        return _matmul_attention(query, key, value)
+    return dispatch_attention_fn(query, key, value, backend=backend)
+
+
+def _prefers_matmul(query: torch.Tensor) -> bool:
+    """On a CPU, PyTorch's fused bfloat16 attention runs its products at float32 speed; plain matrix products do not."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and not torch.is_grad_enabled()
+        and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
+    )
+
+
+def _matmul_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2)

@@ -1,0 +1,402 @@
+"""The rolling key/value cache of a streamed video.
+
+A video is made chunk by chunk; every chunk attends over the keys and values of the frames before it. Keeping them all
+would cost more with every second, so the cache has room for `window_size` frames and, when it is full, forgets the
+oldest. Two kinds of frames are never forgotten: the first `sink_size` frames of the video (*attention sinks*: models
+lean on them, and drift when they vanish) and, with `multi_shot_sink`, the frames that opened the current shot (the
+*pin*: what this shot looks like). LongLive-2.0, section on multi-shot attention sinks.
+
+Frames have slots and are never moved. A new frame takes the slot of the frame that it replaces, so the slots are in no
+particular order; attention does not care, since each key was rotated to its own time position before it was stored.
+What attention reads is therefore always one contiguous prefix of a preallocated buffer: a view, never a copy.
+
+    frame   0 1 | 2 3 | 4 5 | 6 7         window 6, sink 2, chunk 2
+    slot    0 1   2 3   4 5   2 3         frames 6, 7 take the slots of 2, 3; frames 0, 1 are sinks
+
+`KVCache` decides (slots, eviction, sinks, pins, positions); `LayerKVCache` stores. Both are plain objects that the
+caller creates, owns and passes along: nothing is kept on a module.
+
+*Relative RoPE* counts time positions from the frames that are cached, not from the start of the video. Only distances
+matter to attention, and eviction changes few of them: frames younger than the gap keep their distances to the new
+chunk, frames older than it - sinks and pins, nothing else can be there - move closer. So keys are rotated when they
+are stored, as always, and once per chunk the sinks and pins are rotated again, from a copy of theirs that was kept
+unrotated (so that rounding does not pile up in an endless stream). No forward pays for it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .rotary import Rotary, apply_rotary, rotary_embedding
+
+
+@dataclass(frozen=True)
+class CachedFrame:
+    """A latent frame in the cache: its index in the video and the time position that its keys are rotated to."""
+
+    index: int
+    position: float
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Where the forwards of one chunk write and read; made once for each chunk, the same for all layers.
+
+    `rows` and `slots` are int64 `[B, 1]` and `[B, num_frames]`: sample b's frames are written to `slots[b]`.
+    `length` is the number of filled slots. `raw_rows`, `raw_frames`, `raw_slots` (int64 `[n]`, or None) name the
+    frames of the chunk whose unrotated keys are kept as well.
+    """
+
+    num_frames: int
+    rows: torch.Tensor
+    slots: torch.Tensor
+    length: int
+    rotary: Rotary
+    raw_rows: torch.Tensor | None = None
+    raw_frames: torch.Tensor | None = None
+    raw_slots: torch.Tensor | None = None
+
+
+class LayerKVCache:
+    """Keys and values of one layer, `[B, heads, slots, tokens per frame, head_dim]`, preallocated.
+
+    Heads come before slots so that what one head reads is contiguous. The interface is all that the attention
+    processor knows, so that another way to store (fewer bits) is another class.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int, int], raw_slots: int, dtype: torch.dtype, device: torch.device):
+        self.key = torch.zeros(shape, dtype=dtype, device=device)
+        self.value = torch.zeros(shape, dtype=dtype, device=device)
+        raw_shape = (*shape[:2], raw_slots, *shape[3:])
+        self.raw_key = torch.zeros(raw_shape, dtype=dtype, device=device) if raw_slots else None
+        self.text: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, plan: ChunkPlan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the chunk's keys (rotated; `raw_key` unrotated) and values, and return everything that is cached.
+
+        Args:
+            key, value, raw_key: `[B, num_frames * tokens, heads, head_dim]`.
+            plan: Where this chunk's frames go.
+
+        Returns:
+            Keys and values `[B, length * tokens, heads, head_dim]`, in the dtype of `key`: views of the cache. Where
+            gradients flow through `key`, a copy, because the cache itself is overwritten by the next step.
+        """
+        heads_first = [self._frames(states, plan.num_frames) for states in (key, value)]
+        self.key[plan.rows, :, plan.slots] = heads_first[0].detach().to(self.key.dtype)
+        self.value[plan.rows, :, plan.slots] = heads_first[1].detach().to(self.value.dtype)
+        if plan.raw_slots is not None:
+            raw_frames = self._frames(raw_key, plan.num_frames)[plan.raw_rows, plan.raw_frames]
+            self.raw_key[plan.raw_rows, :, plan.raw_slots] = raw_frames.detach().to(self.raw_key.dtype)
+        if torch.is_grad_enabled() and key.requires_grad:
+            index = (plan.rows, slice(None), plan.slots)
+            cached = [states[:, :, : plan.length].to(key.dtype, copy=True) for states in (self.key, self.value)]
+            cached[0][index], cached[1][index] = heads_first
+            return tuple(states.flatten(2, 3).transpose(1, 2) for states in cached)
+        return self.get(plan.length, key.dtype)
+
+    def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first `length` slots, `[B, length * tokens, heads, head_dim]`: views of the cache
+        (unless `dtype` differs from the cache's)."""
+        return tuple(
+            states[:, :, :length].flatten(2, 3).transpose(1, 2).to(dtype or states.dtype)
+            for states in (self.key, self.value)
+        )
+
+    def rotate_again(self, rows: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: Rotary) -> None:
+        """Rotate kept unrotated keys (`rows`, `raw_slots`, int64 `[n]`) to `rotary` and store them in `slots`."""
+        raw = self.raw_key[rows, :, raw_slots].transpose(1, 2)  # [n, tokens, heads, head_dim]
+        self.key[rows, :, slots] = apply_rotary(raw, rotary).transpose(1, 2)
+
+    def reset(self) -> None:
+        """Forget the text; frames are forgotten by `KVCache.reset`, which owns their bookkeeping."""
+        self.text = None
+
+    @staticmethod
+    def _frames(states: torch.Tensor, num_frames: int) -> torch.Tensor:
+        """`[B, frames * tokens, heads, dim]` -> `[B, frames, heads, tokens, dim]`."""
+        return states.unflatten(1, (num_frames, -1)).transpose(2, 3)
+
+
+@dataclass
+class _Row:
+    """The bookkeeping of one sample of the batch. Lists by slot; frames by index in the video."""
+
+    slots: list[CachedFrame] = field(default_factory=list)
+    pinned: list[int] = field(default_factory=list)
+    opening: list[int] = field(default_factory=list)  # frames of an unfinished chunk that opened a shot
+    raw_slots: dict[int, int] = field(default_factory=dict)  # frame index -> slot of its unrotated key
+
+
+class KVCache:
+    """Sliding-window cache with attention sinks and shot pins; `cache[i]` is the `LayerKVCache` of layer i.
+
+    Usage: `begin_chunk(...)`, then any number of forwards with `kv_cache=cache` (each overwrites the chunk's own
+    keys and values), the last of them on the finished chunk at timestep 0; then the next `begin_chunk`.
+
+    Args:
+        num_layers, batch_size, num_heads, head_dim: Of the network.
+        height, width: Tokens of one frame along each axis.
+        window_size: Latent frames that fit.
+        sink_size: First frames of the video that are never evicted.
+        chunk_size: Latent frames of a chunk.
+        multi_shot_sink: Keep the first `min(sink_size, chunk_size)` frames of the current shot as well.
+        relative_rope: Count time positions from the cached frames (endless video) instead of from the video's start.
+        dtype, device: Of the stored keys and values.
+        theta: Base of the rotary frequencies.
+
+    Raises:
+        ValueError: For sizes that leave no room for a chunk, or a `sink_size` that is not a multiple of `chunk_size`
+            with `multi_shot_sink`.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        num_heads: int,
+        head_dim: int,
+        height: int,
+        width: int,
+        *,
+        window_size: int,
+        sink_size: int,
+        chunk_size: int,
+        multi_shot_sink: bool,
+        relative_rope: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        theta: float = 10000.0,
+    ):
+        check_window(window_size, sink_size, chunk_size, multi_shot_sink)
+        self.batch_size, self.height, self.width, self.head_dim = batch_size, height, width, head_dim
+        self.window_size, self.sink_size, self.chunk_size = window_size, sink_size, chunk_size
+        self.pin_size = min(sink_size, chunk_size) if multi_shot_sink else 0
+        self.relative_rope = relative_rope
+        self.device, self.theta = torch.device(device), theta
+        # Unrotated keys are kept for sinks, the current pin, and the frames that are about to become the next one.
+        self._num_raw_slots = sink_size + 2 * self.pin_size if relative_rope else 0
+        shape = (batch_size, num_heads, window_size, height * width, head_dim)
+        self._layers = [LayerKVCache(shape, self._num_raw_slots, dtype, self.device) for _ in range(num_layers)]
+        self.reset()
+
+    def __getitem__(self, layer: int) -> LayerKVCache:
+        return self._layers[layer]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def reset(self) -> None:
+        """Forget every frame and the text; the memory is kept for the next video."""
+        self.num_frames_seen = 0
+        self._rows = [_Row() for _ in range(self.batch_size)]
+        self._plan: ChunkPlan | None = None
+        self._text_source: tuple[torch.Tensor, int] | None = None
+        for layer in self._layers:
+            layer.reset()
+
+    @property
+    def num_cached_frames(self) -> int:
+        """Latent frames now held for each sample."""
+        return len(self._rows[0].slots)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the stored keys and values."""
+        buffers = [b for layer in self._layers for b in (layer.key, layer.value, layer.raw_key) if b is not None]
+        return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+
+    @property
+    def plan(self) -> ChunkPlan:
+        """Of the chunk in progress.
+
+        Raises:
+            ValueError: Before the first `begin_chunk`.
+        """
+        if self._plan is None:
+            raise ValueError("No chunk is open in this KV cache: call `begin_chunk(num_frames)` before the forward.")
+        return self._plan
+
+    def cached_frames(self, row: int = 0) -> list[CachedFrame]:
+        """The frames held for one sample, oldest first."""
+        return sorted(self._rows[row].slots, key=lambda frame: frame.index)
+
+    def begin_chunk(
+        self,
+        num_frames: int,
+        *,
+        opens_shot: bool | Sequence[bool] = False,
+        rope_offset: float | Sequence[float] = 0.0,
+    ) -> ChunkPlan:
+        """Finish the chunk before and make room for the next `num_frames` latent frames.
+
+        Args:
+            num_frames: Latent frames of the chunk.
+            opens_shot: Whether the chunk opens a new shot; one value, or one for each sample. The first chunk of a
+                video always does.
+            rope_offset: Added to the frame index to give the time position; one value, or one for each sample.
+                Ignored with relative RoPE.
+        """
+        if not 0 < num_frames <= self.chunk_size:
+            raise ValueError(f"A chunk has 1 to {self.chunk_size} latent frames, got {num_frames}.")
+        opens_shot = self._for_each_row(opens_shot, "opens_shot")
+        rope_offset = [0.0] * self.batch_size if self.relative_rope else self._for_each_row(rope_offset, "rope_offset")
+        indices = range(self.num_frames_seen, self.num_frames_seen + num_frames)
+        self.num_frames_seen += num_frames
+
+        slots = []
+        for row, opens, offset in zip(self._rows, opens_shot, rope_offset, strict=True):
+            self._pin(row, indices, opens or indices.start == 0)
+            frames = [CachedFrame(index, index + offset) for index in indices]
+            slots.append(self._place(row, frames))
+        if self.relative_rope:
+            self._close_gaps()
+        self._plan = self._make_plan(slots)
+        return self._plan
+
+    def recache(self) -> Iterator[list[list[int]]]:
+        """Rewrite every cached frame, oldest first, at its old position.
+
+        For each chunk of cached frames, yields the frame indices `[B][n]` whose clean latents the caller is to run
+        through the network at timestep 0; meanwhile only frames already rewritten can be attended to. For a prompt
+        switch: afterwards, history no longer carries the old prompt. The text that was cached is forgotten.
+        """
+        self.forget_text()
+        chronological = [self.cached_frames(row) for row in range(self.batch_size)]
+        for row in self._rows:
+            row.slots = []
+        # Rows may hold different shots, but they hold whole chunks, or all the same frames: groups have equal sizes.
+        start, total = 0, len(chronological[0])
+        while start < total:
+            chunk = chronological[0][start].index // self.chunk_size
+            stop = start
+            while stop < total and chronological[0][stop].index // self.chunk_size == chunk:
+                stop += 1
+            for row, frames in zip(self._rows, chronological, strict=True):
+                row.slots += frames[start:stop]
+            self._plan = self._make_plan([list(range(start, stop))] * self.batch_size)
+            yield [[frame.index for frame in frames[start:stop]] for frames in chronological]
+            start = stop
+
+    def holds_text(self, encoder_hidden_states: torch.Tensor) -> bool:
+        """Whether the cached text keys and values were computed from this very tensor, unchanged since."""
+        if self._text_source is None:
+            return False
+        source, version = self._text_source
+        return source is encoder_hidden_states and source._version == version
+
+    def remember_text(self, encoder_hidden_states: torch.Tensor) -> None:
+        """Make the layers compute their text keys and values anew, from this tensor, at the next forward."""
+        self.forget_text()
+        self._text_source = (encoder_hidden_states, encoder_hidden_states._version)
+
+    def forget_text(self) -> None:
+        self._text_source = None
+        for layer in self._layers:
+            layer.text = None
+
+    def _pin(self, row: _Row, indices: range, opens_shot: bool) -> None:
+        """A shot's first frames become its pin only now that their chunk is finished."""
+        if row.opening:
+            for index in row.pinned:
+                if index >= self.sink_size:
+                    row.raw_slots.pop(index, None)
+            row.pinned, row.opening = row.opening, []
+        if opens_shot and self.pin_size:
+            row.opening = list(indices[: self.pin_size])
+        if self.relative_rope:
+            free = iter(sorted(set(range(self._num_raw_slots)) - set(row.raw_slots.values())))
+            for index in indices:
+                if index < self.sink_size or index in row.opening:
+                    row.raw_slots[index] = next(free)
+
+    def _place(self, row: _Row, frames: list[CachedFrame]) -> list[int]:
+        """Give each new frame a slot: the next free one, or that of the oldest frame that may go."""
+        first_free = len(row.slots)
+        if first_free + len(frames) <= self.window_size:
+            row.slots += frames
+            return list(range(first_free, first_free + len(frames)))
+        evictable = sorted(
+            (frame.index, slot)
+            for slot, frame in enumerate(row.slots)
+            if frame.index >= self.sink_size and frame.index not in row.pinned
+        )
+        slots = [slot for _, slot in evictable[: len(frames)]]
+        for slot, frame in zip(slots, frames, strict=True):
+            row.slots[slot] = frame
+        return slots
+
+    def _close_gaps(self) -> None:
+        """Relative RoPE: bring the frames before an evicted stretch as close to the newest frame as they now are."""
+        moves = []  # (row, slot, slot of the unrotated key, position)
+        newest = self.num_frames_seen - 1
+        for number, row in enumerate(self._rows):
+            by_age = sorted(range(len(row.slots)), key=lambda slot: row.slots[slot].index, reverse=True)
+            for age, slot in enumerate(by_age):
+                frame, position = row.slots[slot], float(newest - age)
+                if frame.position != position:
+                    row.slots[slot] = CachedFrame(frame.index, position)
+                    moves.append((number, slot, row.raw_slots[frame.index], position))
+        if not moves:
+            return
+        rows, slots, raw_slots, positions = zip(*moves, strict=True)
+        rotary = self._rotary([[position] for position in positions])
+        rows, slots, raw_slots = (self._indices(values) for values in (rows, slots, raw_slots))
+        for layer in self._layers:
+            layer.rotate_again(rows, slots, raw_slots, rotary)
+
+    def _make_plan(self, slots: list[list[int]]) -> ChunkPlan:
+        positions = [[row.slots[slot].position for slot in chosen] for row, chosen in zip(self._rows, slots, strict=True)]
+        raw = [
+            (number, frame, row.raw_slots[row.slots[slot].index])
+            for number, (row, chosen) in enumerate(zip(self._rows, slots, strict=True))
+            for frame, slot in enumerate(chosen)
+            if row.slots[slot].index in row.raw_slots
+        ]
+        raw_indices = [self._indices(values) for values in zip(*raw, strict=True)] if raw else [None] * 3
+        same_positions = all(row == positions[0] for row in positions)
+        return ChunkPlan(
+            len(slots[0]),
+            self._indices(range(self.batch_size))[:, None],
+            self._indices(slots),
+            self.num_cached_frames,
+            self._rotary(positions[:1] if same_positions else positions),
+            *raw_indices,
+        )
+
+    def _rotary(self, positions: list[list[float]]) -> Rotary:
+        time = torch.tensor(positions, dtype=torch.float64)
+        cos, sin = rotary_embedding(time, self.height, self.width, self.head_dim, theta=self.theta)
+        return cos.to(self.device), sin.to(self.device)
+
+    def _indices(self, values) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.long, device=self.device)
+
+    def _for_each_row(self, value, name: str) -> list:
+        if not isinstance(value, Sequence):
+            return [value] * self.batch_size
+        if len(value) != self.batch_size:
+            raise ValueError(f"`{name}` has {len(value)} values for a batch of {self.batch_size}.")
+        return list(value)
+
+
+def check_window(window_size: int, sink_size: int, chunk_size: int, multi_shot_sink: bool) -> None:
+    """Raise a ValueError that states the numbers, unless a chunk always fits beside what is protected."""
+    if chunk_size < 1 or window_size < 1 or sink_size < 0:
+        raise ValueError(
+            f"`chunk_size` and `window_size` must be at least 1 and `sink_size` at least 0, got {chunk_size}, "
+            f"{window_size} and {sink_size}."
+        )
+    if multi_shot_sink and sink_size % chunk_size:
+        raise ValueError(
+            f"With `multi_shot_sink`, `sink_size` must be a multiple of `chunk_size` ({chunk_size}), got {sink_size}."
+        )
+    pinned = min(sink_size, chunk_size) if multi_shot_sink else 0
+    if window_size < sink_size + pinned + chunk_size:
+        raise ValueError(
+            f"`window_size` {window_size} is too small: {sink_size} sink frames, {pinned} frames that open a shot and "
+            f"a chunk of {chunk_size} need {sink_size + pinned + chunk_size}."
+        )

@@ -1,0 +1,184 @@
+"""Decode and encode video a chunk at a time, in constant memory, with the result of doing it whole.
+
+Wan's VAE is causal in time: each convolution needs the last frames of its own input, nothing later. `vae.decode` keeps
+these in a feature cache, but clears it at the start and end of every call. Here the caller's object owns the cache, so
+that it lives from chunk to chunk. The first latent frame gives one frame, every later one four.
+"""
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+
+class StreamingDecoder:
+    """
+    `decode(chunk)` for the chunks of one video, in order, gives what `vae.decode` gives for all of them at once, bit for
+    bit; also with `vae.enable_slicing()` and `vae.enable_tiling()`.
+
+    Args:
+        vae: An `AutoencoderKLWan`; not changed, and free for other uses between calls.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan):
+        self.vae = _check_vae(vae)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the video so far: the next chunk is the first of another one."""
+        self._caches: dict[tuple[int, int, int], list] = {}
+        self._shape: tuple[int, ...] | None = None
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            latents: The next latent frames `[B, z_dim, F, h, w]`, as `vae.decode` takes them (not normalised).
+
+        Returns:
+            Pixels in [-1, 1], `[B, 3, frames, H, W]`; 1 + 4 (F - 1) frames for the first chunk, 4 F for later ones.
+
+        Raises:
+            ValueError: For latents of another shape than the network's, or than the chunk before.
+        """
+        channels = self.vae.config.z_dim
+        if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] < 1:
+            raise ValueError(f"Expected latents [B, {channels}, F >= 1, h, w], got shape {tuple(latents.shape)}.")
+        shape = (latents.shape[0], *latents.shape[-2:])
+        if self._shape not in (None, shape):
+            raise ValueError(f"The video so far has (batch, h, w) = {self._shape}, this chunk {shape}: `reset()` first.")
+        first, self._shape = self._shape is None, shape
+        _bring_to_device(self.vae)
+        if self.vae.use_slicing and latents.shape[0] > 1:
+            return torch.cat([self._decode_slice(part, i, first) for i, part in enumerate(latents.split(1))])
+        return self._decode_slice(latents, 0, first)
+
+    def _decode_slice(self, latents: torch.Tensor, number: int, first: bool) -> torch.Tensor:
+        vae, (height, width) = self.vae, latents.shape[-2:]
+        ratio = vae.spatial_compression_ratio
+        tile_height, tile_width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
+        if vae.use_tiling and (width > tile_width or height > tile_height):
+            pixels = self._decode_tiles(latents, number, first, tile_height, tile_width)
+        else:
+            pixels = self._decode_tile(vae.post_quant_conv(latents), (number, 0, 0), first)
+        if vae.config.patch_size is not None:
+            pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
+        return torch.clamp(pixels, min=-1.0, max=1.0)
+
+    def _decode_tile(self, latents: torch.Tensor, key: tuple[int, int, int], first: bool) -> torch.Tensor:
+        """Frame by frame through the decoder, with the feature cache of this slice and tile."""
+        vae = self.vae
+        cache = self._caches.setdefault(key, [None] * vae._cached_conv_counts["decoder"])
+        frames = [
+            vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=first and index == 0)
+            for index, frame in enumerate(latents.split(1, dim=2))
+        ]
+        return torch.cat(frames, dim=2)
+
+    def _decode_tiles(self, latents, number: int, first: bool, tile_height: int, tile_width: int) -> torch.Tensor:
+        """Overlapping tiles, blended at their seams; `AutoencoderKLWan.tiled_decode` decides sizes and blending."""
+        vae, (height, width) = self.vae, latents.shape[-2:]
+        ratio, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
+        step_height, step_width = vae.tile_sample_stride_height // ratio, vae.tile_sample_stride_width // ratio
+        keep_height, keep_width = vae.tile_sample_stride_height // patch, vae.tile_sample_stride_width // patch
+        blend_height = vae.tile_sample_min_height // patch - keep_height
+        blend_width = vae.tile_sample_min_width // patch - keep_width
+        if patch == 1:
+            blend_height = vae.tile_sample_min_height - keep_height
+            blend_width = vae.tile_sample_min_width - keep_width
+
+        rows = []
+        for top in range(0, height, step_height):
+            row = []
+            for left in range(0, width, step_width):
+                tile = latents[..., top : top + tile_height, left : left + tile_width]
+                tile = vae.post_quant_conv(tile.contiguous())
+                row.append(self._decode_tile(tile, (number, top, left), first))
+            rows.append(row)
+        blended = []
+        for i, row in enumerate(rows):
+            parts = []
+            for j, tile in enumerate(row):
+                if i > 0:
+                    tile = vae.blend_v(rows[i - 1][j], tile, blend_height)
+                if j > 0:
+                    tile = vae.blend_h(row[j - 1], tile, blend_width)
+                parts.append(tile[..., :keep_height, :keep_width])
+            blended.append(torch.cat(parts, dim=-1))
+        pixels = torch.cat(blended, dim=-2)
+        return pixels[..., : height * ratio // patch, : width * ratio // patch]
+
+
+class StreamingEncoder:
+    """
+    `encode(frames)` for the frames of one video, in order, gives the means that `vae.encode` gives for all of them at
+    once, bit for bit. (Slicing gives the same; tiling is for `vae.encode` alone.)
+
+    Args:
+        vae: An `AutoencoderKLWan`; not changed.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan):
+        self.vae = _check_vae(vae)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the video so far."""
+        self._cache = [None] * self.vae._cached_conv_counts["encoder"]
+        self._first = True
+
+    @torch.no_grad()
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            frames: Pixels in [-1, 1], `[B, 3, frames, H, W]`: 1 + 4 n frames at first, 4 n later.
+
+        Returns:
+            Latents `[B, z_dim, F, h, w]`, not normalised; one for the first frame and one for each four after it.
+
+        Raises:
+            ValueError: For another number of frames, saying which would do.
+        """
+        vae, head = self.vae, 1 if self._first else 0
+        count = frames.shape[2]
+        if count < 1 or (count - head) % 4:
+            raise ValueError(f"Expected {'1 + 4 n' if head else '4 n'} frames, got {count}.")
+        if vae.config.patch_size is not None:
+            frames = patchify(frames, patch_size=vae.config.patch_size)
+        groups = ([frames[:, :, :1]] if head else []) + list(frames[:, :, head:].split(4, dim=2) if count > head else [])
+        _bring_to_device(vae)
+        encoded = [vae.encoder(group, feat_cache=self._cache, feat_idx=[0]) for group in groups]
+        self._first = False
+        return vae.quant_conv(torch.cat(encoded, dim=2)).chunk(2, dim=1)[0]
+
+
+def latent_statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the VAE's latents, `[1, z_dim, 1, 1, 1]`, like `latents`."""
+    mean, std = (
+        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
+def normalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """What the VAE encodes -> what the transformer works on; both `[B, z_dim, F, h, w]`."""
+    mean, std = latent_statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def denormalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """What the transformer works on -> what the VAE decodes; both `[B, z_dim, F, h, w]`."""
+    mean, std = latent_statistics(vae, latents)
+    return latents * std + mean
+
+
+@apply_forward_hook
+def _bring_to_device(vae: AutoencoderKLWan) -> None:
+    """Parts of the VAE are called directly here; the hook of an offloaded model is called in their stead."""
+
+
+def _check_vae(vae) -> AutoencoderKLWan:
+    if not isinstance(vae, AutoencoderKLWan):
+        raise ValueError(f"Streaming needs an AutoencoderKLWan, got {type(vae).__name__}.")
+    return vae

@@ -1,0 +1,395 @@
+"""LongLiveTransformer3DModel: Wan2.2's network, made causal over chunks of latent frames."""
+
+import math
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTimeTextImageEmbedding
+from diffusers.utils import apply_lora_scale
+from torch import nn
+
+from .attention import ChunkMask, LongLiveAttnProcessor
+from .kv_cache import ChunkPlan, KVCache, LayerKVCache
+from .rotary import Rotary, rotary_embedding
+
+
+ROPE_THETA = 10000.0
+
+
+class LongLiveTransformerBlock(nn.Module):
+    """Self-attention over frames, cross-attention to the text, feed-forward; modulated by each frame's own time."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float):
+        super().__init__()
+        head_dim = dim // num_heads
+        self.norm1 = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.attn1 = WanAttention(dim, num_heads, head_dim, eps, processor=LongLiveAttnProcessor())
+        self.attn2 = WanAttention(
+            dim, num_heads, head_dim, eps, cross_attention_dim_head=head_dim, processor=LongLiveAttnProcessor()
+        )
+        self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        temb: torch.Tensor,
+        rotary_emb: Rotary,
+        attention_mask: ChunkMask | None = None,
+        layer_cache: LayerKVCache | None = None,
+        plan: ChunkPlan | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `[B, frames * tokens, dim]`.
+            encoder_hidden_states: Projected text; None where `layer_cache` holds its keys and values already.
+            temb: `[B, frames, 6, dim]`; modulation is made once for each frame, never for each token.
+        """
+        modulation = (self.scale_shift_table[:, None] + temb.float()).unsqueeze(3)  # [B, frames, 6, 1, dim]
+        shift_msa, scale_msa, gate_msa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(2)
+
+        normed = modulate(self.norm1(hidden_states.float()), shift_msa, scale_msa).type_as(hidden_states)
+        attended = self.attn1(
+            normed, None, attention_mask, rotary_emb, layer_cache=layer_cache, plan=plan
+        )
+        hidden_states = add_gated(hidden_states, attended, gate_msa)
+
+        normed = self.norm2(hidden_states.float()).type_as(hidden_states)
+        attended = self.attn2(normed, encoder_hidden_states, attention_mask, layer_cache=layer_cache)
+        hidden_states = hidden_states + attended
+
+        normed = modulate(self.norm3(hidden_states.float()), shift_ffn, scale_ffn).type_as(hidden_states)
+        return add_gated(hidden_states, self.ffn(normed), gate_ffn)
+
+
+class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+    r"""
+    Wan2.2-TI2V-5B as a chunk-causal network: the parameters of `WanTransformer3DModel`, name for name and shape for
+    shape, with a time for every latent frame, a KV cache for streaming, and the teacher-forcing and block-causal
+    forwards that train it (LongLive-2.0, arXiv 2605.18739).
+
+    Args:
+        patch_size: Latent frames, rows and columns of a token; the first must be 1.
+        num_attention_heads, attention_head_dim: Their product is the width of the network.
+        in_channels, out_channels: Latent channels.
+        text_dim: Channels of the text encoder's output.
+        freq_dim: Channels of the sinusoidal time embedding.
+        ffn_dim: Inner width of the feed-forward layers.
+        num_layers: Number of blocks.
+        cross_attn_norm: Normalise before cross-attention.
+        qk_norm: Must be `"rms_norm_across_heads"`.
+        eps: Of the normalisations.
+        image_dim, added_kv_proj_dim, pos_embed_seq_len: Of Wan's image-conditioned 14B models; must be None.
+        rope_max_seq_len: Kept so that Wan's configurations load; positions are not limited here.
+        chunk_size: Latent frames that are denoised together.
+        sample_height, sample_width: Default latent size of a video.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "norm"]
+    _no_split_modules = ["LongLiveTransformerBlock"]
+    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
+    _repeated_blocks = ["LongLiveTransformerBlock"]
+    _skip_keys = ["kv_cache", "layer_cache", "plan"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        num_attention_heads: int = 24,
+        attention_head_dim: int = 128,
+        in_channels: int = 48,
+        out_channels: int = 48,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 14336,
+        num_layers: int = 30,
+        cross_attn_norm: bool = True,
+        qk_norm: str = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        chunk_size: int = 8,
+        sample_height: int = 44,
+        sample_width: int = 80,
+    ):
+        super().__init__()
+        check_config(self.config)
+        dim = num_attention_heads * attention_head_dim
+        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.condition_embedder = WanTimeTextImageEmbedding(
+            dim=dim, time_freq_dim=freq_dim, time_proj_dim=dim * 6, text_embed_dim=text_dim
+        )
+        self.blocks = nn.ModuleList(
+            LongLiveTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)
+        )
+        self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.gradient_checkpointing = False
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        kv_cache: KVCache | None = None,
+        clean_hidden_states: torch.Tensor | None = None,
+        clean_timestep: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        frame_positions: torch.Tensor | None = None,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """
+        Predict the flow velocity. What kind of forward it is depends on the arguments alone: with `kv_cache`, one
+        chunk of a stream; with `clean_hidden_states`, teacher forcing over a whole clip; with neither, block causal.
+
+        Args:
+            hidden_states: Noisy latents `[B, C, F, h, w]`.
+            timestep: Time in [0, 1000], `[B]` or one for each latent frame `[B, F]`.
+            encoder_hidden_states: Text embeddings `[B, L, text_dim]`, or one text for each chunk
+                `[B, F / chunk_size, L, text_dim]`.
+            kv_cache: From [`create_kv_cache`], after its `begin_chunk(F)`. Text keys and values are kept in it for as
+                long as `encoder_hidden_states` is the same, unmodified tensor.
+            clean_hidden_states: Clean latents of the same clip, the history that noisy chunks see, `[B, C, F, h, w]`.
+            clean_timestep: Time of the clean latents, `[B]` or `[B, F]`; 0 by default.
+            attention_kwargs: `{"scale": s}` scales the LoRA of this forward.
+            return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
+            frame_positions: Time positions `[F]` or `[B, F]` of the frames; 0, 1, 2, ... by default. With a cache, the
+                cache decides.
+
+        Returns:
+            The velocity of the noisy latents, `[B, C, F, h, w]`.
+
+        Raises:
+            ValueError: For shapes that do not fit the network, each other or the cache.
+        """
+        batch, _, frames, height, width = self._check_latents(hidden_states)
+        timestep = per_frame(timestep, batch, frames, "timestep")
+        rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
+        encoder_hidden_states = self._check_text(encoder_hidden_states, batch, frames, kv_cache)
+
+        tokens = self._embed_patches(hidden_states)
+        mask, plan, text = None, None, None
+        if kv_cache is not None:
+            plan = self._check_cache(kv_cache, batch, frames, rows, columns, clean_hidden_states)
+            rotary_emb = plan.rotary
+        else:
+            chunk_tokens = self.config.chunk_size * rows * columns
+            mask = ChunkMask(frames // self.config.chunk_size, chunk_tokens, clean_hidden_states is not None)
+            if frame_positions is None:
+                frame_positions = torch.arange(frames)
+            if clean_hidden_states is not None:
+                self._check_clean(clean_hidden_states, hidden_states)
+                clean_timestep = torch.zeros_like(timestep) if clean_timestep is None else clean_timestep
+                clean_timestep = per_frame(clean_timestep, batch, frames, "clean_timestep")
+                timestep = torch.cat([clean_timestep, timestep], dim=1)
+                tokens = torch.cat([self._embed_patches(clean_hidden_states), tokens], dim=1)
+                frame_positions = torch.cat([frame_positions, frame_positions], dim=-1)
+            rotary_emb = rotary_embedding(frame_positions, rows, columns, self.config.attention_head_dim, theta=ROPE_THETA)
+            rotary_emb = tuple(x.to(tokens.device) for x in rotary_emb)
+
+        temb, modulation = self._embed_time(timestep, tokens.dtype)
+        if kv_cache is None or not kv_cache.holds_text(encoder_hidden_states):
+            text = self.condition_embedder.text_embedder(encoder_hidden_states)
+            if kv_cache is not None:
+                kv_cache.remember_text(encoder_hidden_states)
+
+        for index, block in enumerate(self.blocks):
+            layer_cache = None if kv_cache is None else kv_cache[index]
+            arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, plan)
+            if self.gradient_checkpointing and torch.is_grad_enabled() and kv_cache is None:
+                tokens = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                tokens = block(*arguments)
+
+        if clean_hidden_states is not None:
+            tokens, temb = tokens[:, tokens.shape[1] // 2 :], temb[:, frames:]
+        shift, scale = (self.scale_shift_table[:, None] + temb.unsqueeze(2)).unsqueeze(3).unbind(2)
+        tokens = self.proj_out(modulate(self.norm_out(tokens.float()), shift, scale).type_as(tokens))
+        sample = self._unpatchify(tokens, frames, rows, columns)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def create_kv_cache(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        *,
+        window_size: int,
+        sink_size: int,
+        multi_shot_sink: bool,
+        relative_rope: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> KVCache:
+        """
+        A cache for streaming one batch of videos; the caller owns it.
+
+        Args:
+            batch_size: Videos in the batch.
+            height, width: Of the latents.
+            window_size, sink_size: In latent frames; see [`KVCache`].
+            multi_shot_sink: Keep the frames that opened the current shot.
+            relative_rope: Count time from the cached frames, for video without end.
+            dtype: Of the stored keys and values: `torch.float32`, `torch.bfloat16` or `torch.float16`; by default that
+                of the network.
+            device: Where they are stored; by default where the network is.
+        """
+        dtype = dtype or self.dtype
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"A KV cache is stored as float32, bfloat16 or float16, not as {dtype!r}.")
+        _, patch_height, patch_width = self.config.patch_size
+        if height % patch_height or width % patch_width or min(height, width) < 1:
+            raise ValueError(f"Latents of {height}x{width} do not split into {patch_height}x{patch_width} patches.")
+        return KVCache(
+            self.config.num_layers,
+            batch_size,
+            self.config.num_attention_heads,
+            self.config.attention_head_dim,
+            height // patch_height,
+            width // patch_width,
+            window_size=window_size,
+            sink_size=sink_size,
+            chunk_size=self.config.chunk_size,
+            multi_shot_sink=multi_shot_sink,
+            relative_rope=relative_rope,
+            dtype=dtype,
+            device=device or self.device,
+            theta=ROPE_THETA,
+        )
+
+    @classmethod
+    def from_original(
+        cls, path_or_state_dict, *, device=None, torch_dtype: torch.dtype | None = None, **config
+    ) -> "LongLiveTransformer3DModel":
+        """
+        Load a checkpoint in the layout that LongLive-2.0 is published in (`.pt`).
+
+        Args:
+            path_or_state_dict: File, or its state dict. Wrappers (`generator`, `generator_ema`, ...) and key prefixes
+                of FSDP and `torch.compile` are removed; pickle is never loaded unrestricted.
+            device, torch_dtype: Of the loaded model.
+            config: Overrides what is inferred from the shapes, for instance `attention_head_dim`, `chunk_size`; and
+                `use_ema=True` prefers the averaged weights.
+
+        Raises:
+            ValueError: For a file that is truncated, packed in 4 bits, or of another model; the message says which.
+        """
+        from ..loaders.original import load_original_transformer
+
+        return load_original_transformer(path_or_state_dict, device=device, torch_dtype=torch_dtype, **config)
+
+    def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
+        """`[B, C, F, h, w]` -> `[B, F * rows * columns, dim]`."""
+        return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+
+    def _unpatchify(self, tokens: torch.Tensor, frames: int, rows: int, columns: int) -> torch.Tensor:
+        """`[B, F * rows * columns, patch * C]` -> `[B, C, F, h, w]`."""
+        tokens = tokens.unflatten(1, (frames, rows, columns)).unflatten(-1, (*self.config.patch_size[1:], -1))
+        return tokens.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def _embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, F]` -> embedding `[B, F, dim]` and modulation `[B, F, 6, dim]`."""
+        embedder = self.condition_embedder
+        frequencies = embedder.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)
+        frequencies = frequencies.to(embedder.time_embedder.linear_1.weight.dtype)
+        temb = embedder.time_embedder(frequencies).to(dtype)
+        return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
+
+    def _check_latents(self, latents: torch.Tensor) -> torch.Size:
+        _, patch_height, patch_width = self.config.patch_size
+        if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"Expected latents [B, {self.config.in_channels}, F, h, w], got shape {tuple(latents.shape)}."
+            )
+        height, width = latents.shape[-2:]
+        if height % patch_height or width % patch_width or min(height, width) < 1:
+            raise ValueError(f"Latents of {height}x{width} do not split into {patch_height}x{patch_width} patches.")
+        return latents.shape
+
+    def _check_text(self, text: torch.Tensor, batch: int, frames: int, kv_cache: KVCache | None) -> torch.Tensor:
+        chunks = -(-frames // self.config.chunk_size)
+        shapes = [(batch,), (batch, chunks)]
+        if text.ndim not in (3, 4) or tuple(text.shape[:-2]) not in shapes or text.shape[-1] != self.config.text_dim:
+            raise ValueError(
+                f"Expected text [{batch}, L, {self.config.text_dim}] or, one for each of {chunks} chunks, [{batch}, "
+                f"{chunks}, L, {self.config.text_dim}], got shape {tuple(text.shape)}."
+            )
+        if kv_cache is not None and text.ndim == 4:
+            raise ValueError(f"A stream has one text at a time, [{batch}, L, D]; got shape {tuple(text.shape)}.")
+        if kv_cache is None and frames % self.config.chunk_size:
+            raise ValueError(f"{frames} latent frames are not whole chunks of {self.config.chunk_size}.")
+        return text
+
+    def _check_clean(self, clean: torch.Tensor, noisy: torch.Tensor) -> None:
+        if clean.shape != noisy.shape:
+            raise ValueError(
+                f"`clean_hidden_states` {tuple(clean.shape)} and `hidden_states` {tuple(noisy.shape)} must have the "
+                "same shape."
+            )
+
+    def _check_cache(self, kv_cache, batch, frames, rows, columns, clean_hidden_states) -> ChunkPlan:
+        if clean_hidden_states is not None:
+            raise ValueError("`kv_cache` (streaming) and `clean_hidden_states` (teacher forcing) exclude each other.")
+        plan = kv_cache.plan
+        expected = (len(kv_cache), kv_cache.batch_size, plan.num_frames, kv_cache.height, kv_cache.width)
+        got = (len(self.blocks), batch, frames, rows, columns)
+        if expected != got:
+            raise ValueError(
+                "The KV cache and its open chunk are for (layers, batch, frames, rows, columns) = "
+                f"{expected}, this forward has {got}."
+            )
+        return plan
+
+
+def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`normed * (1 + scale) + shift`, with `[B, frames, 1, dim]` applied to every token of its frame."""
+    by_frame = normed.unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift, by_frame, 1 + scale).flatten(1, 2)
+
+
+def add_gated(hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """`hidden_states + update * gate` in float32, with `gate [B, frames, 1, dim]`; the dtype is kept."""
+    frames = gate.shape[1]
+    residual, update = (x.float().unflatten(1, (frames, -1)) for x in (hidden_states, update))
+    return torch.addcmul(residual, update, gate).flatten(1, 2).type_as(hidden_states)
+
+
+def per_frame(timestep: torch.Tensor, batch: int, frames: int, name: str) -> torch.Tensor:
+    """`[B]` or `[B, F]` -> `[B, F]`."""
+    if timestep.ndim == 1 and timestep.shape[0] in (1, batch):
+        return timestep[:, None].expand(batch, frames)
+    if timestep.ndim == 0:
+        return timestep.expand(batch, frames)
+    if timestep.shape != (batch, frames):
+        raise ValueError(f"`{name}` must be [{batch}] or [{batch}, {frames}], got shape {tuple(timestep.shape)}.")
+    return timestep
+
+
+def check_config(config) -> None:
+    """Refuse configurations of Wan that are not those of a text-and-image-to-video model."""
+    if config.patch_size[0] != 1:
+        raise ValueError(f"A token must span one latent frame, got `patch_size` {tuple(config.patch_size)}.")
+    if config.qk_norm != "rms_norm_across_heads":
+        raise ValueError(f"`qk_norm` must be 'rms_norm_across_heads', got {config.qk_norm!r}.")
+    if config.image_dim is not None or config.added_kv_proj_dim is not None or config.pos_embed_seq_len is not None:
+        raise ValueError(
+            "Image cross-attention (image_dim, added_kv_proj_dim, pos_embed_seq_len) belongs to Wan's 14B image models "
+            f"and is not part of LongLive; got {config.image_dim}, {config.added_kv_proj_dim}, "
+            f"{config.pos_embed_seq_len}."
+        )
+    if config.chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {config.chunk_size}.")

@@ -1,0 +1,55 @@
+"""What the pipeline returns and what a stream yields."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.utils import BaseOutput
+
+
+Frames = torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
+
+
+@dataclass
+class LongLivePipelineOutput(BaseOutput):
+    """
+    Args:
+        frames: The videos: `np.ndarray [B, frames, height, width, 3]` in [0, 1] (`output_type="np"`), tensor
+            `[B, frames, 3, height, width]` ("pt"), lists of images ("pil"), or normalised latents
+            `[B, C, F, h, w]` ("latent").
+    """
+
+    frames: Frames
+
+
+@dataclass(frozen=True)
+class VideoChunk:
+    """
+    One chunk of a stream.
+
+    Args:
+        frames: Its pixels, in the layout of the stream's `output_type`.
+        latents: Its normalised latents, `[B, C, chunk_size, h, w]`, float32.
+        index: Number of the chunk in the video, from 0.
+        shot_index: Number of the shot; a list where a batch of videos is streamed.
+        prompt: The shot's prompt, without the scene-cut prefix; a list where a batch is streamed. None where text
+            embeddings were passed.
+        start_frame: Number of its first frame in the video, from 0.
+    """
+
+    frames: Frames
+    latents: torch.Tensor
+    index: int
+    shot_index: int | list[int]
+    prompt: str | None | list[str | None]
+    start_frame: int
+
+
+def join_frames(chunks: list[Frames], output_type: str) -> Frames:
+    """The chunks of a video, in the layout of `output_type`, as one."""
+    if output_type == "np":
+        return np.concatenate(chunks, axis=1)
+    if output_type == "pil":
+        return [[image for part in video for image in part] for video in zip(*chunks, strict=True)]
+    return torch.cat(chunks, dim=2 if output_type == "latent" else 1)

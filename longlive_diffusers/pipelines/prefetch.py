@@ -1,0 +1,91 @@
+"""Run an iterator ahead of its consumer, in a thread of its own."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+
+Item = TypeVar("Item")
+_POLL_SECONDS = 0.05
+
+
+class Prefetcher(Generic[Item]):
+    """
+    Iterates `source` in a background thread, at most `depth` items ahead of the consumer.
+
+    An exception in `source` is raised in the consumer, after the items that came before it. `close()` (also at the end
+    of a `with` block, or when the prefetcher is dropped) stops the thread after the item it is working on, closes
+    `source` and waits for both.
+
+    Args:
+        source: What to run; a generator is closed in the thread that ran it.
+        depth: Finished items that may wait, at least 1.
+    """
+
+    def __init__(self, source: Iterator[Item], depth: int = 1):
+        if depth < 1:
+            raise ValueError(f"`depth` must be at least 1, got {depth}.")
+        self._queue: queue.Queue[tuple[str, Item | BaseException | None]] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._finished = False
+        self._thread = threading.Thread(
+            target=_produce, args=(source, self._queue, self._stopped), name="longlive-denoise", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> "Prefetcher[Item]":
+        return self
+
+    def __next__(self) -> Item:
+        if self._finished:
+            raise StopIteration
+        kind, payload = self._queue.get()
+        if kind == "item":
+            return payload
+        self.close()
+        if kind == "error":
+            raise payload
+        raise StopIteration
+
+    def close(self) -> None:
+        self._finished = True
+        self._stopped.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> "Prefetcher[Item]":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._stopped.set()
+
+
+def _produce(source: Iterator, items: queue.Queue, stopped: threading.Event) -> None:
+    """The thread's work; it must not hold the Prefetcher itself, or one that is dropped would never stop."""
+    message = ("end", None)
+    try:
+        try:
+            for item in source:
+                if not _put(items, ("item", item), stopped):
+                    break
+        finally:
+            if hasattr(source, "close"):
+                source.close()
+    except BaseException as error:  # whatever it is, it belongs to the consumer
+        message = ("error", error)
+    _put(items, message, stopped)
+
+
+def _put(items: queue.Queue, message: tuple, stopped: threading.Event) -> bool:
+    """Wait for room, but not after `stopped`; a consumer that has gone would never make any."""
+    while not stopped.is_set():
+        try:
+            items.put(message, timeout=_POLL_SECONDS)
+            return True
+        except queue.Full:
+            continue
+    return False

@@ -1,0 +1,118 @@
+"""PromptSource: the text embeddings of every chunk, from shot plans that can be redirected while a video is made."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .shots import ChunkPrompt, ShotPlan
+
+
+class PromptSource:
+    """
+    Gives each chunk its prompts and its embeddings, `[rows, L, D]`: the same tensor for as long as no row's text
+    changes, by which the transformer recognises that its text keys and values still hold.
+
+    Args:
+        plans: A shot plan for each row; None where `fixed` embeddings are given.
+        encode: Text embeddings `[n, L, D]` of n prompts.
+        fixed: Embeddings `[rows, L, D]` for the whole video.
+        negative: Embeddings `[rows, L, D]` of the negative prompt, with guidance.
+        rows: Size of the batch.
+        scene_cut_prefix: Put before the prompt of the first chunk of every shot but the first.
+        num_new_chunks: Length of the video, so that only texts that will be used are encoded; None: endless.
+    """
+
+    def __init__(
+        self,
+        plans: list[ShotPlan] | None,
+        encode: Callable[[list[str]], torch.Tensor],
+        *,
+        fixed: torch.Tensor | None = None,
+        negative: torch.Tensor | None,
+        rows: int,
+        scene_cut_prefix: str,
+        num_new_chunks: int | None,
+    ):
+        self.negative, self.rows = negative, rows
+        self._plans, self._encode, self._prefix = plans, encode, scene_cut_prefix
+        self._num_new_chunks = num_new_chunks
+        self._texts: tuple[str, ...] | None = None  # of the rows, for `_embeds`
+        self._embeds = fixed
+        self._encoded: dict[str, torch.Tensor] = {}
+        self._next_chunk = 0
+        self._redirection: tuple[list[str], bool] | None = None  # prompts and whether they cut
+        self._lock = threading.Lock()  # redirections may come from another thread than the one that denoises
+        if plans is not None:
+            self._encode_upcoming()
+
+    def advance(self, index: int) -> tuple[list[ChunkPrompt], torch.Tensor, bool]:
+        """
+        Begin chunk `index` of the new video (negative: of the video that is continued, under the first prompts).
+
+        Returns:
+            Each row's prompt, the embeddings, and whether the prompt was switched within a shot.
+        """
+        with self._lock:
+            redirection, self._redirection = self._redirection, None
+            self._next_chunk = max(index, 0) + (index >= 0)
+        switched = False
+        if redirection is not None and index >= 0:
+            prompts, cut = redirection
+            self._redirect(prompts, index, cut)
+            switched = not cut
+        elif redirection is not None:
+            self._redirect(redirection[0], 0, cut=False)
+        if self._plans is None:
+            return [ChunkPrompt(None, 0, False)] * self.rows, self._embeds, False
+        prompts = [plan.chunk(max(index, 0)) for plan in self._plans]
+        texts = tuple(prompt.conditioning(self._prefix) for prompt in prompts)
+        if texts != self._texts:
+            self._texts = texts
+            self._embeds = torch.stack([self._encoded[text] for text in texts])
+        return prompts, self._embeds, switched
+
+    def redirect(self, prompt: str | list[str], *, cut: bool) -> None:
+        """From the next chunk on, `prompt` for all rows or one for each, within the shot or as a new one (`cut`).
+
+        Raises:
+            ValueError: For another type, or another number of prompts than rows.
+        """
+        prompts = [prompt] * self.rows if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"A prompt must be a string or a list of {self.rows} strings, got {prompt!r}.")
+        if len(prompts) != self.rows:
+            raise ValueError(f"Got {len(prompts)} prompts for a batch of {self.rows} videos.")
+        with self._lock:
+            still_cut = self._redirection is not None and self._redirection[1]
+            self._redirection = (prompts, cut or still_cut)
+
+    def upcoming(self) -> list[str | None]:
+        """The prompts of the next chunk."""
+        with self._lock:
+            if self._redirection is not None:
+                return list(self._redirection[0])
+            if self._plans is None:
+                return [None] * self.rows
+            return [plan.chunk(self._next_chunk).prompt for plan in self._plans]
+
+    def replace_text(self, embeds: torch.Tensor) -> None:
+        """Use other embeddings until the text changes (a callback's doing)."""
+        self._embeds = embeds
+
+    def _redirect(self, prompts: Sequence[str], index: int, cut: bool) -> None:
+        if self._plans is None:
+            self._plans = [ShotPlan.from_prompts([""], None, None)] * self.rows
+        pairs = zip(self._plans, prompts, strict=True)
+        self._plans = [plan.redirected(index, prompt, cut=cut) for plan, prompt in pairs]
+        self._encode_upcoming()
+
+    def _encode_upcoming(self) -> None:
+        """Encode, in one batch, the texts that are to come and are not encoded; forget all others."""
+        texts = dict.fromkeys(
+            text for plan in self._plans for text in plan.conditionings(self._prefix, self._num_new_chunks)
+        )
+        missing = [text for text in texts if text not in self._encoded]
+        if missing:
+            self._encoded.update(zip(missing, self._encode(missing), strict=True))
+        self._encoded = {text: self._encoded[text] for text in texts}

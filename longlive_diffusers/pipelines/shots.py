@@ -1,0 +1,121 @@
+"""Shots: what the video shows, and for how long; turned into one prompt for every chunk."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shot:
+    """
+    A stretch of video with one prompt.
+
+    Args:
+        prompt: What it shows.
+        num_chunks: How long it lasts; None for as long as the video goes on.
+        index: Number of the shot in the video, from 0.
+        opens: Whether it begins with a cut. False for a new prompt in the middle of a shot.
+    """
+
+    prompt: str
+    num_chunks: int | None
+    index: int = 0
+    opens: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"The prompt of a shot must be a string, got {type(self.prompt).__name__}.")
+        if self.num_chunks is not None and (not is_count(self.num_chunks) or self.num_chunks < 1):
+            raise ValueError(f"A shot lasts at least 1 chunk, got {self.num_chunks!r}.")
+
+
+@dataclass(frozen=True)
+class ChunkPrompt:
+    """What conditions one chunk of one video: the shot's prompt, the shot's number, and whether this chunk opens it."""
+
+    prompt: str
+    shot_index: int
+    opens_shot: bool
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the scene changes here; the first chunk of a video opens a shot, but nothing came before it."""
+        return self.opens_shot and self.shot_index > 0
+
+    def conditioning(self, scene_cut_prefix: str) -> str:
+        """The text to encode."""
+        return scene_cut_prefix + self.prompt if self.cuts else self.prompt
+
+
+class ShotPlan:
+    """The shots of one video from chunk `start` on, in order. The last goes on for as long as chunks are asked for."""
+
+    def __init__(self, shots: Sequence[Shot], start: int = 0):
+        if not shots:
+            raise ValueError("A video needs at least one shot, got none.")
+        self.shots, self.start = tuple(shots), start
+
+    @classmethod
+    def from_prompts(
+        cls, prompts: Sequence[str], chunks_per_shot: int | Sequence[int] | None, num_chunks: int | None
+    ) -> "ShotPlan":
+        """
+        Args:
+            prompts: One for each shot.
+            chunks_per_shot: One duration for all, or one for each. Without it, `num_chunks` are spread evenly and the
+                first shots take the remainder; shots for which none is left are dropped.
+            num_chunks: Length of the video; None for an endless one.
+
+        Raises:
+            ValueError: For durations that do not match the prompts, are below 1, or are missing for an endless video.
+        """
+        if chunks_per_shot is None and num_chunks is None and len(prompts) > 1:
+            raise ValueError(f"An endless video of {len(prompts)} shots needs `chunks_per_shot`.")
+        if chunks_per_shot is None:
+            durations = [None] if num_chunks is None else _spread(num_chunks, len(prompts))
+        elif is_count(chunks_per_shot):
+            durations = [chunks_per_shot] * len(prompts)
+        elif isinstance(chunks_per_shot, Sequence) and len(chunks_per_shot) == len(prompts):
+            durations = chunks_per_shot
+        else:
+            raise ValueError(
+                f"`chunks_per_shot` must be a number or one for each of {len(prompts)} shots, got {chunks_per_shot!r}."
+            )
+        return cls([Shot(prompt, count, i) for i, (prompt, count) in enumerate(zip(prompts, durations, strict=False))])
+
+    def chunk(self, index: int) -> ChunkPrompt:
+        """What conditions chunk `index`; beyond the last shot's duration, that shot goes on."""
+        begin = self.start
+        for shot in self.shots[:-1]:
+            if index < begin + shot.num_chunks:
+                break
+            begin += shot.num_chunks
+        else:
+            shot = self.shots[-1]
+        return ChunkPrompt(shot.prompt, shot.index, shot.opens and index == begin)
+
+    def redirected(self, index: int, prompt: str, *, cut: bool) -> "ShotPlan":
+        """This plan with `prompt` from chunk `index` on, as a new shot (`cut`) or within the one that is running."""
+        shot_index = self.chunk(index - 1).shot_index if index > self.start else self.shots[0].index
+        new_shot = cut and index > 0
+        return ShotPlan([Shot(prompt, None, shot_index + new_shot, opens=new_shot or index == 0)], start=index)
+
+    def conditionings(self, scene_cut_prefix: str, num_chunks: int | None) -> Iterator[str]:
+        """Every text that the chunks from `start` up to `num_chunks` (None: all) are conditioned on."""
+        begin = self.start
+        for shot in self.shots:
+            if num_chunks is not None and begin >= num_chunks:
+                return
+            yield ChunkPrompt(shot.prompt, shot.index, shot.opens).conditioning(scene_cut_prefix)
+            yield shot.prompt
+            begin += shot.num_chunks or 0
+
+
+def _spread(num_chunks: int, num_shots: int) -> list[int]:
+    base, remainder = divmod(num_chunks, num_shots)
+    durations = [base + (number < remainder) for number in range(num_shots)]
+    return [duration for duration in durations if duration]
+
+
+def is_count(value) -> bool:
+    """Whether `value` is an integer that is not a boolean."""
+    return isinstance(value, int) and not isinstance(value, bool)

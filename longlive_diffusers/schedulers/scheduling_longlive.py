@@ -1,0 +1,114 @@
+"""LongLiveScheduler: the solver of streaming generation and the noise process of training, on one shifted schedule.
+
+Both work on the straight path `x_t = (1 - sigma) x0 + sigma noise`, whose velocity `noise - x0` the network predicts,
+and both shift the noise level, `sigma = 5 s / (1 + 4 s)`, towards the noisy end, where the layout of a video is decided.
+"""
+
+import numpy as np
+import torch
+from diffusers import UniPCMultistepScheduler
+from diffusers.configuration_utils import register_to_config
+
+
+class LongLiveScheduler(UniPCMultistepScheduler):
+    """
+    UniPC (order 2, flow prediction) on LongLive-2.0's grid; per-frame noising, targets and weights for training.
+
+    Args:
+        num_train_timesteps: Length of the training table; timesteps lie in [0, num_train_timesteps].
+        flow_shift: Shift of the noise levels.
+        solver_order, solver_type, lower_order_final, disable_corrector: Of UniPC.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        flow_shift: float = 5.0,
+        solver_order: int = 2,
+        solver_type: str = "bh2",
+        lower_order_final: bool = True,
+        disable_corrector: tuple[int, ...] = (),
+    ):
+        super().__init__(
+            num_train_timesteps=num_train_timesteps,
+            solver_order=solver_order,
+            solver_type=solver_type,
+            lower_order_final=lower_order_final,
+            disable_corrector=list(disable_corrector),
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=flow_shift,
+        )
+        levels = torch.linspace(1, 0, num_train_timesteps + 1)[:-1]
+        self.training_sigmas = flow_shift * levels / (1 + (flow_shift - 1) * levels)  # [num_train_timesteps], falling
+        self.training_timesteps = self.training_sigmas * num_train_timesteps
+        bell = torch.exp(-2 * ((self.training_timesteps - num_train_timesteps / 2) / num_train_timesteps) ** 2)
+        bell = bell - bell.min()
+        self.training_weights = bell * (num_train_timesteps / bell.sum())  # mean 1
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | np.ndarray | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Begin a chunk. The grid is `linspace(0.999, 0, n + 1)[:-1]`, shifted; `sigmas` replaces it, before the shift.
+
+        Raises:
+            ValueError: Without at least one step, or for sigmas outside (0, 1] or not falling.
+        """
+        if sigmas is None:
+            if num_inference_steps is None or num_inference_steps < 1:
+                raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+            largest = 1 - 1 / self.config.num_train_timesteps
+            sigmas = np.linspace(largest, 0, num_inference_steps + 1)[:-1]
+        sigmas = np.array(sigmas, dtype=np.float64)
+        if not len(sigmas) or sigmas.max() > 1 or sigmas.min() <= 0 or (np.diff(sigmas) >= 0).any():
+            raise ValueError(f"`sigmas` must fall strictly within (0, 1], got {sigmas.tolist()}.")
+        super().set_timesteps(device=device, sigmas=sigmas, mu=mu)
+
+    def sigmas_at(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Noise level of each timestep, float32, same shape: the table's where it is in the table, else `t / 1000`."""
+        table = self.training_timesteps.to(timesteps.device)
+        timesteps = timesteps.to(table.dtype)
+        nearest = (table - timesteps[..., None]).abs().argmin(dim=-1)
+        in_table = table[nearest] == timesteps
+        sigmas = self.training_sigmas.to(timesteps.device)[nearest]
+        return torch.where(in_table, sigmas, timesteps / self.config.num_train_timesteps)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """`(1 - sigma) x0 + sigma noise`, with a noise level for each latent frame.
+
+        Args:
+            original_samples, noise: `[B, C, F, h, w]`.
+            timesteps: `[B]` or `[B, F]`, in [0, 1000].
+        """
+        sigma = self._broadcast_sigmas(timesteps, original_samples)
+        return ((1 - sigma) * original_samples + sigma * noise).type_as(original_samples)
+
+    def velocity(self, original_samples: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The network's target, `noise - x0`."""
+        return noise - original_samples
+
+    def x0(self, sample: torch.Tensor, velocity: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The clean latents that a velocity points to, `x_t - sigma v`; `timesteps` `[B]` or `[B, F]`. The product is
+        taken in float64: it cancels most of `sample` where there is much noise."""
+        sigma = self._broadcast_sigmas(timesteps, sample)
+        return (sample.double() - sigma.double() * velocity.double()).type_as(sample)
+
+    def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Loss weight of each timestep (that of the nearest one in the training table), mean 1 over the table."""
+        table = self.training_timesteps.to(timesteps.device)
+        nearest = (table - timesteps.to(table.dtype)[..., None]).abs().argmin(dim=-1)
+        return self.training_weights.to(timesteps.device)[nearest]
+
+    def _broadcast_sigmas(self, timesteps: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        batch, _, frames = sample.shape[:3]
+        if timesteps.shape not in ((batch,), (batch, frames)):
+            raise ValueError(f"`timesteps` must be [{batch}] or [{batch}, {frames}], got {tuple(timesteps.shape)}.")
+        sigmas = self.sigmas_at(timesteps.to(sample.device))
+        return sigmas.reshape(batch, 1, -1, 1, 1)

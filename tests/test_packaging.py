@@ -1,0 +1,137 @@
+"""What pip installs is what the repository holds: every module, every asset, every card, and no more."""
+
+import configparser
+import email
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from longlive_diffusers.version import __version__
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "longlive_diffusers"
+
+
+def package_files() -> set[str]:
+    """The files of the package, relative to the repository."""
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+    }
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def requirements(text: str) -> list[Requirement]:
+    return [Requirement(line) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory) -> Path:
+    """A folder with the sdist, and the wheel that is built from it."""
+    source = tmp_path_factory.mktemp("source") / "repository"  # a copy: a build leaves folders in its source
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(PACKAGE, source / "longlive_diffusers", ignore=ignore)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions) -> zipfile.ZipFile:
+    (path,) = distributions.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def metadata(wheel: zipfile.ZipFile) -> email.message.Message:
+    return email.message_from_bytes(wheel.read(f"longlive_diffusers-{__version__}.dist-info/METADATA"))
+
+
+def test_the_version_is_written_in_one_place(wheel):
+    assert setup_cfg()["metadata"]["version"] == "attr: longlive_diffusers.version.__version__"
+    assignments = [path for path in PACKAGE.rglob("*.py") if re.search(r"^__version__ *=", path.read_text(), re.M)]
+    assert assignments == [PACKAGE / "version.py"]
+    assert "version" not in (ROOT / "pyproject.toml").read_text()
+    assert metadata(wheel)["Version"] == __version__
+
+
+def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel):
+    files = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert files == package_files()
+    assert {f"longlive_diffusers/loaders/hub_cards/{card}.md" for card in ("pipeline", "lora")} <= files
+    info = {name.split("/", 1)[1] for name in wheel.namelist() if ".dist-info/" in name}
+    assert {"METADATA", "entry_points.txt", "licenses/LICENSE"} <= info
+
+
+def test_the_sdist_holds_the_whole_package_and_the_licence(distributions):
+    (path,) = distributions.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert package_files() | {"LICENSE", "setup.cfg", "pyproject.toml"} <= names
+
+
+def test_every_folder_with_modules_is_a_package():
+    """`packages = find:` leaves a folder without __init__.py out, and says nothing."""
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_the_installed_package_finds_its_cards(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    program = (
+        "from longlive_diffusers.loaders.hub import __file__, render_model_card\n"
+        "print(__file__)\n"
+        "print(render_model_card('someone/foxes', height=64, width=64, chunk_size=8).data.library_name)\n"
+    )
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    where, library = run.stdout.split()
+    assert Path(where).is_relative_to(tmp_path)
+    assert library == "diffusers"
+
+
+def test_requirements_are_lower_bounds(wheel):
+    """A plugin must never make pip replace a user's torch."""
+    required = [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist")]
+    base = {requirement.name.lower(): requirement for requirement in required if requirement.marker is None}
+    assert {"torch", "diffusers", "transformers", "peft", "accelerate", "av", "jinja2"} <= set(base)
+    assert all(specifier.operator == ">=" for requirement in required for specifier in requirement.specifier)
+    assert all(len(requirement.specifier) == 1 for requirement in required)
+    assert "torchvision" not in {requirement.name for requirement in required}
+    te = [requirement.name for requirement in required if 'extra == "te"' in str(requirement.marker)]
+    assert te == ["transformer-engine"]  # where it is broken, `import peft` is too: so nobody gets it unasked
+
+
+def test_constraints_pin_every_requirement_within_its_bounds():
+    pins = {
+        requirement.name.lower(): requirement for requirement in requirements((ROOT / "constraints.txt").read_text())
+    }
+    assert all([specifier.operator for specifier in pin.specifier] == ["=="] for pin in pins.values())
+    options, extras = setup_cfg()["options"], setup_cfg()["options.extras_require"]
+    for requirement in requirements(options["install_requires"]) + requirements(extras["test"]):
+        (pin,) = pins[requirement.name.lower()].specifier
+        assert requirement.specifier.contains(pin.version), f"{requirement} against {pin}"
+
+
+def test_the_command_line_is_installed(wheel):
+    entry_points = wheel.read(f"longlive_diffusers-{__version__}.dist-info/entry_points.txt").decode()
+    assert "longlive = longlive_diffusers.cli:main" in entry_points
