@@ -1,7 +1,8 @@
-"""The stand-in Hub as a fixture (every test can ask for `hub`), and programs that use it as a user's would.
+"""The stand-in Hub as the fixture `hub`, and programs that use it as a user's would.
 
 `huggingface_hub` reads its endpoint and cache folder from the environment when it is imported, and copies them about.
-So a test runs its client in a process of its own, which is also what a user does.
+So a test runs its client in a process of its own, which is also what a user does. A test module asks for the fixture
+with `pytest_plugins = ["hub_fixture"]`.
 """
 
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+
 
 ROOT = Path(__file__).parents[1]
 

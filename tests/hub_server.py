@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".mp4", ".model")
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 from longlive_diffusers.version import __version__
 
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "longlive_diffusers"
 

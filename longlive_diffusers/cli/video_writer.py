@@ -20,6 +20,7 @@ import torch
 from av.video.frame import PictureType
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
+
 ENCODER = "libx264"
 # By suffix, what makes the container progressive: mp4's fragments; Matroska's clusters, a new one for every frame.
 CONTAINER_OPTIONS = {

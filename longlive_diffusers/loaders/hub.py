@@ -11,6 +11,7 @@ from importlib.resources import files
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
+
 TAGS = ("diffusers", "longlive", "text-to-video", "image-to-video", "streaming", "multi-shot")
 EXAMPLE_PROMPT = "A red fox runs along a snowy ridge at sunrise."
 # The reference's code and weights differ in licence, and whoever tunes these weights passes their licence on.

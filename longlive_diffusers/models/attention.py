@@ -138,7 +138,9 @@ class LongLiveAttnProcessor:
         # One text for each chunk: [B, halves * chunks * n, H, D] meets it as a batch of B * chunks.
         halves, chunks = attention_mask.num_halves, attention_mask.num_chunks
         query = query.unflatten(1, (halves, chunks, -1)).transpose(1, 2)  # [B, chunks, halves, n, H, D]
-        states = attend(query.flatten(2, 3).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), self._attention_backend)
+        states = attend(
+            query.flatten(2, 3).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), self._attention_backend
+        )
         states = states.unflatten(0, (-1, chunks)).unflatten(2, (halves, -1))
         return states.transpose(1, 2).flatten(1, 3)
 
@@ -165,7 +167,10 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend:
 
 
 def _prefers_matmul(query: torch.Tensor) -> bool:
-    """On a CPU, PyTorch's fused bfloat16 attention runs its products at float32 speed; plain matrix products do not."""
+    """On a CPU without AMX, PyTorch's fused bfloat16 attention multiplies at float32 speed; matrix products do not.
+
+    What they cost is that scores are rounded to bfloat16, as everything around them is.
+    """
     return (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16

@@ -65,7 +65,9 @@ class LayerKVCache:
     processor knows, so that another way to store (fewer bits) is another class.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int, int], raw_slots: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, shape: tuple[int, int, int, int, int], raw_slots: int, dtype: torch.dtype, device: torch.device
+    ):
         self.key = torch.zeros(shape, dtype=dtype, device=device)
         self.value = torch.zeros(shape, dtype=dtype, device=device)
         raw_shape = (*shape[:2], raw_slots, *shape[3:])
@@ -194,7 +196,7 @@ class KVCache:
         self.num_frames_seen = 0
         self._rows = [_Row() for _ in range(self.batch_size)]
         self._plan: ChunkPlan | None = None
-        self._text_source: tuple[torch.Tensor, int] | None = None
+        self._text_source: tuple[torch.Tensor, int | None] | None = None
         for layer in self._layers:
             layer.reset()
 
@@ -286,12 +288,12 @@ class KVCache:
         if self._text_source is None:
             return False
         source, version = self._text_source
-        return source is encoder_hidden_states and source._version == version
+        return source is encoder_hidden_states and version == _version_of(source)
 
     def remember_text(self, encoder_hidden_states: torch.Tensor) -> None:
         """Make the layers compute their text keys and values anew, from this tensor, at the next forward."""
         self.forget_text()
-        self._text_source = (encoder_hidden_states, encoder_hidden_states._version)
+        self._text_source = (encoder_hidden_states, _version_of(encoder_hidden_states))
 
     def forget_text(self) -> None:
         self._text_source = None
@@ -349,7 +351,9 @@ class KVCache:
             layer.rotate_again(rows, slots, raw_slots, rotary)
 
     def _make_plan(self, slots: list[list[int]]) -> ChunkPlan:
-        positions = [[row.slots[slot].position for slot in chosen] for row, chosen in zip(self._rows, slots, strict=True)]
+        positions = [
+            [row.slots[slot].position for slot in chosen] for row, chosen in zip(self._rows, slots, strict=True)
+        ]
         raw = [
             (number, frame, row.raw_slots[row.slots[slot].index])
             for number, (row, chosen) in enumerate(zip(self._rows, slots, strict=True))
@@ -381,6 +385,12 @@ class KVCache:
         if len(value) != self.batch_size:
             raise ValueError(f"`{name}` has {len(value)} values for a batch of {self.batch_size}.")
         return list(value)
+
+
+def _version_of(tensor: torch.Tensor) -> int | None:
+    """How often `tensor` was changed in place; None where PyTorch does not count, in inference mode, or cannot tell,
+    while compiling. There, only another tensor is seen to be another text."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def check_window(window_size: int, sink_size: int, chunk_size: int, multi_shot_sink: bool) -> None:

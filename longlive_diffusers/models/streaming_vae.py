@@ -13,8 +13,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 class StreamingDecoder:
     """
-    `decode(chunk)` for the chunks of one video, in order, gives what `vae.decode` gives for all of them at once, bit for
-    bit; also with `vae.enable_slicing()` and `vae.enable_tiling()`.
+    `decode(chunk)` for the chunks of one video, in order, gives what `vae.decode` gives for all of them at once, bit
+    for bit; also with `vae.enable_slicing()` and `vae.enable_tiling()`.
 
     Args:
         vae: An `AutoencoderKLWan`; not changed, and free for other uses between calls.
@@ -46,7 +46,9 @@ class StreamingDecoder:
             raise ValueError(f"Expected latents [B, {channels}, F >= 1, h, w], got shape {tuple(latents.shape)}.")
         shape = (latents.shape[0], *latents.shape[-2:])
         if self._shape not in (None, shape):
-            raise ValueError(f"The video so far has (batch, h, w) = {self._shape}, this chunk {shape}: `reset()` first.")
+            raise ValueError(
+                f"The video so far has (batch, h, w) = {self._shape}, this chunk {shape}: `reset()` first."
+            )
         first, self._shape = self._shape is None, shape
         _bring_to_device(self.vae)
         if self.vae.use_slicing and latents.shape[0] > 1:
@@ -145,7 +147,9 @@ class StreamingEncoder:
             raise ValueError(f"Expected {'1 + 4 n' if head else '4 n'} frames, got {count}.")
         if vae.config.patch_size is not None:
             frames = patchify(frames, patch_size=vae.config.patch_size)
-        groups = ([frames[:, :, :1]] if head else []) + list(frames[:, :, head:].split(4, dim=2) if count > head else [])
+        groups = ([frames[:, :, :1]] if head else []) + list(
+            frames[:, :, head:].split(4, dim=2) if count > head else []
+        )
         _bring_to_device(vae)
         encoded = [vae.encoder(group, feat_cache=self._cache, feat_idx=[0]) for group in groups]
         self._first = False

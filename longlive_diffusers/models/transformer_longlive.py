@@ -58,9 +58,7 @@ class LongLiveTransformerBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(2)
 
         normed = modulate(self.norm1(hidden_states.float()), shift_msa, scale_msa).type_as(hidden_states)
-        attended = self.attn1(
-            normed, None, attention_mask, rotary_emb, layer_cache=layer_cache, plan=plan
-        )
+        attended = self.attn1(normed, None, attention_mask, rotary_emb, layer_cache=layer_cache, plan=plan)
         hidden_states = add_gated(hidden_states, attended, gate_msa)
 
         normed = self.norm2(hidden_states.float()).type_as(hidden_states)
@@ -132,7 +130,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             dim=dim, time_freq_dim=freq_dim, time_proj_dim=dim * 6, text_embed_dim=text_dim
         )
         self.blocks = nn.ModuleList(
-            LongLiveTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)
+            LongLiveTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps)
+            for _ in range(num_layers)
         )
         self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
@@ -198,7 +197,9 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
                 timestep = torch.cat([clean_timestep, timestep], dim=1)
                 tokens = torch.cat([self._embed_patches(clean_hidden_states), tokens], dim=1)
                 frame_positions = torch.cat([frame_positions, frame_positions], dim=-1)
-            rotary_emb = rotary_embedding(frame_positions, rows, columns, self.config.attention_head_dim, theta=ROPE_THETA)
+            rotary_emb = rotary_embedding(
+                frame_positions, rows, columns, self.config.attention_head_dim, theta=ROPE_THETA
+            )
             rotary_emb = tuple(x.to(tokens.device) for x in rotary_emb)
 
         temb, modulation = self._embed_time(timestep, tokens.dtype)
@@ -290,7 +291,9 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         """
         from ..loaders.original import load_original_transformer
 
-        return load_original_transformer(path_or_state_dict, device=device, torch_dtype=torch_dtype, **config)
+        return load_original_transformer(
+            path_or_state_dict, model_class=cls, device=device, torch_dtype=torch_dtype, **config
+        )
 
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
         """`[B, C, F, h, w]` -> `[B, F * rows * columns, dim]`."""
@@ -387,9 +390,8 @@ def check_config(config) -> None:
         raise ValueError(f"`qk_norm` must be 'rms_norm_across_heads', got {config.qk_norm!r}.")
     if config.image_dim is not None or config.added_kv_proj_dim is not None or config.pos_embed_seq_len is not None:
         raise ValueError(
-            "Image cross-attention (image_dim, added_kv_proj_dim, pos_embed_seq_len) belongs to Wan's 14B image models "
-            f"and is not part of LongLive; got {config.image_dim}, {config.added_kv_proj_dim}, "
-            f"{config.pos_embed_seq_len}."
+            "Image cross-attention (image_dim, added_kv_proj_dim, pos_embed_seq_len) belongs to Wan's 14B models and "
+            f"not to LongLive; got {config.image_dim}, {config.added_kv_proj_dim}, {config.pos_embed_seq_len}."
         )
     if config.chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {config.chunk_size}.")

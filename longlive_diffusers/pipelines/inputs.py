@@ -46,7 +46,9 @@ class Prompts:
         return [plan for plan in plans for _ in range(num_videos_per_prompt)]
 
 
-def resolve_prompts(prompt, shot_prompts, chunks_per_shot, prompt_embeds, negative_prompt, negative_prompt_embeds) -> Prompts | None:
+def resolve_prompts(
+    prompt, shot_prompts, chunks_per_shot, prompt_embeds, negative_prompt, negative_prompt_embeds
+) -> Prompts | None:
     """One list of shot prompts for each video; None where `prompt_embeds` are given.
 
     Raises:
@@ -132,7 +134,12 @@ def check_latents(name: str, latents: torch.Tensor | None, channels: int, chunk_
 
 
 def resolve_size(
-    height: int | None, width: int | None, given: dict[str, torch.Tensor | None], default: tuple[int, int], scale: int, patch: tuple[int, int]
+    height: int | None,
+    width: int | None,
+    given: dict[str, torch.Tensor | None],
+    default: tuple[int, int],
+    scale: int,
+    patch: tuple[int, int],
 ) -> VideoSize:
     """The size of the video, from what is asked for, from latents that are `given`, or the model's default.
 
@@ -195,8 +202,17 @@ def resolve_num_chunks(
 
 
 def check_options(
-    *, num_inference_steps, guidance_scale, num_videos_per_prompt, multi_shot_rope_offset, output_type, attention_kwargs,
-    max_sequence_length, kv_cache_dtype, callback_inputs, allowed_callback_inputs,
+    *,
+    num_inference_steps,
+    guidance_scale,
+    num_videos_per_prompt,
+    multi_shot_rope_offset,
+    output_type,
+    attention_kwargs,
+    max_sequence_length,
+    kv_cache_dtype,
+    callback_inputs,
+    allowed_callback_inputs,
 ) -> None:
     """Raise a ValueError that states the value, for options outside their range."""
     counts = {
@@ -217,9 +233,7 @@ def check_options(
         raise ValueError(f"`attention_kwargs` must be a dict, got {type(attention_kwargs).__name__}.")
     unknown = [name for name in callback_inputs or [] if name not in allowed_callback_inputs]
     if unknown:
-        raise ValueError(
-            f"`callback_on_step_end_tensor_inputs` must be in {allowed_callback_inputs}, got {unknown}."
-        )
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` must be in {allowed_callback_inputs}, got {unknown}.")
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, rows: int) -> None:
@@ -232,7 +246,7 @@ def check_generator(generator: torch.Generator | list[torch.Generator] | None, r
 
 
 def for_each_video(name: str, tensor: torch.Tensor, batch: int, num_videos_per_prompt: int) -> torch.Tensor:
-    """`tensor [1, B or rows, ...]` -> `[rows, ...]`: one value may serve all prompts, or each prompt's all its videos."""
+    """`[1, B or rows, ...]` -> `[rows, ...]`: one value may serve all prompts, or a prompt's one all of its videos."""
     rows = batch * num_videos_per_prompt
     if tensor.shape[0] == rows:
         return tensor
@@ -240,8 +254,10 @@ def for_each_video(name: str, tensor: torch.Tensor, batch: int, num_videos_per_p
         return tensor.repeat_interleave(num_videos_per_prompt, dim=0)
     if tensor.shape[0] == 1:
         return tensor.expand(rows, *tensor.shape[1:])
-    raise ValueError(f"`{name}` has batch size {tensor.shape[0]}; {batch} prompts of {num_videos_per_prompt} videos need "
-                     f"1, {batch} or {rows}.")
+    raise ValueError(
+        f"`{name}` has batch size {tensor.shape[0]}; {batch} prompts of {num_videos_per_prompt} videos need "
+        f"1, {batch} or {rows}."
+    )
 
 
 def check_output_type(output_type: str) -> None:

@@ -20,9 +20,10 @@ from ..models.kv_cache import check_window
 from ..models.streaming_vae import StreamingDecoder, StreamingEncoder, denormalize_latents, normalize_latents
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from . import inputs
+from .denoiser import ChunkDenoiser, DenoiseSettings, RunState
 from .pipeline_output import Frames, LongLivePipelineOutput, join_frames
 from .prompt_source import PromptSource
-from .session import RunState, StreamingSession, StreamSettings
+from .session import StreamingSession
 
 
 logger = logging.get_logger(__name__)
@@ -334,7 +335,9 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if image is not None:
             image = inputs.image_to_pixels(image, self.video_processor, size)
         if video is not None:
-            video = inputs.video_to_pixels(video, self.video_processor, size, chunk_size, self.vae_scale_factor_temporal)
+            video = inputs.video_to_pixels(
+                video, self.video_processor, size, chunk_size, self.vae_scale_factor_temporal
+            )
         condition_frames = inputs.condition_frames(video, video_latents, self.vae_scale_factor_temporal)
         num_chunks = inputs.resolve_num_chunks(
             num_frames, latents, condition_frames, chunk_size, self.vae_scale_factor_temporal
@@ -352,7 +355,9 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_embeds = for_rows("prompt_embeds", prompt_embeds).to(device, self.transformer.dtype)
         if guidance_scale != 1:
             if negative_prompt_embeds is None:
-                negative_prompt = [negative_prompt or ""] * batch if not isinstance(negative_prompt, list) else negative_prompt
+                negative_prompt = (
+                    [negative_prompt or ""] * batch if not isinstance(negative_prompt, list) else negative_prompt
+                )
                 negative_prompt_embeds = self._embed_prompts(negative_prompt, max_sequence_length)
             negative_prompt_embeds = for_rows("negative_prompt_embeds", negative_prompt_embeds)
             negative_prompt_embeds = negative_prompt_embeds.to(device, self.transformer.dtype)
@@ -378,9 +383,9 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             image_latents = image_latents.to(device, torch.float32)
 
         # 4. The session does the rest.
-        return StreamingSession(
+        denoiser = ChunkDenoiser(
             self,
-            StreamSettings(
+            DenoiseSettings(
                 latent_shape=(rows, channels, chunk_size, size.latent_height, size.latent_width),
                 num_chunks=num_chunks,
                 num_inference_steps=num_inference_steps,
@@ -390,11 +395,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 multi_shot_rope_offset=multi_shot_rope_offset,
                 relative_rope=num_chunks is None if relative_rope is None else relative_rope,
                 kv_cache_dtype=kv_cache_dtype,
-                output_type=output_type,
-                is_single=rows == 1 and (prompts is None or prompts.is_single),
                 callback=callback_on_step_end,
                 callback_inputs=tuple(callback_on_step_end_tensor_inputs or ()),
-                async_decode=async_decode,
             ),
             source,
             guidance_scale=guidance_scale,
@@ -403,6 +405,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             noise=given.get("latents"),
             image_latents=image_latents,
             video_latents=video_latents,
+        )
+        is_single = rows == 1 and (prompts is None or prompts.is_single)
+        return StreamingSession(
+            self, denoiser, output_type=output_type, is_single=is_single, async_decode=async_decode
         )
 
     # -- parts that are useful by themselves -------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class VideoChunk:
     latents: torch.Tensor
     index: int
     shot_index: int | list[int]
-    prompt: str | None | list[str | None]
+    prompt: str | list[str | None] | None
     start_frame: int
 
 

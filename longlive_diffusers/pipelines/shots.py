@@ -30,7 +30,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class ChunkPrompt:
-    """What conditions one chunk of one video: the shot's prompt, the shot's number, and whether this chunk opens it."""
+    """What conditions one chunk of one video: its shot's prompt and number, and whether this chunk opens the shot."""
 
     prompt: str
     shot_index: int

@@ -1,7 +1,7 @@
 """LongLiveScheduler: the solver of streaming generation and the noise process of training, on one shifted schedule.
 
 Both work on the straight path `x_t = (1 - sigma) x0 + sigma noise`, whose velocity `noise - x0` the network predicts,
-and both shift the noise level, `sigma = 5 s / (1 + 4 s)`, towards the noisy end, where the layout of a video is decided.
+and both shift the noise level, `sigma = 5 s / (1 + 4 s)`, to the noisy end, where the layout of a video is decided.
 """
 
 import numpy as np
@@ -54,7 +54,7 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         sigmas: list[float] | np.ndarray | None = None,
         mu: float | None = None,
     ) -> None:
-        """Begin a chunk. The grid is `linspace(0.999, 0, n + 1)[:-1]`, shifted; `sigmas` replaces it, before the shift.
+        """Begin a chunk on the grid `linspace(0.999, 0, n + 1)[:-1]`, shifted; `sigmas` replaces it, before the shift.
 
         Raises:
             ValueError: Without at least one step, or for sigmas outside (0, 1] or not falling.
@@ -78,9 +78,7 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         sigmas = self.training_sigmas.to(timesteps.device)[nearest]
         return torch.where(in_table, sigmas, timesteps / self.config.num_train_timesteps)
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """`(1 - sigma) x0 + sigma noise`, with a noise level for each latent frame.
 
         Args:

@@ -16,6 +16,7 @@ from longlive_diffusers.cli import video_writer
 from longlive_diffusers.cli.video_reader import read_video
 from longlive_diffusers.cli.video_writer import VideoWriter, check_output
 
+
 ROOT = Path(__file__).parents[2]
 SUFFIXES = (".mp4", ".mov", ".mkv")
 

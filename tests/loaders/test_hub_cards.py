@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from longlive_diffusers.loaders.hub import render_lora_card, render_model_card
 
+
 LONGLIVE = "Efficient-Large-Model/LongLive-2.0-5B"
 WAN = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 

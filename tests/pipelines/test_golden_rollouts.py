@@ -22,7 +22,9 @@ def shots_of(prompts: list[str], prefix: str) -> tuple[list[str], list[int]]:
 
 def arguments_of(name: str) -> dict:
     settings, tensors = ROLLOUTS[name], load_rollout(name)
-    shots, durations = zip(*(shots_of(p, settings["scene_cut_prefix"]) for p in settings["prompts_per_chunk"]), strict=True)
+    shots, durations = zip(
+        *(shots_of(p, settings["scene_cut_prefix"]) for p in settings["prompts_per_chunk"]), strict=True
+    )
     arguments = {
         "shot_prompts": list(shots),
         "chunks_per_shot": list(durations),
