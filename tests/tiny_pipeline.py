@@ -3,6 +3,11 @@
 Videos are 64x64 pixels (4x4 latents, 4 tokens a frame) unless asked for otherwise; a chunk is 2 latent frames.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -101,16 +106,52 @@ def tiny_cache(model: LongLiveTransformer3DModel, batch: int = 1, **settings) ->
     return model.create_kv_cache(batch, SIDE, SIDE, **settings)
 
 
-@torch.no_grad()
-def stream_chunks(model: LongLiveTransformer3DModel, num_chunks: int = 4, seed: int = 0, **settings) -> torch.Tensor:
-    """The outputs of a streamed video, one forward for each chunk, `[B, C, F, h, w]`."""
-    inputs = random_inputs(num_chunks * CHUNK_SIZE, seed=seed)
-    inputs = {name: tensor.to(model.dtype) for name, tensor in inputs.items()}
-    cache = tiny_cache(model, **settings)
-    outputs = []
+def stream_chunks(model, num_chunks: int = 4, seed: int = 0, cache: KVCache | None = None) -> torch.Tensor:
+    """The outputs of a streamed video, one forward for each chunk, `[B, C, F, h, w]`; `model` may be compiled."""
+    inputs = like(model, random_inputs(num_chunks * CHUNK_SIZE, seed=seed))
+    cache = tiny_cache(model) if cache is None else cache
+    text, outputs = inputs["encoder_hidden_states"], []
     for start in range(0, num_chunks * CHUNK_SIZE, CHUNK_SIZE):
         own = slice(start, start + CHUNK_SIZE)
         cache.begin_chunk(CHUNK_SIZE)
         latents, timestep = inputs["hidden_states"][:, :, own], inputs["timestep"][:, own]
-        outputs.append(model(latents, timestep, inputs["encoder_hidden_states"], kv_cache=cache).sample)
+        outputs.append(model(latents, timestep, text, kv_cache=cache).sample)
     return torch.cat(outputs, dim=2)
+
+
+def like(model, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`inputs` where `model` runs and, but for the timesteps, in its dtype."""
+    return {
+        name: tensor.to(model.device, torch.float32 if "timestep" in name else model.dtype)
+        for name, tensor in inputs.items()
+    }
+
+
+FORWARDS = {
+    "block causal": lambda model: model(**like(model, random_inputs())).sample,
+    "teacher forcing": lambda model: model(**like(model, teacher_forcing_inputs())).sample,
+    "streaming": stream_chunks,
+}
+"""What the network computes on fixed inputs, in each of the ways it is used."""
+
+@contextmanager
+def logged_by(library: str = "diffusers") -> Iterator[list[str]]:
+    """The messages that `library` logs meanwhile; diffusers does not hand its own to pytest."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger(library)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+every_forward = pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
+
+
+def needs_gpu(test):
+    """For tests that no CPU can stand in for."""
+    reason = "needs a CUDA device, and this machine has none"
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)(test))

@@ -1,1 +1,41 @@
-"""The command line: `longlive generate | convert | quantize | bench`."""
+"""The command line: `longlive generate | convert | bench`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..version import __version__
+from . import bench, convert, generate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; those of the process by default.
+
+    Returns:
+        the exit status: 0; 1 where the disk or the network failed; 2 for what the user asked for and cannot be, told in
+        one line; 130 after Ctrl-C.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"longlive: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("longlive: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; the namespace's `run` is the function to call with it."""
+    parser = argparse.ArgumentParser(
+        prog="longlive", description="Streaming, multi-shot video with LongLive-2.0 and diffusers."
+    )
+    parser.add_argument("--version", action="version", version=f"longlive_diffusers {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (generate, convert, bench):
+        command.add_parser(commands)
+    return parser

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from .kv_cache import ChunkPlan, LayerKVCache
-from .rotary import Rotary, apply_rotary
+from .rotary import apply_rotary
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class LongLiveAttnProcessor:
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: ChunkMask | None = None,
-        rotary_emb: Rotary | None = None,
+        rotary_emb: torch.Tensor | None = None,
         layer_cache: LayerKVCache | None = None,
         plan: ChunkPlan | None = None,
     ) -> torch.Tensor:
@@ -127,9 +127,11 @@ class LongLiveAttnProcessor:
 
     def _attend_to_text(self, attn, hidden_states, encoder_hidden_states, attention_mask, layer_cache):
         (query,) = split_heads(attn, attn.norm_q(attn.to_q(hidden_states)))
-        if layer_cache is not None:
+        if layer_cache is not None and not torch.is_grad_enabled():
             if layer_cache.text is None:
-                layer_cache.text = project_text(attn, encoder_hidden_states)
+                text = project_text(attn, encoder_hidden_states)
+                # Kept heads first, like the frames: each head's keys are then contiguous at every forward.
+                layer_cache.text = tuple(states.transpose(1, 2).contiguous().transpose(1, 2) for states in text)
             return attend(query, *layer_cache.text, self._attention_backend)
 
         key, value = project_text(attn, encoder_hidden_states)

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .rotary import Rotary, apply_rotary, rotary_embedding
+from .rotary import apply_rotary, rotary_embedding
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ChunkPlan:
     rows: torch.Tensor
     slots: torch.Tensor
     length: int
-    rotary: Rotary
+    rotary: torch.Tensor
     raw_rows: torch.Tensor | None = None
     raw_frames: torch.Tensor | None = None
     raw_slots: torch.Tensor | None = None
@@ -108,7 +108,9 @@ class LayerKVCache:
             for states in (self.key, self.value)
         )
 
-    def rotate_again(self, rows: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: Rotary) -> None:
+    def rotate_again(
+        self, rows: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
+    ) -> None:
         """Rotate kept unrotated keys (`rows`, `raw_slots`, int64 `[n]`) to `rotary` and store them in `slots`."""
         raw = self.raw_key[rows, :, raw_slots].transpose(1, 2)  # [n, tokens, heads, head_dim]
         self.key[rows, :, slots] = apply_rotary(raw, rotary).transpose(1, 2)
@@ -371,10 +373,9 @@ class KVCache:
             *raw_indices,
         )
 
-    def _rotary(self, positions: list[list[float]]) -> Rotary:
+    def _rotary(self, positions: list[list[float]]) -> torch.Tensor:
         time = torch.tensor(positions, dtype=torch.float64)
-        cos, sin = rotary_embedding(time, self.height, self.width, self.head_dim, theta=self.theta)
-        return cos.to(self.device), sin.to(self.device)
+        return rotary_embedding(time, self.height, self.width, self.head_dim, theta=self.theta).to(self.device)
 
     def _indices(self, values) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.long, device=self.device)

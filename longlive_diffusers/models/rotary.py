@@ -9,10 +9,6 @@ hand, because at position 100 000 a float32 angle is already wrong in its third 
 import torch
 
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
-"""Cosine and sine, each float32 `[B or 1, tokens, 1, head_dim / 2]`."""
-
-
 def axis_frequencies(channels: int, theta: float, device: torch.device | None = None) -> torch.Tensor:
     """Angular frequencies of one axis, float64 `[channels / 2]`."""
     exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
@@ -21,7 +17,7 @@ def axis_frequencies(channels: int, theta: float, device: torch.device | None = 
 
 def rotary_embedding(
     time_positions: torch.Tensor, height: int, width: int, head_dim: int, *, theta: float = 10000.0
-) -> Rotary:
+) -> torch.Tensor:
     """Rotation of every token of the given frames.
 
     Args:
@@ -31,7 +27,8 @@ def rotary_embedding(
         theta: Base of the frequencies.
 
     Returns:
-        `(cos, sin)`, float32 `[B or 1, F * height * width, 1, head_dim / 2]`, on the device of `time_positions`.
+        Cosine and sine of each channel pair's angle, float32 `[B or 1, F * height * width, 1, head_dim / 2, 2]`, on
+        the device of `time_positions`.
     """
     device = time_positions.device
     time_positions = torch.atleast_2d(time_positions).to(torch.float64)  # [B or 1, F]
@@ -53,12 +50,15 @@ def rotary_embedding(
         dim=-1,
     )
     angles = angles.flatten(1, 3).unsqueeze(2)  # [B or 1, tokens, 1, head_dim / 2]
-    return angles.cos().float(), angles.sin().float()
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def apply_rotary(hidden_states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+def apply_rotary(hidden_states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     """Rotate the channel pairs of `hidden_states [B, tokens, heads, head_dim]`; computed in float32, dtype kept."""
-    cos, sin = rotary
-    even, odd = hidden_states.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    pairs = hidden_states.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # it fuses real arithmetic into one kernel, and has none for complex numbers
+        (even, odd), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:  # one kernel instead of seven
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
     return rotated.flatten(-2).type_as(hidden_states)

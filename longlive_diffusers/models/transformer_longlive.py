@@ -1,5 +1,6 @@
 """LongLiveTransformer3DModel: Wan2.2's network, made causal over chunks of latent frames."""
 
+import inspect
 import math
 from typing import Any
 
@@ -8,15 +9,19 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTimeTextImageEmbedding
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanTimeTextImageEmbedding,
+    WanTransformer3DModel,
+)
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from .attention import ChunkMask, LongLiveAttnProcessor
 from .kv_cache import ChunkPlan, KVCache, LayerKVCache
-from .rotary import Rotary, rotary_embedding
+from .rotary import rotary_embedding
 
 
 ROPE_THETA = 10000.0
@@ -43,7 +48,7 @@ class LongLiveTransformerBlock(nn.Module):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
         temb: torch.Tensor,
-        rotary_emb: Rotary,
+        rotary_emb: torch.Tensor,
         attention_mask: ChunkMask | None = None,
         layer_cache: LayerKVCache | None = None,
         plan: ChunkPlan | None = None,
@@ -57,16 +62,20 @@ class LongLiveTransformerBlock(nn.Module):
         modulation = (self.scale_shift_table[:, None] + temb.float()).unsqueeze(3)  # [B, frames, 6, 1, dim]
         shift_msa, scale_msa, gate_msa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(2)
 
-        normed = modulate(self.norm1(hidden_states.float()), shift_msa, scale_msa).type_as(hidden_states)
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.float()  # the residual stream, once; layers run in `dtype`
+
+        normed = modulate(self.norm1(hidden_states), shift_msa, scale_msa).to(dtype)
         attended = self.attn1(normed, None, attention_mask, rotary_emb, layer_cache=layer_cache, plan=plan)
         hidden_states = add_gated(hidden_states, attended, gate_msa)
 
-        normed = self.norm2(hidden_states.float()).type_as(hidden_states)
-        attended = self.attn2(normed, encoder_hidden_states, attention_mask, layer_cache=layer_cache)
-        hidden_states = hidden_states + attended
+        normed = self.norm2(hidden_states).to(dtype)
+        hidden_states = hidden_states + self.attn2(
+            normed, encoder_hidden_states, attention_mask, layer_cache=layer_cache
+        )
 
-        normed = modulate(self.norm3(hidden_states.float()), shift_ffn, scale_ffn).type_as(hidden_states)
-        return add_gated(hidden_states, self.ffn(normed), gate_ffn)
+        normed = modulate(self.norm3(hidden_states), shift_ffn, scale_ffn).to(dtype)
+        return add_gated(hidden_states, self.ffn(normed), gate_ffn).to(dtype)
 
 
 class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
@@ -199,13 +208,14 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
                 frame_positions = torch.cat([frame_positions, frame_positions], dim=-1)
             rotary_emb = rotary_embedding(
                 frame_positions, rows, columns, self.config.attention_head_dim, theta=ROPE_THETA
-            )
-            rotary_emb = tuple(x.to(tokens.device) for x in rotary_emb)
+            ).to(tokens.device)
 
         temb, modulation = self._embed_time(timestep, tokens.dtype)
-        if kv_cache is None or not kv_cache.holds_text(encoder_hidden_states):
+        # Cached text has no graph, or one that an earlier backward has used up: with gradients it is projected anew.
+        caches_text = kv_cache is not None and not torch.is_grad_enabled()
+        if not caches_text or not kv_cache.holds_text(encoder_hidden_states):
             text = self.condition_embedder.text_embedder(encoder_hidden_states)
-            if kv_cache is not None:
+            if caches_text:
                 kv_cache.remember_text(encoder_hidden_states)
 
         for index, block in enumerate(self.blocks):
@@ -273,6 +283,17 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         )
 
     @classmethod
+    def from_wan(cls, wan: WanTransformer3DModel, **config) -> "LongLiveTransformer3DModel":
+        """The same weights (shared, not copied) as a LongLive network; `config` sets what Wan has no word for, for
+        instance `chunk_size`."""
+        own = inspect.signature(cls.__init__).parameters
+        inherited = {name: value for name, value in wan.config.items() if name in own}
+        with torch.device("meta"):
+            model = cls(**{**inherited, **config})
+        model.load_state_dict(wan.state_dict(), assign=True)
+        return model.train(wan.training)
+
+    @classmethod
     def from_original(
         cls, path_or_state_dict, *, device=None, torch_dtype: torch.dtype | None = None, **config
     ) -> "LongLiveTransformer3DModel":
@@ -308,7 +329,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         """`[B, F]` -> embedding `[B, F, dim]` and modulation `[B, F, 6, dim]`."""
         embedder = self.condition_embedder
         frequencies = embedder.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)
-        frequencies = frequencies.to(embedder.time_embedder.linear_1.weight.dtype)
+        frequencies = frequencies.to(get_parameter_dtype(embedder.time_embedder))  # not the one it is stored in
         temb = embedder.time_embedder(frequencies).to(dtype)
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
 
@@ -365,10 +386,9 @@ def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> 
 
 
 def add_gated(hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """`hidden_states + update * gate` in float32, with `gate [B, frames, 1, dim]`; the dtype is kept."""
-    frames = gate.shape[1]
-    residual, update = (x.float().unflatten(1, (frames, -1)) for x in (hidden_states, update))
-    return torch.addcmul(residual, update, gate).flatten(1, 2).type_as(hidden_states)
+    """`hidden_states + update * gate`, with `gate [B, frames, 1, dim]` applied to every token of its frame."""
+    by_frame = [states.unflatten(1, (gate.shape[1], -1)) for states in (hidden_states, update)]
+    return torch.addcmul(*by_frame, gate).flatten(1, 2)
 
 
 def per_frame(timestep: torch.Tensor, batch: int, frames: int, name: str) -> torch.Tensor:

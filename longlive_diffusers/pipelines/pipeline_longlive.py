@@ -1,24 +1,35 @@
 """LongLivePipeline: text, shots, images or video in; a video out, whole or chunk by chunk while it is made."""
 
 import html
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
+from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from ..loaders.hub import load_model_card, render_model_card
 from ..loaders.lora import is_original_lora, read_original_lora
 from ..models.kv_cache import check_window
 from ..models.streaming_vae import StreamingDecoder, StreamingEncoder, denormalize_latents, normalize_latents
 from ..models.transformer_longlive import LongLiveTransformer3DModel
+from ..schedulers.scheduling_longlive import LongLiveScheduler
 from . import inputs
 from .denoiser import ChunkDenoiser, DenoiseSettings, RunState
 from .pipeline_output import Frames, LongLivePipelineOutput, join_frames
@@ -57,8 +68,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     Args:
         tokenizer, text_encoder: UMT5.
         vae: Wan2.2's VAE.
-        transformer: The chunk-causal network.
-        scheduler: [`LongLiveScheduler`].
+        transformer: The chunk-causal network; a `WanTransformer3DModel` is taken as one.
+        scheduler: [`LongLiveScheduler`]; Wan's UniPC is taken as one with its shift, others as they are.
         window_size: Latent frames that the KV cache holds.
         sink_size: First frames of the video that it never forgets.
         multi_shot_sink: Also keep the frames that opened the current shot.
@@ -74,8 +85,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         tokenizer: PreTrainedTokenizerBase,
         text_encoder: UMT5EncoderModel,
         vae: AutoencoderKLWan,
-        transformer: LongLiveTransformer3DModel,
-        scheduler: UniPCMultistepScheduler,
+        transformer: LongLiveTransformer3DModel | WanTransformer3DModel,
+        scheduler: SchedulerMixin,
         window_size: int = 32,
         sink_size: int = 8,
         multi_shot_sink: bool = True,
@@ -83,6 +94,11 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         scene_cut_prefix: str = "The scene transitions. ",
     ):
         super().__init__()
+        # Conversions by others have the layout of a Wan pipeline; UniPC's own grid is not the one this model learnt.
+        if isinstance(transformer, WanTransformer3DModel):
+            transformer = LongLiveTransformer3DModel.from_wan(transformer)
+        if type(scheduler) is UniPCMultistepScheduler:
+            scheduler = LongLiveScheduler(flow_shift=scheduler.config.flow_shift)
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
@@ -492,6 +508,33 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         mask = tokens.attention_mask
         embeds = self.text_encoder(tokens.input_ids.to(device), mask.to(device)).last_hidden_state
         return (embeds * mask.to(device, embeds.dtype)[..., None]).to(device, dtype)
+
+    # -- sharing -----------------------------------------------------------------------------------------------------
+
+    def model_card(self, repo_id: str, **details) -> ModelCard:
+        """A model card for this pipeline: what it is, which package loads it, and a usage example with its own sizes.
+
+        Args:
+            repo_id: Where it will be; `user/name`.
+            details: Of `loaders.hub.render_model_card`, for instance `base_model`, `license`, `tags`.
+        """
+        scale, config = self.vae_scale_factor_spatial, self.transformer.config
+        sizes = {"height": config.sample_height * scale, "width": config.sample_width * scale}
+        return render_model_card(repo_id, chunk_size=config.chunk_size, **{**sizes, **details})
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As in diffusers; a folder without a README.md also gets one, which says which package loads it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        readme = Path(save_directory) / "README.md"
+        if not readme.exists():
+            self.model_card(Path(save_directory).name).save(readme)
+
+    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, token: str | None = None, **kwargs):
+        """The one way to the Hub: `push_to_hub` and `save_pretrained(push_to_hub=True)` both come through here, with
+        diffusers' placeholder of a card; a card that is on the Hub already is the owner's, and kept."""
+        if load_model_card(repo_id, token=token) is None:
+            self.model_card(repo_id).save(Path(working_dir) / "README.md")
+        return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):

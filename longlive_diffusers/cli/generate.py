@@ -1,0 +1,175 @@
+"""`longlive generate`: text, shots, an image or a video in; a video file out, written while it is made."""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, field
+
+from ..assets import toy_pipeline_path
+from ..loaders.convert import DTYPES
+from ..pipelines.pipeline_output import VideoChunk
+from . import arguments as types
+from .generation_request import DEFAULT_SECONDS, FPS, Request, check_request
+from .measure import as_size, peak_memory, reset_peak_memory
+from .shots_file import FORMAT
+from .typed_prompts import HELP, TypedPrompts, readable_descriptor
+from .video_writer import VideoWriter
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command to `longlive`."""
+    parser = commands.add_parser(
+        "generate",
+        help="make a video",
+        description="Make a video. Several prompts are the shots of one video.",
+        epilog=FORMAT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="what the video shows; several: one for each shot"
+    )
+    parser.add_argument("--shots-file", metavar="FILE", help="the shots, in place of PROMPT; see below")
+    parser.add_argument("--image", metavar="FILE", help="the first frame")
+    parser.add_argument("--video", metavar="FILE", help="a video to continue; the result begins with it")
+    parser.add_argument(
+        "--negative-prompt", metavar="TEXT", help="what not to show; needs a guidance scale that is not 1"
+    )
+    parser.add_argument(
+        "--output", default="video.mp4", metavar="FILE", help=".mp4, .mov or .mkv (default: %(default)s)"
+    )
+
+    length = parser.add_argument_group("size and length").add_mutually_exclusive_group()
+    length.add_argument(
+        "--seconds",
+        type=types.positive,
+        help=f"length of the whole video, rounded up to whole chunks (default: the"
+        f" durations of the shots file, else {DEFAULT_SECONDS:g}; with --stream: endless)",
+    )
+    length.add_argument("--num-frames", type=types.count, help="the same in frames")
+    parser.add_argument("--height", type=types.count, help="in pixels (default: the model's)")
+    parser.add_argument("--width", type=types.count, help="in pixels (default: the model's)")
+
+    how = parser.add_argument_group("sampling")
+    how.add_argument("--steps", type=types.count, default=4, help="solver steps of a chunk (default: %(default)s)")
+    how.add_argument(
+        "--guidance-scale", type=types.non_negative, default=1.0, help="1 for distilled models (default), 3 for others"
+    )
+    how.add_argument(
+        "--seed", type=types.size, help="the same seed gives the same video (default: drawn, and printed)"
+    )
+    how.add_argument(
+        "--window-size", type=types.count, help="latent frames that are remembered (default: the model's)"
+    )
+    how.add_argument("--sink-size", type=types.size, help="first frames never forgotten (default: the model's)")
+    how.add_argument("--relative-rope", action="store_true", help="count time from the frames that are remembered")
+    how.add_argument(
+        "--stream",
+        action="store_true",
+        help="decode while the next chunk is made, and tell of each chunk; without a length, go on until Ctrl-C, and "
+        f"read from a terminal or a pipe: {HELP}",
+    )
+
+    models = parser.add_argument_group("models")
+    models.add_argument(
+        "--model", metavar="DIR_OR_REPO", default=str(toy_pipeline_path()), help="default: the package's tiny toy"
+    )
+    models.add_argument("--lora", metavar="FILE", help="a LoRA to load: file, folder or Hub repository")
+    models.add_argument("--device", type=types.device, help="default: cuda, where there is one, else cpu")
+    models.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on cuda, else what is stored"
+    )
+    models.add_argument(
+        "--offload",
+        choices=("none", "model", "sequential"),
+        default="none",
+        help="keep on the GPU only the model, or the layer, that is at work",
+    )
+    models.add_argument("--no-progress", action="store_true", help="show no progress bars")
+
+
+@dataclass
+class Progress:
+    """What has been written so far, and when; times in seconds since the beginning."""
+
+    began: float = field(default_factory=time.perf_counter)
+    chunks: int = 0
+    frames: int = 0
+    first_frame: float | None = None
+    last_frame: float = 0.0
+
+    def add(self, chunk: VideoChunk) -> None:
+        self.last_frame = time.perf_counter() - self.began
+        if self.first_frame is None:
+            self.first_frame = self.last_frame
+        self.chunks += 1
+        self.frames += chunk.frames.shape[1]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the video; 130 where Ctrl-C ended it (the file is complete as far as it goes)."""
+    request, folder = check_request(args)
+    began = time.perf_counter()
+    pipe = folder.load(
+        device=request.device,
+        dtype=args.dtype,
+        offload=args.offload,
+        lora=args.lora,
+        show_progress=not args.no_progress,
+    )
+    if args.stream or args.no_progress:  # a status line says more, and bars would break it
+        pipe.set_progress_bar_config(disable=True)
+    loading = time.perf_counter() - began
+    endless = request.num_frames is None
+    descriptor = readable_descriptor(sys.stdin) if endless else None
+    typed = None if descriptor is None else TypedPrompts(descriptor)
+    if endless:
+        print(f"Endless: Ctrl-C ends it{'' if typed is None else '; ' + HELP}.", flush=True)
+
+    reset_peak_memory(request.device)
+    progress, interrupted = Progress(), False
+    with VideoWriter(args.output, FPS) as writer:
+        try:
+            with pipe.stream(**request.stream_arguments(args)) as session:
+                for chunk in session:
+                    writer.write(chunk.frames[0])
+                    progress.add(chunk)
+                    if args.stream:
+                        print(status_line(chunk, progress), flush=True)
+                    if typed is not None and not typed.apply_next(session):
+                        break
+        except KeyboardInterrupt:
+            interrupted = True
+    print_summary(request, progress, loading, args.output)
+    return 130 if interrupted else 0
+
+
+def status_line(chunk: VideoChunk, progress: Progress) -> str:
+    """About a chunk that has just been written."""
+    speed = progress.frames / progress.last_frame
+    return (
+        f"chunk {chunk.index}, shot {chunk.shot_index}: {progress.frames / FPS:.1f} s of video after "
+        f"{progress.last_frame:.1f} s ({speed:.1f} frames/s), {chunk.prompt!r}"
+    )
+
+
+def print_summary(request: Request, progress: Progress, loading: float, output: str) -> None:
+    """What was made, how fast, and what these numbers count."""
+    if progress.first_frame is None:
+        print("interrupted before the first chunk: nothing was written")
+        return
+    made = max(0, progress.frames - request.condition_frames)
+    continued = f", {progress.frames - made} of them continued" if request.condition_frames else ""
+    memory, what = peak_memory(request.device)
+    print(f"frames:              {progress.frames}{continued} ({progress.chunks} chunks)")
+    print(f"duration:            {progress.frames / FPS:.2f} s at {FPS} frames per second, seed {request.seed}")
+    print(
+        f"time to first frame: {progress.first_frame:.2f} s (to encode the inputs, denoise, decode and write the first "
+        f"chunk; after {loading:.1f} s of loading)"
+    )
+    print(
+        f"frames per second:   {made / progress.last_frame:.2f} (new frames; encoding, denoising, decoding and writing "
+        f"in the timer, {progress.last_frame:.2f} s; loading not)"
+    )
+    print(f"peak memory:         {as_size(memory)} ({what})")
+    print(f"output:              {output}")

@@ -1,0 +1,152 @@
+"""A pipeline on disk or on the Hub: what its small files say, and how it is loaded as the command line asks."""
+
+import inspect
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import safe_open
+from transformers.utils import logging as transformers_logging
+
+from ..loaders.convert import DTYPES
+from ..loaders.lora import LORA_SUFFIXES, check_lora_fits
+from ..models.transformer_longlive import LongLiveTransformer3DModel
+from ..pipelines.pipeline_longlive import LongLivePipeline
+
+
+_SETTINGS = ("model_index.json", "transformer/config.json", "vae/config.json")
+# Conversions by other people have the layout of a Wan pipeline; LongLivePipeline takes them too.
+_PIPELINES = ("LongLivePipeline", "WanPipeline")
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """
+    Args:
+        source: a folder, or a repository of the Hub, as `from_pretrained` takes it.
+        settings: of the pipeline, by name (`window_size`, ...).
+        transformer, vae: their configurations, complete.
+    """
+
+    source: str
+    settings: dict[str, Any]
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+
+    @classmethod
+    def find(cls, source: str | os.PathLike) -> "PipelineFolder":
+        """Look at the settings of a pipeline; nothing large is downloaded or read.
+
+        Raises:
+            ValueError: there is no such folder or repository, or it is not a pipeline that this package can run.
+        """
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            source = folder
+        else:
+            try:
+                folder = Path(snapshot_download(str(source), allow_patterns=list(_SETTINGS)))
+            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+                raise ValueError(f"'{source}' is no folder, and no Hub repository to be reached: {error}") from error
+        index, transformer, vae = (_read_json(folder / name, source) for name in _SETTINGS)
+        if index.get("_class_name") not in _PIPELINES:
+            raise ValueError(f"'{source}' is a {index.get('_class_name')}, not a LongLivePipeline")
+        settings = _defaults(LongLivePipeline) | index
+        return cls(
+            source=str(source),
+            settings={name: settings[name] for name in _defaults(LongLivePipeline)},
+            transformer=_complete(LongLiveTransformer3DModel, transformer),
+            vae=_complete(AutoencoderKLWan, vae),
+        )
+
+    def load(
+        self,
+        *,
+        device: torch.device,
+        dtype: str = "auto",
+        offload: str = "none",
+        lora: str | None = None,
+        show_progress: bool = True,
+    ) -> LongLivePipeline:
+        """Load the models and bring them to the device.
+
+        Args:
+            device: where they run.
+            dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on a GPU, on a CPU what is stored.
+            offload: "none", or what is kept on the GPU only while it is needed: a "model" or, "sequential", a layer.
+            lora: file, folder or repository of a LoRA.
+            show_progress: show bars while loading and generating.
+        """
+        if not show_progress:
+            diffusers_logging.disable_progress_bar()
+            transformers_logging.disable_progress_bar()
+        folder = Path(self.source) if Path(self.source).is_dir() else Path(DiffusionPipeline.download(self.source))
+        if dtype == "auto":
+            torch_dtype = torch.bfloat16 if device.type == "cuda" else stored_dtype(folder / "transformer")
+        else:
+            torch_dtype = DTYPES[dtype]
+        pipe = LongLivePipeline.from_pretrained(folder, torch_dtype=torch_dtype)
+        pipe.set_progress_bar_config(disable=not show_progress)
+        if lora is not None:
+            weights = pipe.lora_state_dict(lora)
+            check_lora_fits(weights, pipe.transformer.state_dict())
+            pipe.load_lora_weights(weights)
+        if offload == "model":
+            pipe.enable_model_cpu_offload(device=device)
+        elif offload == "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+        return pipe
+
+
+def check_lora_file(lora: str) -> None:
+    """Refuse, before any model is loaded, a LoRA that is named as a file and is none."""
+    if Path(lora).suffix in LORA_SUFFIXES and not Path(lora).is_file():
+        raise ValueError(f"there is no LoRA file '{lora}'")
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that most of a model's stored weights have; float32 where that cannot be seen."""
+    numbers: Counter[str] = Counter()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                tensor = file.get_slice(name)
+                numbers[tensor.get_dtype()] += torch.Size(tensor.get_shape()).numel()
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return names.get(numbers.most_common(1)[0][0], torch.float32) if numbers else torch.float32
+
+
+def _read_json(path: Path, source: str | os.PathLike) -> dict[str, Any]:
+    name = "/".join(path.parts[-2:]) if path.name == "config.json" else path.name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"'{source}' is not a pipeline: it has no {name}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} of '{source}' is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} of '{source}' holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _defaults(component: type) -> dict[str, Any]:
+    parameters = inspect.signature(component.__init__).parameters.values()
+    return {entry.name: entry.default for entry in parameters if entry.default is not inspect.Parameter.empty}
+
+
+def _complete(model: type, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as the model itself understands it, what it adds included; on no device, so for nothing."""
+    known = {name: value for name, value in config.items() if name in _defaults(model)}
+    with init_empty_weights():
+        return dict(model(**known).config)

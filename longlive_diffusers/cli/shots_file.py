@@ -1,0 +1,92 @@
+"""Files that list the shots of a video."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+FORMAT = """\
+A shots file lists the shots of one video, in order, as text or as JSON. A duration is a number of chunks (of 2 to 8
+latent frames, as the model says; each latent frame is 4 frames). Either all shots have one, or none: then the video is
+divided evenly.
+
+  text: one shot on each line; empty lines and lines that begin with # are skipped
+    [3] A fox runs through the forest.
+    [2] It drinks from a river.
+
+  JSON: a list
+    [{"prompt": "A fox runs through the forest.", "chunks": 3}, {"prompt": "It drinks from a river.", "chunks": 2}]
+"""
+_LINE = re.compile(r"(?:\[(?P<chunks>[^\]]*)\])?\s*(?P<prompt>.*)")
+_JSON_START = re.compile(r"\s*(\[\s*[\]{\"\[]|\{)")
+
+
+@dataclass(frozen=True)
+class RequestedShot:
+    """What the user asks a shot to show, and for how many chunks; None: as many as come to it."""
+
+    prompt: str
+    chunks: int | None = None
+
+
+def read_shots(path: str | os.PathLike) -> list[RequestedShot]:
+    """The shots of a file in the format above.
+
+    Raises:
+        ValueError: there is no such file, or it has no shots, a malformed one (the message names its line, or its
+            number in a JSON list), or some with and some without a duration.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no shots file '{path}'")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the shots file '{path}' is not UTF-8 text: {error}") from error
+    is_json = path.suffix.lower() == ".json" or _JSON_START.match(text)
+    shots = _parse_json(text, path) if is_json else _parse_lines(text, path)
+    if not shots:
+        raise ValueError(f"the shots file '{path}' has no shots")
+    without = [place for place, shot in shots if shot.chunks is None]
+    if without and len(without) < len(shots):
+        raise ValueError(f"'{path}', {without[0]}: no duration, but other shots have one; give it to all or to none")
+    return [shot for _, shot in shots]
+
+
+def _parse_lines(text: str, path: Path) -> list[tuple[str, RequestedShot]]:
+    shots = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        match, place = _LINE.fullmatch(line), f"line {number}"
+        chunks = match["chunks"]
+        if chunks is not None and not (chunks.strip().isdecimal() and int(chunks) > 0):
+            raise ValueError(f"'{path}', {place}: a shot lasts a whole number of chunks, at least 1, not '[{chunks}]'")
+        if not match["prompt"]:
+            raise ValueError(f"'{path}', {place}: there is no prompt after '[{chunks}]'")
+        shots.append((place, RequestedShot(match["prompt"], None if chunks is None else int(chunks))))
+    return shots
+
+
+def _parse_json(text: str, path: Path) -> list[tuple[str, RequestedShot]]:
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}', line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"'{path}' holds a JSON {type(entries).__name__}, not a list of shots")
+    return [(f"shot {number}", _parse_entry(entry, path, number)) for number, entry in enumerate(entries, start=1)]
+
+
+def _parse_entry(entry: object, path: Path, number: int) -> RequestedShot:
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
+        raise ValueError(f"'{path}', shot {number}: not an object with a text as \"prompt\": {json.dumps(entry)}")
+    if unknown := sorted(set(entry) - {"prompt", "chunks"}):
+        raise ValueError(f"'{path}', shot {number}: no such setting: {', '.join(unknown)}; there is prompt and chunks")
+    chunks = entry.get("chunks")
+    if chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
+        raise ValueError(f"'{path}', shot {number}: \"chunks\" is not an integer of at least 1: {json.dumps(chunks)}")
+    return RequestedShot(entry["prompt"].strip(), chunks)

@@ -1,0 +1,68 @@
+"""Prompts that are typed while a stream runs."""
+
+import io
+import os
+import queue
+import stat
+import sys
+import threading
+from typing import TextIO
+
+from ..pipelines.session import StreamingSession
+
+
+HELP = "type a line to change the prompt, '/cut TEXT' to cut to a new shot, '/quit' to end"
+
+
+class TypedPrompts:
+    """
+    Reads lines from a terminal or a pipe, and applies them to a session, one at a time.
+
+    Args:
+        descriptor: of the open file that is read, in a thread of its own, until it ends.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(descriptor,), name="longlive-prompts", daemon=True).start()
+
+    def apply_next(self, session: StreamingSession) -> bool:
+        """Act on the next line, if there is one; False where it says to end.
+
+        Only one at a time, so that each of several lines that came at once gets a chunk of its own.
+        """
+        try:
+            line = self._lines.get_nowait().strip()
+        except queue.Empty:
+            return True
+        command, _, text = line.partition(" ")
+        if command == "/quit":
+            return False
+        if command == "/cut" and text.strip():
+            session.cut(text.strip())
+        elif line.startswith("/"):
+            print(f"'{line}' is not a command: {HELP}", file=sys.stderr)
+        elif line:
+            session.prompt = line
+        return True
+
+    def _read(self, descriptor: int) -> None:
+        # Not sys.stdin's own methods: a thread that waits in one holds a lock that Python needs in order to exit.
+        pending = b""
+        while received := os.read(descriptor, 4096):
+            *lines, pending = (pending + received).split(b"\n")
+            for line in lines:
+                self._lines.put(line.decode("utf-8", errors="replace"))
+        self._lines.put(pending.decode("utf-8", errors="replace"))
+
+
+def readable_descriptor(stream: TextIO | None) -> int | None:
+    """The descriptor of a stream that somebody may type into: a terminal, a pipe or a socket; otherwise None."""
+    try:
+        descriptor = None if stream is None else stream.fileno()
+    except io.UnsupportedOperation:
+        return None
+    if descriptor is None:
+        return None
+    mode = os.fstat(descriptor).st_mode
+    return descriptor if os.isatty(descriptor) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
