@@ -115,6 +115,7 @@ def stream_chunks(model, num_chunks: int = 4, seed: int = 0, cache: KVCache | No
         own = slice(start, start + CHUNK_SIZE)
         cache.begin_chunk(CHUNK_SIZE)
         latents, timestep = inputs["hidden_states"][:, :, own], inputs["timestep"][:, own]
+        latents, timestep = (x.clone(memory_format=torch.contiguous_format) for x in (latents, timestep))
         outputs.append(model(latents, timestep, text, kv_cache=cache).sample)
     return torch.cat(outputs, dim=2)
 

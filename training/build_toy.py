@@ -38,8 +38,9 @@ SIZES = phrases("small|large|tiny|huge|wide|tall|thin|round|bright|dark|striped|
 SHAPES = phrases("circle|square|triangle|star|ring|cross|diamond|heart|ball|cube|line|dot|hexagon|wave|spiral|arrow")
 MOTIONS = phrases("""moves left|moves right|moves up|moves down|bounces|bounces off the walls|spins slowly
 spins quickly|falls|rises|grows|shrinks|stands still|swings from side to side|rolls across the ground
-orbits the centre|fades in|fades out|zigzags|jumps twice|turns clockwise|drifts diagonally|accelerates|slows down and stops|pulses
-leaves the frame|enters from the left|follows another shape|splits in two|changes its colour""")
+orbits the centre|fades in|fades out|zigzags|jumps twice|turns clockwise|drifts diagonally|accelerates
+slows down and stops|pulses|leaves the frame|enters from the left|follows another shape|splits in two
+changes its colour""")
 BACKGROUNDS = phrases("""on a black background|on a white background|on a grey background|over a gradient
 over a checkerboard|in front of stripes|in the fog|under a blue sky|at night|at sunset|at sunrise|in the rain
 in the snow|on the water|in a forest|in a city street|on a beach|in the desert|between mountains|in a meadow

@@ -15,8 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process by default.
 
     Returns:
-        the exit status: 0; 1 where the disk or the network failed; 2 for what the user asked for and cannot be, told in
-        one line; 130 after Ctrl-C.
+        the exit status: 0; 1 where the disk or the network failed; 2 for what the user asked for and cannot be (both
+        told in one line); 130 after Ctrl-C.
     """
     arguments = build_parser().parse_args(argv)
     try:

@@ -35,9 +35,9 @@ def device(text: str) -> torch.device:
         found = torch.device(text)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"'{text}' is not a device; try cpu, cuda or cuda:1") from error
-    if found.type == "cuda":
-        if (found.index or 0) >= (number := torch.cuda.device_count()):
-            raise argparse.ArgumentTypeError(f"there is no device '{text}': torch sees {number} CUDA devices")
+    number = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= number:
+        raise argparse.ArgumentTypeError(f"there is no device '{text}': torch sees {number} CUDA devices")
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise argparse.ArgumentTypeError("there is no device 'mps'")
     return found
@@ -54,7 +54,5 @@ def _in_range(text: str, kind: type, least: int) -> int | float:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"'{text}' is not a{'n integer' if kind is int else ' number'}") from error
     if not math.isfinite(value) or value < least:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not {'a finite number ' if kind is float else ''}of at least {least}"
-        )
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {least}")
     return value

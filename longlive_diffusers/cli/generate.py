@@ -164,12 +164,12 @@ def print_summary(request: Request, progress: Progress, loading: float, output: 
     print(f"frames:              {progress.frames}{continued} ({progress.chunks} chunks)")
     print(f"duration:            {progress.frames / FPS:.2f} s at {FPS} frames per second, seed {request.seed}")
     print(
-        f"time to first frame: {progress.first_frame:.2f} s (to encode the inputs, denoise, decode and write the first "
-        f"chunk; after {loading:.1f} s of loading)"
+        f"time to first frame: {progress.first_frame:.2f} s (to encode the inputs, denoise, decode and write the "
+        f"first chunk; after {loading:.1f} s of loading)"
     )
     print(
-        f"frames per second:   {made / progress.last_frame:.2f} (new frames; encoding, denoising, decoding and writing "
-        f"in the timer, {progress.last_frame:.2f} s; loading not)"
+        f"frames per second:   {made / progress.last_frame:.2f} (new frames; encoding, denoising, decoding and "
+        f"writing in the timer, {progress.last_frame:.2f} s; loading not)"
     )
     print(f"peak memory:         {as_size(memory)} ({what})")
     print(f"output:              {output}")

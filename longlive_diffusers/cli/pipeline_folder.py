@@ -91,10 +91,10 @@ class PipelineFolder:
             transformers_logging.disable_progress_bar()
         folder = Path(self.source) if Path(self.source).is_dir() else Path(DiffusionPipeline.download(self.source))
         if dtype == "auto":
-            torch_dtype = torch.bfloat16 if device.type == "cuda" else stored_dtype(folder / "transformer")
+            wanted = torch.bfloat16 if device.type == "cuda" else stored_dtype(folder / "transformer")
         else:
-            torch_dtype = DTYPES[dtype]
-        pipe = LongLivePipeline.from_pretrained(folder, torch_dtype=torch_dtype)
+            wanted = DTYPES[dtype]
+        pipe = LongLivePipeline.from_pretrained(folder, dtype=wanted)
         pipe.set_progress_bar_config(disable=not show_progress)
         if lora is not None:
             weights = pipe.lora_state_dict(lora)

@@ -18,6 +18,9 @@ from .kv_cache import ChunkPlan, LayerKVCache
 from .rotary import apply_rotary
 
 
+_SCORE_BYTES = 4 * 2**20  # of a block of scores; found by measurement, and flat around it
+
+
 @dataclass(frozen=True)
 class ChunkMask:
     """Which chunks see which, for tokens `[clean; noisy]` (teacher forcing) or `[noisy]` alone (block causal).
@@ -182,6 +185,18 @@ def _prefers_matmul(query: torch.Tensor) -> bool:
 
 
 def _matmul_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    return (scores.softmax(dim=-1) @ value).transpose(1, 2)
+    """Attention in blocks of heads and queries whose scores stay in the processor's cache."""
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, heads, tokens, head_dim]
+    query = query * query.shape[-1] ** -0.5
+    row_bytes = query.shape[0] * key.shape[2] * key.element_size()
+    num_rows = min(query.shape[2], max(1, _SCORE_BYTES // row_bytes))
+    num_heads = max(1, _SCORE_BYTES // (row_bytes * num_rows)) if num_rows == query.shape[2] else 1
+
+    def block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return (query @ key.transpose(-1, -2)).softmax(dim=-1) @ value
+
+    outputs = []
+    for queries, keys, values in zip(*(states.split(num_heads, dim=1) for states in (query, key, value)), strict=True):
+        parts = [block(rows, keys, values) for rows in queries.split(num_rows, dim=2)]
+        outputs.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
+    return torch.cat(outputs, dim=1).transpose(1, 2)

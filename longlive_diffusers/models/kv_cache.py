@@ -25,6 +25,7 @@ unrotated (so that rounding does not pile up in an endless stream). No forward p
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 
@@ -84,8 +85,8 @@ class LayerKVCache:
             plan: Where this chunk's frames go.
 
         Returns:
-            Keys and values `[B, length * tokens, heads, head_dim]`, in the dtype of `key`: views of the cache. Where
-            gradients flow through `key`, a copy, because the cache itself is overwritten by the next step.
+            Keys and values `[B, length * tokens, heads, head_dim]`, in the dtype of `key`: views of the cache. With
+            gradients enabled, copies: a backward needs them as they are now, and the next step overwrites the cache.
         """
         heads_first = [self._frames(states, plan.num_frames) for states in (key, value)]
         self.key[plan.rows, :, plan.slots] = heads_first[0].detach().to(self.key.dtype)
@@ -93,7 +94,7 @@ class LayerKVCache:
         if plan.raw_slots is not None:
             raw_frames = self._frames(raw_key, plan.num_frames)[plan.raw_rows, plan.raw_frames]
             self.raw_key[plan.raw_rows, :, plan.raw_slots] = raw_frames.detach().to(self.raw_key.dtype)
-        if torch.is_grad_enabled() and key.requires_grad:
+        if torch.is_grad_enabled():
             index = (plan.rows, slice(None), plan.slots)
             cached = [states[:, :, : plan.length].to(key.dtype, copy=True) for states in (self.key, self.value)]
             cached[0][index], cached[1][index] = heads_first
@@ -318,7 +319,8 @@ class KVCache:
                     row.raw_slots[index] = next(free)
 
     def _place(self, row: _Row, frames: list[CachedFrame]) -> list[int]:
-        """Give each new frame a slot: the next free one, or that of the oldest frame that may go."""
+        """Give each new frame a slot: the next free one or, once the chunk does not fit, that of the oldest frame that
+        may go. Where too few may go (the sinks end within a chunk), free slots serve the rest."""
         first_free = len(row.slots)
         if first_free + len(frames) <= self.window_size:
             row.slots += frames
@@ -329,9 +331,11 @@ class KVCache:
             if frame.index >= self.sink_size and frame.index not in row.pinned
         )
         slots = [slot for _, slot in evictable[: len(frames)]]
-        for slot, frame in zip(slots, frames, strict=True):
+        for slot, frame in zip(slots, frames, strict=False):
             row.slots[slot] = frame
-        return slots
+        rest = frames[len(slots) :]
+        row.slots += rest
+        return [*slots, *range(first_free, first_free + len(rest))]
 
     def _close_gaps(self) -> None:
         """Relative RoPE: bring the frames before an evicted stretch as close to the newest frame as they now are."""
@@ -396,6 +400,9 @@ def _version_of(tensor: torch.Tensor) -> int | None:
 
 def check_window(window_size: int, sink_size: int, chunk_size: int, multi_shot_sink: bool) -> None:
     """Raise a ValueError that states the numbers, unless a chunk always fits beside what is protected."""
+    sizes = {"window_size": window_size, "sink_size": sink_size, "chunk_size": chunk_size}
+    if not all(isinstance(size, Integral) for size in sizes.values()):
+        raise ValueError(f"A window is counted in whole latent frames, got {sizes}.")
     if chunk_size < 1 or window_size < 1 or sink_size < 0:
         raise ValueError(
             f"`chunk_size` and `window_size` must be at least 1 and `sink_size` at least 0, got {chunk_size}, "

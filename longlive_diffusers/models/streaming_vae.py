@@ -94,7 +94,8 @@ class StreamingDecoder:
             row = []
             for left in range(0, width, step_width):
                 tile = latents[..., top : top + tile_height, left : left + tile_width]
-                tile = vae.post_quant_conv(tile.contiguous())
+                # Frame by frame, as there: its last bit can depend on how many frames it is given.
+                tile = torch.cat([vae.post_quant_conv(frame) for frame in tile.split(1, dim=2)], dim=2)
                 row.append(self._decode_tile(tile, (number, top, left), first))
             rows.append(row)
         blended = []
@@ -127,7 +128,7 @@ class StreamingEncoder:
     def reset(self) -> None:
         """Forget the video so far."""
         self._cache = [None] * self.vae._cached_conv_counts["encoder"]
-        self._first = True
+        self._shape: tuple[int, ...] | None = None
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
@@ -139,10 +140,18 @@ class StreamingEncoder:
             Latents `[B, z_dim, F, h, w]`, not normalised; one for the first frame and one for each four after it.
 
         Raises:
-            ValueError: For another number of frames, saying which would do.
+            ValueError: For another number of frames, saying which would do; for pixels of another shape than the
+                network's, or than the frames before.
         """
-        vae, head = self.vae, 1 if self._first else 0
-        count = frames.shape[2]
+        vae, head = self.vae, 1 if self._shape is None else 0
+        channels = vae.config.in_channels // (vae.config.patch_size or 1) ** 2
+        if frames.ndim != 5 or frames.shape[1] != channels:
+            raise ValueError(f"Expected pixels [B, {channels}, frames, H, W], got shape {tuple(frames.shape)}.")
+        count, shape = frames.shape[2], (frames.shape[0], *frames.shape[-2:])
+        if self._shape not in (None, shape):
+            raise ValueError(
+                f"The video so far has (batch, H, W) = {self._shape}, these frames {shape}: `reset()` first."
+            )
         if count < 1 or (count - head) % 4:
             raise ValueError(f"Expected {'1 + 4 n' if head else '4 n'} frames, got {count}.")
         if vae.config.patch_size is not None:
@@ -152,7 +161,7 @@ class StreamingEncoder:
         )
         _bring_to_device(vae)
         encoded = [vae.encoder(group, feat_cache=self._cache, feat_idx=[0]) for group in groups]
-        self._first = False
+        self._shape = shape
         return vae.quant_conv(torch.cat(encoded, dim=2)).chunk(2, dim=1)[0]
 
 

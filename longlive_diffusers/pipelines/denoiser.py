@@ -105,7 +105,7 @@ class ChunkDenoiser:
         num_new_chunks = (settings.num_chunks or 0) - self.num_condition_chunks
         self.run = RunState(guidance_scale, max(num_new_chunks, 0) * settings.num_inference_steps, attention_kwargs)
         self.caches: list[KVCache] = []  # for the prompt and, with guidance, for the negative prompt
-        self._guided = guidance_scale != 1
+        self._guided = is_guided(guidance_scale)
         self._generator = _private_generator() if generator is None else generator
         self._noise, self._image_latents, self._video_latents = noise, image_latents, video_latents
         self._scheduler = copy.deepcopy(pipeline.scheduler)
@@ -171,11 +171,11 @@ class ChunkDenoiser:
 
     def _predict(self, latents, timestep: torch.Tensor, text: torch.Tensor, keeps_first_frame: bool) -> torch.Tensor:
         """The velocity, guided where there is a negative prompt: `v_neg + s (v_pos - v_neg)`."""
-        per_frame = timestep.to(self.device).expand(latents.shape[0], latents.shape[2]).clone()
+        per_frame = timestep.to(self.device, torch.float32).expand(latents.shape[0], latents.shape[2]).clone()
         if keeps_first_frame:
             per_frame[:, 0] = 0
         velocity = self._forward(latents, per_frame, text, self.caches[0])
-        if self._guided:
+        if self._guided and is_guided(self.run.guidance_scale):  # a callback may have switched it off
             negative = self._forward(latents, per_frame, self.prompts.negative, self.caches[1])
             velocity = negative + self.run.guidance_scale * (velocity - negative)
         return velocity
@@ -193,7 +193,7 @@ class ChunkDenoiser:
 
     def _write_clean(self, latents: torch.Tensor, text: torch.Tensor) -> None:
         """One forward at timestep 0: from now on the cache holds the chunk as it is, not as it was on its way."""
-        clean = torch.zeros(latents.shape[0], device=self.device)
+        clean = torch.zeros(latents.shape[0], latents.shape[2], device=self.device)  # as every step: nothing recompiles
         for cache, embeds in zip(self.caches, (text, self.prompts.negative), strict=False):
             self._forward(latents, clean, embeds, cache)
 
@@ -206,7 +206,8 @@ class ChunkDenoiser:
                 for row, indices in enumerate(frames)
             ]
             latents = torch.stack(rows)  # [B, C, n, h, w]
-            self._forward(latents, torch.zeros(len(rows), device=self.device), text, cache)
+            clean = torch.zeros(latents.shape[0], latents.shape[2], device=self.device)
+            self._forward(latents, clean, text, cache)
 
     def _remember(self, index: int, latents: torch.Tensor) -> None:
         self._clean_latents[index] = latents
@@ -245,7 +246,7 @@ class ChunkDenoiser:
         if self._noise is None:
             return randn_tensor(shape, generator=self._generator, device=self.device, dtype=torch.float32)
         start = new_index * shape[2]
-        return self._noise[:, :, start : start + shape[2]].to(self.device, torch.float32)
+        return self._noise[:, :, start : start + shape[2]].to(self.device, torch.float32).contiguous()
 
     def _call_back(self, step: int, timestep, latents, text) -> tuple[torch.Tensor, torch.Tensor]:
         tensors = {"latents": latents, "prompt_embeds": text, "negative_prompt_embeds": self.prompts.negative}
@@ -257,6 +258,11 @@ class ChunkDenoiser:
         if "negative_prompt_embeds" in changed:
             self.prompts.negative = changed["negative_prompt_embeds"]
         return changed.get("latents", latents), text
+
+
+def is_guided(guidance_scale: float) -> bool:
+    """Whether there is classifier-free guidance: 1 is none, and so, by diffusers' custom, is 0."""
+    return guidance_scale not in (0, 1)
 
 
 def _private_generator() -> torch.Generator:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import PIL.Image
@@ -47,13 +48,14 @@ class Prompts:
 
 
 def resolve_prompts(
-    prompt, shot_prompts, chunks_per_shot, prompt_embeds, negative_prompt, negative_prompt_embeds
+    prompt, shot_prompts, chunks_per_shot, prompt_embeds, negative_prompt, negative_prompt_embeds, text_dim: int
 ) -> Prompts | None:
     """One list of shot prompts for each video; None where `prompt_embeds` are given.
 
     Raises:
         ValueError: For none or several of `prompt`, `shot_prompts` and `prompt_embeds`; for other types than strings
-            and lists of strings; for durations without shots; for negative prompts that do not match.
+            and lists of strings; for durations without shots; for negative prompts that do not match; for embeddings
+            that are not of `text_dim` channels.
     """
     given = {"prompt": prompt, "shot_prompts": shot_prompts, "prompt_embeds": prompt_embeds}
     names = [name for name, value in given.items() if value is not None]
@@ -65,7 +67,7 @@ def resolve_prompts(
         raise ValueError("Pass either `negative_prompt` or `negative_prompt_embeds`, not both.")
 
     if prompt_embeds is not None:
-        check_embeds("prompt_embeds", prompt_embeds)
+        check_embeds("prompt_embeds", prompt_embeds, text_dim)
         batch = prompt_embeds.shape[0]
         prompts = None
     elif prompt is not None:
@@ -81,7 +83,7 @@ def resolve_prompts(
     if negative_prompt is not None and not isinstance(negative_prompt, str | list):
         raise ValueError(f"`negative_prompt` must be a string or a list, got {type(negative_prompt).__name__}.")
     if negative_prompt_embeds is not None:
-        check_embeds("negative_prompt_embeds", negative_prompt_embeds)
+        check_embeds("negative_prompt_embeds", negative_prompt_embeds, text_dim)
         if negative_prompt_embeds.shape[0] != batch:
             raise ValueError(
                 f"`negative_prompt_embeds` {tuple(negative_prompt_embeds.shape)} has another batch size than {batch}."
@@ -111,10 +113,17 @@ def _strings(name: str, value) -> list[str]:
     return value
 
 
-def check_embeds(name: str, embeds: torch.Tensor) -> None:
-    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or 0 in embeds.shape:
-        shape = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
-        raise ValueError(f"`{name}` must be [B, L, D], got {shape}.")
+def check_embeds(name: str, embeds: torch.Tensor, text_dim: int) -> None:
+    is_tensor = isinstance(embeds, torch.Tensor)
+    if not is_tensor or embeds.ndim != 3 or 0 in embeds.shape or embeds.shape[-1] != text_dim:
+        shape = tuple(embeds.shape) if is_tensor else type(embeds).__name__
+        raise ValueError(f"`{name}` must be [B, L, {text_dim}], got {shape}.")
+    check_finite(name, embeds)
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"`{name}` has {int((~torch.isfinite(tensor)).sum())} values that are not finite.")
 
 
 def check_latents(name: str, latents: torch.Tensor | None, channels: int, chunk_size: int | None) -> None:
@@ -129,8 +138,7 @@ def check_latents(name: str, latents: torch.Tensor | None, channels: int, chunk_
         raise ValueError(f"`{name}` must have 1 latent frame, got {frames}.")
     if chunk_size is not None and (frames < 1 or frames % chunk_size):
         raise ValueError(f"`{name}` must have a multiple of {chunk_size} latent frames (whole chunks), got {frames}.")
-    if not torch.isfinite(latents).all():
-        raise ValueError(f"`{name}` has {int((~torch.isfinite(latents)).sum())} values that are not finite.")
+    check_finite(name, latents)
 
 
 def resolve_size(
@@ -224,7 +232,7 @@ def check_options(
         if not is_count(value) or value < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
     for name, value in {"guidance_scale": guidance_scale, "multi_shot_rope_offset": multi_shot_rope_offset}.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
             raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
     check_output_type(output_type)
     if kv_cache_dtype not in (None, *KV_CACHE_DTYPES):

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import WanLoraLoaderMixin
-from diffusers.utils import logging, replace_example_docstring
+from diffusers.utils import _get_model_file, logging, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
 from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -31,7 +31,7 @@ from ..models.streaming_vae import StreamingDecoder, StreamingEncoder, denormali
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..schedulers.scheduling_longlive import LongLiveScheduler
 from . import inputs
-from .denoiser import ChunkDenoiser, DenoiseSettings, RunState
+from .denoiser import ChunkDenoiser, DenoiseSettings, RunState, is_guided
 from .pipeline_output import Frames, LongLivePipelineOutput, join_frames
 from .prompt_source import PromptSource
 from .session import StreamingSession
@@ -78,6 +78,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["tokenizer", "text_encoder", "vae"]  # embeddings in, latents out
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(
@@ -122,7 +123,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._run.guidance_scale != 1
+        return is_guided(self._run.guidance_scale)
 
     @property
     def num_timesteps(self) -> int:
@@ -212,11 +213,11 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             image: Its first frame (image to video).
             video: A video to continue; the result begins with it. Frames that do not fill whole chunks are dropped
                 from its beginning, with a warning.
-            negative_prompt: What it should not show; used where `guidance_scale` is not 1.
+            negative_prompt: What it should not show; used where `guidance_scale` is neither 1 nor 0.
             height, width: In pixels; the model's own by default.
             num_frames: Of the whole result; rounded up to whole chunks, with a warning.
             num_inference_steps: Solver steps of each chunk: 4 or 2 for distilled models, 30 to 50 for others.
-            guidance_scale: 1 for distilled models, about 3 for others.
+            guidance_scale: 1 (or 0: none) for distilled models, about 3 for others.
             num_videos_per_prompt: Videos made for each prompt.
             generator: Random state; a list has one for each video.
             latents: Initial noise of all new frames `[B, C, F, h, w]`; its F decides the length.
@@ -328,8 +329,16 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         chunk_size, channels = self.transformer.config.chunk_size, self.transformer.config.in_channels
         check_window(window_size, sink_size, chunk_size, multi_shot_sink)
+        if self.vae is not None and self.vae.config.z_dim != channels:
+            raise ValueError(f"The transformer's latents have {channels} channels, the VAE's {self.vae.config.z_dim}.")
         prompts = inputs.resolve_prompts(
-            prompt, shot_prompts, chunks_per_shot, prompt_embeds, negative_prompt, negative_prompt_embeds
+            prompt,
+            shot_prompts,
+            chunks_per_shot,
+            prompt_embeds,
+            negative_prompt,
+            negative_prompt_embeds,
+            self.transformer.config.text_dim,
         )
         batch = prompt_embeds.shape[0] if prompts is None else len(prompts.videos)
         rows = batch * num_videos_per_prompt
@@ -369,7 +378,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         device = self._execution_device
         if prompt_embeds is not None:
             prompt_embeds = for_rows("prompt_embeds", prompt_embeds).to(device, self.transformer.dtype)
-        if guidance_scale != 1:
+        if is_guided(guidance_scale):
             if negative_prompt_embeds is None:
                 negative_prompt = (
                     [negative_prompt or ""] * batch if not isinstance(negative_prompt, list) else negative_prompt
@@ -494,6 +503,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """`[n, max_sequence_length, D]`; by default where and in the dtype that the transformer runs."""
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError(f"{len(prompts)} prompts, but no tokenizer or text encoder: pass `prompt_embeds` instead.")
         device = device or self._execution_device
         dtype = dtype or (self.text_encoder.dtype if self.transformer is None else self.transformer.dtype)
         tokens = self.tokenizer(
@@ -526,7 +537,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """As in diffusers; a folder without a README.md also gets one, which says which package loads it."""
         super().save_pretrained(save_directory, *args, **kwargs)
         readme = Path(save_directory) / "README.md"
-        if not readme.exists():
+        if not readme.exists() and self.transformer is not None:
             self.model_card(Path(save_directory).name).save(readme)
 
     def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, token: str | None = None, **kwargs):
@@ -538,10 +549,16 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
-        """As in diffusers; LongLive's own LoRA files (`lora.pt`) are read as well."""
-        if is_original_lora(pretrained_model_name_or_path_or_dict):
-            pretrained_model_name_or_path_or_dict = read_original_lora(pretrained_model_name_or_path_or_dict)
-        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        """As in diffusers; LongLive's own LoRA files (`lora.pt`) are read as well, also from a repository of the Hub or
+        a folder, where `weight_name` names them."""
+        source, weight_name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
+        if weight_name is not None and weight_name.endswith((".pt", ".pth")) and not isinstance(source, dict):
+            names = ("subfolder", "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+            options = {name: kwargs[name] for name in names if name in kwargs}
+            source = _get_model_file(source, weights_name=weight_name, **options)
+        if is_original_lora(source):
+            source = read_original_lora(source)
+        return super().lora_state_dict(source, **kwargs)
 
 
 def clean_prompt(prompt: str) -> str:

@@ -131,7 +131,10 @@ class StreamingSession:
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             frames = self.pipeline.decode_chunk(self._decoder, chunk.latents, self.output_type)
         if stream is not None:
-            torch.cuda.current_stream().wait_stream(stream)
+            consumer = torch.cuda.current_stream(chunk.latents.device)
+            consumer.wait_stream(stream)
+            if isinstance(frames, torch.Tensor):
+                frames.record_stream(consumer)
         return frames
 
     def _one_or_all(self, values: list):

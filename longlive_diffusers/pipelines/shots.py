@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 
 @dataclass(frozen=True)
@@ -117,5 +118,5 @@ def _spread(num_chunks: int, num_shots: int) -> list[int]:
 
 
 def is_count(value) -> bool:
-    """Whether `value` is an integer that is not a boolean."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether `value` is an integer (NumPy's are) that is not a boolean."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

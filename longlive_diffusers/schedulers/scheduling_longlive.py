@@ -47,6 +47,13 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         bell = bell - bell.min()
         self.training_weights = bell * (num_train_timesteps / bell.sum())  # mean 1
 
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """Of another scheduler's configuration only what is an argument here is taken: what else it says of UniPC
+        (`prediction_type`, `use_karras_sigmas`, ...) would undo what makes this scheduler."""
+        init_dict, unused_kwargs, _ = super().extract_init_dict(config_dict, **kwargs)
+        return init_dict, unused_kwargs, {}
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -62,10 +69,10 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         if sigmas is None:
             if num_inference_steps is None or num_inference_steps < 1:
                 raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
-            largest = 1 - 1 / self.config.num_train_timesteps
-            sigmas = np.linspace(largest, 0, num_inference_steps + 1)[:-1]
+            largest = np.float32(1 - 1 / self.config.num_train_timesteps)  # the reference's, rounded, bit for bit
+            sigmas = np.linspace(float(largest), 0, num_inference_steps + 1)[:-1]
         sigmas = np.array(sigmas, dtype=np.float64)
-        if not len(sigmas) or sigmas.max() > 1 or sigmas.min() <= 0 or (np.diff(sigmas) >= 0).any():
+        if not len(sigmas) or not (0 < sigmas.min() and sigmas.max() <= 1 and (np.diff(sigmas) < 0).all()):
             raise ValueError(f"`sigmas` must fall strictly within (0, 1], got {sigmas.tolist()}.")
         super().set_timesteps(device=device, sigmas=sigmas, mu=mu)
 

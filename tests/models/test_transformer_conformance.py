@@ -147,7 +147,10 @@ def test_loads_in_a_dtype_and_keeps_what_must_be_float32(saved, dtype, argument)
 def test_keeps_in_float32_what_wan_keeps(tmp_path, saved):
     tiny_wan_transformer().save_pretrained(tmp_path / "wan")
     dtypes = [
-        {name: parameter.dtype for name, parameter in cls.from_pretrained(folder, dtype=torch.bfloat16).named_parameters()}
+        {
+            name: parameter.dtype
+            for name, parameter in cls.from_pretrained(folder, dtype=torch.bfloat16).named_parameters()
+        }
         for cls, folder in ((LongLiveTransformer3DModel, saved), (WanTransformer3DModel, tmp_path / "wan"))
     ]
     assert dtypes[0] == dtypes[1]

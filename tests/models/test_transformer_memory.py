@@ -40,19 +40,20 @@ def expected(model) -> dict[str, torch.Tensor]:
         return {name: forward(model) for name, forward in FORWARDS.items()}
 
 
+class Offloaded:
+    """`model`, said to be where and what `placed` is: its own parameters are elsewhere. Caches come from `placed`."""
+
+    def __init__(self, model, placed: LongLiveTransformer3DModel):
+        self.model, self.device, self.dtype = model, placed.device, placed.dtype
+        self.create_kv_cache = placed.create_kv_cache
+
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
 @torch.no_grad()
 def forwards_of(model) -> dict[str, torch.Tensor]:
-    """As `FORWARDS`, for a model whose parameters are elsewhere: inputs and caches are made on the CPU."""
-    placed = tiny_transformer()  # decides device and dtype of the inputs in `FORWARDS`
-
-    class Offloaded:
-        device, dtype = placed.device, placed.dtype
-        create_kv_cache = placed.create_kv_cache
-
-        def __call__(self, *args, **kwargs):
-            return model(*args, **kwargs)
-
-    return {name: forward(Offloaded()) for name, forward in FORWARDS.items()}
+    return {name: forward(Offloaded(model, tiny_transformer())) for name, forward in FORWARDS.items()}
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
@@ -94,7 +95,9 @@ def test_disk_offload_computes_the_same(model, expected, tmp_path):
 @pytest.mark.filterwarnings("ignore:The following device_map keys")  # accelerate knows of no bare parameters
 def test_a_device_map_splits_the_model_between_cpu_and_disk(model, expected, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    device_map = dict.fromkeys(["patch_embedding", "condition_embedder", "norm_out", "proj_out", "scale_shift_table"], "cpu")
+    device_map = dict.fromkeys(
+        ["patch_embedding", "condition_embedder", "norm_out", "proj_out", "scale_shift_table"], "cpu"
+    )
     device_map |= {"blocks.0": "cpu", "blocks.1": "disk"}
     loaded = LongLiveTransformer3DModel.from_pretrained(
         tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
@@ -146,19 +149,17 @@ def test_group_offload_leaves_the_cache_where_it_is(model, expected, grouping):
 
 
 @needs_gpu
+@torch.no_grad()
 @every_grouping
 @pytest.mark.parametrize("use_stream", [False, True])
-def test_group_offload_to_the_cpu_saves_memory(grouping, use_stream):
-    expected = stream_chunks(tiny_transformer(num_layers=4).cuda())
+def test_group_offload_to_the_cpu_computes_the_same_on_a_gpu(grouping, use_stream):
+    placed = tiny_transformer(num_layers=4).cuda()
     model = tiny_transformer(num_layers=4)
     model.enable_group_offload(onload_device=torch.device("cuda"), use_stream=use_stream, **grouping)
-    cache = tiny_cache(model, device="cuda")
-    inputs = {name: tensor.cuda() for name, tensor in random_inputs(CHUNK_SIZE).items()}
-    cache.begin_chunk(CHUNK_SIZE)
-    with torch.no_grad():
-        model(**inputs, kv_cache=cache)
-    assert {parameter.device.type for parameter in model.blocks.parameters()} == {"cpu"}
-    assert expected.shape[2] == 4 * CHUNK_SIZE
+    for _ in range(2):  # with streams, the first forward only learns the order of the layers
+        found = stream_chunks(Offloaded(model, placed))
+        torch.testing.assert_close(found, stream_chunks(placed), atol=1e-5, rtol=1e-5)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
 # -- layerwise casting -----------------------------------------------------------------------------------------------
@@ -179,7 +180,12 @@ def test_layerwise_casting_stores_8_bits_and_computes_nearly_the_same(model, for
 def test_layerwise_casting_keeps_norms_embeddings_and_modulation(model):
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     stored = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float8_e4m3fn}
-    linears = {f"blocks.{i}.{a}.{n}" for i in range(2) for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")}
+    linears = {
+        f"blocks.{i}.{a}.{n}"
+        for i in range(2)
+        for a in ("attn1", "attn2")
+        for n in ("to_q", "to_k", "to_v", "to_out.0")
+    }
     linears |= {f"blocks.{i}.ffn.net.{n}" for i in range(2) for n in ("0.proj", "2")}
     assert stored == {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
 

@@ -150,7 +150,9 @@ def assert_between(start: torch.Tensor, average: torch.Tensor, end: torch.Tensor
 
 def test_checkpointing_is_switched_on_the_network_alone(model):
     model.enable_gradient_checkpointing()
-    switched = {type(module).__name__ for module in model.modules() if getattr(module, "gradient_checkpointing", False)}
+    switched = {
+        type(module).__name__ for module in model.modules() if getattr(module, "gradient_checkpointing", False)
+    }
     assert switched == {"LongLiveTransformer3DModel"}
     assert model.is_gradient_checkpointing
     model.disable_gradient_checkpointing()

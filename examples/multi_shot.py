@@ -1,0 +1,42 @@
+"""Three shots, one video: python examples/multi_shot.py [--model DIR_OR_REPO] [--output video.mp4]
+
+Every shot has a prompt, and a length in chunks. The frames that open a shot are remembered for as long as it lasts,
+the first frames of the video for as long as the video does, so that people and places stay who and what they are.
+
+Without --model, the tiny untrained pipeline of the package is used; what it draws is a moving texture.
+"""
+
+import argparse
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import encode_video
+
+import longlive_diffusers  # noqa: F401 - registers its classes with diffusers
+from longlive_diffusers.assets import toy_pipeline_path
+
+
+SHOTS = {  # prompt: chunks
+    "A wide shot of a red fox that runs through a snowy forest at sunrise": 3,
+    "A close-up of the red fox, snow on its fur, it looks into the camera": 2,
+    "The red fox sleeps in its den while the snow falls outside": 3,
+}
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default=toy_pipeline_path())
+parser.add_argument("--output", default="video.mp4")
+args = parser.parse_args()
+
+on_gpu = torch.cuda.is_available()
+pipe = DiffusionPipeline.from_pretrained(args.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
+pipe.to("cuda" if on_gpu else "cpu")
+
+# A chunk is so many latent frames; the video's first latent frame is one frame, every other four.
+latent_frames = sum(SHOTS.values()) * pipe.transformer.config.chunk_size
+video = pipe(
+    shot_prompts=list(SHOTS),
+    chunks_per_shot=list(SHOTS.values()),
+    num_frames=1 + pipe.vae_scale_factor_temporal * (latent_frames - 1),
+    generator=torch.Generator().manual_seed(0),
+)
+encode_video(video.frames[0], fps=24, output_path=args.output)

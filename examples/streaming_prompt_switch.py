@@ -1,0 +1,44 @@
+"""A live stream, directed while it runs: python examples/streaming_prompt_switch.py [--model ...] [--output video.mp4]
+
+The stream has no end of its own, and its memory does not grow. A new prompt takes effect with the next chunk that is
+begun; a cut also begins a new shot. Here chunk numbers direct; in an application, the user does. The file can be
+watched while it is written.
+
+Without --model, the tiny untrained pipeline of the package is used; what it draws is a moving texture.
+"""
+
+import argparse
+
+import torch
+from diffusers import DiffusionPipeline
+
+import longlive_diffusers  # noqa: F401 - registers its classes with diffusers
+from longlive_diffusers.assets import toy_pipeline_path
+from longlive_diffusers.cli.video_writer import VideoWriter
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default=toy_pipeline_path())
+parser.add_argument("--output", default="video.mp4")
+args = parser.parse_args()
+
+on_gpu = torch.cuda.is_available()
+pipe = DiffusionPipeline.from_pretrained(args.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
+pipe.to("cuda" if on_gpu else "cpu")
+pipe.set_progress_bar_config(disable=True)
+
+generator = torch.Generator().manual_seed(0)
+with (
+    # Decode each chunk while the next is denoised.
+    pipe.stream("A quiet street in the rain, at dusk", generator=generator, async_decode=True) as session,
+    VideoWriter(args.output, fps=24) as writer,
+):
+    for chunk in session:
+        writer.write(chunk.frames[0])
+        print(f"chunk {chunk.index}, shot {chunk.shot_index}: {chunk.prompt}")
+        if chunk.index == 2:
+            session.prompt = "A quiet street in the rain, at dusk, the street lamps light up"
+        elif chunk.index == 5:
+            session.cut("A cat behind a window watches the rain")
+        elif chunk.index == 9:
+            break

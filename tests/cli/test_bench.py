@@ -1,0 +1,186 @@
+"""`longlive bench`: the formula of its work, the sizes it builds, and a run on the toy. Times are never asserted."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from longlive_diffusers import LongLiveTransformer3DModel
+from longlive_diffusers.cli import main
+from longlive_diffusers.cli.bench_models import random_model, random_pipeline
+from longlive_diffusers.cli.bench_runs import kind_of, measure_denoise, measure_whole
+from longlive_diffusers.cli.bench_sizes import SIZES, BenchSize, forward_flops, frames_in
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+def random_embeds(size: BenchSize) -> torch.Tensor:
+    return torch.randn(1, size.text_tokens, size.transformer["text_dim"])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"height": 4, "width": 10, "window_size": 8, "text_tokens": 7}], ids=["toy", "another size"]
+)
+def test_the_formula_counts_what_pytorch_counts(changes):
+    size = replace(SIZES["toy"](), **changes)
+    transformer = random_model(LongLiveTransformer3DModel, size.transformer, CPU, torch.float32)
+    cache = transformer.create_kv_cache(
+        1, size.height, size.width, window_size=size.window_size, sink_size=2, multi_shot_sink=True
+    )
+    latents = torch.randn(1, size.transformer["in_channels"], size.chunk_size, size.height, size.width)
+    embeds, timestep = random_embeds(size), torch.full((1, size.chunk_size), 500.0)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention on a CPU is not counted
+        for _ in range(size.chunks_to_fill):
+            cache.begin_chunk(size.chunk_size)
+        transformer(latents, timestep, embeds, kv_cache=cache)  # caches the text
+        with FlopCounterMode(display=False) as counter:
+            transformer(latents, timestep, embeds, kv_cache=cache)
+    assert forward_flops(size) == counter.get_total_flops()
+
+
+def test_the_5b_size_is_wan22s():
+    size = SIZES["5b"]()
+    with init_empty_weights():
+        transformer, vae = LongLiveTransformer3DModel(**size.transformer), AutoencoderKLWan(**size.vae)
+    assert sum(parameter.numel() for parameter in transformer.parameters()) == 4_999_787_712  # as published
+    assert sum(parameter.numel() for parameter in vae.parameters()) == 704_687_916
+    assert dict(transformer.config) == dict(type(transformer)().config)  # our defaults are that model
+    tokens = 8 * 22 * 40
+    assert (size.height * 16, size.width * 16) == (704, 1280)
+    # Twice the weights of the blocks for each token, less those of the text's keys and values; and attention.
+    linear = 2 * tokens * 30 * (6 * 3072**2 + 2 * 3072 * 14336)
+    attention = 4 * tokens * 30 * 3072 * (4 * tokens + 512)
+    assert forward_flops(size) == pytest.approx(linear + attention, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_named_size_fits_together(name):
+    size = SIZES[name]()
+    assert size.transformer["in_channels"] == size.vae["z_dim"]
+    assert size.window_size % size.chunk_size == 0
+    assert size.num_chunks > size.chunks_to_fill
+    assert size.vae["scale_factor_spatial"] == 16
+
+
+def test_half_precision_is_that_of_from_pretrained():
+    size = SIZES["toy"]()
+    model = random_model(LongLiveTransformer3DModel, size.transformer, CPU, torch.bfloat16)
+    weights = {name: weight.dtype for name, weight in model.named_parameters()}
+    assert weights["blocks.0.attn1.to_q.weight"] == torch.bfloat16
+    assert weights["blocks.0.norm2.weight"] == weights["scale_shift_table"] == torch.float32
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_runs_make_the_video_they_time():
+    size = replace(SIZES["toy"](), window_size=8, sink_size=2, num_chunks=5, num_inference_steps=1, text_tokens=4)
+    pipe, embeds = random_pipeline(size, CPU, torch.float32), random_embeds(size)
+    seconds, latents = measure_denoise(pipe, size, embeds, CPU, 5)
+    assert len(seconds) == 5 and min(seconds) > 0
+    assert all(chunk.shape == (1, 16, 2, 8, 8) and torch.isfinite(chunk).all() for chunk in latents)
+    for async_decode in (False, True):
+        result = measure_whole(pipe, size, embeds, CPU, async_decode=async_decode)
+        assert 0 < result["first_frame"] < result["seconds"]
+        assert result["frames_per_second"] == pytest.approx(37 / result["seconds"])
+        # float32 keys and values of 8 frames of 16 tokens, in 4 layers 128 wide
+        assert result["kv_cache_bytes"] == 4 * 2 * 8 * 16 * 4 * 128
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        ("aten::addmm", "linear"),
+        ("aten::mm", "linear"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::_flash_attention_forward", "attention"),
+        ("flash_attn_3::fwd", "attention"),
+        ("aten::bmm", "attention"),
+        ("aten::_softmax", "attention"),
+        ("aten::mul", "rest"),
+        ("aten::mm_like", "rest"),
+        ("aten::native_layer_norm", "rest"),
+        ("aten::copy_", "rest"),
+    ],
+)
+def test_operators_are_told_apart(operator, kind):
+    assert kind_of(operator) == kind
+
+
+def test_the_table_and_the_file_say_the_same(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    options = ["--window", "6", "--sink", "2", "--chunks", "5", "--steps", "2", "--height", "64", "--threads", "1"]
+    assert main(["bench", *options, "--json", str(path)]) == 0
+    table, progress = capsys.readouterr()
+    report = json.loads(path.read_text())
+    setting, results = report["setting"], report["results"]
+
+    assert setting["pixels"] == [64, 128] and setting["latents"] == [4, 8]
+    assert setting["frames"] == 37 and setting["steps"] == 2
+    assert setting["dtype"] == "float32" and setting["threads"] == 1 and setting["device"]
+    assert setting["versions"]["torch"] == torch.__version__
+    forward = results["forward"]
+    assert forward["attention"] + forward["linear"] + forward["rest"] == pytest.approx(forward["seconds"])
+    assert min(forward.values()) > 0
+    size = replace(SIZES["toy"](), height=4, window_size=6)
+    assert results["forward_flops"] == forward_flops(size)
+    assert frames_in(5, size) == 37
+    assert results["forward_to_matmul"] == pytest.approx(
+        results["forward_flops"] / forward["seconds"] / results["matmul_flops_per_second"]["float32"]
+    )
+    assert results["weights_bytes"]["transformer"] == 4 * sum(
+        parameter.numel() for parameter in random_pipeline(size, CPU, torch.float32).transformer.parameters()
+    )
+
+    for text in (setting["device"], torch.__version__, "37 frames of 64x128", "window of 6", "2 steps", "float32"):
+        assert text in table
+    for row in ("matmul bfloat16", "forward", "denoise", "decode", "synchronous", "asynchronous", "first frame"):
+        assert any(line.strip().startswith(row) for line in table.splitlines()), row
+    assert f"{results['synchronous']['frames_per_second']:.2f} frames/s" in table
+    assert "resident memory" in table
+    assert "decoding" in progress and "decoding" not in table  # stdout is the table alone
+
+
+def test_backend_and_compilation_reach_the_transformer(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        LongLiveTransformer3DModel, "compile_repeated_blocks", lambda self, **options: asked.append(options)
+    )
+    monkeypatch.setattr(LongLiveTransformer3DModel, "set_attention_backend", lambda self, name: asked.append(name))
+    path = tmp_path / "bench.json"
+    options = ["--window", "4", "--sink", "0", "--chunks", "3", "--steps", "1", "--height", "32", "--width", "32"]
+    assert main(["bench", *options, "--compile", "--attention-backend", "native", "--json", str(path)]) == 0
+    assert asked == ["native", {"fullgraph": True}]
+    setting = json.loads(path.read_text())["setting"]
+    assert setting["compiled"] is True and setting["attention_backend"] == "native"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--height", "100"], "`height` must be a positive multiple of 32, got 100"),
+        (["--window", "5"], "the window of 5 latent frames is not filled by whole chunks of 2"),
+        (["--window", "4"], "`window_size` 4 is too small"),
+        (["--chunks", "3"], "3 chunks of 2 do not fill the window of 16 latent frames: at least 8 are needed"),
+        (["--json", "missing/bench.json"], "there is no folder 'missing'"),
+        (["--attention-backend", "abacus"], "abacus"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("longlive_diffusers.cli.bench.measure_matmul", lambda device, dtype: 1e9)
+    assert main(["bench", *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("longlive bench:")]
+    assert line.startswith("longlive: error: ") and message in line

@@ -1,0 +1,252 @@
+"""Who sees whom, and that the ways of computing attention agree."""
+
+import pytest
+import torch
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch.nn.functional import scaled_dot_product_attention
+
+from longlive_diffusers.models import attention
+from longlive_diffusers.models.attention import ChunkMask, LongLiveAttnProcessor, attend
+from longlive_diffusers.models.kv_cache import LayerKVCache
+
+
+HEADS, HEAD_DIM = 2, 8
+MASKS = [
+    ChunkMask(num_chunks, chunk_tokens, has_clean)
+    for has_clean in (False, True)
+    for num_chunks, chunk_tokens in [(1, 1), (1, 6), (2, 3), (3, 4), (5, 2)]
+]
+every_mask = pytest.mark.parametrize(
+    "mask", MASKS, ids=lambda m: f"{m.num_chunks}x{m.chunk_tokens} {'clean and noisy' if m.has_clean else 'noisy'}"
+)
+
+
+def num_tokens(mask: ChunkMask) -> int:
+    return mask.num_halves * mask.num_chunks * mask.chunk_tokens
+
+
+def table(mask: ChunkMask) -> torch.Tensor:
+    """`allows` for all tokens, bool `[queries, keys]`."""
+    tokens = torch.arange(num_tokens(mask))
+    return mask.allows(tokens[:, None], tokens[None, :])
+
+
+def random_states(tokens: int, count: int = 3, batch: int = 2, dtype=torch.float32, seed: int = 0) -> list:
+    """`count` tensors `[batch, tokens, heads, head_dim]`."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, tokens, HEADS, HEAD_DIM)
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
+
+
+def textbook_attention(query, key, value, mask: torch.Tensor | None = None) -> torch.Tensor:
+    heads_first = (states.transpose(1, 2) for states in (query, key, value))
+    return scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+
+
+def seen_by_dense(mask: ChunkMask) -> torch.Tensor:
+    """What `dense` really reads: to a query of zeros, all keys that it sees weigh the same; the others nothing."""
+    tokens = num_tokens(mask)
+    query = torch.zeros(1, tokens, 1, tokens)
+    identity = torch.eye(tokens).view(1, tokens, 1, tokens)
+    return mask.dense(query, query, identity, None).view(tokens, tokens)
+
+
+def test_teacher_forcing_table():
+    """Clean chunks C0 C1 C2, noisy ones N0 N1 N2: a noisy chunk sees the clean past and itself, nothing noisy else."""
+    mask = ChunkMask(num_chunks=3, chunk_tokens=1, has_clean=True)
+    #    keys:  C0 C1 C2 N0 N1 N2
+    expected = [
+        [1, 0, 0, 0, 0, 0],  # C0
+        [1, 1, 0, 0, 0, 0],  # C1
+        [1, 1, 1, 0, 0, 0],  # C2
+        [0, 0, 0, 1, 0, 0],  # N0
+        [1, 0, 0, 0, 1, 0],  # N1
+        [1, 1, 0, 0, 0, 1],  # N2
+    ]
+    assert table(mask).int().tolist() == expected
+    assert (seen_by_dense(mask) > 0).int().tolist() == expected
+
+
+def test_block_causal_table():
+    """Two chunks of two tokens: within a chunk all see each other, and the past is seen whole."""
+    mask = ChunkMask(num_chunks=2, chunk_tokens=2, has_clean=False)
+    expected = [
+        [1, 1, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 1],
+        [1, 1, 1, 1],
+    ]
+    assert table(mask).int().tolist() == expected
+    assert (seen_by_dense(mask) > 0).int().tolist() == expected
+
+
+@every_mask
+def test_every_query_sees_as_many_keys_as_the_rule_says(mask):
+    """Chunk b of either half sees b + 1 chunks: itself and b of the past."""
+    per_chunk = [(b + 1) * mask.chunk_tokens for b in range(mask.num_chunks)]
+    expected = [count for count in per_chunk for _ in range(mask.chunk_tokens)] * mask.num_halves
+    assert table(mask).sum(dim=1).tolist() == expected
+    assert (seen_by_dense(mask) > 0).sum(dim=1).tolist() == expected
+
+
+@every_mask
+def test_dense_is_attention_under_the_boolean_mask(mask):
+    query, key, value = random_states(num_tokens(mask))
+    expected = textbook_attention(query, key, value, table(mask))
+    torch.testing.assert_close(mask.dense(query, key, value, None), expected, atol=1e-6, rtol=0)
+
+
+@every_mask
+def test_dense_has_the_gradients_of_attention_under_the_boolean_mask(mask):
+    inputs = random_states(num_tokens(mask))
+    (weight,) = random_states(num_tokens(mask), count=1, seed=1)
+    gradients = []
+    for compute in (lambda *qkv: mask.dense(*qkv, None), lambda *qkv: textbook_attention(*qkv, table(mask))):
+        leaves = [states.clone().requires_grad_() for states in inputs]
+        (compute(*leaves) * weight).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-6, rtol=0)
+
+
+@every_mask
+def test_the_block_mask_of_flex_attention_is_the_same_rule(mask):
+    tokens = num_tokens(mask)
+    block_mask = mask.block_mask(torch.device("cpu"))
+    assert block_mask.shape == (1, 1, tokens, tokens)
+    index = torch.arange(tokens)
+    assert torch.equal(block_mask.mask_mod(0, 0, index[:, None], index[None, :]), table(mask))
+    assert mask.block_mask(torch.device("cpu")) is block_mask, "made once for each shape"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("mask", [ChunkMask(3, 4, True), ChunkMask(3, 4, False)], ids=["teacher forcing", "causal"])
+def test_flex_attention_computes_the_same(mask):
+    """Forward only: on a CPU FlexAttention has no backward."""
+    query, key, value = random_states(num_tokens(mask))
+    block_mask = mask.block_mask(torch.device("cpu"))
+    with torch.no_grad():
+        flex = attention.dispatch_attention_fn(query, key, value, attn_mask=block_mask, backend="flex")
+    torch.testing.assert_close(flex, mask.dense(query, key, value, None), atol=1e-6, rtol=0)
+
+
+# -- matrix products in bfloat16 on a CPU ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dispatched(monkeypatch) -> list:
+    """The backend of every call that went to diffusers' dispatcher instead of to plain matrix products."""
+    calls = []
+    dispatch = attention.dispatch_attention_fn
+
+    def count(*args, backend=None, **kwargs):
+        calls.append(backend)
+        return dispatch(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(attention, "dispatch_attention_fn", count)
+    return calls
+
+
+def test_matrix_products_are_as_near_to_float32_as_bfloat16_is(dispatched):
+    """Scores, weights and the result are each rounded to 8 bits; values are of size 1."""
+    query, key, value = random_states(64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        ours = attend(query, key, value)
+    exact = textbook_attention(query.float(), key.float(), value.float())
+    assert dispatched == []
+    assert ours.dtype == torch.bfloat16
+    error = (ours.float() - exact).abs()
+    assert error.max() < 2**-6
+    assert error.mean() < 2**-9
+
+
+@pytest.mark.parametrize("score_bytes", [1, 500, 3000, 10_000])
+@pytest.mark.parametrize("num_keys", [1, 7, 23])
+def test_blocks_of_scores_make_no_difference(monkeypatch, score_bytes, num_keys):
+    """From one query of one head at a time to all at once; 23 queries divide by no block."""
+    query, key, value = random_states(23, dtype=torch.bfloat16)
+    key, value = key[:, :num_keys], value[:, :num_keys]
+    with torch.no_grad():
+        at_once = attend(query, key, value)
+        monkeypatch.setattr(attention, "_SCORE_BYTES", score_bytes)
+        in_blocks = attend(query, key, value)
+    torch.testing.assert_close(in_blocks.float(), at_once.float(), atol=2**-7, rtol=0)
+
+
+def test_queries_and_keys_may_differ_in_number():
+    query, key, value = (states[:, :length] for states, length in zip(random_states(10), (3, 10, 10), strict=True))
+    half = [states.bfloat16() for states in (query, key, value)]
+    expected = textbook_attention(*half)
+    with torch.no_grad():
+        result = attend(*half)
+    assert result.shape == (2, 3, HEADS, HEAD_DIM)
+    torch.testing.assert_close(result.float(), expected.float(), atol=2**-6, rtol=0)
+
+
+def test_float32_goes_to_the_dispatcher(dispatched):
+    with torch.no_grad():
+        attend(*random_states(4))
+    assert dispatched == [None]
+
+
+def test_training_goes_to_the_dispatcher_in_every_dtype(dispatched):
+    attend(*random_states(4, dtype=torch.bfloat16))
+    assert dispatched == [None]
+
+
+def test_a_backend_that_was_asked_for_is_used(dispatched):
+    query, key, value = random_states(4, dtype=torch.bfloat16)
+    with torch.no_grad():
+        attend(query, key, value, backend="_native_math")
+        with attention_backend("_native_math"):
+            attend(query, key, value)
+    assert dispatched == ["_native_math", None]
+
+
+# -- cross-attention to the text -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cross_attention() -> WanAttention:
+    torch.manual_seed(0)
+    dim = HEADS * HEAD_DIM
+    return WanAttention(dim, HEADS, HEAD_DIM, cross_attention_dim_head=HEAD_DIM, processor=LongLiveAttnProcessor())
+
+
+def hidden_and_texts(mask: ChunkMask, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states `[B, tokens, dim]` and a text for each chunk `[B, chunks, 5, dim]`."""
+    generator = torch.Generator().manual_seed(2)
+    dim = HEADS * HEAD_DIM
+    hidden_states = torch.randn(batch, num_tokens(mask), dim, generator=generator)
+    return hidden_states, torch.randn(batch, mask.num_chunks, 5, dim, generator=generator)
+
+
+@every_mask
+def test_each_chunk_reads_its_own_text_in_both_halves(cross_attention, mask):
+    hidden_states, texts = hidden_and_texts(mask)
+    result = cross_attention(hidden_states, texts, mask)
+    chunks = zip(hidden_states.split(mask.chunk_tokens, dim=1), list(range(mask.num_chunks)) * 2, strict=False)
+    alone = [cross_attention(chunk, texts[:, number], mask) for chunk, number in chunks]
+    torch.testing.assert_close(result, torch.cat(alone, dim=1), atol=1e-6, rtol=0)
+
+
+@every_mask
+def test_one_text_for_all_is_the_same_text_for_each(cross_attention, mask):
+    hidden_states, texts = hidden_and_texts(mask)
+    shared = texts[:, :1].expand(-1, mask.num_chunks, -1, -1)
+    expected = cross_attention(hidden_states, texts[:, 0], mask)
+    torch.testing.assert_close(cross_attention(hidden_states, shared, mask), expected, atol=1e-6, rtol=0)
+
+
+def test_the_layer_cache_stands_in_for_the_text(cross_attention):
+    """Its keys and values are kept at the first forward of a stream; later ones need no text at all."""
+    mask = ChunkMask(num_chunks=1, chunk_tokens=6, has_clean=False)
+    hidden_states, texts = hidden_and_texts(mask)
+    cache = LayerKVCache((2, HEADS, 1, 6, HEAD_DIM), 0, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        expected = cross_attention(hidden_states, texts[:, 0], mask)
+        first = cross_attention(hidden_states, texts[:, 0], layer_cache=cache)
+        second = cross_attention(hidden_states, None, layer_cache=cache)
+    torch.testing.assert_close(first, expected, atol=1e-6, rtol=0)
+    assert torch.equal(second, first)

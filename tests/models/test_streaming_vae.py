@@ -1,0 +1,416 @@
+"""Decoding and encoding chunk by chunk: the bits of doing it whole, in memory that does not grow."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLWan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from longlive_diffusers import StreamingDecoder, StreamingEncoder
+from longlive_diffusers.models.streaming_vae import denormalize_latents, normalize_latents
+from tests.golden_models import tiny_vae
+
+
+Z_DIM = 8
+
+
+def wan_2_1_vae() -> AutoencoderKLWan:
+    """The older kind (8x in space, pixels not patchified, no residual shortcuts around its blocks), tiny."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=Z_DIM,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * Z_DIM,
+        latents_std=[1.0] * Z_DIM,
+    )
+    return vae.eval()
+
+
+def with_exact_end_convolutions(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """
+    `vae.decode` applies one convolution, 1x1x1, to all frames in one call, and `vae.encode` another. The last bit of
+    its float32 sums depends, in PyTorch on a CPU, on how many frames those are: a video of one frame is not quite the
+    first frame of a video of two, whoever decodes it. With a single term in each sum there is nothing to round.
+    """
+    for convolution in (vae.post_quant_conv, vae.quant_conv):
+        channels = convolution.weight.shape[0]
+        signs = torch.ones(channels)
+        signs[::2] = -1
+        permutation = torch.eye(channels).roll(1, dims=0) * signs
+        convolution.weight.data.copy_(permutation.view_as(convolution.weight))
+    return vae
+
+
+def exact_wan_2_2_vae() -> AutoencoderKLWan:
+    return with_exact_end_convolutions(tiny_vae())
+
+
+def exact_wan_2_1_vae() -> AutoencoderKLWan:
+    return with_exact_end_convolutions(wan_2_1_vae())
+
+
+VAES = {"wan 2.2": exact_wan_2_2_vae, "wan 2.1": exact_wan_2_1_vae}
+every_vae = pytest.mark.parametrize("make_vae", VAES.values(), ids=VAES)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def random_latents(frames: int, height: int = 2, width: int = 3, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, Z_DIM, frames, height, width, generator=generator)
+
+
+def random_pixels(frames: int, height: int = 32, width: int = 48, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, 3, frames, height, width, generator=generator) * 2 - 1
+
+
+def decode_in_chunks(vae: AutoencoderKLWan, latents: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    decoder = StreamingDecoder(vae)
+    return torch.cat([decoder.decode(chunk) for chunk in latents.split(lengths, dim=2)], dim=2)
+
+
+@torch.no_grad()
+def decode_whole(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    return vae.decode(latents).sample
+
+
+@torch.no_grad()
+def encode_whole(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
+    return vae.encode(pixels).latent_dist.mode()
+
+
+def enable_small_tiles(vae: AutoencoderKLWan) -> None:
+    """Tiles of 3 latents every 2, so that each overlaps the next by one."""
+    scale = vae.spatial_compression_ratio
+    vae.enable_tiling(3 * scale, 3 * scale, 2 * scale, 2 * scale)
+
+
+# -- decoding --------------------------------------------------------------------------------------------------------
+
+CHUNKINGS = [[6], [1, 5], [5, 1], [2, 2, 2], [1] * 6, [1, 2, 3], [4, 2]]
+every_chunking = pytest.mark.parametrize("lengths", CHUNKINGS, ids=lambda lengths: "+".join(map(str, lengths)))
+
+
+@every_vae
+@every_dtype
+@every_chunking
+def test_chunks_decode_to_the_bits_of_the_whole(make_vae, dtype, lengths):
+    vae, latents = make_vae().to(dtype), random_latents(6).to(dtype)
+    whole = decode_whole(vae, latents)
+    assert whole.shape[2] == 1 + 4 * (6 - 1)
+    assert torch.equal(decode_in_chunks(vae, latents, lengths), whole)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=st.integers(0, 9))
+def test_any_chunking_decodes_to_the_bits_of_the_whole(lengths, seed):
+    vae, latents = exact_wan_2_2_vae(), random_latents(sum(lengths), 1, 2, seed=seed)
+    assert torch.equal(decode_in_chunks(vae, latents, lengths), decode_whole(vae, latents))
+
+
+@pytest.mark.parametrize("make_vae", [tiny_vae, wan_2_1_vae])
+@every_chunking
+def test_with_a_sum_that_rounds_chunks_decode_to_the_whole_but_for_its_last_bit(make_vae, lengths):
+    vae, latents = make_vae(), random_latents(6)
+    torch.testing.assert_close(decode_in_chunks(vae, latents, lengths), decode_whole(vae, latents), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make_vae", [tiny_vae, wan_2_1_vae])
+def test_with_a_sum_that_rounds_tiling_decodes_to_the_very_bits(make_vae):
+    """Tiles are decoded frame by frame from the beginning."""
+    vae, latents = make_vae(), random_latents(6, 5, 4)
+    enable_small_tiles(vae)
+    for lengths in CHUNKINGS:
+        assert torch.equal(decode_in_chunks(vae, latents, lengths), decode_whole(vae, latents))
+
+
+@every_vae
+def test_the_first_chunk_gives_one_frame_less_than_four_for_each_latent(make_vae):
+    decoder = StreamingDecoder(make_vae())
+    counts = [decoder.decode(random_latents(frames, seed=frames)).shape[2] for frames in (2, 3, 1)]
+    assert counts == [5, 12, 4]
+
+
+@every_vae
+@every_dtype
+def test_slicing_decodes_to_the_same_bits(make_vae, dtype):
+    """Each video of the batch by itself, with a feature cache of its own."""
+    vae, latents = make_vae().to(dtype), random_latents(4, batch=3).to(dtype)
+    vae.enable_slicing()
+    sliced = decode_in_chunks(vae, latents, [1, 2, 1])
+    assert torch.equal(sliced, decode_whole(vae, latents))
+    for row in range(3):
+        assert torch.equal(sliced[row : row + 1], decode_in_chunks(vae, latents[row : row + 1], [1, 2, 1]))
+
+
+@every_vae
+@every_dtype
+@pytest.mark.parametrize("height, width", [(5, 7), (4, 3), (2, 6), (7, 2), (4, 4)])
+def test_tiling_decodes_to_the_same_bits(make_vae, dtype, height, width):
+    """Also where the last tiles are narrower than the others, and where one axis needs no tiles."""
+    vae, latents = make_vae().to(dtype), random_latents(4, height, width).to(dtype)
+    enable_small_tiles(vae)
+    whole = decode_whole(vae, latents)
+    scale = vae.spatial_compression_ratio
+    assert whole.shape[-2:] == (height * scale, width * scale)
+    assert torch.equal(decode_in_chunks(vae, latents, [2, 1, 1]), whole)
+
+
+@every_vae
+def test_tiling_is_not_used_for_what_one_tile_holds(make_vae):
+    vae, latents = make_vae(), random_latents(3, 3, 3)
+    untiled = decode_whole(vae, latents)
+    enable_small_tiles(vae)
+    assert torch.equal(decode_in_chunks(vae, latents, [1, 2]), untiled)
+
+
+@every_vae
+def test_uneven_tiles_decode_to_the_same_bits(make_vae):
+    """Tiles of other sizes in height and width, which are no multiples of a latent."""
+    vae, latents = make_vae(), random_latents(3, 6, 7)
+    scale = vae.spatial_compression_ratio
+    vae.enable_tiling(4 * scale, 3 * scale, 2 * scale + scale // 2, 2 * scale)
+    assert torch.equal(decode_in_chunks(vae, latents, [2, 1]), decode_whole(vae, latents))
+
+
+@every_vae
+def test_slicing_and_tiling_together_decode_to_the_same_bits(make_vae):
+    vae, latents = make_vae(), random_latents(3, 5, 4, batch=2)
+    vae.enable_slicing()
+    enable_small_tiles(vae)
+    assert torch.equal(decode_in_chunks(vae, latents, [1, 2]), decode_whole(vae, latents))
+
+
+def test_pixels_are_clamped():
+    decoded = decode_in_chunks(tiny_vae(), 1000 * random_latents(3), [1, 2])
+    assert decoded.abs().max() == 1
+
+
+@every_vae
+def test_a_reset_begins_another_video(make_vae):
+    vae = make_vae()
+    first, second = random_latents(3, seed=1), random_latents(3, 3, 2, seed=2)
+    decoder = StreamingDecoder(vae)
+    decoder.decode(first)
+    decoder.reset()
+    assert torch.equal(decoder.decode(second), decode_whole(vae, second))
+
+
+@every_vae
+def test_two_videos_can_be_decoded_in_turns(make_vae):
+    vae = make_vae()
+    videos = [random_latents(4, seed=1), random_latents(4, 3, 3, seed=2)]
+    decoders, decoded = [StreamingDecoder(vae) for _ in videos], [[], []]
+    for start in range(0, 4, 2):
+        for decoder, video, parts in zip(decoders, videos, decoded, strict=True):
+            parts.append(decoder.decode(video[:, :, start : start + 2]))
+    for video, parts in zip(videos, decoded, strict=True):
+        assert torch.equal(torch.cat(parts, dim=2), decode_whole(vae, video))
+
+
+@every_vae
+def test_the_vae_is_free_for_other_uses_between_chunks(make_vae):
+    """`vae.decode` and `vae.encode` clear the feature cache of the VAE; the stream's is its own."""
+    vae, latents = make_vae(), random_latents(4)
+    expected = decode_whole(vae, latents)
+    decoder, parts = StreamingDecoder(vae), []
+    for chunk in latents.split(2, dim=2):
+        parts.append(decoder.decode(chunk))
+        other = random_latents(2, seed=5)
+        assert torch.equal(decode_whole(vae, other), make_vae().decode(other).sample)
+        encode_whole(vae, random_pixels(5))
+    assert torch.equal(torch.cat(parts, dim=2), expected)
+
+
+def test_decoding_needs_no_gradient():
+    latents = random_latents(2).requires_grad_()
+    assert not StreamingDecoder(tiny_vae()).decode(latents).requires_grad
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, Z_DIM, 2, 2), (1, Z_DIM + 1, 2, 2, 3), (1, Z_DIM, 0, 2, 3)], ids=["4 axes", "9 channels", "0 frames"]
+)
+def test_latents_of_another_shape_raise(shape):
+    with pytest.raises(ValueError, match=r"Expected latents \[B, 8, F >= 1, h, w\], got shape"):
+        StreamingDecoder(tiny_vae()).decode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("changed", [{"batch": 2}, {"height": 3}, {"width": 4}])
+def test_a_chunk_of_another_size_than_the_last_raises(changed):
+    decoder = StreamingDecoder(tiny_vae())
+    decoder.decode(random_latents(1))
+    with pytest.raises(ValueError, match=r"\(1, 2, 3\), this chunk .*`reset\(\)` first"):
+        decoder.decode(random_latents(1, **changed))
+
+
+@pytest.mark.parametrize("streaming", [StreamingDecoder, StreamingEncoder])
+def test_another_vae_raises(streaming):
+    with pytest.raises(ValueError, match="needs an AutoencoderKLWan, got AutoencoderKL"):
+        streaming(AutoencoderKL())
+
+
+# -- encoding --------------------------------------------------------------------------------------------------------
+
+
+def encode_in_chunks(vae: AutoencoderKLWan, pixels: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    encoder = StreamingEncoder(vae)
+    return torch.cat([encoder.encode(chunk) for chunk in pixels.split(lengths, dim=2)], dim=2)
+
+
+@every_vae
+@every_dtype
+@pytest.mark.parametrize("lengths", [[17], [1, 16], [1, 4, 4, 4, 4], [5, 12], [9, 4, 4]], ids=str)
+def test_chunks_encode_to_the_bits_of_the_whole(make_vae, dtype, lengths):
+    vae, pixels = make_vae().to(dtype), random_pixels(17).to(dtype)
+    whole = encode_whole(vae, pixels)
+    assert whole.shape[2] == 1 + 16 // 4
+    assert torch.equal(encode_in_chunks(vae, pixels, lengths), whole)
+
+
+@every_vae
+def test_an_image_is_a_video_of_one_frame(make_vae):
+    vae, image = make_vae(), random_pixels(1)
+    assert torch.equal(StreamingEncoder(vae).encode(image), encode_whole(vae, image))
+
+
+@every_vae
+def test_a_batch_encodes_to_the_same_bits_with_and_without_slicing(make_vae):
+    vae, pixels = make_vae(), random_pixels(5, batch=2)
+    assert torch.equal(encode_in_chunks(vae, pixels, [1, 4]), encode_whole(vae, pixels))
+    whole = encode_in_chunks(vae, pixels, [1, 4])
+    vae.enable_slicing()
+    torch.testing.assert_close(encode_whole(vae, pixels), whole, atol=1e-6, rtol=0)
+
+
+@every_vae
+def test_a_reset_begins_encoding_another_video(make_vae):
+    vae, second = make_vae(), random_pixels(5, 16, 16, seed=2)
+    encoder = StreamingEncoder(vae)
+    encoder.encode(random_pixels(5))
+    encoder.reset()
+    assert torch.equal(encoder.encode(second), encode_whole(vae, second))
+
+
+@every_vae
+def test_the_vae_is_free_for_other_uses_between_encoded_chunks(make_vae):
+    vae, pixels = make_vae(), random_pixels(9)
+    encoder, parts = StreamingEncoder(vae), []
+    for chunk in pixels.split([5, 4], dim=2):
+        parts.append(encoder.encode(chunk))
+        encode_whole(vae, random_pixels(5, seed=3))
+        decode_whole(vae, random_latents(2))
+    assert torch.equal(torch.cat(parts, dim=2), encode_whole(vae, pixels))
+
+
+@pytest.mark.parametrize("frames", [0, 2, 4, 8])
+def test_the_first_frames_must_be_one_and_fours(frames):
+    with pytest.raises(ValueError, match=rf"Expected 1 \+ 4 n frames, got {frames}"):
+        StreamingEncoder(tiny_vae()).encode(random_pixels(frames))
+
+
+@pytest.mark.parametrize("frames", [0, 1, 5, 6])
+def test_later_frames_must_be_fours(frames):
+    encoder = StreamingEncoder(tiny_vae())
+    encoder.encode(random_pixels(5))
+    with pytest.raises(ValueError, match=rf"Expected 4 n frames, got {frames}"):
+        encoder.encode(random_pixels(frames))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 48), (1, 4, 1, 32, 48)], ids=["4 axes", "4 channels"])
+def test_pixels_of_another_shape_raise(shape):
+    with pytest.raises(ValueError, match=r"Expected pixels \[B, 3, frames, H, W\], got shape"):
+        StreamingEncoder(tiny_vae()).encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("changed", [{"batch": 2}, {"height": 16}, {"width": 32}])
+def test_frames_of_another_size_than_the_last_raise(changed):
+    encoder = StreamingEncoder(tiny_vae())
+    encoder.encode(random_pixels(1))
+    with pytest.raises(ValueError, match=r"\(1, 32, 48\), these frames .*`reset\(\)` first"):
+        encoder.encode(random_pixels(4, **changed))
+
+
+# -- statistics of the latents ---------------------------------------------------------------------------------------
+
+
+def test_normalising_uses_the_statistics_of_the_vae_and_can_be_undone():
+    vae, latents = tiny_vae(), random_latents(2)
+    normalized = normalize_latents(vae, latents)
+    for channel in range(Z_DIM):  # the tiny VAE has mean 0.1 c and deviation 1 + 0.05 c
+        expected = (latents[:, channel] - 0.1 * channel) / (1 + 0.05 * channel)
+        torch.testing.assert_close(normalized[:, channel], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(denormalize_latents(vae, normalized), latents, atol=1e-6, rtol=0)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors made within it that are still alive, and the most that there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._sizes = 0, WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._note, result)
+        self.peak = max(self.peak, sum(self._sizes.values()))
+        return result
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._sizes[storage] = storage.nbytes()
+
+
+def peak_of_decoding(chunks: int, *, whole: bool) -> int:
+    vae = tiny_vae()
+    decoder = StreamingDecoder(vae)
+    with LiveBytes() as memory:
+        if whole:
+            decode_whole(vae, random_latents(2 * chunks))
+        else:
+            for number in range(chunks):
+                decoder.decode(random_latents(2, seed=number))
+    return memory.peak
+
+
+def peak_of_encoding(groups: int, *, whole: bool) -> int:
+    vae = tiny_vae()
+    encoder = StreamingEncoder(vae)
+    with LiveBytes() as memory:
+        if whole:
+            encode_whole(vae, random_pixels(1 + 4 * groups))
+        else:
+            for number in range(1 + groups):
+                encoder.encode(random_pixels(4 if number else 1, seed=number))
+    return memory.peak
+
+
+@pytest.mark.parametrize("peak", [peak_of_decoding, peak_of_encoding])
+def test_memory_does_not_depend_on_the_length_of_the_video(peak):
+    assert peak(12, whole=False) == peak(4, whole=False)
+
+
+@pytest.mark.parametrize("peak", [peak_of_decoding, peak_of_encoding])
+def test_the_whole_at_once_needs_more_the_longer_it_is(peak):
+    """Which also shows that the measurement would notice."""
+    assert peak(12, whole=True) > 1.5 * peak(4, whole=True)
+    assert peak(12, whole=True) > peak(12, whole=False)
+
+
+def test_a_reset_frees_the_memory_of_a_video():
+    decoder = StreamingDecoder(tiny_vae())
+    with LiveBytes() as memory:
+        decoder.decode(random_latents(2))
+        before = sum(memory._sizes.values())
+        decoder.reset()
+        after = sum(memory._sizes.values())
+    assert before > 0
+    assert after == 0

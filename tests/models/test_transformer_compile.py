@@ -1,0 +1,151 @@
+"""torch.compile: the streaming forward is one graph, and a stream of any length needs a handful of them."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+
+from longlive_diffusers import LongLiveTransformer3DModel
+from tests.tiny_pipeline import (
+    CHUNK_SIZE,
+    FORWARDS,
+    every_forward,
+    random_inputs,
+    stream_chunks,
+    tiny_cache,
+    tiny_transformer,
+)
+
+
+# The first forward projects the text; then the window grows, which is a dynamic size from its second value on; then it
+# is full, where the view of the filled slots is the whole buffer.
+GRAPHS_OF_A_STREAM = 3
+
+
+@pytest.fixture
+def model() -> LongLiveTransformer3DModel:
+    return tiny_transformer(num_layers=1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_yet():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@every_forward
+def test_every_forward_compiles_to_one_graph(model, forward):
+    expected = forward(model)
+    torch.testing.assert_close(forward(torch.compile(model, backend="eager", fullgraph=True)), expected)
+
+
+@torch.no_grad()
+@every_forward
+def test_the_repeated_blocks_compile_to_one_graph(forward):
+    model = tiny_transformer(num_layers=3)
+    expected = forward(model)
+    counter = CompileCounter()
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    torch.testing.assert_close(forward(model), expected)
+    assert counter.frame_count <= GRAPHS_OF_A_STREAM, "the blocks share their graphs"
+
+
+@torch.no_grad()
+def test_dynamo_finds_no_break_in_the_streaming_forward(model):
+    cache = tiny_cache(model)
+    cache.begin_chunk(CHUNK_SIZE)
+    explanation = torch._dynamo.explain(model)(**random_inputs(CHUNK_SIZE), kv_cache=cache)
+    assert (explanation.graph_count, explanation.graph_break_count) == (1, 0), explanation.break_reasons
+
+
+@torch.no_grad()
+def test_streams_of_any_length_need_three_graphs(model):
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    torch.testing.assert_close(stream_chunks(compiled, num_chunks=10), stream_chunks(model, num_chunks=10))
+    assert counter.frame_count == GRAPHS_OF_A_STREAM
+    stream_chunks(compiled, num_chunks=12, seed=1)
+    assert counter.frame_count == GRAPHS_OF_A_STREAM, "another video compiles nothing"
+
+
+@torch.no_grad()
+def test_relative_positions_need_no_more_graphs(model):
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    found, expected = (
+        stream_chunks(network, num_chunks=8, cache=tiny_cache(model, relative_rope=True))
+        for network in (compiled, model)
+    )
+    torch.testing.assert_close(found, expected)
+    assert counter.frame_count <= GRAPHS_OF_A_STREAM + 1, "only sinks and opening frames keep unrotated keys"
+
+
+@torch.no_grad()
+def test_a_new_prompt_compiles_at_most_once(model):
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    cache = tiny_cache(model)
+    stream_chunks(compiled, num_chunks=6, cache=cache)
+    before = counter.frame_count
+    for seed in range(1, 5):
+        cache.begin_chunk(CHUNK_SIZE)
+        inputs = random_inputs(CHUNK_SIZE, seed=seed)
+        found = compiled(**inputs, kv_cache=cache).sample
+        torch.testing.assert_close(found, model(**inputs, kv_cache=cache).sample)
+    assert counter.frame_count <= before + 1
+
+
+@torch.no_grad()
+def test_the_compiled_text_cache_still_sees_another_text(model):
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    cache = tiny_cache(model)
+    cache.begin_chunk(CHUNK_SIZE)
+    for seed in (1, 2, 1):
+        inputs = random_inputs(CHUNK_SIZE) | {
+            "encoder_hidden_states": random_inputs(seed=seed)["encoder_hidden_states"]
+        }
+        fresh = tiny_cache(model)
+        fresh.begin_chunk(CHUNK_SIZE)
+        torch.testing.assert_close(compiled(**inputs, kv_cache=cache).sample, model(**inputs, kv_cache=fresh).sample)
+
+
+@torch.no_grad()
+def test_the_training_forward_compiles_for_every_length(model):
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for frames in (2, 8):
+        inputs = random_inputs(frames)
+        torch.testing.assert_close(compiled(**inputs).sample, model(**inputs).sample)
+
+
+def test_gradients_pass_through_a_compiled_model(model):
+    FORWARDS["teacher forcing"](model).square().mean().backward()
+    expected = model.blocks[0].attn1.to_q.weight.grad.clone()
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    FORWARDS["teacher forcing"](compiled).square().mean().backward()
+    torch.testing.assert_close(model.blocks[0].attn1.to_q.weight.grad, expected)
+
+
+@torch.no_grad()
+def test_the_streaming_forward_is_functionalised(model):
+    """aot_eager is what every real backend sees: writes to the cache must survive it."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    torch.testing.assert_close(stream_chunks(compiled), stream_chunks(model))
+    assert counter.frame_count == GRAPHS_OF_A_STREAM
+
+
+@torch.no_grad()
+def test_a_loaded_lora_compiles(model):
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    expected = stream_chunks(model)
+    torch.testing.assert_close(stream_chunks(torch.compile(model, backend="eager", fullgraph=True)), expected)
+
+
+@torch.no_grad()
+def test_the_block_causal_forward_can_be_exported(model):
+    inputs = random_inputs()
+    program = torch.export.export(model, (), inputs | {"return_dict": False}, strict=True)
+    torch.testing.assert_close(program.module()(**inputs, return_dict=False)[0], model(**inputs).sample)

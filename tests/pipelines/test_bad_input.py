@@ -1,0 +1,374 @@
+"""Whatever is malformed is one ValueError that states the numbers, before any network has run."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from longlive_diffusers import LongLivePipeline
+from longlive_diffusers.models.kv_cache import check_window
+from tests.golden_models import tiny_vae
+from tests.tiny_pipeline import CHUNK_SIZE, TEXT_DIM, TEXT_LENGTH, logged_by, tiny_arguments, tiny_pipeline
+
+
+IMAGE = PIL.Image.new("RGB", (64, 64))
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def latents(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.view(-1)[0] = NAN
+    return tensor
+
+
+def embeds(batch: int = 1, dim: int = TEXT_DIM) -> torch.Tensor:
+    return torch.zeros(batch, TEXT_LENGTH, dim)
+
+
+# What is wrong: the arguments that replace those of `tiny_arguments`, and what the message has to say.
+BAD_CALLS = {
+    # prompts
+    "no prompt": ({"prompt": None}, ["prompt", "none"]),
+    "two kinds of prompts": ({"shot_prompts": ["a"]}, ["'prompt'", "'shot_prompts'"]),
+    "prompt and embeddings": ({"prompt_embeds": embeds()}, ["'prompt'", "'prompt_embeds'"]),
+    "a number as prompt": ({"prompt": 7}, ["`prompt`", "7"]),
+    "no prompts": ({"prompt": []}, ["`prompt`", "[]"]),
+    "a number among prompts": ({"prompt": ["a", 7]}, ["`prompt`", "7"]),
+    "no shots": ({"prompt": None, "shot_prompts": []}, ["`shot_prompts`", "[]"]),
+    "a string as shots": ({"prompt": None, "shot_prompts": "a"}, ["`shot_prompts`", "'a'"]),
+    "shots and lists of shots": ({"prompt": None, "shot_prompts": [["a"], "b"]}, ["`shot_prompts`", "'b'"]),
+    "lists of shots and shots": ({"prompt": None, "shot_prompts": ["a", ["b"]]}, ["`shot_prompts`", "['b']"]),
+    "an empty list of shots": ({"prompt": None, "shot_prompts": [["a"], []]}, ["`shot_prompts`", "[]"]),
+    # durations
+    "durations without shots": ({"chunks_per_shot": 2}, ["`chunks_per_shot`", "`shot_prompts`"]),
+    "too many durations": ({"prompt": None, "shot_prompts": ["a", "b"], "chunks_per_shot": [1, 2, 3]}, ["2", "[1, 2, 3]"]),
+    "no duration": ({"prompt": None, "shot_prompts": ["a", "b"], "chunks_per_shot": 0}, ["0"]),
+    "a negative duration": ({"prompt": None, "shot_prompts": ["a", "b"], "chunks_per_shot": [1, -3]}, ["-3"]),
+    "half a chunk": ({"prompt": None, "shot_prompts": ["a", "b"], "chunks_per_shot": [1, 1.5]}, ["1.5"]),
+    "a truth as duration": ({"prompt": None, "shot_prompts": ["a", "b"], "chunks_per_shot": [1, True]}, ["True"]),
+    "durations of another batch": (
+        {"prompt": None, "shot_prompts": [["a"], ["b"]], "chunks_per_shot": [[1], [1], [1]]},
+        ["3", "2"],
+    ),
+    # negative prompts
+    "too few negative prompts": ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, ["2", "3"]),
+    "a number as negative prompt": ({"negative_prompt": 7}, ["`negative_prompt`", "int"]),
+    "two kinds of negative prompts": (
+        {"negative_prompt": "x", "negative_prompt_embeds": embeds()},
+        ["`negative_prompt`", "`negative_prompt_embeds`"],
+    ),
+    # embeddings
+    "flat embeddings": ({"prompt": None, "prompt_embeds": torch.zeros(8, 16)}, ["`prompt_embeds`", "(8, 16)"]),
+    "an array of embeddings": ({"prompt": None, "prompt_embeds": np.zeros((1, 8, 16))}, ["`prompt_embeds`", "ndarray"]),
+    "embeddings of nothing": ({"prompt": None, "prompt_embeds": torch.zeros(1, 0, 16)}, ["`prompt_embeds`", "(1, 0, 16)"]),
+    "embeddings of another encoder": ({"prompt": None, "prompt_embeds": embeds(dim=17)}, ["`prompt_embeds`", "17", "16"]),
+    "embeddings that are no numbers": (
+        {"prompt": None, "prompt_embeds": with_nan(embeds())},
+        ["`prompt_embeds`", "1 value"],
+    ),
+    "negative embeddings of another encoder": (
+        {"negative_prompt_embeds": embeds(dim=17), "guidance_scale": 2.0},
+        ["`negative_prompt_embeds`", "17", "16"],
+    ),
+    "too many negative embeddings": (
+        {"negative_prompt_embeds": embeds(3), "guidance_scale": 2.0},
+        ["`negative_prompt_embeds`", "3", "1"],
+    ),
+    # sizes
+    "a height that does not divide": ({"height": 72}, ["`height`", "32", "72"]),
+    "a width that does not divide": ({"width": 80}, ["`width`", "32", "80"]),
+    "no height": ({"height": 0}, ["`height`", "0"]),
+    "a negative width": ({"width": -64}, ["`width`", "-64"]),
+    "a fractional height": ({"height": 64.0}, ["`height`", "64.0"]),
+    # initial noise
+    "noise of other channels": ({"latents": latents(1, 7, 4, 4, 4)}, ["`latents`", "8", "(1, 7, 4, 4, 4)"]),
+    "noise of half chunks": ({"latents": latents(1, 8, 3, 4, 4)}, ["`latents`", "2", "3"]),
+    "no noise": ({"latents": latents(1, 8, 0, 4, 4)}, ["`latents`", "0"]),
+    "noise of one image": ({"latents": latents(1, 8, 4, 4)}, ["`latents`", "(1, 8, 4, 4)"]),
+    "noise that is no numbers": ({"latents": with_nan(latents(1, 8, 2, 4, 4))}, ["`latents`", "1 value"]),
+    "noise as an array": ({"latents": np.zeros((1, 8, 2, 4, 4))}, ["`latents`", "ndarray"]),
+    "noise of another size": ({"latents": latents(1, 8, 2, 4, 4), "height": 96}, ["4x4", "64x64", "96x64"]),
+    "noise that makes no patches": ({"latents": latents(1, 8, 2, 5, 4)}, ["5x4", "2x2"]),
+    "noise of another batch": ({"latents": latents(2, 8, 2, 4, 4), "prompt": ["a", "b", "c"]}, ["`latents`", "2", "3"]),
+    # conditions
+    "an image and a video": ({"image": IMAGE, "video": [IMAGE] * 5}, ["'image'", "'video'"]),
+    "two kinds of latents": (
+        {"image_latents": latents(1, 8, 1, 4, 4), "video_latents": latents(1, 8, 2, 4, 4)},
+        ["'image_latents'", "'video_latents'"],
+    ),
+    "two images for one video": ({"image_latents": latents(1, 8, 2, 4, 4)}, ["`image_latents`", "1", "2"]),
+    "a video of half chunks": ({"video_latents": latents(1, 8, 3, 4, 4)}, ["`video_latents`", "2", "3"]),
+    "latents of two sizes": (
+        {"latents": latents(1, 8, 2, 4, 4), "image_latents": latents(1, 8, 1, 6, 4)},
+        ["(4, 4)", "(6, 4)"],
+    ),
+    "a video of another batch": (
+        {"video_latents": latents(2, 8, 2, 4, 4), "prompt": ["a", "b", "c"]},
+        ["`video_latents`", "2", "3"],
+    ),
+    "image latents that are no numbers": ({"image_latents": with_nan(latents(1, 8, 1, 4, 4))}, ["`image_latents`", "1"]),
+    "a path as image": ({"image": "cat.png"}, ["`image`", "str"]),
+    "no images": ({"image": []}, ["`image`", "empty"]),
+    "an image of four channels": ({"image": np.zeros((64, 64, 4))}, ["`image`", "(64, 64, 4)"]),
+    "an image that is no numbers": ({"image": np.full((64, 64, 3), NAN)}, ["`image`", "finite"]),
+    "images of another batch": ({"image": [IMAGE, IMAGE], "prompt": ["a", "b", "c"]}, ["`image`", "2", "3"]),
+    "a video that is too short": ({"video": [IMAGE] * 4}, ["`video`", "4", "5"]),
+    "videos of two lengths": ({"video": [[IMAGE] * 5, [IMAGE] * 13], "prompt": ["a", "b"]}, ["5", "13"]),
+    "no video": ({"video": []}, ["`video`", "empty"]),
+    "a video in a folder": ({"video": ["frame0.png"]}, ["`video`", "str"]),
+    # length
+    "no frames": ({"num_frames": 0}, ["`num_frames`", "0"]),
+    "negative frames": ({"num_frames": -5}, ["`num_frames`", "-5"]),
+    "fractional frames": ({"num_frames": 12.5}, ["`num_frames`", "12.5"]),
+    "nothing to add to a video": ({"video_latents": latents(1, 8, 4, 4, 4), "num_frames": 13}, ["13"]),
+    # options
+    "no steps": ({"num_inference_steps": 0}, ["`num_inference_steps`", "0"]),
+    "fractional steps": ({"num_inference_steps": 2.5}, ["`num_inference_steps`", "2.5"]),
+    "guidance that is no number": ({"guidance_scale": NAN}, ["`guidance_scale`", "nan"]),
+    "negative guidance": ({"guidance_scale": -1.0}, ["`guidance_scale`", "-1.0"]),
+    "guidance in words": ({"guidance_scale": "high"}, ["`guidance_scale`", "'high'"]),
+    "no videos": ({"num_videos_per_prompt": 0}, ["`num_videos_per_prompt`", "0"]),
+    "no tokens": ({"max_sequence_length": 0}, ["`max_sequence_length`", "0"]),
+    "too few generators": ({"prompt": ["a", "b"], "generator": [torch.Generator()]}, ["`generator`", "1", "2"]),
+    "too many generators": ({"generator": [torch.Generator()] * 3}, ["`generator`", "3", "1"]),
+    "generators for prompts, not videos": (
+        {"prompt": ["a", "b"], "num_videos_per_prompt": 2, "generator": [torch.Generator()] * 2},
+        ["`generator`", "2", "4"],
+    ),
+    "a seed as generator": ({"generator": 42}, ["`generator`", "int"]),
+    "an unknown output": ({"output_type": "mp4"}, ["`output_type`", "'mp4'"]),
+    "an unknown callback input": (
+        {"callback_on_step_end_tensor_inputs": ["latents", "noise"]},
+        ["'noise'", "prompt_embeds"],
+    ),
+    "attention arguments as a list": ({"attention_kwargs": [1.0]}, ["`attention_kwargs`", "list"]),
+    "a cache of integers": ({"kv_cache_dtype": torch.int8}, ["`kv_cache_dtype`", "int8"]),
+    # windows
+    "a window that is too small": ({"window_size": 5}, ["`window_size`", "5", "6"]),
+    "no window": ({"window_size": 0}, ["`window_size`", "0"]),
+    "half a chunk of sink": ({"sink_size": 3, "window_size": 12}, ["`sink_size`", "2", "3"]),
+    "a negative sink": ({"sink_size": -2}, ["`sink_size`", "-2"]),
+    "a fractional window": ({"window_size": 6.5}, ["`window_size`", "6.5"]),
+    "an endless shot offset": ({"multi_shot_rope_offset": INFINITY}, ["`multi_shot_rope_offset`", "inf"]),
+}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> LongLivePipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def forwards(pipe):
+    """The models that ran."""
+    ran: list[str] = []
+    hooks = [
+        getattr(pipe, name).register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        for name in ("transformer", "text_encoder")
+    ]
+    hooks += [
+        part.register_forward_pre_hook(lambda *_: ran.append("vae")) for part in (pipe.vae.encoder, pipe.vae.decoder)
+    ]
+    yield ran
+    for hook in hooks:
+        hook.remove()
+
+
+def assert_raises(call: Callable, numbers: list[str]) -> None:
+    with pytest.raises(ValueError) as raised:
+        call()
+    assert type(raised.value) is ValueError
+    assert raised.value.__cause__ is None and raised.value.__context__ is None, "one error, not one about another"
+    message = str(raised.value)
+    for number in numbers:
+        whole = rf"(?<![\w.]){re.escape(number)}(?![\w.]*\d)" if number.lstrip("-").isdigit() else re.escape(number)
+        assert re.search(whole, message), f"{number} is not in: {message}"
+
+
+@pytest.mark.parametrize(("overrides", "numbers"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_a_call_refuses(pipe, forwards, overrides, numbers):
+    assert_raises(lambda: pipe(**tiny_arguments(**overrides)), numbers)
+    assert forwards == []
+
+
+@pytest.mark.parametrize(("overrides", "numbers"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_a_stream_refuses_before_its_first_chunk(pipe, forwards, overrides, numbers):
+    assert_raises(lambda: pipe.stream(**tiny_arguments(**overrides)), numbers)
+    assert forwards == []
+
+
+def test_a_call_has_an_end(pipe, forwards):
+    assert_raises(lambda: pipe(**tiny_arguments(num_frames=None)), ["`num_frames`", "pipe.stream"])
+    assert forwards == []
+
+
+def test_an_endless_stream_of_several_shots_needs_durations(pipe, forwards):
+    arguments = tiny_arguments(prompt=None, shot_prompts=["a", "b", "c"], num_frames=None)
+    assert_raises(lambda: pipe.stream(**arguments), ["3", "`chunks_per_shot`"])
+    assert forwards == []
+
+
+def test_prompts_need_a_text_encoder():
+    pipe = tiny_pipeline(tokenizer=None, text_encoder=None)
+    assert_raises(lambda: pipe(**tiny_arguments()), ["text encoder", "`prompt_embeds`"])
+
+
+def test_frames_need_a_vae(forwards):
+    pipe = tiny_pipeline(vae=None)
+    assert_raises(lambda: pipe(**tiny_arguments(output_type="np")), ["AutoencoderKLWan", "NoneType"])
+    assert forwards == []
+
+
+def test_a_vae_of_other_latents_is_noticed(forwards):
+    pipe = tiny_pipeline(vae=tiny_vae(z_dim=12))
+    assert_raises(lambda: pipe(**tiny_arguments()), ["8", "12"])
+    assert forwards == []
+
+
+# -- what is nearly wrong --------------------------------------------------------------------------------------------
+
+GOOD_CALLS = {
+    "two kinds of negative prompts for two prompts": {"prompt": ["a", "b"], "negative_prompt": ["x", "y"], "guidance_scale": 2.0},
+    "durations of each shot": {"prompt": None, "shot_prompts": ["a", "b"], "chunks_per_shot": [1, 2]},
+    "durations of each video": {"prompt": None, "shot_prompts": [["a", "b"], ["c"]], "chunks_per_shot": [[1, 1], [2]]},
+    "more shots than chunks": {"prompt": None, "shot_prompts": ["a", "b", "c", "d"]},
+    "one noise for all prompts": {"prompt": ["a", "b"], "latents": latents(1, 8, 2, 4, 4), "generator": None},
+    "one image for all prompts": {"prompt": ["a", "b"], "image": IMAGE, "generator": None},
+    "a size that divides": {"height": 96, "width": 32},
+    "the size that latents have": {"latents": latents(1, 8, 2, 4, 6), "height": 64, "width": 96},
+    "one frame more than the video": {"video_latents": latents(1, 8, 2, 4, 4), "num_frames": 13},
+    "the smallest window": {"window_size": 6, "sink_size": 2},
+    "the smallest window without a pin": {"window_size": 4, "sink_size": 2, "multi_shot_sink": False},
+    "the smallest window of all": {"window_size": 2, "sink_size": 0, "multi_shot_sink": False},
+    "any sink without a pin": {"window_size": 5, "sink_size": 3, "multi_shot_sink": False, "num_frames": 45},
+    "a generator for each video": {"prompt": ["a", "b"], "generator": [torch.Generator(), torch.Generator()]},
+    "one step": {"num_inference_steps": 1},
+    "a cache in half precision": {"kv_cache_dtype": torch.bfloat16},
+    "whole numbers for real ones": {"guidance_scale": 2, "multi_shot_rope_offset": 0},
+    "NumPy's numbers": {"height": np.int64(32), "num_frames": np.int32(13), "guidance_scale": np.float32(2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", GOOD_CALLS.values(), ids=GOOD_CALLS)
+def test_a_call_takes(pipe, overrides):
+    frames = pipe(**tiny_arguments(**overrides)).frames
+    assert frames.shape[2] % CHUNK_SIZE == 0 and torch.isfinite(frames).all()
+
+
+anything = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@anything
+@given(st.integers(-1000, 1000), st.sampled_from(["height", "width"]))
+def test_sizes_are_positive_multiples_of_32(pipe, size, side):
+    arguments = tiny_arguments(**{side: size})
+    if size > 0 and size % 32 == 0:
+        pipe.stream(**arguments).close()
+    else:
+        assert_raises(lambda: pipe.stream(**arguments), [side, "32", str(size)])
+
+
+@anything
+@given(st.integers(1, 5000))
+def test_frames_are_rounded_up_to_whole_chunks_and_a_warning_names_the_number(pipe, num_frames):
+    with logged_by("longlive_diffusers") as messages, pipe.stream(**tiny_arguments(num_frames=num_frames)) as session:
+        chunks = session._denoiser.settings.num_chunks
+    used = 1 + 4 * (CHUNK_SIZE * chunks - 1)
+    assert 0 <= used - num_frames < 4 * CHUNK_SIZE
+    assert len(messages) == (used != num_frames)
+    assert all(re.search(rf"\b{num_frames}\b.*\b{used}\b", message) for message in messages)
+
+
+@anything
+@given(st.lists(st.integers(0, 9), min_size=0, max_size=6))
+def test_latents_are_whole_chunks_of_the_networks_channels(pipe, shape):
+    is_good = len(shape) == 5 and shape[1] == 8 and shape[2] > 0 and shape[2] % 2 == 0 and shape[0] == 1
+    is_good = is_good and all(side > 0 and side % 2 == 0 for side in shape[3:])
+    arguments = tiny_arguments(latents=torch.zeros(shape))
+    if is_good:
+        pipe.stream(**arguments).close()
+    else:
+        assert_raises(lambda: pipe.stream(**arguments), [])
+
+
+@anything
+@given(st.integers(-1, 14), st.integers(-1, 8), st.integers(0, 4), st.booleans())
+def test_a_window_is_refused_exactly_if_a_chunk_may_not_fit(window_size, sink_size, chunk_size, multi_shot_sink):
+    pin = min(sink_size, chunk_size) if multi_shot_sink else 0
+    is_good = chunk_size >= 1 and window_size >= 1 and sink_size >= 0
+    is_good = is_good and not (multi_shot_sink and sink_size % chunk_size)
+    is_good = is_good and window_size >= sink_size + pin + chunk_size
+    if is_good:
+        check_window(window_size, sink_size, chunk_size, multi_shot_sink)
+    else:
+        assert_raises(lambda: check_window(window_size, sink_size, chunk_size, multi_shot_sink), [str(sink_size)])
+
+
+# -- sessions --------------------------------------------------------------------------------------------------------
+
+BAD_PROMPTS = {
+    "a number": (7, ["7"]),
+    "nothing": (None, ["None"]),
+    "bytes": (b"a cat", ["b'a cat'"]),
+    "a number among prompts": (["a", 7], ["7"]),
+    "too few": (["a"], ["1", "2"]),
+    "too many": (["a", "b", "c"], ["3", "2"]),
+    "none": ([], ["0", "2"]),
+}
+
+
+@pytest.mark.parametrize(("prompt", "numbers"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_session_refuses_a_prompt_and_goes_on_with_the_one_before(pipe, prompt, numbers, cut):
+    def change(session):
+        if cut:
+            session.cut(prompt)
+        else:
+            session.prompt = prompt
+
+    arguments = tiny_arguments(prompt=["a cat", "a dog"], num_frames=None)
+    with pipe.stream(**arguments) as session:
+        next(session)
+        assert_raises(lambda: change(session), numbers)
+        assert next(session).prompt == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_closed_session_takes_no_prompt(pipe, cut):
+    session = pipe.stream(**tiny_arguments())
+    session.close()
+    assert_raises(lambda: session.cut("a") if cut else setattr(session, "prompt", "a"), ["closed"])
+
+
+def test_a_closed_session_is_at_its_end_and_may_be_closed_again(pipe):
+    session = pipe.stream(**tiny_arguments())
+    next(session)
+    session.close()
+    session.close()
+    assert list(session) == []
+
+
+@pytest.mark.parametrize("name", ["encode", "decode"])
+def test_parts_of_the_pipeline_refuse_too(pipe, name):
+    if name == "encode":
+        assert_raises(lambda: pipe.encode_prompt(["a", "b"], ["x", "y", "z"]), ["3", "2"])
+    else:
+        assert_raises(lambda: pipe.decode_latents(latents(1, 8, 2, 4, 4), "gif"), ["'gif'"])
+
+
+def test_a_number_is_not_found_within_another():
+    """Of the helper above."""
+    with pytest.raises(AssertionError, match="2 is not in: got 12"):
+        assert_raises(lambda: int_of("got 12"), ["2"])
+
+
+def int_of(message: str):
+    raise ValueError(message)
