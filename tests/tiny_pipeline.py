@@ -4,7 +4,8 @@ Videos are 64x64 pixels (4x4 latents, 4 tokens a frame) unless asked for otherwi
 """
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -135,6 +136,7 @@ FORWARDS = {
 }
 """What the network computes on fixed inputs, in each of the ways it is used."""
 
+
 @contextmanager
 def logged_by(library: str = "diffusers") -> Iterator[list[str]]:
     """The messages that `library` logs meanwhile; diffusers does not hand its own to pytest."""
@@ -147,6 +149,17 @@ def logged_by(library: str = "diffusers") -> Iterator[list[str]]:
         yield messages
     finally:
         logger.removeHandler(handler)
+
+
+def assert_raises(call: Callable, *numbers) -> None:
+    """`call` raises one plain ValueError that says all of `numbers`, each as a whole."""
+    with pytest.raises(ValueError) as raised:
+        call()
+    assert type(raised.value) is ValueError
+    assert raised.value.__cause__ is None and raised.value.__context__ is None, "one error, not one about another"
+    message = str(raised.value)
+    for number in map(str, numbers):
+        assert re.search(rf"(?<![\w.]){re.escape(number)}(?!\d)", message), f"{number} is not in: {message}"
 
 
 every_forward = pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)

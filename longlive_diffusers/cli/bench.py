@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from ..loaders.convert import DTYPES
 from ..models.kv_cache import check_window
@@ -53,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     size = requested_size(args)
     if args.json and not Path(args.json).parent.is_dir():
         raise ValueError(f"cannot write '{args.json}': there is no folder '{Path(args.json).parent}'")
+    backends = sorted(backend.value for backend in AttentionBackendName)
+    if args.attention_backend and args.attention_backend.lower() not in backends:
+        raise ValueError(f"no attention backend '{args.attention_backend}': there are {', '.join(backends)}")
     device = args.device or types.default_device()
     dtype = DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
     if size.threads is not None:

@@ -1,5 +1,6 @@
 """The measurements of `longlive bench`. Every timer waits for the device before it starts and before it stops."""
 
+import math
 import re
 import statistics
 import time
@@ -15,17 +16,19 @@ from .bench_sizes import BenchSize, frames_in
 from .measure import synchronize
 
 
-MATMUL_SIDES = {"cpu": 2048, "mps": 4096, "cuda": 8192}
 # By the names of PyTorch's operators. Where attention is not fused, it is the only batched product there is.
 _ATTENTION = re.compile(r"attention|attn|flash|fmha|sage|aten::(bmm|baddbmm|_softmax|softmax)$", re.IGNORECASE)
-_LINEAR = re.compile(
-    r"aten::(mm|addmm|linear|_scaled_mm|_addmm_activation|mkldnn_linear)|mkldnn::_linear|mkl::_mkl_linear"
-)
+_LINEAR = re.compile(r"aten::(mm|addmm|linear|_scaled_mm|_addmm_activation|mkldnn_linear)$|mkldnn::|mkl::")
+
+
+def matmul_side(device_type: str) -> int:
+    """Of matrices that are large enough to keep the device busy."""
+    return 2048 if device_type == "cpu" else 8192
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
     """The device's own rate in FLOP/s, for a square matrix product: the best of a second's worth."""
-    side = MATMUL_SIDES[device.type]
+    side = matmul_side(device.type)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < 1.0:
@@ -40,7 +43,8 @@ def measure_forward(
     """One forward of the transformer at the full window: seconds, and how they divide (profiled, in a run of its own).
 
     Returns:
-        `seconds` and its parts `attention`, `linear` and `rest`, in which the profile's shares are applied to it.
+        `seconds` and its parts `attention`, `linear` and `rest`, in which the profile's shares are applied to it; NaN
+        where the profiler could not see the device at work.
     """
     transformer = pipe.transformer
     cache = transformer.create_kv_cache(
@@ -70,7 +74,7 @@ def measure_forward(
         ):  # kernels are counted with the operator that launched them
             on_device = device.type == "cuda"
             parts[kind_of(event.key)] += event.self_device_time_total if on_device else event.self_cpu_time_total
-    total = sum(parts.values())
+    total = sum(parts.values()) or math.nan
     return {"seconds": seconds, **{name: seconds * value / total for name, value in parts.items()}}
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .bench_runs import MATMUL_SIDES
+from .bench_runs import matmul_side
 from .measure import as_size
 
 
@@ -19,7 +19,7 @@ def as_table(report: dict[str, Any]) -> str:
     forward, chunk = results["forward"], setting["chunk_size"]
     share = lambda name: f"{100 * forward[name] / forward['seconds']:.0f} %"  # noqa: E731
     ratio = results["forward_to_matmul"]
-    side = MATMUL_SIDES[setting["device_type"]]
+    side = matmul_side(setting["device_type"])
     size, versions = setting["size"], ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
     compiled = ", compiled" if setting["compiled"] else ""
     height, width = setting["pixels"]

@@ -136,10 +136,11 @@ def run(args: argparse.Namespace) -> int:
                     progress.add(chunk)
                     if args.stream:
                         print(status_line(chunk, progress), flush=True)
-                    if typed is not None and not typed.apply_next(session):
+                    if typed is not None and not typed.apply_next(session, chunk):
                         break
         except KeyboardInterrupt:
             interrupted = True
+    progress.frames = writer.frames_written  # the last chunk may have been interrupted while it was written
     print_summary(request, progress, loading, args.output)
     return 130 if interrupted else 0
 
@@ -156,7 +157,7 @@ def status_line(chunk: VideoChunk, progress: Progress) -> str:
 def print_summary(request: Request, progress: Progress, loading: float, output: str) -> None:
     """What was made, how fast, and what these numbers count."""
     if progress.first_frame is None:
-        print("interrupted before the first chunk: nothing was written")
+        print("interrupted before the first chunk was written")
         return
     made = max(0, progress.frames - request.condition_frames)
     continued = f", {progress.frames - made} of them continued" if request.condition_frames else ""

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
+from ..loaders.checkpoint_file import read_checkpoint_file
 from ..loaders.convert import DTYPES
 from ..loaders.lora import LORA_SUFFIXES, check_lora_fits
 from ..models.transformer_longlive import LongLiveTransformer3DModel
@@ -113,6 +114,8 @@ def check_lora_file(lora: str) -> None:
     """Refuse, before any model is loaded, a LoRA that is named as a file and is none."""
     if Path(lora).suffix in LORA_SUFFIXES and not Path(lora).is_file():
         raise ValueError(f"there is no LoRA file '{lora}'")
+    if Path(lora).is_file():
+        read_checkpoint_file(lora)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -8,6 +8,7 @@ import sys
 import threading
 from typing import TextIO
 
+from ..pipelines.pipeline_output import VideoChunk
 from ..pipelines.session import StreamingSession
 
 
@@ -24,13 +25,18 @@ class TypedPrompts:
 
     def __init__(self, descriptor: int) -> None:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._awaited: str | None = None
         threading.Thread(target=self._read, args=(descriptor,), name="longlive-prompts", daemon=True).start()
 
-    def apply_next(self, session: StreamingSession) -> bool:
+    def apply_next(self, session: StreamingSession, chunk: VideoChunk) -> bool:
         """Act on the next line, if there is one; False where it says to end.
 
-        Only one at a time, so that each of several lines that came at once gets a chunk of its own.
+        Not before `chunk`, the last that was made, shows the prompt of the line before: of several lines that came at
+        once, each is to be seen.
         """
+        if self._awaited not in (None, chunk.prompt):
+            return True
+        self._awaited = None
         try:
             line = self._lines.get_nowait().strip()
         except queue.Empty:
@@ -39,11 +45,12 @@ class TypedPrompts:
         if command == "/quit":
             return False
         if command == "/cut" and text.strip():
-            session.cut(text.strip())
+            self._awaited = text.strip()
+            session.cut(self._awaited)
         elif line.startswith("/"):
             print(f"'{line}' is not a command: {HELP}", file=sys.stderr)
         elif line:
-            session.prompt = line
+            self._awaited = session.prompt = line
         return True
 
     def _read(self, descriptor: int) -> None:

@@ -169,7 +169,7 @@ def _read_json(path: Path, base: str | os.PathLike) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"The base {base} has no {path.relative_to(path.parents[1])}.") from error
+        raise ValueError(f"The base {base} has no {'/'.join(path.parts[-2:])}.") from error
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):

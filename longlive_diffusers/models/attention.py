@@ -7,6 +7,7 @@ same rule as a block mask instead; it needs a GPU for the backward.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from .kv_cache import ChunkPlan, LayerKVCache
 from .rotary import apply_rotary
 
 
-_SCORE_BYTES = 4 * 2**20  # of a block of scores; found by measurement, and flat around it
+_SCORE_BYTES = 16 * 2**20  # of a block of scores; larger allocations go back to the system each time, which costs more
 
 
 @dataclass(frozen=True)
@@ -185,18 +186,21 @@ def _prefers_matmul(query: torch.Tensor) -> bool:
 
 
 def _matmul_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention in blocks of heads and queries whose scores stay in the processor's cache."""
-    query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, heads, tokens, head_dim]
-    query = query * query.shape[-1] ** -0.5
-    row_bytes = query.shape[0] * key.shape[2] * key.element_size()
-    num_rows = min(query.shape[2], max(1, _SCORE_BYTES // row_bytes))
-    num_heads = max(1, _SCORE_BYTES // (row_bytes * num_rows)) if num_rows == query.shape[2] else 1
-
-    def block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return (query @ key.transpose(-1, -2)).softmax(dim=-1) @ value
-
-    outputs = []
-    for queries, keys, values in zip(*(states.split(num_heads, dim=1) for states in (query, key, value)), strict=True):
-        parts = [block(rows, keys, values) for rows in queries.split(num_rows, dim=2)]
-        outputs.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
-    return torch.cat(outputs, dim=1).transpose(1, 2)
+    """Attention in blocks of heads and queries, whose scores share one buffer that is small enough to be reused."""
+    batch, num_queries, heads, head_dim = query.shape
+    scaled = query * head_dim**-0.5
+    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (scaled, key, value))  # [B * heads, ...]
+    row_bytes = key.shape[1] * key.element_size()
+    num_rows = min(num_queries, max(1, _SCORE_BYTES // row_bytes))
+    num_heads = min(batch * heads, max(1, _SCORE_BYTES // (row_bytes * num_rows)))
+    buffer = query.new_empty(num_heads * num_rows * key.shape[1])
+    output = torch.empty_like(query)
+    blocks = zip(*(states.split(num_heads) for states in (query, key, value, output)), strict=True)
+    for queries, keys, values, outputs in blocks:
+        for rows, result in zip(queries.split(num_rows, dim=1), outputs.split(num_rows, dim=1), strict=True):
+            shape = (*rows.shape[:2], keys.shape[1])
+            scores = buffer[: math.prod(shape)].view(shape)
+            torch.bmm(rows, keys.transpose(1, 2), out=scores)
+            torch.softmax(scores, dim=-1, out=scores)
+            torch.bmm(scores, values, out=result)
+    return output.unflatten(0, (batch, heads)).transpose(1, 2)

@@ -177,7 +177,10 @@ class KVCache:
         theta: float = 10000.0,
     ):
         check_window(window_size, sink_size, chunk_size, multi_shot_sink)
-        self.batch_size, self.height, self.width, self.head_dim = batch_size, height, width, head_dim
+        if batch_size < 1:
+            raise ValueError(f"A KV cache is for at least 1 video, got {batch_size}.")
+        self.batch_size, self.height, self.width = batch_size, height, width
+        self.num_heads, self.head_dim = num_heads, head_dim
         self.window_size, self.sink_size, self.chunk_size = window_size, sink_size, chunk_size
         self.pin_size = min(sink_size, chunk_size) if multi_shot_sink else 0
         self.relative_rope = relative_rope
@@ -400,9 +403,11 @@ def _version_of(tensor: torch.Tensor) -> int | None:
 
 def check_window(window_size: int, sink_size: int, chunk_size: int, multi_shot_sink: bool) -> None:
     """Raise a ValueError that states the numbers, unless a chunk always fits beside what is protected."""
-    sizes = {"window_size": window_size, "sink_size": sink_size, "chunk_size": chunk_size}
-    if not all(isinstance(size, Integral) for size in sizes.values()):
-        raise ValueError(f"A window is counted in whole latent frames, got {sizes}.")
+    if not all(isinstance(size, Integral) for size in (window_size, sink_size, chunk_size)):
+        raise ValueError(
+            f"`window_size`, `sink_size` and `chunk_size` are whole numbers of latent frames, got {window_size}, "
+            f"{sink_size} and {chunk_size}."
+        )
     if chunk_size < 1 or window_size < 1 or sink_size < 0:
         raise ValueError(
             f"`chunk_size` and `window_size` must be at least 1 and `sink_size` at least 0, got {chunk_size}, "

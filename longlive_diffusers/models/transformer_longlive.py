@@ -189,10 +189,14 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
         encoder_hidden_states = self._check_text(encoder_hidden_states, batch, frames, kv_cache)
 
-        tokens = self._embed_patches(hidden_states)
         mask, plan, text = None, None, None
         if kv_cache is not None:
             plan = self._check_cache(kv_cache, batch, frames, rows, columns, clean_hidden_states)
+        self._check_clean(clean_hidden_states, clean_timestep, hidden_states)
+        check_positions(frame_positions, batch, frames, kv_cache)
+
+        tokens = self._embed_patches(hidden_states)
+        if kv_cache is not None:
             rotary_emb = plan.rotary
         else:
             chunk_tokens = self.config.chunk_size * rows * columns
@@ -200,7 +204,6 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             if frame_positions is None:
                 frame_positions = torch.arange(frames)
             if clean_hidden_states is not None:
-                self._check_clean(clean_hidden_states, hidden_states)
                 clean_timestep = torch.zeros_like(timestep) if clean_timestep is None else clean_timestep
                 clean_timestep = per_frame(clean_timestep, batch, frames, "clean_timestep")
                 timestep = torch.cat([clean_timestep, timestep], dim=1)
@@ -358,22 +361,30 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             raise ValueError(f"{frames} latent frames are not whole chunks of {self.config.chunk_size}.")
         return text
 
-    def _check_clean(self, clean: torch.Tensor, noisy: torch.Tensor) -> None:
-        if clean.shape != noisy.shape:
+    def _check_clean(
+        self, clean: torch.Tensor | None, clean_timestep: torch.Tensor | None, noisy: torch.Tensor
+    ) -> None:
+        if clean is None and clean_timestep is not None:
+            raise ValueError("`clean_timestep` is the time of `clean_hidden_states`, and there are none.")
+        if clean is not None and clean.shape != noisy.shape:
             raise ValueError(
                 f"`clean_hidden_states` {tuple(clean.shape)} and `hidden_states` {tuple(noisy.shape)} must have the "
                 "same shape."
             )
+        if clean_timestep is not None:
+            per_frame(clean_timestep, noisy.shape[0], noisy.shape[2], "clean_timestep")
 
     def _check_cache(self, kv_cache, batch, frames, rows, columns, clean_hidden_states) -> ChunkPlan:
         if clean_hidden_states is not None:
             raise ValueError("`kv_cache` (streaming) and `clean_hidden_states` (teacher forcing) exclude each other.")
         plan = kv_cache.plan
-        expected = (len(kv_cache), kv_cache.batch_size, plan.num_frames, kv_cache.height, kv_cache.width)
-        got = (len(self.blocks), batch, frames, rows, columns)
+        heads = (self.config.num_attention_heads, self.config.attention_head_dim)
+        expected = (len(kv_cache), kv_cache.num_heads, kv_cache.head_dim)
+        expected += (kv_cache.batch_size, plan.num_frames, kv_cache.height, kv_cache.width)
+        got = (len(self.blocks), *heads, batch, frames, rows, columns)
         if expected != got:
             raise ValueError(
-                "The KV cache and its open chunk are for (layers, batch, frames, rows, columns) = "
+                "The KV cache and its open chunk are for (layers, heads, head_dim, batch, frames, rows, columns) = "
                 f"{expected}, this forward has {got}."
             )
         return plan
@@ -400,6 +411,15 @@ def per_frame(timestep: torch.Tensor, batch: int, frames: int, name: str) -> tor
     if timestep.shape != (batch, frames):
         raise ValueError(f"`{name}` must be [{batch}] or [{batch}, {frames}], got shape {tuple(timestep.shape)}.")
     return timestep
+
+
+def check_positions(positions: torch.Tensor | None, batch: int, frames: int, kv_cache: KVCache | None) -> None:
+    if positions is None:
+        return
+    if kv_cache is not None:
+        raise ValueError("`frame_positions` cannot be given: the `kv_cache` decides the positions of its frames.")
+    if tuple(positions.shape) not in ((frames,), (batch, frames)):
+        raise ValueError(f"`frame_positions` must be [{frames}] or [{batch}, {frames}], got {tuple(positions.shape)}.")
 
 
 def check_config(config) -> None:

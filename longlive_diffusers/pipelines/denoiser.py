@@ -193,7 +193,9 @@ class ChunkDenoiser:
 
     def _write_clean(self, latents: torch.Tensor, text: torch.Tensor) -> None:
         """One forward at timestep 0: from now on the cache holds the chunk as it is, not as it was on its way."""
-        clean = torch.zeros(latents.shape[0], latents.shape[2], device=self.device)  # as every step: nothing recompiles
+        clean = torch.zeros(
+            latents.shape[0], latents.shape[2], device=self.device
+        )  # like a step's: one compiled graph
         for cache, embeds in zip(self.caches, (text, self.prompts.negative), strict=False):
             self._forward(latents, clean, embeds, cache)
 

@@ -504,7 +504,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> torch.Tensor:
         """`[n, max_sequence_length, D]`; by default where and in the dtype that the transformer runs."""
         if self.tokenizer is None or self.text_encoder is None:
-            raise ValueError(f"{len(prompts)} prompts, but no tokenizer or text encoder: pass `prompt_embeds` instead.")
+            raise ValueError(f"{len(prompts)} prompts, but no tokenizer or text encoder: pass `prompt_embeds`.")
         device = device or self._execution_device
         dtype = dtype or (self.text_encoder.dtype if self.transformer is None else self.transformer.dtype)
         tokens = self.tokenizer(
@@ -549,8 +549,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
-        """As in diffusers; LongLive's own LoRA files (`lora.pt`) are read as well, also from a repository of the Hub or
-        a folder, where `weight_name` names them."""
+        """As in diffusers; LongLive's own LoRA files (`lora.pt`) are read as well, by themselves or, by their
+        `weight_name`, from a folder or a repository of the Hub."""
         source, weight_name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
         if weight_name is not None and weight_name.endswith((".pt", ".pth")) and not isinstance(source, dict):
             names = ("subfolder", "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")

@@ -24,10 +24,10 @@ class Prefetcher(Generic[Item]):
     """
 
     def __init__(self, source: Iterator[Item], depth: int = 1):
+        self._stopped = threading.Event()
         if depth < 1:
             raise ValueError(f"`depth` must be at least 1, got {depth}.")
         self._queue: queue.Queue[tuple[str, Item | BaseException | None]] = queue.Queue(depth)
-        self._stopped = threading.Event()
         self._finished = False
         self._thread = threading.Thread(
             target=_produce, args=(source, self._queue, self._stopped), name="longlive-denoise", daemon=True

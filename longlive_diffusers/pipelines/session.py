@@ -50,16 +50,14 @@ class StreamingSession:
         self._denoiser, self._is_single = denoiser, is_single
         self._decoder = None if output_type == "latent" else StreamingDecoder(pipeline.vae)
         self._decode_stream = None
-        if (
-            async_decode
-            and denoiser.device.type == "cuda"
-            and self._decoder
-            and pipeline.vae.device == denoiser.device
-        ):
-            self._decode_stream = torch.cuda.Stream(denoiser.device)
         self._closed = False
         self._source: Iterator[DenoisedChunk] = denoiser.chunks()
         if async_decode:
+            if denoiser.device.type == "cuda":
+                # Neither model works on the default stream: what waits there for frames would hold up the other.
+                self._source = _on_stream(self._source, torch.cuda.Stream(denoiser.device))
+                if self._decoder is not None and pipeline.vae.device == denoiser.device:
+                    self._decode_stream = torch.cuda.Stream(denoiser.device)
             self._source = Prefetcher(self._source)
 
     def __iter__(self) -> "StreamingSession":
@@ -144,3 +142,10 @@ class StreamingSession:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("This session is closed.")
+
+
+def _on_stream(chunks: Iterator[DenoisedChunk], stream: torch.cuda.Stream) -> Iterator[DenoisedChunk]:
+    """Run a generator, in the one thread that iterates it, on a CUDA stream of its own."""
+    stream.wait_stream(torch.cuda.current_stream(stream.device))  # embeddings and conditions were made there
+    with torch.cuda.stream(stream):
+        yield from chunks

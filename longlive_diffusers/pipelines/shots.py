@@ -53,6 +53,9 @@ class ShotPlan:
     def __init__(self, shots: Sequence[Shot], start: int = 0):
         if not shots:
             raise ValueError("A video needs at least one shot, got none.")
+        for shot in shots[:-1]:
+            if shot.num_chunks is None:
+                raise ValueError(f"Only the last of {len(shots)} shots may have no duration, not shot {shot.index}.")
         self.shots, self.start = tuple(shots), start
 
     @classmethod

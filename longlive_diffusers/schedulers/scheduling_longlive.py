@@ -17,7 +17,7 @@ class LongLiveScheduler(UniPCMultistepScheduler):
     Args:
         num_train_timesteps: Length of the training table; timesteps lie in [0, num_train_timesteps].
         flow_shift: Shift of the noise levels.
-        solver_order, solver_type, lower_order_final, disable_corrector: Of UniPC.
+        solver_order, lower_order_final, disable_corrector: Of UniPC (in its variant bh2).
     """
 
     @register_to_config
@@ -26,14 +26,13 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         num_train_timesteps: int = 1000,
         flow_shift: float = 5.0,
         solver_order: int = 2,
-        solver_type: str = "bh2",
         lower_order_final: bool = True,
         disable_corrector: tuple[int, ...] = (),
     ):
         super().__init__(
             num_train_timesteps=num_train_timesteps,
             solver_order=solver_order,
-            solver_type=solver_type,
+            solver_type="bh2",
             lower_order_final=lower_order_final,
             disable_corrector=list(disable_corrector),
             prediction_type="flow_prediction",
@@ -72,7 +71,7 @@ class LongLiveScheduler(UniPCMultistepScheduler):
             largest = np.float32(1 - 1 / self.config.num_train_timesteps)  # the reference's, rounded, bit for bit
             sigmas = np.linspace(float(largest), 0, num_inference_steps + 1)[:-1]
         sigmas = np.array(sigmas, dtype=np.float64)
-        if not len(sigmas) or not (0 < sigmas.min() and sigmas.max() <= 1 and (np.diff(sigmas) < 0).all()):
+        if not len(sigmas) or not (sigmas.min() > 0 and sigmas.max() <= 1 and (np.diff(sigmas) < 0).all()):
             raise ValueError(f"`sigmas` must fall strictly within (0, 1], got {sigmas.tolist()}.")
         super().set_timesteps(device=device, sigmas=sigmas, mu=mu)
 

@@ -114,7 +114,7 @@ def test_a_lora_changes_the_video(output, tmp_path, capsys):
     assert difference(make(output, "a red circle", "--num-frames", 13, "--lora", lora), plain) > 1e-3
     misfit = save_original_lora(tmp_path / "misfit.pt", width=96)
     assert main(["generate", "x", "--lora", str(misfit), "--output", str(output)]) == 2
-    assert "The LoRA is for another model; 4 layers do not fit" in capsys.readouterr().err
+    assert "The LoRA is for another model" in capsys.readouterr().err
 
 
 # -- shots, images, videos -------------------------------------------------------------------------------------------
@@ -179,8 +179,7 @@ def test_an_endless_stream_is_directed_by_typed_lines(output, monkeypatch, capsy
         os.close(writer)
     out, err = capsys.readouterr()
     prompts = re.findall(r"chunk \d+, shot (\d+): .* '(.*)'", out)
-    assert [shot for shot, _ in prompts] == sorted(shot for shot, _ in prompts)
-    assert ("0", "a blue square") in prompts and ("1", "a green star") in prompts
+    assert list(dict.fromkeys(prompts)) == [("0", "a red circle"), ("0", "a blue square"), ("1", "a green star")]
     assert "'/zoom' is not a command" in err and "/quit" in out
     assert len(frames) == 8 * len(prompts) - 3
     assert re.search(rf"frames: +{len(frames)} ", out)
@@ -209,7 +208,7 @@ def test_ctrl_c_ends_a_stream_with_a_file_that_plays(output):
     assert "Traceback" not in err
     written = int(re.search(r"frames: +(\d+) ", out)[1])
     assert written >= 21
-    assert len(read_video(output)[0]) == written
+    assert abs(len(read_video(output)[0]) - written) <= 1  # it may be hit between writing a frame and counting it
 
 
 def test_an_interruption_elsewhere_is_told(monkeypatch, output, capsys):
@@ -283,6 +282,7 @@ def test_a_model_of_the_hub(hub: "Hub", output):
         (["x", "--device", "cpu", "--offload", "model"], "this runs on the CPU"),
         (["x", "y", "--stream"], "an endless video of 2 shots needs a --shots-file"),
         (["x", "--lora", "missing.pt"], "there is no LoRA file 'missing.pt'"),
+        (["x", "--lora", "shots.txt"], "shots.txt (7 bytes) is not a checkpoint"),
         (["x", "--model", "."], "'.' is not a pipeline: it has no model_index.json"),
         (["x", "--model", str(toy_pipeline_path() / "transformer")], "it has no model_index.json"),
         (["x", "--model", "other"], "'other' is a FluxPipeline, not a LongLivePipeline"),

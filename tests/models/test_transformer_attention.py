@@ -1,4 +1,4 @@
-"""Attention as diffusers lets a user change it: processors, fused projections, backends; and the text that is cached."""
+"""Attention as diffusers lets a user change it (processors, fused projections, backends), and the cached text."""
 
 from collections import Counter
 

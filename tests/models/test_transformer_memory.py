@@ -1,6 +1,6 @@
 """Memory: offloading in each of diffusers' and accelerate's ways, layerwise casting, and what a forward allocates.
 
-Without an accelerator, offloading means: parameters are away (on the meta device, or on disk) but while their layer runs.
+Without an accelerator, offloading means: parameters are away (on the meta device, on disk) but while their layer runs.
 """
 
 from collections import Counter

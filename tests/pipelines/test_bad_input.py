@@ -1,19 +1,13 @@
 """Whatever is malformed is one ValueError that states the numbers, before any network has run."""
 
-import re
-from collections.abc import Callable
-
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from longlive_diffusers import LongLivePipeline
-from longlive_diffusers.models.kv_cache import check_window
 from tests.golden_models import tiny_vae
-from tests.tiny_pipeline import CHUNK_SIZE, TEXT_DIM, TEXT_LENGTH, logged_by, tiny_arguments, tiny_pipeline
+from tests.tiny_pipeline import TEXT_DIM, TEXT_LENGTH, assert_raises, tiny_arguments, tiny_pipeline
 
 
 IMAGE = PIL.Image.new("RGB", (64, 64))
@@ -49,7 +43,10 @@ BAD_CALLS = {
     "an empty list of shots": ({"prompt": None, "shot_prompts": [["a"], []]}, ["`shot_prompts`", "[]"]),
     # durations
     "durations without shots": ({"chunks_per_shot": 2}, ["`chunks_per_shot`", "`shot_prompts`"]),
-    "too many durations": ({"prompt": None, "shot_prompts": ["a", "b"], "chunks_per_shot": [1, 2, 3]}, ["2", "[1, 2, 3]"]),
+    "too many durations": (
+        {"prompt": None, "shot_prompts": ["a", "b"], "chunks_per_shot": [1, 2, 3]},
+        ["2", "[1, 2, 3]"],
+    ),
     "no duration": ({"prompt": None, "shot_prompts": ["a", "b"], "chunks_per_shot": 0}, ["0"]),
     "a negative duration": ({"prompt": None, "shot_prompts": ["a", "b"], "chunks_per_shot": [1, -3]}, ["-3"]),
     "half a chunk": ({"prompt": None, "shot_prompts": ["a", "b"], "chunks_per_shot": [1, 1.5]}, ["1.5"]),
@@ -67,9 +64,18 @@ BAD_CALLS = {
     ),
     # embeddings
     "flat embeddings": ({"prompt": None, "prompt_embeds": torch.zeros(8, 16)}, ["`prompt_embeds`", "(8, 16)"]),
-    "an array of embeddings": ({"prompt": None, "prompt_embeds": np.zeros((1, 8, 16))}, ["`prompt_embeds`", "ndarray"]),
-    "embeddings of nothing": ({"prompt": None, "prompt_embeds": torch.zeros(1, 0, 16)}, ["`prompt_embeds`", "(1, 0, 16)"]),
-    "embeddings of another encoder": ({"prompt": None, "prompt_embeds": embeds(dim=17)}, ["`prompt_embeds`", "17", "16"]),
+    "an array of embeddings": (
+        {"prompt": None, "prompt_embeds": np.zeros((1, 8, 16))},
+        ["`prompt_embeds`", "ndarray"],
+    ),
+    "embeddings of nothing": (
+        {"prompt": None, "prompt_embeds": torch.zeros(1, 0, 16)},
+        ["`prompt_embeds`", "(1, 0, 16)"],
+    ),
+    "embeddings of another encoder": (
+        {"prompt": None, "prompt_embeds": embeds(dim=17)},
+        ["`prompt_embeds`", "17", "16"],
+    ),
     "embeddings that are no numbers": (
         {"prompt": None, "prompt_embeds": with_nan(embeds())},
         ["`prompt_embeds`", "1 value"],
@@ -97,7 +103,10 @@ BAD_CALLS = {
     "noise as an array": ({"latents": np.zeros((1, 8, 2, 4, 4))}, ["`latents`", "ndarray"]),
     "noise of another size": ({"latents": latents(1, 8, 2, 4, 4), "height": 96}, ["4x4", "64x64", "96x64"]),
     "noise that makes no patches": ({"latents": latents(1, 8, 2, 5, 4)}, ["5x4", "2x2"]),
-    "noise of another batch": ({"latents": latents(2, 8, 2, 4, 4), "prompt": ["a", "b", "c"]}, ["`latents`", "2", "3"]),
+    "noise of another batch": (
+        {"latents": latents(2, 8, 2, 4, 4), "prompt": ["a", "b", "c"]},
+        ["`latents`", "2", "3"],
+    ),
     # conditions
     "an image and a video": ({"image": IMAGE, "video": [IMAGE] * 5}, ["'image'", "'video'"]),
     "two kinds of latents": (
@@ -114,7 +123,10 @@ BAD_CALLS = {
         {"video_latents": latents(2, 8, 2, 4, 4), "prompt": ["a", "b", "c"]},
         ["`video_latents`", "2", "3"],
     ),
-    "image latents that are no numbers": ({"image_latents": with_nan(latents(1, 8, 1, 4, 4))}, ["`image_latents`", "1"]),
+    "image latents that are no numbers": (
+        {"image_latents": with_nan(latents(1, 8, 1, 4, 4))},
+        ["`image_latents`", "1"],
+    ),
     "a path as image": ({"image": "cat.png"}, ["`image`", "str"]),
     "no images": ({"image": []}, ["`image`", "empty"]),
     "an image of four channels": ({"image": np.zeros((64, 64, 4))}, ["`image`", "(64, 64, 4)"]),
@@ -150,7 +162,7 @@ BAD_CALLS = {
         ["'noise'", "prompt_embeds"],
     ),
     "attention arguments as a list": ({"attention_kwargs": [1.0]}, ["`attention_kwargs`", "list"]),
-    "a cache of integers": ({"kv_cache_dtype": torch.int8}, ["`kv_cache_dtype`", "int8"]),
+    "a cache of integers": ({"kv_cache_dtype": torch.int8}, ["`kv_cache_dtype`", "torch.int8"]),
     # windows
     "a window that is too small": ({"window_size": 5}, ["`window_size`", "5", "6"]),
     "no window": ({"window_size": 0}, ["`window_size`", "0"]),
@@ -182,134 +194,44 @@ def forwards(pipe):
         hook.remove()
 
 
-def assert_raises(call: Callable, numbers: list[str]) -> None:
-    with pytest.raises(ValueError) as raised:
-        call()
-    assert type(raised.value) is ValueError
-    assert raised.value.__cause__ is None and raised.value.__context__ is None, "one error, not one about another"
-    message = str(raised.value)
-    for number in numbers:
-        whole = rf"(?<![\w.]){re.escape(number)}(?![\w.]*\d)" if number.lstrip("-").isdigit() else re.escape(number)
-        assert re.search(whole, message), f"{number} is not in: {message}"
-
-
 @pytest.mark.parametrize(("overrides", "numbers"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_a_call_refuses(pipe, forwards, overrides, numbers):
-    assert_raises(lambda: pipe(**tiny_arguments(**overrides)), numbers)
+    assert_raises(lambda: pipe(**tiny_arguments(**overrides)), *numbers)
     assert forwards == []
 
 
 @pytest.mark.parametrize(("overrides", "numbers"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_a_stream_refuses_before_its_first_chunk(pipe, forwards, overrides, numbers):
-    assert_raises(lambda: pipe.stream(**tiny_arguments(**overrides)), numbers)
+    assert_raises(lambda: pipe.stream(**tiny_arguments(**overrides)), *numbers)
     assert forwards == []
 
 
 def test_a_call_has_an_end(pipe, forwards):
-    assert_raises(lambda: pipe(**tiny_arguments(num_frames=None)), ["`num_frames`", "pipe.stream"])
+    assert_raises(lambda: pipe(**tiny_arguments(num_frames=None)), "`num_frames`", "pipe.stream")
     assert forwards == []
 
 
 def test_an_endless_stream_of_several_shots_needs_durations(pipe, forwards):
     arguments = tiny_arguments(prompt=None, shot_prompts=["a", "b", "c"], num_frames=None)
-    assert_raises(lambda: pipe.stream(**arguments), ["3", "`chunks_per_shot`"])
+    assert_raises(lambda: pipe.stream(**arguments), "3", "`chunks_per_shot`")
     assert forwards == []
 
 
 def test_prompts_need_a_text_encoder():
     pipe = tiny_pipeline(tokenizer=None, text_encoder=None)
-    assert_raises(lambda: pipe(**tiny_arguments()), ["text encoder", "`prompt_embeds`"])
+    assert_raises(lambda: pipe(**tiny_arguments()), "text encoder", "`prompt_embeds`")
 
 
 def test_frames_need_a_vae(forwards):
     pipe = tiny_pipeline(vae=None)
-    assert_raises(lambda: pipe(**tiny_arguments(output_type="np")), ["AutoencoderKLWan", "NoneType"])
+    assert_raises(lambda: pipe(**tiny_arguments(output_type="np")), "AutoencoderKLWan", "NoneType")
     assert forwards == []
 
 
 def test_a_vae_of_other_latents_is_noticed(forwards):
     pipe = tiny_pipeline(vae=tiny_vae(z_dim=12))
-    assert_raises(lambda: pipe(**tiny_arguments()), ["8", "12"])
+    assert_raises(lambda: pipe(**tiny_arguments()), "8", "12")
     assert forwards == []
-
-
-# -- what is nearly wrong --------------------------------------------------------------------------------------------
-
-GOOD_CALLS = {
-    "two kinds of negative prompts for two prompts": {"prompt": ["a", "b"], "negative_prompt": ["x", "y"], "guidance_scale": 2.0},
-    "durations of each shot": {"prompt": None, "shot_prompts": ["a", "b"], "chunks_per_shot": [1, 2]},
-    "durations of each video": {"prompt": None, "shot_prompts": [["a", "b"], ["c"]], "chunks_per_shot": [[1, 1], [2]]},
-    "more shots than chunks": {"prompt": None, "shot_prompts": ["a", "b", "c", "d"]},
-    "one noise for all prompts": {"prompt": ["a", "b"], "latents": latents(1, 8, 2, 4, 4), "generator": None},
-    "one image for all prompts": {"prompt": ["a", "b"], "image": IMAGE, "generator": None},
-    "a size that divides": {"height": 96, "width": 32},
-    "the size that latents have": {"latents": latents(1, 8, 2, 4, 6), "height": 64, "width": 96},
-    "one frame more than the video": {"video_latents": latents(1, 8, 2, 4, 4), "num_frames": 13},
-    "the smallest window": {"window_size": 6, "sink_size": 2},
-    "the smallest window without a pin": {"window_size": 4, "sink_size": 2, "multi_shot_sink": False},
-    "the smallest window of all": {"window_size": 2, "sink_size": 0, "multi_shot_sink": False},
-    "any sink without a pin": {"window_size": 5, "sink_size": 3, "multi_shot_sink": False, "num_frames": 45},
-    "a generator for each video": {"prompt": ["a", "b"], "generator": [torch.Generator(), torch.Generator()]},
-    "one step": {"num_inference_steps": 1},
-    "a cache in half precision": {"kv_cache_dtype": torch.bfloat16},
-    "whole numbers for real ones": {"guidance_scale": 2, "multi_shot_rope_offset": 0},
-    "NumPy's numbers": {"height": np.int64(32), "num_frames": np.int32(13), "guidance_scale": np.float32(2)},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("overrides", GOOD_CALLS.values(), ids=GOOD_CALLS)
-def test_a_call_takes(pipe, overrides):
-    frames = pipe(**tiny_arguments(**overrides)).frames
-    assert frames.shape[2] % CHUNK_SIZE == 0 and torch.isfinite(frames).all()
-
-
-anything = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@anything
-@given(st.integers(-1000, 1000), st.sampled_from(["height", "width"]))
-def test_sizes_are_positive_multiples_of_32(pipe, size, side):
-    arguments = tiny_arguments(**{side: size})
-    if size > 0 and size % 32 == 0:
-        pipe.stream(**arguments).close()
-    else:
-        assert_raises(lambda: pipe.stream(**arguments), [side, "32", str(size)])
-
-
-@anything
-@given(st.integers(1, 5000))
-def test_frames_are_rounded_up_to_whole_chunks_and_a_warning_names_the_number(pipe, num_frames):
-    with logged_by("longlive_diffusers") as messages, pipe.stream(**tiny_arguments(num_frames=num_frames)) as session:
-        chunks = session._denoiser.settings.num_chunks
-    used = 1 + 4 * (CHUNK_SIZE * chunks - 1)
-    assert 0 <= used - num_frames < 4 * CHUNK_SIZE
-    assert len(messages) == (used != num_frames)
-    assert all(re.search(rf"\b{num_frames}\b.*\b{used}\b", message) for message in messages)
-
-
-@anything
-@given(st.lists(st.integers(0, 9), min_size=0, max_size=6))
-def test_latents_are_whole_chunks_of_the_networks_channels(pipe, shape):
-    is_good = len(shape) == 5 and shape[1] == 8 and shape[2] > 0 and shape[2] % 2 == 0 and shape[0] == 1
-    is_good = is_good and all(side > 0 and side % 2 == 0 for side in shape[3:])
-    arguments = tiny_arguments(latents=torch.zeros(shape))
-    if is_good:
-        pipe.stream(**arguments).close()
-    else:
-        assert_raises(lambda: pipe.stream(**arguments), [])
-
-
-@anything
-@given(st.integers(-1, 14), st.integers(-1, 8), st.integers(0, 4), st.booleans())
-def test_a_window_is_refused_exactly_if_a_chunk_may_not_fit(window_size, sink_size, chunk_size, multi_shot_sink):
-    pin = min(sink_size, chunk_size) if multi_shot_sink else 0
-    is_good = chunk_size >= 1 and window_size >= 1 and sink_size >= 0
-    is_good = is_good and not (multi_shot_sink and sink_size % chunk_size)
-    is_good = is_good and window_size >= sink_size + pin + chunk_size
-    if is_good:
-        check_window(window_size, sink_size, chunk_size, multi_shot_sink)
-    else:
-        assert_raises(lambda: check_window(window_size, sink_size, chunk_size, multi_shot_sink), [str(sink_size)])
 
 
 # -- sessions --------------------------------------------------------------------------------------------------------
@@ -337,7 +259,7 @@ def test_a_session_refuses_a_prompt_and_goes_on_with_the_one_before(pipe, prompt
     arguments = tiny_arguments(prompt=["a cat", "a dog"], num_frames=None)
     with pipe.stream(**arguments) as session:
         next(session)
-        assert_raises(lambda: change(session), numbers)
+        assert_raises(lambda: change(session), *numbers)
         assert next(session).prompt == ["a cat", "a dog"]
 
 
@@ -345,7 +267,7 @@ def test_a_session_refuses_a_prompt_and_goes_on_with_the_one_before(pipe, prompt
 def test_a_closed_session_takes_no_prompt(pipe, cut):
     session = pipe.stream(**tiny_arguments())
     session.close()
-    assert_raises(lambda: session.cut("a") if cut else setattr(session, "prompt", "a"), ["closed"])
+    assert_raises(lambda: session.cut("a") if cut else setattr(session, "prompt", "a"), "closed")
 
 
 def test_a_closed_session_is_at_its_end_and_may_be_closed_again(pipe):
@@ -359,15 +281,15 @@ def test_a_closed_session_is_at_its_end_and_may_be_closed_again(pipe):
 @pytest.mark.parametrize("name", ["encode", "decode"])
 def test_parts_of_the_pipeline_refuse_too(pipe, name):
     if name == "encode":
-        assert_raises(lambda: pipe.encode_prompt(["a", "b"], ["x", "y", "z"]), ["3", "2"])
+        assert_raises(lambda: pipe.encode_prompt(["a", "b"], ["x", "y", "z"]), "3", "2")
     else:
-        assert_raises(lambda: pipe.decode_latents(latents(1, 8, 2, 4, 4), "gif"), ["'gif'"])
+        assert_raises(lambda: pipe.decode_latents(latents(1, 8, 2, 4, 4), "gif"), "'gif'")
 
 
 def test_a_number_is_not_found_within_another():
     """Of the helper above."""
     with pytest.raises(AssertionError, match="2 is not in: got 12"):
-        assert_raises(lambda: int_of("got 12"), ["2"])
+        assert_raises(lambda: int_of("got 12"), "2")
 
 
 def int_of(message: str):

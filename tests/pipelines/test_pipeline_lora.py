@@ -206,8 +206,7 @@ def test_adapters_are_weighted(pipe, both):
     assert close(run(pipe), both["none"])
 
 
-def test_a_block_may_have_a_weight_of_its_own(pipe, both):
-    """diffusers names blocks in weights as U-Nets do; for transformers it takes one number for each adapter."""
+def test_weights_may_be_given_by_component(pipe, both):
     pipe.set_adapters(["first"], [{"transformer": 0.0}])
     assert close(run(pipe), both["none"])
 

@@ -1,8 +1,9 @@
 """Offloading a whole pipeline: the video is the same, every model is brought back when it runs, and goes afterwards.
 
 The VAE deserves the attention that it gets here: streaming calls its encoder and decoder directly, not its `forward`,
-which is where hooks sit. Without an accelerator, diffusers offloads to and from the CPU if it is told to: hooks run, but
-only with parameters on the meta device (sequential offloading) or on disk (group offloading) does a missing hook show.
+which is where hooks sit. Without an accelerator, diffusers offloads to and from the CPU if it is told to: hooks run,
+but only with parameters on the meta device (sequential offloading) or on disk (group offloading) does a missing hook
+show.
 """
 
 import accelerate
@@ -47,7 +48,7 @@ def devices_of(pipe) -> set[str]:
 
 @pytest.fixture
 def brought(monkeypatch) -> list[str]:
-    """The models in the order in which model offloading brings them to the device; diffusers renews its hooks often."""
+    """The models in the order in which model offloading brings them; diffusers renews its hooks often."""
     order = []
     pre_forward = accelerate.hooks.CpuOffload.pre_forward
 

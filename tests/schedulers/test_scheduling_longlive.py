@@ -167,7 +167,7 @@ def test_noise_levels_that_do_not_fall_within_bounds_raise(levels):
 
 
 def assert_weights_equal(weights: torch.Tensor, expected: torch.Tensor) -> None:
-    """To two units in the last place of the largest: they hold exponentials, whose last bits differ between machines."""
+    """To two units in the last place of the largest: the last bits of exponentials differ between machines."""
     unit = float(np.spacing(golden("train.weights").max().numpy()))
     torch.testing.assert_close(weights, expected, atol=2 * unit, rtol=0)
 

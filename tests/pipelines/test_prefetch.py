@@ -1,0 +1,220 @@
+"""Running ahead in a thread: order, depth, errors, and that nothing is left running."""
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from longlive_diffusers.pipelines.prefetch import Prefetcher
+
+
+WAIT = 10  # seconds after which something that should happen is said not to
+
+
+class Source:
+    """Counts upwards, `stop` excluded; notes how far it has come, and where and how it was closed."""
+
+    def __init__(self, stop: int | None = None, fails_at: int | None = None):
+        self.stop, self.fails_at = stop, fails_at
+        self.made: list[int] = []
+        self.thread: threading.Thread | None = None
+        self.closed_in: threading.Thread | None = None
+        self.closed = threading.Event()
+        self.progress = threading.Condition()
+
+    def items(self) -> Iterator[int]:
+        self.thread = threading.current_thread()
+        try:
+            number = 0
+            while self.stop is None or number < self.stop:
+                if number == self.fails_at:
+                    raise RuntimeError(f"failed at {number}")
+                with self.progress:
+                    self.made.append(number)
+                    self.progress.notify_all()
+                yield number
+                number += 1
+        finally:
+            self.closed_in = threading.current_thread()
+            self.closed.set()
+
+    def wait_until_made(self, count: int) -> None:
+        with self.progress:
+            assert self.progress.wait_for(lambda: len(self.made) >= count, timeout=WAIT)
+
+
+def test_items_come_in_order_and_then_no_more():
+    prefetcher = Prefetcher(Source(stop=50).items(), depth=3)
+    assert list(prefetcher) == list(range(50))
+    assert list(prefetcher) == []
+
+
+def test_the_source_runs_in_one_other_thread_and_is_closed_there():
+    source = Source(stop=5)
+    list(Prefetcher(source.items()))
+    assert source.thread is not threading.current_thread()
+    assert source.closed_in is source.thread
+    assert not source.thread.is_alive()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_it_runs_ahead_and_no_further_than_depth(depth):
+    """`depth` items wait; one more has been made, for which there is no room."""
+    source = Source()
+    with Prefetcher(source.items(), depth) as prefetcher:
+        for taken in range(1, 4):
+            assert next(prefetcher) == taken - 1
+            source.wait_until_made(taken + depth + 1)
+            time.sleep(0.1)
+            assert len(source.made) == taken + depth + 1
+
+
+def test_making_and_using_items_overlap():
+    """Each waits for the other here, which in one thread would never end."""
+    used = threading.Event()
+
+    def items():
+        yield "first"
+        assert used.wait(WAIT), "nobody used the first item while the second was being made"
+        yield "second"
+
+    with Prefetcher(items()) as prefetcher:
+        assert next(prefetcher) == "first"
+        used.set()
+        assert next(prefetcher) == "second"
+
+
+def test_an_error_comes_after_the_items_before_it():
+    source = Source(fails_at=3)
+    prefetcher = Prefetcher(source.items())
+    received = []
+    with pytest.raises(RuntimeError, match="failed at 3"):
+        for item in prefetcher:
+            received.append(item)
+    assert received == [0, 1, 2]
+    assert list(prefetcher) == []
+    assert not source.thread.is_alive()
+
+
+def test_an_error_at_the_very_start_is_raised():
+    with pytest.raises(RuntimeError, match="failed at 0"):
+        next(Prefetcher(Source(fails_at=0).items()))
+
+
+def test_an_error_knows_the_line_it_came_from():
+    with pytest.raises(RuntimeError) as caught:
+        list(Prefetcher(Source(fails_at=1).items()))
+    assert caught.traceback[-1].name == "items"
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_what_is_no_ordinary_exception_reaches_the_consumer_too(kind):
+    def items():
+        yield 0
+        raise kind
+
+    prefetcher = Prefetcher(items())
+    assert next(prefetcher) == 0
+    with pytest.raises(kind):
+        next(prefetcher)
+
+
+def test_closing_while_the_source_waits_for_room_ends_its_thread():
+    source = Source()
+    prefetcher = Prefetcher(source.items())
+    source.wait_until_made(2)  # one waits, the other finds no room
+    prefetcher.close()
+    assert not source.thread.is_alive()
+    assert source.closed_in is source.thread
+    assert list(prefetcher) == []
+
+
+def test_closing_waits_for_the_item_in_progress():
+    begun, go_on, finished = threading.Event(), threading.Event(), threading.Event()
+
+    def items():
+        begun.set()
+        assert go_on.wait(WAIT)
+        finished.set()
+        yield 0
+
+    prefetcher = Prefetcher(items())
+    assert begun.wait(WAIT)
+    closing = threading.Thread(target=prefetcher.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive(), "the source is still at work"
+    go_on.set()
+    closing.join(WAIT)
+    assert not closing.is_alive()
+    assert finished.is_set()
+
+
+def test_closing_twice_is_closing_once():
+    prefetcher = Prefetcher(Source().items())
+    prefetcher.close()
+    prefetcher.close()
+    assert list(prefetcher) == []
+
+
+def test_leaving_a_with_block_closes_also_when_it_raises():
+    source = Source()
+    with pytest.raises(ZeroDivisionError), Prefetcher(source.items()) as prefetcher:
+        next(prefetcher)
+        _ = 1 / 0
+    assert not source.thread.is_alive()
+
+
+def test_a_prefetcher_that_is_dropped_ends_its_thread():
+    """The thread does not hold it: once nobody else does, it stops and closes the source."""
+    source = Source()
+    prefetcher = Prefetcher(source.items())
+    assert next(prefetcher) == 0
+    del prefetcher
+    gc.collect()
+    assert source.closed.wait(WAIT)
+    source.thread.join(WAIT)
+    assert not source.thread.is_alive()
+    assert source.closed_in is source.thread
+
+
+def test_the_source_may_close_what_runs_it():
+    """As when a callback, called while a chunk is denoised, closes its session: a thread cannot wait for itself."""
+    prefetchers, known = [], threading.Event()
+
+    def items():
+        assert known.wait(WAIT)
+        yield 0
+        prefetchers[0].close()
+        yield 1
+
+    prefetchers.append(Prefetcher(items()))
+    known.set()
+    thread = prefetchers[0]._thread
+    thread.join(WAIT)
+    assert not thread.is_alive()
+    assert list(prefetchers[0]) == []
+
+
+def test_any_iterator_will_do():
+    assert list(Prefetcher(iter([3, 1, 2]))) == [3, 1, 2]
+    assert list(Prefetcher(iter([]))) == []
+
+
+def test_none_is_an_item_like_any_other():
+    assert list(Prefetcher(iter([None, 0, None]))) == [None, 0, None]
+
+
+def test_an_exception_may_be_an_item():
+    error = ValueError("not raised")
+    assert list(Prefetcher(iter([error]))) == [error]
+
+
+@pytest.mark.parametrize("depth", [0, -1])
+def test_a_depth_below_one_raises_before_a_thread_is_started(depth):
+    source = Source()
+    with pytest.raises(ValueError, match=f"`depth` must be at least 1, got {depth}"):
+        Prefetcher(source.items(), depth)
+    assert source.thread is None

@@ -1,0 +1,102 @@
+"""Every example runs as its first line says, on the embedded toy, and leaves a video that plays."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from longlive_diffusers.assets import toy_pipeline_path
+from longlive_diffusers.cli.pipeline_folder import PipelineFolder
+from longlive_diffusers.cli.video_reader import read_video
+from tests.toy_checkpoints import save_original_checkpoint, save_original_lora
+
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+TOY = PipelineFolder.find(toy_pipeline_path())
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Runs an example in a folder of its own; what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_example(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_example
+
+
+def whole_chunks(frames: int) -> int:
+    """What the toy makes of so many frames."""
+    chunk = TOY.vae["scale_factor_temporal"] * TOY.transformer["chunk_size"]
+    return -(-(frames + 3) // chunk) * chunk - 3
+
+
+def frames_of(path: Path) -> np.ndarray:
+    frames, fps = read_video(path)
+    assert fps == 24
+    assert frames.std() > 5  # something is there to be seen
+    return frames
+
+
+def test_every_example_is_tested():
+    tested = Path(__file__).read_text()
+    assert [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in tested] == []
+
+
+def test_quickstart(tmp_path, run):
+    run("quickstart.py")
+    height, width = (16 * TOY.transformer[name] for name in ("sample_height", "sample_width"))
+    assert frames_of(tmp_path / "video.mp4").shape == (whole_chunks(45), height, width, 3)
+
+
+def test_multi_shot(tmp_path, run):
+    run("multi_shot.py", "--output", "shots.mp4")
+    assert len(frames_of(tmp_path / "shots.mp4")) == 8 * 4 * TOY.transformer["chunk_size"] - 3
+
+
+def test_streaming_prompt_switch(tmp_path, run):
+    told = run("streaming_prompt_switch.py").splitlines()
+    assert [line.split(",")[0] for line in told] == [f"chunk {index}" for index in range(10)]
+    assert any("shot 0" in line and "lamps" in line for line in told)
+    assert "shot 1: A cat" in told[-1]
+    assert len(frames_of(tmp_path / "video.mp4")) == 10 * 4 * TOY.transformer["chunk_size"] - 3
+
+
+def test_image_to_video(tmp_path, run):
+    run("image_to_video.py", "--output", "drawn.mp4")
+    Image.new("RGB", (60, 50), "black").save(tmp_path / "black.png")
+    run("image_to_video.py", "--image", "black.png")
+    drawn, given = frames_of(tmp_path / "drawn.mp4"), frames_of(tmp_path / "video.mp4")
+    assert len(drawn) == len(given) == whole_chunks(45)
+    assert np.abs(drawn[0].astype(int) - given[0]).mean() > 2
+
+
+def test_load_lora(tmp_path, run):
+    run("load_lora.py", save_original_lora(tmp_path / "lora.pt"))
+    assert len(frames_of(tmp_path / "video.mp4")) == whole_chunks(29)
+
+
+def test_convert_original_checkpoint(tmp_path, run):
+    save_original_checkpoint(tmp_path / "model.pt")
+    base = toy_pipeline_path()
+    told = run("convert_original_checkpoint.py", "model.pt", "--base", base, "--output", "converted")
+    config = DiffusionPipeline.from_pretrained(tmp_path / "converted").transformer.config
+    assert f"LongLivePipeline, {config.num_layers} layers, chunks of {config.chunk_size} latent frames" in told
+    run("quickstart.py", "--model", "converted")
+    assert len(frames_of(tmp_path / "video.mp4")) == whole_chunks(45)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_the_first_line_says_how_to_run_it(path):
+    lines = path.read_text().splitlines()
+    assert f"python examples/{path.name}" in lines[0]
+    assert len(lines) <= 50
