@@ -4,6 +4,7 @@ from .convert import convert_checkpoint
 from .lora import check_lora_fits, is_original_lora, read_original_lora
 from .original import infer_transformer_config, load_original_transformer, read_original_state_dict
 
+
 __all__ = [
     "check_lora_fits",
     "convert_checkpoint",

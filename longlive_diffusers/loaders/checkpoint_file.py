@@ -17,6 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+
 _FOREIGN_STARTS = {
     b"version https://git-lfs": "a Git LFS pointer (the weights themselves were not downloaded; run `git lfs pull`)",
     b"\x89PNG": "a PNG image",

@@ -29,6 +29,7 @@ from .checkpoint_file import read_checkpoint_file
 from .lora import LORA_SUFFIXES, check_lora_fits, is_original_lora, read_original_lora
 from .original import Checkpoint, infer_transformer_config, load_original_transformer, read_original_state_dict
 
+
 logger = logging.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

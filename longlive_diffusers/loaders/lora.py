@@ -17,6 +17,7 @@ import torch
 from .checkpoint_file import read_checkpoint_file
 from .original import Checkpoint, rename_to_diffusers, strip_wrappers
 
+
 _LORA_DICTS = ("generator_lora", "lora", "generator", "state_dict", "model", "module")
 _CONFIG_DICTS = ("lora_config", "peft_config", "adapter_config", "adapter", "config")
 _WAN_MODULES = (

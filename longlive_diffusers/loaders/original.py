@@ -23,6 +23,7 @@ from diffusers.utils import logging
 
 from .checkpoint_file import read_checkpoint_file
 
+
 logger = logging.get_logger(__name__)
 
 Checkpoint = str | os.PathLike | Mapping[str, Any]

@@ -15,7 +15,7 @@ class StreamingDecoder:
     """
     `decode(chunk)` for the chunks of one video, in order, gives what `vae.decode` gives for all of them at once, bit
     for bit; also with `vae.enable_slicing()` and `vae.enable_tiling()`. (In float32 on a CPU the last bit of the one
-    convolution that `vae.decode` applies to all frames at once may differ: PyTorch chooses its kernel by their number.)
+    convolution that `vae.decode` applies to all frames at once may differ: PyTorch picks its kernel by their number.)
 
     Args:
         vae: An `AutoencoderKLWan`; not changed, and free for other uses between calls.
