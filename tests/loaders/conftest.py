@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 HEADS = {"num_attention_heads": 4, "attention_head_dim": 32}  # of the golden network, which is 128 wide
 

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from longlive_diffusers.loaders.checkpoint_file import read_checkpoint_file
 
+
 STATE = {"generator": {"weight": torch.arange(60.0).view(3, 20)}, "step": 3}
 
 

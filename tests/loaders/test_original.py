@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from longlive_diffusers.loaders import infer_transformer_config, load_original_transformer, read_original_state_dict
 from longlive_diffusers.models.transformer_longlive import LongLiveTransformer3DModel
 
+
 FIVE_B = {
     "num_attention_heads": 24,
     "attention_head_dim": 128,
