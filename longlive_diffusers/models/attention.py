@@ -185,19 +185,20 @@ def _prefers_matmul(query: torch.Tensor) -> bool:
     )
 
 
+@torch.library.custom_op("longlive_diffusers::matmul_attention", mutates_args=())
 def _matmul_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention in blocks of heads and queries, whose scores share one buffer that is small enough to be reused."""
+    """Attention in blocks of heads and queries, whose scores share one buffer that is small enough to be reused.
+
+    An operator of its own, so that `torch.compile` leaves it as it is: what it makes of these lines is much slower.
+    """
     batch, num_queries, heads, head_dim = query.shape
     scaled = query * head_dim**-0.5
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (scaled, key, value))  # [B * heads, ...]
-    if torch.compiler.is_compiling():  # which plans its own memory
-        output = (query @ key.transpose(1, 2)).softmax(dim=-1) @ value
-        return output.unflatten(0, (batch, heads)).transpose(1, 2)
     row_bytes = key.shape[1] * key.element_size()
     num_rows = min(num_queries, max(1, _SCORE_BYTES // row_bytes))
     num_heads = min(batch * heads, max(1, _SCORE_BYTES // (row_bytes * num_rows)))
     buffer = query.new_empty(num_heads * num_rows * key.shape[1])
-    output = torch.empty_like(query)
+    output = query.new_empty(query.shape)
     blocks = zip(*(states.split(num_heads) for states in (query, key, value, output)), strict=True)
     for queries, keys, values, outputs in blocks:
         for rows, result in zip(queries.split(num_rows, dim=1), outputs.split(num_rows, dim=1), strict=True):
@@ -206,4 +207,9 @@ def _matmul_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
             torch.bmm(rows, keys.transpose(1, 2), out=scores)
             torch.softmax(scores, dim=-1, out=scores)
             torch.bmm(scores, values, out=result)
-    return output.unflatten(0, (batch, heads)).transpose(1, 2)
+    return output.unflatten(0, (batch, heads)).transpose(1, 2).contiguous()
+
+
+@_matmul_attention.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return query.new_empty(query.shape)
