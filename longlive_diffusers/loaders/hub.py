@@ -32,7 +32,7 @@ def render_model_card(
     num_inference_steps: int = 4,
     guidance_scale: float = 1.0,
     fps: int = 24,
-    torch_dtype: str = "bfloat16",
+    dtype: str = "bfloat16",
     prompt: str = EXAMPLE_PROMPT,
     base_model: str | None = None,
     license: str | None = None,
@@ -46,7 +46,7 @@ def render_model_card(
         chunk_size: latent frames made at a time.
         num_inference_steps, guidance_scale: what the pipeline was distilled for, used in the example.
         fps: frames per second.
-        torch_dtype: the name of the dtype the example loads the weights in.
+        dtype: the name of the dtype the example loads the weights in.
         prompt: the example's prompt.
         base_model: the repository these weights come from, if any.
         license: the weights' licence, by its Hub identifier. Unset, it is the NVIDIA Open Model License for weights
@@ -66,7 +66,7 @@ def render_model_card(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         fps=fps,
-        torch_dtype=torch_dtype,
+        dtype=dtype,
     )
 
 
@@ -78,7 +78,7 @@ def render_lora_card(
     num_inference_steps: int = 4,
     guidance_scale: float = 1.0,
     fps: int = 24,
-    torch_dtype: str = "bfloat16",
+    dtype: str = "bfloat16",
     prompt: str = EXAMPLE_PROMPT,
     license: str | None = None,
     tags: Iterable[str] = (),
@@ -95,7 +95,7 @@ def render_lora_card(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         fps=fps,
-        torch_dtype=torch_dtype,
+        dtype=dtype,
     )
 
 

@@ -18,6 +18,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import _get_model_file, logging, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
@@ -46,7 +47,7 @@ EXAMPLE_DOC_STRING = """
         >>> from diffusers import DiffusionPipeline
         >>> from diffusers.utils import export_to_video
 
-        >>> pipe = DiffusionPipeline.from_pretrained("path/or/repo", torch_dtype=torch.bfloat16).to("cuda")
+        >>> pipe = DiffusionPipeline.from_pretrained("path/or/repo", dtype=torch.bfloat16).to("cuda")
         >>> video = pipe("A lighthouse in a storm", num_frames=125).frames[0]
         >>> export_to_video(video, "lighthouse.mp4", fps=24)
 
@@ -163,6 +164,12 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Whether hooks move the models between devices while they run."""
         models = (self.text_encoder, self.transformer, self.vae)
         return any("_hf_hook" in model.__dict__ for model in models if model is not None)
+
+    @property
+    def vae_device(self) -> torch.device:
+        """Where the VAE works: where the user moved it, perhaps a second device; if offloaded, where all else runs."""
+        offloaded = self.is_offloaded or _is_group_offload_enabled(self.vae)
+        return self._execution_device if offloaded else self.vae.device
 
     # -- generation --------------------------------------------------------------------------------------------------
 
@@ -476,8 +483,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Pixels `[B, 3, 1 + 4 n, H, W]` in [-1, 1] -> normalised latents `[B, C, 1 + n, h, w]`, float32."""
         encoder = StreamingEncoder(self.vae)
         groups = [pixels[:, :, :1], *pixels[:, :, 1:].split(self.vae_scale_factor_temporal, dim=2)]
-        device = self._execution_device if self.is_offloaded else self.vae.device
-        latents = [encoder.encode(group.to(device, self.vae.dtype)) for group in groups if group.shape[2]]
+        latents = [encoder.encode(group.to(self.vae_device, self.vae.dtype)) for group in groups if group.shape[2]]
         return normalize_latents(self.vae, torch.cat(latents, dim=2).float())
 
     @torch.no_grad()
@@ -491,8 +497,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def decode_chunk(self, decoder: StreamingDecoder, latents: torch.Tensor, output_type: str) -> Frames:
         """The next chunk of normalised latents -> frames, where the VAE is (or is brought to)."""
-        device = self._execution_device if self.is_offloaded else self.vae.device
-        latents = denormalize_latents(self.vae, latents).to(device, self.vae.dtype)
+        latents = denormalize_latents(self.vae, latents).to(self.vae_device, self.vae.dtype)
         return self.video_processor.postprocess_video(decoder.decode(latents), output_type=output_type)
 
     def _embed_prompts(

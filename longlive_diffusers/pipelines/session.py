@@ -56,7 +56,7 @@ class StreamingSession:
             if denoiser.device.type == "cuda":
                 # Neither model works on the default stream: what waits there for frames would hold up the other.
                 self._source = _on_stream(self._source, torch.cuda.Stream(denoiser.device))
-                if self._decoder is not None and pipeline.vae.device == denoiser.device:
+                if self._decoder is not None and pipeline.vae_device == denoiser.device:
                     self._decode_stream = torch.cuda.Stream(denoiser.device)
             self._source = Prefetcher(self._source)
 

@@ -55,7 +55,7 @@ def test_the_values_reach_table_and_program():
     assert arguments(call, "pipe") == expected
     assert arguments(stream, "pipe.stream") == expected
     assert arguments(call, "encode_video") == {"fps": 12, "output_path": "video.mp4"}
-    assert 'from_pretrained("someone/foxes", torch_dtype=torch.bfloat16)' in call
+    assert 'from_pretrained("someone/foxes", dtype=torch.bfloat16)' in call
     assert call.index("import longlive_diffusers") < call.index("from_pretrained")
     assert "pip install longlive-diffusers" in card.content
     assert "| resolution | 96x64 (width x height), 12 frames per second |" in card.content
