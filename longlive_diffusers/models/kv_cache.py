@@ -32,6 +32,9 @@ import torch
 from .rotary import apply_rotary, rotary_embedding
 
 
+KV_CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
 @dataclass(frozen=True)
 class CachedFrame:
     """A latent frame in the cache: its index in the video and the time position that its keys are rotated to."""
@@ -202,9 +205,7 @@ class KVCache:
         self.num_frames_seen = 0
         self._rows = [_Row() for _ in range(self.batch_size)]
         self._plan: ChunkPlan | None = None
-        self._text_source: tuple[torch.Tensor, int | None] | None = None
-        for layer in self._layers:
-            layer.reset()
+        self.forget_text()
 
     @property
     def num_cached_frames(self) -> int:
@@ -297,14 +298,15 @@ class KVCache:
         return source is encoder_hidden_states and version == _version_of(source)
 
     def remember_text(self, encoder_hidden_states: torch.Tensor) -> None:
-        """Make the layers compute their text keys and values anew, from this tensor, at the next forward."""
+        """Take this tensor for the source of what the layers compute at the next forward."""
         self.forget_text()
         self._text_source = (encoder_hidden_states, _version_of(encoder_hidden_states))
 
     def forget_text(self) -> None:
-        self._text_source = None
+        """Make the layers compute their text keys and values anew at the next forward."""
+        self._text_source: tuple[torch.Tensor, int | None] | None = None
         for layer in self._layers:
-            layer.text = None
+            layer.reset()
 
     def _pin(self, row: _Row, indices: range, opens_shot: bool) -> None:
         """A shot's first frames become its pin only now that their chunk is finished."""

@@ -20,7 +20,7 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from .attention import ChunkMask, LongLiveAttnProcessor
-from .kv_cache import ChunkPlan, KVCache, LayerKVCache
+from .kv_cache import KV_CACHE_DTYPES, ChunkPlan, KVCache, LayerKVCache
 from .rotary import rotary_embedding
 
 
@@ -185,8 +185,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             ValueError: For shapes that do not fit the network, each other or the cache.
         """
         batch, _, frames, height, width = self._check_latents(hidden_states)
+        rows, columns = self._tokens_of(height, width)
         timestep = per_frame(timestep, batch, frames, "timestep")
-        rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
         encoder_hidden_states = self._check_text(encoder_hidden_states, batch, frames, kv_cache)
 
         mask, plan, text = None, None, None
@@ -263,18 +263,16 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             device: Where they are stored; by default where the network is.
         """
         dtype = dtype or self.dtype
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if dtype not in KV_CACHE_DTYPES:
             raise ValueError(f"A KV cache is stored as float32, bfloat16 or float16, not as {dtype!r}.")
-        _, patch_height, patch_width = self.config.patch_size
-        if height % patch_height or width % patch_width or min(height, width) < 1:
-            raise ValueError(f"Latents of {height}x{width} do not split into {patch_height}x{patch_width} patches.")
+        rows, columns = self._tokens_of(height, width)
         return KVCache(
             self.config.num_layers,
             batch_size,
             self.config.num_attention_heads,
             self.config.attention_head_dim,
-            height // patch_height,
-            width // patch_width,
+            rows,
+            columns,
             window_size=window_size,
             sink_size=sink_size,
             chunk_size=self.config.chunk_size,
@@ -336,15 +334,18 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         temb = embedder.time_embedder(frequencies).to(dtype)
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
 
-    def _check_latents(self, latents: torch.Tensor) -> torch.Size:
+    def _tokens_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens that latents of a size split into."""
         _, patch_height, patch_width = self.config.patch_size
+        if height % patch_height or width % patch_width or min(height, width) < 1:
+            raise ValueError(f"Latents of {height}x{width} do not split into {patch_height}x{patch_width} patches.")
+        return height // patch_height, width // patch_width
+
+    def _check_latents(self, latents: torch.Tensor) -> torch.Size:
         if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"Expected latents [B, {self.config.in_channels}, F, h, w], got shape {tuple(latents.shape)}."
             )
-        height, width = latents.shape[-2:]
-        if height % patch_height or width % patch_width or min(height, width) < 1:
-            raise ValueError(f"Latents of {height}x{width} do not split into {patch_height}x{patch_width} patches.")
         return latents.shape
 
     def _check_text(self, text: torch.Tensor, batch: int, frames: int, kv_cache: KVCache | None) -> torch.Tensor:

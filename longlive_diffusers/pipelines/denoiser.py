@@ -136,7 +136,7 @@ class ChunkDenoiser:
             latents = self._video_latents[:, :, index * size : (index + 1) * size].to(self.device, torch.float32)
         else:
             latents, text = self._solve(index, text)
-        self._write_clean(latents, text)
+        self._write_clean(latents, text, self.caches)
         self._remember(index, latents)
         ready = None
         if latents.is_cuda:
@@ -191,12 +191,12 @@ class ChunkDenoiser:
             return_dict=False,
         )[0].float()
 
-    def _write_clean(self, latents: torch.Tensor, text: torch.Tensor) -> None:
-        """One forward at timestep 0: from now on the cache holds the chunk as it is, not as it was on its way."""
-        clean = torch.zeros(
-            latents.shape[0], latents.shape[2], device=self.device
-        )  # like a step's: one compiled graph
-        for cache, embeds in zip(self.caches, (text, self.prompts.negative), strict=False):
+    def _write_clean(self, latents: torch.Tensor, text: torch.Tensor, caches: list[KVCache]) -> None:
+        """A forward at timestep 0: from now on the caches hold the chunk as it is, not as it was on its way."""
+        # A time for each frame, like a step's, so that both are one graph when compiled.
+        clean = torch.zeros(latents.shape[0], latents.shape[2], device=self.device)
+        texts = (text, self.prompts.negative)
+        for cache, embeds in zip(caches, texts, strict=False):
             self._forward(latents, clean, embeds, cache)
 
     def _recache(self, text: torch.Tensor) -> None:
@@ -207,9 +207,7 @@ class ChunkDenoiser:
                 torch.stack([self._clean_latents[i // size][row, :, i % size] for i in indices], dim=1)
                 for row, indices in enumerate(frames)
             ]
-            latents = torch.stack(rows)  # [B, C, n, h, w]
-            clean = torch.zeros(latents.shape[0], latents.shape[2], device=self.device)
-            self._forward(latents, clean, text, cache)
+            self._write_clean(torch.stack(rows), text, [cache])  # [B, C, n, h, w]
 
     def _remember(self, index: int, latents: torch.Tensor) -> None:
         self._clean_latents[index] = latents
@@ -217,7 +215,7 @@ class ChunkDenoiser:
         cached = {frame.index // size for row in range(cache.batch_size) for frame in cache.cached_frames(row)}
         self._clean_latents = {chunk: self._clean_latents[chunk] for chunk in cached}
 
-    def _begin_chunk(self, prompts: list) -> None:
+    def _begin_chunk(self, prompts: list[ChunkPrompt]) -> None:
         for cache in self.caches:
             cache.begin_chunk(
                 self.settings.latent_shape[2],

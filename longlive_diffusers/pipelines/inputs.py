@@ -11,13 +11,13 @@ import torch
 from diffusers.utils import logging
 from diffusers.video_processor import VideoProcessor
 
+from ..models.kv_cache import KV_CACHE_DTYPES
 from .shots import ShotPlan, is_count
 
 
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-KV_CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -387,10 +387,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_embeds = for_rows("prompt_embeds", prompt_embeds).to(device, self.transformer.dtype)
         if is_guided(guidance_scale):
             if negative_prompt_embeds is None:
-                negative_prompt = (
-                    [negative_prompt or ""] * batch if not isinstance(negative_prompt, list) else negative_prompt
-                )
-                negative_prompt_embeds = self._embed_prompts(negative_prompt, max_sequence_length)
+                negative_prompt_embeds = self._embed_negative_prompts(negative_prompt, batch, max_sequence_length)
             negative_prompt_embeds = for_rows("negative_prompt_embeds", negative_prompt_embeds)
             negative_prompt_embeds = negative_prompt_embeds.to(device, self.transformer.dtype)
         else:
@@ -470,11 +467,9 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_embeds = prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             batch = prompt_embeds.shape[0] // num_videos_per_prompt
-            negative_prompt = negative_prompt or ""
-            negative_prompt = [negative_prompt] * batch if isinstance(negative_prompt, str) else negative_prompt
-            if len(negative_prompt) != batch:
-                raise ValueError(f"`negative_prompt` has {len(negative_prompt)} prompts for a batch of {batch}.")
-            negative_prompt_embeds = self._embed_prompts(negative_prompt, max_sequence_length, device, dtype)
+            negative_prompt_embeds = self._embed_negative_prompts(
+                negative_prompt, batch, max_sequence_length, device, dtype
+            )
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
         return prompt_embeds, negative_prompt_embeds
 
@@ -524,6 +519,15 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         mask = tokens.attention_mask
         embeds = self.text_encoder(tokens.input_ids.to(device), mask.to(device)).last_hidden_state
         return (embeds * mask.to(device, embeds.dtype)[..., None]).to(device, dtype)
+
+    def _embed_negative_prompts(
+        self, negative_prompt: str | list[str] | None, batch: int, max_sequence_length: int, device=None, dtype=None
+    ) -> torch.Tensor:
+        """`[batch, max_sequence_length, D]`: one for all, one for each prompt, or (None) the empty prompt."""
+        prompts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * batch
+        if len(prompts) != batch:
+            raise ValueError(f"`negative_prompt` has {len(prompts)} prompts for a batch of {batch}.")
+        return self._embed_prompts(prompts, max_sequence_length, device, dtype)
 
     # -- sharing -----------------------------------------------------------------------------------------------------
 
