@@ -400,6 +400,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             rows=rows,
             scene_cut_prefix=config.scene_cut_prefix,
             num_new_chunks=num_new_chunks,
+            continues=condition_frames > 0,
         )
 
         # 3. Encode the image, or the video to continue.

@@ -21,6 +21,7 @@ class PromptSource:
         rows: Size of the batch.
         scene_cut_prefix: Put before the prompt of the first chunk of every shot but the first.
         num_new_chunks: Length of the video, so that only texts that will be used are encoded; None: endless.
+        continues: Whether another video comes before; then the first chunk can begin with a cut.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class PromptSource:
         rows: int,
         scene_cut_prefix: str,
         num_new_chunks: int | None,
+        continues: bool = False,
     ):
         self.negative, self.rows = negative, rows
         self._plans, self._encode, self._prefix = plans, encode, scene_cut_prefix
-        self._num_new_chunks = num_new_chunks
+        self._num_new_chunks, self._continues = num_new_chunks, continues
         self._texts: tuple[str, ...] | None = None  # of the rows, for `_embeds`
         self._embeds = fixed
         self._encoded: dict[str, torch.Tensor] = {}
@@ -53,16 +55,17 @@ class PromptSource:
         Returns:
             Each row's prompt, the embeddings, and whether the prompt was switched within a shot.
         """
+        redirection = None
         with self._lock:
-            redirection, self._redirection = self._redirection, None
-            self._next_chunk = max(index, 0) + (index >= 0)
+            pending = self._redirection
+            if pending is not None and (index >= 0 or not pending[1]):  # a cut waits for the first new chunk
+                redirection, self._redirection = pending, None
+            self._next_chunk = max(index + 1, 0)
         switched = False
-        if redirection is not None and index >= 0:
+        if redirection is not None:
             prompts, cut = redirection
-            self._redirect(prompts, index, cut)
+            self._redirect(prompts, max(index, 0), cut)
             switched = not cut
-        elif redirection is not None:
-            self._redirect(redirection[0], 0, cut=False)
         if self._plans is None:
             return [ChunkPrompt(None, 0, False)] * self.rows, self._embeds, False
         prompts = [plan.chunk(max(index, 0)) for plan in self._plans]
@@ -104,7 +107,7 @@ class PromptSource:
         if self._plans is None:
             self._plans = [ShotPlan.from_prompts([""], None, None)] * self.rows
         pairs = zip(self._plans, prompts, strict=True)
-        self._plans = [plan.redirected(index, prompt, cut=cut) for plan, prompt in pairs]
+        self._plans = [plan.redirected(index, prompt, cut=cut, continues=self._continues) for plan, prompt in pairs]
         self._encode_upcoming()
 
     def _encode_upcoming(self) -> None:

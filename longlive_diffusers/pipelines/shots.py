@@ -97,10 +97,11 @@ class ShotPlan:
             shot = self.shots[-1]
         return ChunkPrompt(shot.prompt, shot.index, shot.opens and index == begin)
 
-    def redirected(self, index: int, prompt: str, *, cut: bool) -> "ShotPlan":
-        """This plan with `prompt` from chunk `index` on, as a new shot (`cut`) or within the one that is running."""
+    def redirected(self, index: int, prompt: str, *, cut: bool, continues: bool = False) -> "ShotPlan":
+        """This plan with `prompt` from chunk `index` on, as a new shot (`cut`) or within the one that is running. At
+        chunk 0 there is something to cut from only where the video `continues` another one."""
         shot_index = self.chunk(index - 1).shot_index if index > self.start else self.shots[0].index
-        new_shot = cut and index > 0
+        new_shot = cut and (index > 0 or continues)
         return ShotPlan([Shot(prompt, None, shot_index + new_shot, opens=new_shot or index == 0)], start=index)
 
     def conditionings(self, scene_cut_prefix: str, num_chunks: int | None) -> Iterator[str]:

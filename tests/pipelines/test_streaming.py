@@ -183,6 +183,31 @@ def test_a_cut_is_what_a_planned_shot_is(pipe):
     torch.testing.assert_close(torch.cat(parts, dim=2), planned, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("chunks_seen", [0, 1, 2], ids="after {} chunks".format)
+def test_a_continued_video_can_be_cut_at_its_first_new_chunk(pipe, chunks_seen):
+    video = torch.randn(1, 8, 4, 4, 6, generator=torch.Generator().manual_seed(3))
+    with pipe.stream("a", video_latents=video, num_frames=29, **options()) as session:
+        for _ in range(chunks_seen):
+            next(session)
+        session.cut("b")
+        chunks = {chunk.index: (chunk.shot_index, chunk.prompt) for chunk in session}
+    assert [chunks[index] for index in (2, 3)] == [(1, "b"), (1, "b")]
+    assert all(chunks[index] == (0, "a") for index in range(chunks_seen, 2))
+
+
+def test_a_prompt_changed_while_the_continued_video_is_read_is_as_good_as_the_first(pipe):
+    video = torch.randn(1, 8, 4, 4, 6, generator=torch.Generator().manual_seed(3))
+    continued = {"video_latents": video, "num_frames": 29}
+    expected = drain(pipe.stream("b", **continued, **options()))
+    with pipe.stream("a", **continued, **options()) as session:
+        chunks = [next(session)]
+        session.prompt = "b"
+        chunks += list(session)
+    assert [chunk.prompt for chunk in chunks] == ["a", "b", "b", "b"]
+    latents = torch.cat([chunk.latents for chunk in chunks], dim=2)
+    torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
+
+
 def test_a_prompt_set_before_the_first_chunk_simply_replaces_it(pipe):
     expected = drain(pipe.stream("b", num_frames=13, **options()))
     with pipe.stream("a", num_frames=13, **options()) as session:
