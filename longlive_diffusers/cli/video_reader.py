@@ -33,18 +33,20 @@ def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> tup
     frames: list[np.ndarray] = []
     is_whole = True
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="ignore") as container:  # old titles are seldom UTF-8
             if not container.streams.video:
                 raise ValueError(f"'{path}' holds no video, only {len(container.streams)} other stream(s)")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(f"'{path}' holds video of a format that PyAV {av.__version__} cannot decode")
             stream.thread_type = "AUTO"
             fps = stream.average_rate or stream.guessed_rate
             try:
-                for frame in _decode(container, stream):
-                    frames.append(_upright(frame))
+                for frame in decode_frames(container, stream):
+                    frames.append(upright(frame))
                     if len(frames) == max_frames:
                         break
-            except _BreaksOffError:
+            except BreaksOffError:
                 is_whole = False
     except av.error.FFmpegError as error:
         raise ValueError(f"'{path}' cannot be read as a video: {error.strerror}") from error
@@ -84,12 +86,16 @@ def _existing_file(path: str | os.PathLike, kind: str) -> Path:
     return path
 
 
-class _BreaksOffError(Exception):
+class BreaksOffError(Exception):
     """The frames read so far are all that can be had of a damaged or unfinished file."""
 
 
-def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """All sound frames, also those the decoder still holds when the file breaks off; then `_BreaksOffError`."""
+def decode_frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """All sound frames, also those the decoder still holds when the file breaks off.
+
+    Raises:
+        BreaksOffError: after these, where the file is damaged or unfinished.
+    """
     with contextlib.suppress(av.error.FFmpegError):
         for packet in container.demux(stream):
             if packet.is_corrupt:  # cut short: it might decode, but to a picture that is partly invented
@@ -99,9 +105,9 @@ def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> I
             return
     with contextlib.suppress(av.error.EOFError):  # the error came from the last, emptying call itself
         yield from stream.codec_context.decode(None)
-    raise _BreaksOffError
+    raise BreaksOffError
 
 
-def _upright(frame: av.VideoFrame) -> np.ndarray:
+def upright(frame: av.VideoFrame) -> np.ndarray:
     """A frame's pixels [H, W, 3], turned as its display matrix says (a telephone held upright films lying down)."""
     return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))  # both count anticlockwise

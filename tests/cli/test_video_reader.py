@@ -78,6 +78,21 @@ def test_a_video_without_pictures_is_refused(tmp_path, video):
         read_video(video)
 
 
+def test_a_title_that_is_not_utf8_does_not_matter_and_an_unknown_codec_is_refused(tmp_path, video):
+    with av.open(str(tmp_path / "titled.mkv"), "w") as container:
+        container.metadata["title"] = "ABCDEFGH"
+        stream = container.add_stream("libx264", rate=24)
+        stream.height, stream.width, stream.pix_fmt = 32, 64, "yuv420p"
+        for packet in stream.encode(av.VideoFrame(64, 32, "yuv420p")) + stream.encode(None):
+            container.mux(packet)
+    data = (tmp_path / "titled.mkv").read_bytes()
+    (tmp_path / "titled.mkv").write_bytes(data.replace(b"ABCDEFGH", b"\xff\xe4CDEFGH"))
+    assert read_video(tmp_path / "titled.mkv")[0].shape == (1, 32, 64, 3)
+    video.write_bytes(video.read_bytes().replace(b"avc1", b"xyz1"))
+    with pytest.raises(ValueError, match=r"video.mp4' holds video of a format that PyAV .* cannot decode"):
+        read_video(video)
+
+
 def test_images_are_rgb_and_upright(tmp_path):
     pixels = np.zeros((4, 6, 4), np.uint8)
     pixels[..., 0], pixels[..., 3] = 200, 255

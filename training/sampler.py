@@ -1,0 +1,122 @@
+"""Which samples each process trains on, as a function of the seed and the number of the batch alone.
+
+The samples of all epochs, each epoch in an order of its own, make one endless stream. Global batch `k` is positions
+`k * B` to `(k + 1) * B - 1` of it, and data-parallel group `g` takes the `g`-th part of that. So the same samples meet
+in a batch however many groups share it, a run can go on from any batch without having seen the ones before, and the
+processes of one sequence-parallel group, which have the same `g`, get the same samples. An epoch that does not end
+with a batch runs on into the next one.
+
+A position in the stream is also the number by which the randomness of a sample (its noise, its timesteps) is seeded.
+It is the same for any number of groups, and never comes twice.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+
+class Draw(NamedTuple):
+    """
+    Args:
+        index: Of a sample in its dataset.
+        number: Position in the stream, from 0.
+    """
+
+    index: int
+    number: int
+
+
+class EpochSampler(Sampler[list[Draw]]):
+    """
+    The batches of one data-parallel group, without end. For `DataLoader(Numbered(dataset), batch_sampler=...)`; the
+    loader must not be passed to `accelerator.prepare`, which would divide it once more.
+
+    Args:
+        num_samples: Length of the dataset.
+        batch_size: Samples of a batch of this group.
+        seed: Of the order.
+        num_groups: Of data parallelism; the processes of a sequence-parallel group count as one.
+        group: The group of this process.
+        start_batch: The first batch to give; the number of those already trained on, to go on with a run.
+        shuffle: Otherwise every epoch has the dataset's order.
+
+    Raises:
+        ValueError: A number out of range.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        num_groups: int = 1,
+        group: int = 0,
+        start_batch: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        for name, value, least in (
+            ("num_samples", num_samples, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("num_groups", num_groups, 1),
+            ("start_batch", start_batch, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= group < num_groups:
+            raise ValueError(f"group must be in [0, {num_groups}), got {group}")
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.num_groups, self.group = num_groups, group
+        self.start_batch, self.shuffle = start_batch, shuffle
+        self._order: tuple[int, np.ndarray] | None = None  # of the epoch last asked for
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of a batch of all groups together."""
+        return self.num_groups * self.batch_size
+
+    def sample_number(self, batch: int, i: int) -> int:
+        """The position in the stream of sample `i` of this group's batch `batch`."""
+        return batch * self.global_batch_size + self.group * self.batch_size + i
+
+    def epoch(self, batch: int) -> float:
+        """Epochs that are over when batch `batch` begins."""
+        return batch * self.global_batch_size / self.num_samples
+
+    def batch(self, batch: int) -> list[Draw]:
+        """This group's part of global batch `batch`."""
+        numbers = [self.sample_number(batch, i) for i in range(self.batch_size)]
+        return [Draw(self._index(number), number) for number in numbers]
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        batch = self.start_batch
+        while True:
+            yield self.batch(batch)
+            batch += 1
+
+    def _index(self, number: int) -> int:
+        epoch, position = divmod(number, self.num_samples)
+        if not self.shuffle:
+            return position
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_samples))
+        return int(self._order[1][position])
+
+
+class Numbered(Dataset):
+    """
+    `dataset`, whose items are dicts, asked for by the draws of an `EpochSampler`: each item is given its
+    "sample_number", so that it is known in whatever process the item was read.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> dict:
+        return {**self.dataset[draw.index], "sample_number": draw.number}
