@@ -8,13 +8,17 @@ same rule as a block mask instead; it needs a GPU for the backward.
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from ..parallel.all_to_all import gather_heads, scatter_heads
 from .kv_cache import ChunkPlan, LayerKVCache
 from .rotary import apply_rotary
 
@@ -27,28 +31,38 @@ class ChunkMask:
     """Which chunks see which, for tokens `[clean; noisy]` (teacher forcing) or `[noisy]` alone (block causal).
 
     Teacher forcing: clean chunk b sees clean chunks 0..b; noisy chunk b sees clean chunks 0..b-1 and itself. Block
-    causal: chunk b sees chunks 0..b. (LongLive-2.0, teacher forcing with a clean history.)
+    causal: chunk b sees chunks 0..b. (LongLive-2.0, arXiv 2605.18739, teacher forcing with a clean history.)
+
+    With `num_ranks` > 1 the tokens are those of several ranks in natural order, `[r0 clean, r0 noisy, r1 clean, ...]`:
+    each has both halves of its own `num_chunks / num_ranks` chunks (Balanced SP, see `longlive_diffusers.parallel`).
     """
 
     num_chunks: int
     chunk_tokens: int
     has_clean: bool
+    num_ranks: int = 1
 
     @property
     def num_halves(self) -> int:
         return 2 if self.has_clean else 1
 
+    @property
+    def chunks_per_rank(self) -> int:
+        return self.num_chunks // self.num_ranks
+
     def dense(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend) -> torch.Tensor:
         """Chunk-wise attention; all tensors `[B, tokens, heads, head_dim]`."""
-        size, clean_tokens = self.chunk_tokens, self.num_chunks * self.chunk_tokens
+        size = self.chunk_tokens
+        seen_keys, seen_values = (prefixes(self._past(states), size) for states in (key, value))
+        own_queries, own_keys, own_values = (states.split(size, dim=1) for states in (query, key, value))
         outputs = []
-        for stop in range(size, clean_tokens + 1, size):
-            outputs.append(attend(query[:, stop - size : stop], key[:, :stop], value[:, :stop], backend))
-        if self.has_clean:
-            for start in range(0, clean_tokens, size):
-                own = slice(clean_tokens + start, clean_tokens + start + size)
-                seen = [torch.cat([states[:, :start], states[:, own]], dim=1) for states in (key, value)]
-                outputs.append(attend(query[:, own], *seen, backend))
+        for index, own_query in enumerate(own_queries):
+            chunk, is_noisy = self._place(index)
+            if is_noisy:
+                keys, values = [seen_keys[chunk], own_keys[index]], [seen_values[chunk], own_values[index]]
+                outputs.append(attend_joined(own_query, keys, values, backend))
+            else:
+                outputs.append(attend(own_query, seen_keys[chunk + 1], seen_values[chunk + 1], backend))
         return torch.cat(outputs, dim=1)
 
     def block_mask(self, device: torch.device) -> BlockMask:
@@ -57,13 +71,51 @@ class ChunkMask:
 
     def allows(self, query_token: torch.Tensor, key_token: torch.Tensor) -> torch.Tensor:
         """The rule itself, on token indices."""
-        query_chunk, key_chunk = query_token // self.chunk_tokens, key_token // self.chunk_tokens
+        query_chunk, query_noisy = self._place(query_token // self.chunk_tokens)
+        key_chunk, key_noisy = self._place(key_token // self.chunk_tokens)
         if not self.has_clean:
             return key_chunk <= query_chunk
-        query_noisy, key_noisy = query_chunk >= self.num_chunks, key_chunk >= self.num_chunks
-        clean_rule = ~query_noisy & ~key_noisy & (key_chunk <= query_chunk)
-        history_rule = query_noisy & ~key_noisy & (key_chunk < query_chunk - self.num_chunks)
-        return clean_rule | history_rule | (query_noisy & (query_chunk == key_chunk))
+        own_chunk = (key_chunk == query_chunk) & (key_noisy == query_noisy)
+        return own_chunk | ((key_chunk < query_chunk) & ~key_noisy)
+
+    def _place(self, index):
+        """Of the `index`-th run of `chunk_tokens` tokens (a number or a tensor): its chunk, and whether it is noisy
+        beside a clean half."""
+        chunks = self.chunks_per_rank
+        per_rank = self.num_halves * chunks
+        return index // per_rank * chunks + index % chunks, index % per_rank >= chunks
+
+    def _past(self, states: torch.Tensor) -> torch.Tensor:
+        """The tokens that later chunks see, in the order of chunks: the clean ones, if there are any.
+
+        Gathered once: a copy only where several ranks' noisy tokens lie between them.
+        """
+        return states.unflatten(1, (self.num_ranks, self.num_halves, -1))[:, :, 0].flatten(1, 2)
+
+
+def prefixes(states: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """The first 0, 1, 2, ... chunks of `size` tokens of `[B, tokens, ...]`, views."""
+    if _in_plain_autograd():
+        return _Prefixes.apply(states, size)
+    return tuple(states[:, :stop] for stop in range(0, states.shape[1] + 1, size))
+
+
+class _Prefixes(torch.autograd.Function):
+    """Their gradients are summed in one buffer; those of slices made one by one each fill a whole one with zeros."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+        ctx.shape = states.shape
+        ctx.set_materialize_grads(False)
+        return tuple(states[:, :stop] for stop in range(0, states.shape[1] + 1, size))
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor | None):
+        given = [gradient for gradient in gradients if gradient is not None]
+        total = given[0].new_zeros(ctx.shape)
+        for gradient in given:
+            total[:, : gradient.shape[1]] += gradient
+        return total, None
 
 
 @functools.lru_cache(maxsize=8)
@@ -91,6 +143,7 @@ class LongLiveAttnProcessor:
         rotary_emb: torch.Tensor | None = None,
         layer_cache: LayerKVCache | None = None,
         plan: ChunkPlan | None = None,
+        sp_mesh: DeviceMesh | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -101,6 +154,8 @@ class LongLiveAttnProcessor:
             rotary_emb: Rotation of queries and keys of self-attention.
             layer_cache, plan: Cache of this layer and the chunk's place in it; of cross-attention, where the text's
                 keys and values are kept.
+            sp_mesh: Ranks that hold the other frames of the clip, for self-attention without a cache; `hidden_states`
+                are this rank's tokens, and `attention_mask` is the rule of all tokens in natural order.
 
         Returns:
             `[B, tokens, dim]`.
@@ -108,11 +163,13 @@ class LongLiveAttnProcessor:
         if attn.is_cross_attention:
             states = self._attend_to_text(attn, hidden_states, encoder_hidden_states, attention_mask, layer_cache)
         else:
-            states = self._attend_to_frames(attn, hidden_states, attention_mask, rotary_emb, layer_cache, plan)
+            states = self._attend_to_frames(
+                attn, hidden_states, attention_mask, rotary_emb, layer_cache, plan, sp_mesh
+            )
         states = states.flatten(2, 3).type_as(hidden_states)
         return attn.to_out[1](attn.to_out[0](states))
 
-    def _attend_to_frames(self, attn, hidden_states, attention_mask, rotary_emb, layer_cache, plan):
+    def _attend_to_frames(self, attn, hidden_states, attention_mask, rotary_emb, layer_cache, plan, sp_mesh):
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -124,6 +181,13 @@ class LongLiveAttnProcessor:
         if layer_cache is not None:
             key, value = layer_cache.update(key, value, raw_key, plan)
             return attend(query, key, value, self._attention_backend)
+        if sp_mesh is None:
+            return self._attend_by_chunks(query, key, value, attention_mask)
+        # Rotated before they travel: a rank needs the positions and the angles of its own frames only.
+        query, key, value = scatter_heads(torch.stack([query, key, value], dim=2), sp_mesh).unbind(2)
+        return gather_heads(self._attend_by_chunks(query, key, value, attention_mask), sp_mesh)
+
+    def _attend_by_chunks(self, query, key, value, attention_mask):
         if self._attention_backend == AttentionBackendName.FLEX:
             mask = attention_mask.block_mask(query.device)
             return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
@@ -141,8 +205,8 @@ class LongLiveAttnProcessor:
         key, value = project_text(attn, encoder_hidden_states)
         if key.ndim == 4:
             return attend(query, key, value, self._attention_backend)
-        # One text for each chunk: [B, halves * chunks * n, H, D] meets it as a batch of B * chunks.
-        halves, chunks = attention_mask.num_halves, attention_mask.num_chunks
+        # One text for each chunk of this rank: [B, halves * chunks * n, H, D] meets it as a batch of B * chunks.
+        halves, chunks = attention_mask.num_halves, attention_mask.chunks_per_rank
         query = query.unflatten(1, (halves, chunks, -1)).transpose(1, 2)  # [B, chunks, halves, n, H, D]
         states = attend(
             query.flatten(2, 3).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), self._attention_backend
@@ -170,6 +234,87 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend:
     if backend is None and _prefers_matmul(query):
         return _matmul_attention(query, key, value)
     return dispatch_attention_fn(query, key, value, backend=backend)
+
+
+def attend_joined(
+    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], backend: str | None = None
+) -> torch.Tensor:
+    """[`attend`] to the concatenation of `keys` and of `values` along tokens, which the backward does not keep."""
+    keys, values = ([part for part in parts if part.shape[1]] for parts in (keys, values))
+    if len(keys) == 1:
+        return attend(query, *keys, *values, backend)
+    key, value = _join(keys), _join(values)
+    if not _in_plain_autograd():
+        return attend(query, key, value, backend)
+    with _save_parts_of({_storage(key): keys, _storage(value): values}):
+        return attend(query, key, value, backend)
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Stands in the graph for a view of a concatenation along tokens: what it was made of, and which view."""
+
+    parts: list
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@contextmanager
+def _save_parts_of(parts: dict[int, list[torch.Tensor]]) -> Iterator[None]:
+    """
+    Save, for backward, the parts of concatenated tensors (found by their storage) in place of these, and concatenate
+    them again when they are needed: the same bits, and no attention is computed twice.
+
+    A clip of n chunks is concatenated n times, each time with all the history so far; kept, that would be O(n^2)
+    memory, where the parts are slices of tensors that other nodes of the graph keep anyway. Everything that is saved
+    still goes through the hooks that were there before (gradient checkpointing is a pair of them, and would keep all
+    of a layer if a pair in front of it took the tensors away), which is why these are looked up.
+    """
+    outer_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    outer_pack, outer_unpack = outer_hooks or (_identity, _identity)
+
+    def pack(tensor: torch.Tensor):
+        if _storage(tensor) not in parts:
+            return outer_pack(tensor)
+        packed = [outer_pack(part.detach()) for part in parts[_storage(tensor)]]
+        return _Joined(packed, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(saved) -> torch.Tensor:
+        if not isinstance(saved, _Joined):
+            return outer_unpack(saved)
+        whole = _join([outer_unpack(part) for part in saved.parts])
+        return whole.as_strided(saved.size, saved.stride, saved.offset)
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        parts.clear()  # the graph may keep `pack`, which must not keep them
+
+
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Along tokens; contiguous, so that a view's strides mean the same again whatever those of the parts are then."""
+    return torch.cat(parts, dim=1).contiguous()
+
+
+def _in_plain_autograd() -> bool:
+    """Not where a compiler decides what is saved, where nothing is, or under a transform of `torch.func`, which
+    forbids hooks and needs more of a function than a backward."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+    )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Which storage it is a view of; unlike an address, of its own on the meta device too."""
+    return tensor.untyped_storage()._cdata
+
+
+def _identity(saved):
+    return saved
 
 
 def _prefers_matmul(query: torch.Tensor) -> bool:

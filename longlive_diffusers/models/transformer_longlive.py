@@ -18,7 +18,9 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from diffusers.utils import apply_lora_scale
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from ..parallel.layout import check_heads
 from .attention import ChunkMask, LongLiveAttnProcessor
 from .kv_cache import KV_CACHE_DTYPES, ChunkPlan, KVCache, LayerKVCache
 from .rotary import rotary_embedding
@@ -52,6 +54,7 @@ class LongLiveTransformerBlock(nn.Module):
         attention_mask: ChunkMask | None = None,
         layer_cache: LayerKVCache | None = None,
         plan: ChunkPlan | None = None,
+        sp_mesh: DeviceMesh | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -66,7 +69,9 @@ class LongLiveTransformerBlock(nn.Module):
         hidden_states = hidden_states.float()  # the residual stream, once; layers run in `dtype`
 
         normed = modulate(self.norm1(hidden_states), shift_msa, scale_msa).to(dtype)
-        attended = self.attn1(normed, None, attention_mask, rotary_emb, layer_cache=layer_cache, plan=plan)
+        attended = self.attn1(
+            normed, None, attention_mask, rotary_emb, layer_cache=layer_cache, plan=plan, sp_mesh=sp_mesh
+        )
         hidden_states = add_gated(hidden_states, attended, gate_msa)
 
         normed = self.norm2(hidden_states).to(dtype)
@@ -106,7 +111,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
     _no_split_modules = ["LongLiveTransformerBlock"]
     _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
     _repeated_blocks = ["LongLiveTransformerBlock"]
-    _skip_keys = ["kv_cache", "layer_cache", "plan"]
+    _skip_keys = ["kv_cache", "layer_cache", "plan", "sp_mesh"]
 
     @register_to_config
     def __init__(
@@ -159,6 +164,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         frame_positions: torch.Tensor | None = None,
+        sp_mesh: DeviceMesh | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Predict the flow velocity. What kind of forward it is depends on the arguments alone: with `kv_cache`, one
@@ -177,12 +183,17 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
             frame_positions: Time positions `[F]` or `[B, F]` of the frames; 0, 1, 2, ... by default. With a cache, the
                 cache decides.
+            sp_mesh: One dimension of a device mesh, over whose N ranks the clip is split (Balanced SP, see
+                `longlive_diffusers.parallel`). All else is then this rank's own part of the clip: F of its N F frames,
+                with their times, their chunks' texts and, where given, their positions; by default these are counted
+                from the start of the whole clip. Every rank of the mesh runs the forward, with the same shapes.
 
         Returns:
             The velocity of the noisy latents, `[B, C, F, h, w]`.
 
         Raises:
-            ValueError: For shapes that do not fit the network, each other or the cache.
+            ValueError: For shapes that do not fit the network, each other or the cache; for an `sp_mesh` of several
+                dimensions, or of a number of ranks that does not divide the heads.
         """
         batch, _, frames, height, width = self._check_latents(hidden_states)
         rows, columns = self._tokens_of(height, width)
@@ -194,15 +205,18 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             plan = self._check_cache(kv_cache, batch, frames, rows, columns, clean_hidden_states)
         self._check_clean(clean_hidden_states, clean_timestep, hidden_states)
         check_positions(frame_positions, batch, frames, kv_cache)
+        num_ranks = check_sp_mesh(sp_mesh, self.config.num_attention_heads, kv_cache)
 
         tokens = self._embed_patches(hidden_states)
         if kv_cache is not None:
             rotary_emb = plan.rotary
         else:
             chunk_tokens = self.config.chunk_size * rows * columns
-            mask = ChunkMask(frames // self.config.chunk_size, chunk_tokens, clean_hidden_states is not None)
+            num_chunks = num_ranks * frames // self.config.chunk_size
+            mask = ChunkMask(num_chunks, chunk_tokens, clean_hidden_states is not None, num_ranks)
             if frame_positions is None:
-                frame_positions = torch.arange(frames)
+                first = 0 if sp_mesh is None else sp_mesh.get_local_rank() * frames
+                frame_positions = torch.arange(first, first + frames)
             if clean_hidden_states is not None:
                 clean_timestep = torch.zeros_like(timestep) if clean_timestep is None else clean_timestep
                 clean_timestep = per_frame(clean_timestep, batch, frames, "clean_timestep")
@@ -223,7 +237,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
 
         for index, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache[index]
-            arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, plan)
+            arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, plan, sp_mesh)
             if self.gradient_checkpointing and torch.is_grad_enabled() and kv_cache is None:
                 tokens = self._gradient_checkpointing_func(block, *arguments)
             else:
@@ -421,6 +435,20 @@ def check_positions(positions: torch.Tensor | None, batch: int, frames: int, kv_
         raise ValueError("`frame_positions` cannot be given: the `kv_cache` decides the positions of its frames.")
     if tuple(positions.shape) not in ((frames,), (batch, frames)):
         raise ValueError(f"`frame_positions` must be [{frames}] or [{batch}, {frames}], got {tuple(positions.shape)}.")
+
+
+def check_sp_mesh(sp_mesh: DeviceMesh | None, num_heads: int, kv_cache: KVCache | None) -> int:
+    """The number of ranks that share the clip."""
+    if sp_mesh is None:
+        return 1
+    if kv_cache is not None:
+        raise ValueError(
+            f"A stream is not split over ranks: `kv_cache` and `sp_mesh` (of {sp_mesh.size()}) exclude each other."
+        )
+    if sp_mesh.ndim != 1:
+        raise ValueError(f"`sp_mesh` must be one dimension of a device mesh, got one of shape {tuple(sp_mesh.shape)}.")
+    check_heads(num_heads, sp_mesh.size())
+    return sp_mesh.size()
 
 
 def check_config(config) -> None:

@@ -1,0 +1,153 @@
+"""Which frames of a clip are a rank's, and how much work that is, compared with splitting `[clean; noisy]` plainly."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+
+@dataclass(frozen=True)
+class FrameLayout:
+    """
+    The split of one clip over the ranks of a sequence-parallel group: each has the same number of consecutive frames,
+    in whole chunks (Balanced SP, arXiv 2605.18739).
+
+    Args:
+        num_frames: Latent frames of the clip.
+        num_ranks: Ranks that share it.
+        chunk_size: Latent frames of a chunk.
+
+    Raises:
+        ValueError: If the frames are not `num_ranks` times a whole number of chunks.
+    """
+
+    num_frames: int
+    num_ranks: int
+    chunk_size: int
+
+    def __post_init__(self):
+        if min(self.num_frames, self.num_ranks, self.chunk_size) < 1:
+            raise ValueError(
+                f"Frames, ranks and chunk size must be at least 1, got {self.num_frames}, {self.num_ranks} and "
+                f"{self.chunk_size}."
+            )
+        unit = self.num_ranks * self.chunk_size
+        if self.num_frames % unit:
+            raise ValueError(
+                f"{self.num_frames} latent frames cannot be split over {self.num_ranks} ranks in whole chunks of "
+                f"{self.chunk_size}: {unit} does not divide {self.num_frames}."
+            )
+
+    @property
+    def num_chunks(self) -> int:
+        return self.num_frames // self.chunk_size
+
+    @property
+    def frames_per_rank(self) -> int:
+        return self.num_frames // self.num_ranks
+
+    @property
+    def chunks_per_rank(self) -> int:
+        return self.num_chunks // self.num_ranks
+
+    def frames_of(self, rank: int) -> slice:
+        """The latent frames of `rank`."""
+        return self._part(rank, self.frames_per_rank)
+
+    def chunks_of(self, rank: int) -> slice:
+        """The chunks of `rank`."""
+        return self._part(rank, self.chunks_per_rank)
+
+    def shard_latents(self, latents: torch.Tensor, rank: int) -> torch.Tensor:
+        """`[B, C, F, h, w]` -> the rank's `[B, C, F / N, h, w]`, a view."""
+        return self._shard(latents, 2, self.num_frames, self.frames_of(rank))
+
+    def shard_frames(self, values: torch.Tensor, rank: int) -> torch.Tensor:
+        """What there is for each frame, `[B, F, ...]` (times, positions, a loss mask) -> `[B, F / N, ...]`, a view."""
+        return self._shard(values, 1, self.num_frames, self.frames_of(rank))
+
+    def shard_chunks(self, values: torch.Tensor, rank: int) -> torch.Tensor:
+        """What there is for each chunk, `[B, chunks, ...]` (texts) -> `[B, chunks / N, ...]`, a view."""
+        return self._shard(values, 1, self.num_chunks, self.chunks_of(rank))
+
+    def _part(self, rank: int, size: int) -> slice:
+        if not 0 <= rank < self.num_ranks:
+            raise ValueError(f"Ranks are 0 to {self.num_ranks - 1}, got {rank}.")
+        return slice(rank * size, (rank + 1) * size)
+
+    def _shard(self, tensor: torch.Tensor, dim: int, length: int, part: slice) -> torch.Tensor:
+        if tensor.ndim <= dim or tensor.shape[dim] != length:
+            raise ValueError(f"Expected {length} entries in dimension {dim}, got shape {tuple(tensor.shape)}.")
+        return tensor.narrow(dim, part.start, part.stop - part.start)
+
+
+def check_heads(num_heads: int, num_ranks: int) -> None:
+    """Raise a ValueError unless every rank gets the same number of attention heads."""
+    if num_heads % num_ranks:
+        raise ValueError(
+            f"{num_heads} attention heads cannot be scattered over {num_ranks} ranks: {num_ranks} does not divide "
+            f"{num_heads}."
+        )
+
+
+@dataclass(frozen=True)
+class RankWork:
+    """
+    What one rank has to do in one teacher-forcing step.
+
+    Args:
+        tokens: Tokens it owns, clean and noisy: work of all layers but attention.
+        loss_tokens: Those of them that bear a loss, the noisy ones.
+        pairs: Pairs (query, key) that the mask allows, over its own queries and everybody's keys: the attention of a
+            rank that keeps all heads of its queries, as in ring attention. Later frames see more, so that neither
+            split balances these. With Ulysses' all-to-all a rank has a share of the heads and all queries: everyone
+            computes the mean of these numbers, however the clip is split.
+        frames: Latent frames it needs in either copy, thus reads and encodes.
+    """
+
+    tokens: int
+    loss_tokens: int
+    pairs: int
+    frames: int
+
+
+def balanced_work(layout: FrameLayout, frame_tokens: int) -> list[RankWork]:
+    """The work of each rank under Balanced SP, where it owns the clean and the noisy tokens of its frames."""
+    parts = (range(layout.num_chunks)[layout.chunks_of(rank)] for rank in range(layout.num_ranks))
+    return [_work(layout, frame_tokens, clean=chunks, noisy=chunks) for chunks in parts]
+
+
+def plain_work(layout: FrameLayout, frame_tokens: int) -> list[RankWork]:
+    """The work of each rank if `[clean; noisy]` is cut into N equal pieces."""
+    size, chunks = 2 * layout.chunks_per_rank, layout.num_chunks
+    sequence = range(2 * chunks)  # the clean chunks, then the noisy ones
+    parts = (sequence[rank * size : (rank + 1) * size] for rank in range(layout.num_ranks))
+    return [
+        _work(
+            layout,
+            frame_tokens,
+            clean=[place for place in part if place < chunks],
+            noisy=[place - chunks for place in part if place >= chunks],
+        )
+        for part in parts
+    ]
+
+
+def imbalance(work: Iterable[int]) -> float:
+    """Largest over mean: how many times longer the busiest rank works than if all worked alike."""
+    work = list(work)
+    return float(Fraction(max(work) * len(work), sum(work)))
+
+
+def _work(layout: FrameLayout, frame_tokens: int, clean: Iterable[int], noisy: Iterable[int]) -> RankWork:
+    clean, noisy = list(clean), list(noisy)
+    chunk_tokens = layout.chunk_size * frame_tokens
+    # Chunk b sees b + 1 chunks in either copy: 0..b, its own being clean for a clean one and noisy for a noisy one.
+    pairs = sum(chunk + 1 for chunk in clean + noisy) * chunk_tokens**2
+    return RankWork(
+        tokens=len(clean + noisy) * chunk_tokens,
+        loss_tokens=len(noisy) * chunk_tokens,
+        pairs=pairs,
+        frames=len({*clean, *noisy}) * layout.chunk_size,
+    )

@@ -1,0 +1,97 @@
+"""Encode only a rank's own part of a video ("SP-aware VAE encoding", LongLive-2.0, arXiv 2605.18739).
+
+Wan's VAE is causal in time: a latent depends on its own raw frames and on those before, through features that its
+convolutions hand on. Their reach is finite, and what comes from far back is weak. So a rank encodes its own frames
+after a *halo*, some latents further left, which are only there to hand on features and are dropped.
+
+Latent 0 stands for raw frame 0, latent l > 0 for the four raw frames 4 (l - 1) + 1 .. 4 l. The encoder takes the first
+frame of whatever it is given for a latent of its own; for a halo that starts at latent a > 0 it is given raw frame
+4 (a - 1), the last one of latent a - 1, in that place. The latent made of this frame alone is none of the video's:
+it is dropped with the halo.
+
+    raw frames      0 | 1 2 3 4 | 5 6 7 8 | 9 ...        rank's first latent 4, halo 2
+    latents         0 |    1    |    2    |    3    |    4    |    5 ...
+    encoded               [pseudo|   halo  |  halo   |  own    |   own ]
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from .layout import FrameLayout
+
+
+@dataclass(frozen=True)
+class RawWindow:
+    """
+    Raw frames `start` to `stop` of a video, whose encoding begins with `num_dropped` latents of no use.
+
+    Args:
+        start, stop: Raw frames, of which there are 1 + 4 n.
+        num_dropped: Latents of the halo, and the pseudo latent before it.
+    """
+
+    start: int
+    stop: int
+    num_dropped: int
+
+    @classmethod
+    def of_latents(cls, first: int, last: int, halo: int) -> "RawWindow":
+        """What to encode for latents `first` to `last - 1`, with at most `halo` latents before them."""
+        if not 0 <= first < last:
+            raise ValueError(f"Expected latents from 0 <= first < last, got {first} and {last}.")
+        if halo < 0:
+            raise ValueError(f"A halo has at least 0 latents, got {halo}.")
+        halo_start = max(first - halo, 0)
+        pseudo = min(halo_start, 1)  # of latent 0 there is nothing before
+        return cls(4 * (halo_start - pseudo), 4 * (last - 1) + 1, first - halo_start + pseudo)
+
+    @property
+    def num_frames(self) -> int:
+        return self.stop - self.start
+
+
+def raw_window(layout: FrameLayout, rank: int, halo: int = 28) -> RawWindow:
+    """
+    Raw frames that `rank` has to read in order to encode its latents.
+
+    Args:
+        layout: The split of the clip's latent frames.
+        rank: Of the sequence-parallel group.
+        halo: Latents before the rank's own (28 in the paper's implementation); none are before the first.
+    """
+    own = layout.frames_of(rank)
+    return RawWindow.of_latents(own.start, own.stop, halo)
+
+
+@torch.no_grad()
+def encode_shard(
+    vae: AutoencoderKLWan, frames: torch.Tensor, layout: FrameLayout, rank: int, halo: int = 28
+) -> torch.Tensor:
+    """
+    Latents of a rank's own frames; nothing is communicated.
+
+    Args:
+        vae: Encodes, as `vae.encode` does, with its slicing or tiling.
+        frames: Pixels in [-1, 1]: either of the whole clip, `[B, 3, 1 + 4 (F - 1), H, W]`, or only of the rank's
+            `raw_window(layout, rank, halo)`.
+        layout, rank, halo: As in [`raw_window`]. The result is that of encoding the clip whole if the halo covers the
+            reach of the encoder, and near to it with less.
+
+    Returns:
+        Means `[B, z_dim, F / N, h, w]`, not normalised.
+
+    Raises:
+        ValueError: For another number of frames.
+    """
+    window = raw_window(layout, rank, halo)
+    whole = 1 + 4 * (layout.num_frames - 1)
+    if frames.ndim != 5 or frames.shape[2] not in (window.num_frames, whole):
+        raise ValueError(
+            f"Rank {rank} of {layout.num_ranks} encodes raw frames {window.start} to {window.stop - 1} of {whole}: "
+            f"expected pixels [B, 3, {window.num_frames} or {whole}, H, W], got shape {tuple(frames.shape)}."
+        )
+    if frames.shape[2] != window.num_frames:
+        frames = frames[:, :, window.start : window.stop]
+    return vae.encode(frames).latent_dist.mode()[:, :, window.num_dropped :]

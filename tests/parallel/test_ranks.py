@@ -1,0 +1,70 @@
+"""Several gloo ranks compute what one process does. They are started once, by `accelerate launch`, as a user would
+start them; `sp_program.py` is what they run, and it writes an error for each case."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.sp_program import CHECKPOINTED, CLIPS
+
+
+ROOT = Path(__file__).parents[2]
+NUM_RANKS = 4
+CASES = [*CLIPS, *(f"{name}, checkpointed" for name in CHECKPOINTED)]
+every_group = pytest.mark.parametrize("group", [2, 4], ids=["2 ranks", "4 ranks"])
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory) -> dict[str, dict[str, float]]:
+    """Relative errors of each case."""
+    results = tmp_path_factory.mktemp("ranks") / "errors.json"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launch += ["--num_processes", str(NUM_RANKS), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", str(free_port()), str(Path(__file__).with_name("sp_program.py")), str(results)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(results.read_text())
+
+
+@every_group
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_those_of_one_process(errors, group, case):
+    found = errors[f"{group} ranks: {case}"]
+    assert found.keys() == {"loss", "all gradients", "worst gradient"}
+    assert {what: error for what, error in found.items() if not error < 1e-5} == {}
+
+
+@every_group
+def test_the_velocity_is_that_of_one_process(errors, group):
+    assert errors[f"{group} ranks: velocity"]["velocity"] < 1e-5
+
+
+@every_group
+def test_the_exchange_is_exact_and_so_is_its_inverse(errors, group):
+    assert errors[f"{group} ranks: all-to-all"] == {"scatter": 0, "gather": 0, "gradient": 0}
+
+
+@every_group
+def test_a_clip_without_valid_frames_teaches_nothing(errors, group):
+    found = errors[f"{group} ranks: nothing valid"]
+    assert found == {"loss": 0, "gradients": 0} and not any(map(math.isnan, found.values()))
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_sequence_parallel_pairs_in_two_data_parallel_replicas(errors, wrapper):
+    found = errors[wrapper]
+    assert found.keys() == {"loss", "all gradients", "worst gradient"}
+    assert {what: error for what, error in found.items() if not error < 1e-5} == {}
