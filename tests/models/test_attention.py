@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttention
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from longlive_diffusers.models import attention
@@ -118,6 +119,19 @@ def test_the_block_mask_of_flex_attention_is_the_same_rule(mask):
     index = torch.arange(tokens)
     assert torch.equal(block_mask.mask_mod(0, 0, index[:, None], index[None, :]), table(mask))
     assert mask.block_mask(torch.device("cpu")) is block_mask, "made once for each shape"
+
+
+@pytest.mark.parametrize("has_clean", [True, False], ids=["teacher forcing", "causal"])
+@pytest.mark.parametrize(
+    ("chunks", "chunk_tokens", "ranks"), [(4, 128, 1), (4, 100, 2), (6, 40, 3), (3, 300, 1), (2, 640, 2), (5, 7, 1)]
+)
+def test_the_blocks_are_those_that_the_rule_gives_token_by_token(chunks, chunk_tokens, ranks, has_clean):
+    mask = ChunkMask(chunks, chunk_tokens, has_clean, ranks)
+    ours, tokens = mask.block_mask(torch.device("cpu")), num_tokens(mask)
+    theirs = create_block_mask(lambda b, h, q, k: mask.allows(q, k), None, None, tokens, tokens, device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
+    assert torch.equal(ours.kv_num_blocks, theirs.kv_num_blocks)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
