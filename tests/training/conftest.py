@@ -1,0 +1,42 @@
+"""What the tests of `train_ar.py` share: tiny videos, a tiny pipeline, and one uninterrupted run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.training.tiny_run import LONG_RUN, options, run_script, save_pipeline, write_videos
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where the tiny videos, the pipeline and the caches are; `options` makes a command line for a run on them."""
+
+    folder: Path
+
+    def options(self, output: Path, **changed: object) -> list[str]:
+        return options(self.folder / "pipeline", self.folder / "videos", self.folder / "cache", output, **changed)
+
+    def run(self, output: Path, num_processes: int = 1, **changed: object):
+        """A run to its end, which has to succeed."""
+        done = run_script(self.options(output, **changed), num_processes)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Workshop:
+    folder = tmp_path_factory.mktemp("workshop")
+    write_videos(folder / "videos")
+    save_pipeline(folder / "pipeline")
+    return Workshop(folder)
+
+
+@pytest.fixture(scope="session")
+def long_run(workshop, tmp_path_factory) -> Path:
+    """The folder of a run of 30 updates that nothing interrupted."""
+    output = tmp_path_factory.mktemp("long") / "run"
+    prompts = ["a red circle moves right", "a blue square moves up | a green cross stays still over teal"]
+    validation = {"validation_prompts": prompts, "validation_steps": 100, "validation_num_inference_steps": 2}
+    workshop.run(output, **LONG_RUN, **validation)
+    return output

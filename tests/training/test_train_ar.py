@@ -1,0 +1,149 @@
+"""A run of `train_ar.py` from end to end: its losses, its result, and the ways it may be started."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
+from training_log import read_log
+
+from longlive_diffusers import LongLivePipeline
+from longlive_diffusers.cli.video_reader import read_video
+from tests.training.tiny_run import run_script
+
+
+CURVE = Path(__file__).with_name("loss_curve.json")
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in read_log(folder / "training_log.jsonl")]
+
+
+def test_a_fixed_seed_gives_the_committed_loss_curve(long_run):
+    assert losses(long_run) == pytest.approx(json.loads(CURVE.read_text()), rel=1e-3)
+
+
+def test_the_result_is_a_pipeline_of_the_averaged_weights(long_run, workshop):
+    pipe = DiffusionPipeline.from_pretrained(long_run)
+    assert type(pipe) is LongLivePipeline
+    start = load_file(workshop.folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    state = torch.load(long_run / "checkpoint-28" / "training_state_0.pt", weights_only=True)
+    assert state["ema"]["optimization_step"] == 28
+    trained = pipe.transformer.state_dict()
+    assert trained.keys() == start.keys()
+    assert all(not torch.equal(trained[name], start[name]) for name in start if name.endswith("to_q.weight"))
+
+
+def test_validation_makes_videos(long_run):
+    folder = long_run / "validation" / "step-30"
+    for name in ("0.mp4", "1.mp4"):
+        frames, fps = read_video(folder / name)
+        assert frames.shape == (29, 64, 64, 3) and fps == 24
+
+
+def test_the_card_says_how_it_was_trained_and_names_no_folder_of_this_machine(long_run, workshop):
+    card = (long_run / "README.md").read_text()
+    assert "| updates | 30 |" in card and "longlive-diffusers" in card
+    assert str(workshop.folder) not in card and str(long_run.parent) not in card
+
+
+def test_old_checkpoints_are_pruned_and_nothing_partial_stays(long_run):
+    assert {path.name for path in long_run.glob("checkpoint-*")} == {"checkpoint-24", "checkpoint-28"}
+    assert not list(long_run.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("processes", "sp_size", "batch"), [(2, 2, 2), (4, 4, 2), (4, 2, 1), (2, 1, 1)], ids=lambda value: str(value)
+)
+def test_processes_that_share_clips_or_have_their_own_give_the_single_process_run(
+    workshop, single, tmp_path, processes, sp_size, batch
+):
+    output = tmp_path / "run"
+    workshop.run(output, processes, sp_size=sp_size, train_batch_size=batch, max_train_steps=2, ema_decay=None)
+    for ours, theirs in zip(read_log(output / "training_log.jsonl"), single, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def single(workshop, tmp_path_factory) -> list[dict]:
+    """The record of two updates in one process."""
+    output = tmp_path_factory.mktemp("single") / "run"
+    workshop.run(output, max_train_steps=2, ema_decay=None)
+    return read_log(output / "training_log.jsonl")
+
+
+def test_accumulated_batches_are_one_batch(workshop, single, tmp_path):
+    output = tmp_path / "run"
+    workshop.run(output, train_batch_size=1, gradient_accumulation_steps=2, max_train_steps=2, ema_decay=None)
+    for ours, theirs in zip(read_log(output / "training_log.jsonl"), single, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-5)
+
+
+def test_videos_encoded_when_needed_each_rank_its_own_frames_and_a_halo(workshop, single, tmp_path):
+    output = tmp_path / "run"
+    workshop.run(
+        output, 2, sp_size=2, cache_latents=False, gradient_checkpointing=True, max_train_steps=2, ema_decay=None
+    )
+    for ours, theirs in zip(read_log(output / "training_log.jsonl"), single, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_a_lora_is_trained_saved_and_loaded(workshop, tmp_path):
+    output = tmp_path / "run"
+    workshop.run(output, rank=4, max_train_steps=3, checkpointing_steps=2)
+    weights = load_file(output / "pytorch_lora_weights.safetensors")
+    assert len(weights) == 2 * 2 * 10 and all(name.startswith("transformer.blocks.") for name in weights)
+    assert not (output / "model_index.json").exists()
+    pipe = DiffusionPipeline.from_pretrained(workshop.folder / "pipeline")
+    arguments = {"prompt": "a red circle", "num_frames": 13, "num_inference_steps": 2, "output_type": "latent"}
+    before = pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
+    pipe.load_lora_weights(output)
+    after = pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
+    assert (before - after).abs().max() > 1e-4
+
+
+def test_a_wan_pipeline_is_a_start_with_the_chunks_one_asks_for(workshop, tmp_path):
+    folder = tmp_path / "wan"
+    pipe = LongLivePipeline.from_pretrained(workshop.folder / "pipeline")
+    pipe.save_pretrained(folder)
+    names = ("chunk_size", "sample_height", "sample_width")
+    config = {name: value for name, value in pipe.transformer.config.items() if name not in names and name[0] != "_"}
+    wan = WanTransformer3DModel(**config)
+    wan.load_state_dict(pipe.transformer.state_dict())
+    wan.save_pretrained(folder / "transformer")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+    output = tmp_path / "run"
+    sizes = {"chunk_size": 4, "height": 64, "width": 64, "data_cache_dir": tmp_path / "cache"}
+    workshop.run(output, pretrained_model_name_or_path=folder, max_train_steps=1, **sizes)
+    trained = LongLivePipeline.from_pretrained(output)
+    assert trained.transformer.config.chunk_size == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_latent_frames": 7}, "7 is no multiple of 2"),
+        ({"height": 60}, "60x64"),
+        ({"learning_rate": 0}, "--learning_rate must be positive, got 0.0"),
+        ({"ema_decay": 1.0}, "--ema_decay must be in [0, 1), got 1.0"),
+        ({"lora_alpha": 8}, "--lora_alpha 8 needs a --rank"),
+        ({"image_probability": 1.5}, "image_probability is a probability in [0, 1], got 1.5"),
+        ({"train_data_dir": "no/such/folder"}, "no/such/folder"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "There is no checkpoint 'checkpoint-3'"),
+        ({"sp_size": 3}, "--sp_size 3"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_named_before_anything_is_trained(workshop, tmp_path, changed, message):
+    output = tmp_path / "run"
+    done = run_script(workshop.options(output, **changed))
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not list(output.glob("checkpoint-*")) and not (output / "training_log.jsonl").exists()

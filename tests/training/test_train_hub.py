@@ -1,0 +1,36 @@
+"""A trained pipeline on the Hub (a local stand-in): what is uploaded, what is not, and that it loads from there."""
+
+from tests.training.tiny_run import SCRIPT
+
+
+pytest_plugins = ["hub_fixture"]
+
+TRAIN = """
+import os, runpy, sys
+os.environ["ACCELERATE_USE_CPU"] = "true"
+script, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = script
+sys.path.insert(0, os.path.dirname(script))
+runpy.run_path(script, run_name="__main__")
+"""
+
+LOOK = """
+import longlive_diffusers
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi, ModelCard
+
+print(sorted(HfApi().list_repo_files("someone/tiny")))
+card = ModelCard.load("someone/tiny")
+print("| updates | 2 |" in card.text, card.data.pipeline_tag, "longlive" in card.data.tags)
+print(type(DiffusionPipeline.from_pretrained("someone/tiny")).__name__)
+"""
+
+
+def test_the_result_is_pushed_with_its_card_and_loads_from_there(workshop, hub, tmp_path):
+    options = {"max_train_steps": 2, "checkpointing_steps": 1, "push_to_hub": True, "hub_model_id": "someone/tiny"}
+    hub.run_python(TRAIN, str(SCRIPT), *workshop.options(tmp_path / "run", **options), cache="trainer")
+    files, card, loaded = hub.run_python(LOOK, cache="reader").splitlines()[-3:]
+    assert "model_index.json" in files and "transformer/diffusion_pytorch_model.safetensors" in files
+    assert "checkpoint" not in files and "training_log" not in files and "cache" not in files
+    assert card == "True text-to-video True"
+    assert loaded == "LongLivePipeline"

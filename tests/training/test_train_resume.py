@@ -1,0 +1,89 @@
+"""A run that was killed goes on as if it had not been: the same losses, to the last bit, and the same result."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from training_log import read_log
+
+from tests.training.tiny_run import LONG_RUN, SCRIPT, environment, run_script
+
+
+LOG = "training_log.jsonl"
+
+
+def start(workshop, output: Path) -> subprocess.Popen:
+    words = workshop.options(output, **LONG_RUN, resume_from_checkpoint="latest")
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *words],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def kill(run: subprocess.Popen) -> None:
+    assert run.poll() is None, run.stderr.read().decode()[-4000:]
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+
+
+def wait_for(run: subprocess.Popen, happened) -> None:
+    deadline = time.monotonic() + 240
+    while not happened():
+        assert run.poll() is None, run.stderr.read().decode()[-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def last_step(output: Path) -> int:
+    log = output / LOG
+    return read_log(log)[-1]["step"] if log.exists() and log.stat().st_size else 0
+
+
+def test_a_run_killed_six_times_gives_the_uninterrupted_one(workshop, long_run, tmp_path):
+    output, chance = tmp_path / "run", random.Random(time.time_ns())
+    resumed_at = []
+    for number, after in enumerate((2, 6, 10, 14, 19, 23)):
+        run = start(workshop, output)
+        if number == 3:  # while a checkpoint is being written
+            wait_for(run, lambda: list(output.glob("checkpoint-*.partial")))
+            kill(run)
+            assert list(output.glob("checkpoint-*.partial"))
+        else:
+            wait_for(run, lambda after=after: last_step(output) >= after)
+            time.sleep(chance.uniform(0, 0.3))
+            kill(run)
+        checkpoints = sorted(int(path.name[11:]) for path in output.glob("checkpoint-*") if path.suffix != ".partial")
+        resumed_at.append(checkpoints[-1] if checkpoints else 0)
+    assert resumed_at[-1] > 0
+    run = start(workshop, output)
+    assert run.wait() == 0, run.stderr.read().decode()[-4000:]
+
+    ours, theirs = read_log(output / LOG), read_log(long_run / LOG)
+    assert ours == theirs  # every loss, gradient norm and learning rate, bit for bit
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    weights, expected = load_file(output / name), load_file(long_run / name)
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    assert not list(output.glob("*.partial"))
+
+
+def test_a_checkpoint_of_another_run_is_refused(workshop, long_run, tmp_path):
+    words = workshop.options(tmp_path / "run", **LONG_RUN | {"seed": 1})
+    done = run_script([*words, "--resume_from_checkpoint", str(long_run / "checkpoint-28")])
+    assert done.returncode != 0
+    assert "is of another run: seed is 0 there and 1 here" in done.stderr
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(workshop, tmp_path):
+    words = workshop.options(tmp_path / "run", resume_from_checkpoint=str(workshop.folder / "videos"))
+    done = run_script(words)
+    assert done.returncode != 0
+    assert "it is no checkpoint of this script" in done.stderr

@@ -1,0 +1,145 @@
+"""What training starts from, and what it leaves: a pipeline in diffusers' format, or a LoRA, with its model card."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel, _collate_lora_metadata
+from huggingface_hub import HfApi, ModelCard
+from peft import get_peft_model_state_dict
+from train_arguments import Arguments, ModelArguments, RunArguments
+
+from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
+from longlive_diffusers.loaders.hub import render_lora_card
+
+
+def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTransformer3DModel]:
+    """
+    The pipeline that training starts from, without its transformer, and that in float32, the precision of the weights
+    that are trained. Wan pipelines are taken as LongLive's.
+
+    Raises:
+        ValueError: The folder has no transformer that this package can train.
+    """
+    options = {"revision": arguments.revision, "variant": arguments.variant}
+    source = arguments.pretrained_model_name_or_path
+    overrides = {} if arguments.chunk_size is None else {"chunk_size": arguments.chunk_size}
+    transformer = LongLiveTransformer3DModel.from_pretrained(
+        source, subfolder="transformer", torch_dtype=torch.float32, **options, **overrides
+    )
+    pipe = LongLivePipeline.from_pretrained(source, transformer=None, torch_dtype=torch.float32, **options)
+    pipe.set_progress_bar_config(disable=True)
+    for model in (pipe.vae, pipe.text_encoder):
+        model.requires_grad_(False).eval()
+    return pipe, transformer
+
+
+def trained_weights(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None) -> dict[str, torch.Tensor]:
+    """The whole state dict of the network, averaged where an average was kept. Every process has to call it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if ema is not None:
+        ema.store(trained)
+        ema.copy_to(trained)
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    if ema is not None:
+        ema.restore(trained)
+    return weights
+
+
+def save_result(
+    weights: dict[str, torch.Tensor], transformer: LongLiveTransformer3DModel, arguments: Arguments, output: Path
+) -> list[str]:
+    """
+    Write the trained pipeline, or LoRA, into the run's folder: all of it under another name first.
+
+    Returns:
+        Names of what was written there.
+    """
+    partial = output / "result.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    if arguments.model.rank is not None:
+        LongLivePipeline.save_lora_weights(
+            partial,
+            transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=weights),
+            **_collate_lora_metadata({"transformer": transformer}),
+        )
+    else:
+        source = arguments.model.pretrained_model_name_or_path
+        with torch.device("meta"):
+            trained = LongLiveTransformer3DModel.from_config(dict(transformer.config))
+        trained.load_state_dict({_plain(name): tensor for name, tensor in weights.items()}, assign=True)
+        options = {"revision": arguments.model.revision, "variant": arguments.model.variant}
+        pipe = LongLivePipeline.from_pretrained(source, transformer=trained, torch_dtype=torch.float32, **options)
+        pipe.save_pretrained(partial)
+    model_card(arguments, transformer, output.name).save(partial / "README.md")
+    # The index comes last: without it, the folder does not pass for a pipeline.
+    names = sorted((path.name for path in partial.iterdir()), key=lambda name: name == "model_index.json")
+    for name in names:
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
+        os.replace(partial / name, output / name)
+    partial.rmdir()
+    return names
+
+
+def model_card(arguments: Arguments, transformer: LongLiveTransformer3DModel, name: str) -> ModelCard:
+    """A card that says how to use the result, and how it was trained."""
+    run, model = arguments.run, arguments.model
+    repo_id = run.hub_model_id or name
+    source = model.pretrained_model_name_or_path
+    base = None if Path(source).exists() else source  # a folder on this machine means nothing to others
+    details = {
+        "num_inference_steps": run.validation_num_inference_steps,
+        "guidance_scale": run.validation_guidance_scale,
+        "base_model": base,
+    }
+    if run.validation_prompts:
+        details["prompt"] = run.validation_prompts[0].split(" | ")[0]
+    if model.rank is not None:
+        card = render_lora_card(repo_id, **{**details, "base_model": base or source}, rank=model.rank)
+    else:
+        pipe = LongLivePipeline.from_pretrained(source, transformer=transformer, text_encoder=None, tokenizer=None)
+        card = pipe.model_card(repo_id, **details)
+    rows = "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in training_facts(arguments).items())
+    card.text += f"\n## Training\n\nTeacher forcing, with `training/train_ar.py` of longlive-diffusers.\n\n{rows}\n"
+    return card
+
+
+def training_facts(arguments: Arguments) -> dict[str, str | int | float]:
+    optimization, data = arguments.optimization, arguments.data
+    return {
+        "updates": optimization.max_train_steps,
+        "clips of an update, each data-parallel group": (
+            optimization.train_batch_size * optimization.gradient_accumulation_steps
+        ),
+        "latent frames of a clip": data.num_latent_frames,
+        "learning rate": optimization.learning_rate,
+        "schedule": optimization.lr_scheduler,
+        "weight average": optimization.ema_decay if optimization.ema_decay is not None else "none",
+        "error recycling": "yes" if arguments.objective.error_recycling else "no",
+        "image conditioning, share of clips": arguments.objective.image_probability,
+        "seed": optimization.seed,
+    }
+
+
+def publish(names: list[str], output: Path, run: RunArguments) -> str:
+    """Upload what was written, and the validation videos; nothing else of the run's folder.
+
+    Returns:
+        The repository's id.
+    """
+    api = HfApi(token=run.hub_token)
+    repo_id = api.create_repo(run.hub_model_id or output.name, exist_ok=True).repo_id
+    patterns = [pattern for name in names for pattern in (name, f"{name}/*")] + ["validation/*"]
+    api.upload_folder(
+        repo_id=repo_id, folder_path=output, allow_patterns=patterns, commit_message="Result of training"
+    )
+    return repo_id
+
+
+def _plain(name: str) -> str:
+    """Of a compiled or wrapped module, the name without the wrapper."""
+    return name.removeprefix("module.").replace("_orig_mod.", "")
