@@ -240,7 +240,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after every solver step, with
                 steps counted over all chunks; may return changed tensors.
             callback_on_step_end_tensor_inputs: Which tensors it gets.
-            max_sequence_length: Tokens that a prompt is padded or cut to.
+            max_sequence_length: Tokens that a prompt is padded or cut to, at most the tokenizer's `model_max_length`.
 
         Examples:
 
@@ -503,7 +503,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """`[n, max_sequence_length, D]`; by default where and in the dtype that the transformer runs."""
+        """`[n, max_sequence_length, D]`, or less where the tokenizer's own limit is lower; by default where and in the
+        dtype that the transformer runs."""
         if self.tokenizer is None or self.text_encoder is None:
             raise ValueError(f"{len(prompts)} prompts, but no tokenizer or text encoder: pass `prompt_embeds`.")
         device = device or self._execution_device
@@ -511,7 +512,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         tokens = self.tokenizer(
             [clean_prompt(prompt) for prompt in prompts],
             padding="max_length",
-            max_length=max_sequence_length,
+            max_length=min(max_sequence_length, self.tokenizer.model_max_length),
             truncation=True,
             add_special_tokens=True,
             return_attention_mask=True,

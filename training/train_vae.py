@@ -1,0 +1,226 @@
+"""Train the small VAE of the embedded pipeline on the toy world: python training/train_vae.py --output DIR
+
+It has the structure of Wan2.2's VAE (pictures enter as 2x2 patches, 4 times smaller in time, causal), a thousandth of
+its size, and makes latents 8 times smaller in space. A causal VAE decodes frame 60 from features of the frames before
+it, which a clip of a few frames never builds up: trained on those alone it looks well on short clips and fails on long
+ones. So the clips grow during training, at the same number of frames per step, until they have the length of the
+videos that the transformer will see. At the end the decoder is trained some more, alone, on what it will decode.
+
+The loss is the squared error, higher where there is more than background (most of a picture is not), and a little of
+the KL divergence, with latents drawn from the posterior. A killed run goes on from its last checkpoint; the result
+appears only when it is complete.
+"""
+
+import argparse
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from toy_world import draw_sample, num_frames, render
+from tqdm import tqdm
+
+from longlive_diffusers.models.streaming_vae import StreamingDecoder, StreamingEncoder
+
+
+LATENT_CHANNELS = 16
+OBJECT_WEIGHT = 4.0
+DECODER_FRAMES = 29  # of a clip, when the decoder is trained alone
+STAGES = ((0.4, 5), (0.65, 13), (0.85, 29), (1.0, 61))  # up to this part of training, clips of so many frames
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int
+    decoder_steps: int
+    frames_per_step: int
+    learning_rate: float
+    kl_weight: float
+    width: int
+    seed: int
+
+
+def build_vae(width: int) -> AutoencoderKLWan:
+    vae = AutoencoderKLWan(
+        base_dim=width,
+        decoder_base_dim=width,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=8,
+        scale_factor_temporal=4,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+    # A posterior that begins narrow: at its usual width of 1 it drowns what the first steps could learn from.
+    with torch.no_grad():
+        vae.quant_conv.bias[LATENT_CHANNELS:] = -6
+        vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.1
+    return vae
+
+
+def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """As `vae.decode`, but not clamped to [-1, 1], where there would be no gradient."""
+    cache = [None] * vae._cached_conv_counts["decoder"]
+    frames = [
+        vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
+        for index, frame in enumerate(vae.post_quant_conv(latents).split(1, dim=2))
+    ]
+    return unpatchify(torch.cat(frames, dim=2), patch_size=vae.config.patch_size)
+
+
+def draw_clips(seed: str, batch: int, frames: int) -> torch.Tensor:
+    """Clips of the toy world from random moments, some with cuts and prompt switches; `[batch, 3, frames, 64, 64]`."""
+    chance = random.Random(seed)
+    clips = []
+    for _ in range(batch):
+        parts = draw_sample(chance, 8, 2)
+        lengths = [num_frames(part.num_chunks, 2, opens_video=index == 0) for index, part in enumerate(parts)]
+        # A cut falls between two latent frames, as it does in the dataset: the clip begins 4 n frames into the video.
+        start = 4 * chance.randint(0, (sum(lengths) - frames) // 4)
+        pictures = []
+        for part, length in zip(parts, lengths, strict=True):
+            first, last = max(start, 0), min(start + frames, length)
+            if first < last:
+                pictures.append(torch.from_numpy(render(part.scene.after(first), last - first)))
+            start -= length
+        clips.append(torch.cat(pictures))
+        assert len(clips[-1]) == frames
+    return torch.stack(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def frames_at(progress: float) -> int:
+    return next(frames for end, frames in STAGES if progress < end or end == 1.0)
+
+
+def train_step(vae: AutoencoderKLWan, clips: torch.Tensor, generator: torch.Generator, kl_weight: float):
+    """Loss and mean squared error (of pixels in [-1, 1])."""
+    posterior = vae.encode(clips).latent_dist
+    errors = (decode(vae, posterior.sample(generator)) - clips).square()
+    background = clips.flatten(2).median(dim=2).values[:, :, None, None, None]
+    is_object = ((clips - background).abs().amax(dim=1, keepdim=True) > 0.1).float()
+    divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    return (errors * (1 + OBJECT_WEIGHT * is_object)).mean() + kl_weight * divergence, errors.mean()
+
+
+@torch.no_grad()
+def measure_statistics(vae: AutoencoderKLWan, seed: int) -> None:
+    """`latents_mean` and `latents_std`. A channel that is hardly used is not blown up to the scale of the others."""
+    latents = torch.cat([vae.encode(draw_clips(f"{seed} statistics {i}", 8, 61)).latent_dist.mean for i in range(8)])
+    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+    std = std.clamp(min=0.25 * std.max().item())
+    rounded = {name: [round(x, 4) for x in x.tolist()] for name, x in (("latents_mean", mean), ("latents_std", std))}
+    vae.register_to_config(**rounded)
+
+
+@torch.no_grad()
+def streamed_psnr(vae: AutoencoderKLWan, seed: str, clips: int, frames: int) -> float:
+    """Decibels over whole clips, encoded and decoded chunk by chunk, as pipelines do it."""
+    pixels = draw_clips(seed, clips, frames)
+    encoder, decoder = StreamingEncoder(vae), StreamingDecoder(vae)
+    chunks = [pixels[:, :, :5], *pixels[:, :, 5:].split(8, dim=2)]
+    decoded = torch.cat([decoder.decode(encoder.encode(chunk)) for chunk in chunks], dim=2)
+    return -10 * torch.log10(((decoded - pixels) / 2).square().mean()).item()
+
+
+def decoder_step(vae: AutoencoderKLWan, clips: torch.Tensor):
+    """The same of the decoder alone, on the latents that pipelines decode: the means."""
+    with torch.no_grad():
+        latents = vae.encode(clips).latent_dist.mean
+    error = (decode(vae, latents) - clips).square().mean()
+    return error, error
+
+
+def train(vae: AutoencoderKLWan, phase: str, settings: Settings, device: str, checkpoint: Path) -> None:
+    """
+    Train the whole VAE (phase "whole"), or its decoder behind an encoder that stays as it is (phase "decoder"); go on
+    from the checkpoint, if there is one.
+
+    Raises:
+        ValueError: The checkpoint is that of a run with other settings.
+    """
+    whole = phase == "whole"
+    steps, learning_rate = settings.steps if whole else settings.decoder_steps, settings.learning_rate
+    vae.encoder.requires_grad_(whole)
+    vae.quant_conv.requires_grad_(whole)
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule}
+    first_step = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["settings"] != asdict(settings):
+            raise ValueError(f"'{checkpoint}' is of a run with {state['settings']}, this one has {asdict(settings)}.")
+        first_step = state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+
+    bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"VAE, {phase}", unit="step")
+    for step in bar:
+        frames = frames_at(step / steps) if whole else DECODER_FRAMES
+        clips = draw_clips(f"{settings.seed} {phase} {step}", settings.frames_per_step // frames, frames).to(device)
+        if whole:
+            generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + step)
+            loss, error = train_step(vae, clips, generator, settings.kl_weight)
+        else:
+            loss, error = decoder_step(vae, clips)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(frames=frames, dB=f"{-10 * torch.log10(error.detach() / 4).item():.1f}")
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            partial = checkpoint.with_suffix(".partial")
+            torch.save({**state, "step": step + 1, "settings": asdict(settings)}, partial)
+            partial.rename(checkpoint)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the VAE of the embedded pipeline on the toy world.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the VAE, in diffusers' format")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--decoder_steps", type=int, default=600, help="then, of the decoder alone (default 600)")
+    parser.add_argument("--frames_per_step", type=int, default=61, help="frames in a batch, whatever their clips")
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--kl_weight", type=float, default=2e-5)
+    parser.add_argument("--width", type=int, default=16, help="channels of the first level (default 16)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = vars(parser.parse_args())
+    output, device = arguments.pop("output"), arguments.pop("device")
+    settings = Settings(**arguments)
+    if settings.steps < 1 or settings.decoder_steps < 0 or settings.frames_per_step < STAGES[-1][1]:
+        parser.error(f"--steps must be at least 1 and --frames_per_step at least {STAGES[-1][1]}")
+
+    torch.manual_seed(settings.seed)
+    vae = build_vae(settings.width).to(device)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    phases = ["whole", "decoder"] if settings.decoder_steps else ["whole"]
+    checkpoints = [output.with_name(f"{output.name}.{phase}.pt") for phase in phases]
+    for phase, checkpoint in zip(phases, checkpoints, strict=True):
+        train(vae, phase, settings, device, checkpoint)
+
+    vae.requires_grad_(False).eval().to("cpu")
+    measure_statistics(vae, settings.seed)
+    for frames in (13, 29, 61):
+        print(f"streamed clips of {frames} frames: {streamed_psnr(vae, f'test {frames}', 16, frames):.2f} dB")
+    partial = output.with_name(output.name + ".partial")
+    vae.save_pretrained(partial)
+    partial.rename(output)
+    for checkpoint in checkpoints:
+        checkpoint.unlink()
+    print(f"{output}: {sum(parameter.numel() for parameter in vae.parameters()) / 1e6:.2f} M parameters")
+
+
+if __name__ == "__main__":
+    main()
