@@ -1,0 +1,74 @@
+"""Finished parts of an evaluation, kept in its folder, so that one that was interrupted goes on where it was.
+
+A part is a JSON file with its result and the settings that it depends on. It appears only when it is complete. A part
+that is there with other settings is an error, not a reason to begin again: results of an evaluation that took an hour
+should not vanish because of a typing mistake in the next.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Store:
+    """
+    Args:
+        folder: Created where it is missing.
+        model: What tells the model from others; part of all settings.
+    """
+
+    def __init__(self, folder: Path, model: str) -> None:
+        self.folder, self.model = folder, model
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str, settings: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """A part's result: what is there, or else what `compute` makes, which is then kept.
+
+        Args:
+            name: `section/part`.
+            settings: Of simple types; what the result depends on beside the model.
+            compute: Gives lists, dicts, strings, numbers and booleans.
+
+        Raises:
+            ValueError: The part is there, but of another model or other settings.
+        """
+        settings = json.loads(json.dumps({"model": self.model} | settings))
+        path = self.folder / "parts" / (name.replace("/", " - ") + ".json")
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            names = sorted({*settings, *kept["settings"]})
+            differing = [key for key in names if settings.get(key) != kept["settings"].get(key)]
+            if differing:
+                then_and_now = "; ".join(
+                    f"{key} was {kept['settings'].get(key)!r}, now {settings.get(key)!r}" for key in differing
+                )
+                raise ValueError(f"'{path}' is of other settings: {then_and_now}. Use another folder, or remove it.")
+            return kept["result"]
+        result = json.loads(json.dumps(compute()))
+        write_whole(path, json.dumps({"settings": settings, "result": result}) + "\n")
+        return result
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either there as a whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of a model folder's weights and settings; retrained in place, it is another model."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".json"):
+            digest.update(str(path.relative_to(folder)).encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def digest_of(value: object) -> str:
+    """Of anything whose `repr` says all about it."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
