@@ -1,4 +1,4 @@
-"""Put the toy pipeline together: python training/build_toy.py --text DIR --vae DIR --output DIR
+"""Put the toy pipeline together: python training/assemble_toy.py --text DIR --vae DIR --output DIR
 
 Tokenizer and text encoder are those of `toy_text.py`, the VAE is that of `train_vae.py`; the transformer has random
 weights, for `train_ar.py` to train. With `--trained DIR`, a folder that `train_ar.py` left, the transformer is that

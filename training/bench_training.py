@@ -166,9 +166,8 @@ def main() -> None:
         parser.error("FlexAttention has no backward on a CPU: --backends flex needs a GPU")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = measure(SIZES[arguments.size], device, dtype, arguments.backends, arguments.repeats)
-    print(
-        f"{arguments.size}, {dtype}, batch 1, on {device} ({torch.get_num_threads()} threads), torch {torch.__version__}"
-    )
+    threads = torch.get_num_threads()
+    print(f"{arguments.size}, {dtype}, batch 1, on {device} ({threads} threads), torch {torch.__version__}")
     print_table(rows)
     if arguments.json is not None:
         partial = arguments.json.with_name(arguments.json.name + ".partial")

@@ -1,10 +1,13 @@
 """Train the small VAE of the embedded pipeline on the toy world: python training/train_vae.py --output DIR
 
 It has the structure of Wan2.2's VAE (pictures enter as 2x2 patches, 4 times smaller in time, causal), a thousandth of
-its size, and makes latents 8 times smaller in space. A causal VAE decodes frame 60 from features of the frames before
-it, which a clip of a few frames never builds up: trained on those alone it looks well on short clips and fails on long
-ones. So the clips grow during training, at the same number of frames per step, until they have the length of the
-videos that the transformer will see. At the end the decoder is trained some more, alone, on what it will decode.
+its size, and makes latents 8 times smaller in space.
+
+What takes long is learning to draw sharp edges, and that takes many small steps. So it first learns from single
+pictures, which cost a fifth of the shortest clip: of a causal kernel only the last slice meets a picture, and the
+others begin as zeros, which makes the network for clips one that repeats pictures. Then come clips, longer and longer:
+a causal VAE decodes frame 60 from features of the frames before it, which a clip of a few frames never builds up;
+trained on those alone it looks well on short clips and fails on long ones.
 
 The loss is the squared error, higher where there is more than background (most of a picture is not), and a little of
 the KL divergence, with latents drawn from the posterior. A killed run goes on from its last checkpoint; the result
@@ -13,12 +16,16 @@ appears only when it is complete.
 
 import argparse
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MethodType
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, unpatchify
+from torch.nn import functional as F
 from toy_world import draw_sample, num_frames, render
 from tqdm import tqdm
 
@@ -27,15 +34,13 @@ from longlive_diffusers.models.streaming_vae import StreamingDecoder, StreamingE
 
 LATENT_CHANNELS = 16
 OBJECT_WEIGHT = 4.0
-DECODER_FRAMES = 29  # of a clip, when the decoder is trained alone
-STAGES = ((0.4, 5), (0.65, 13), (0.85, 29), (1.0, 61))  # up to this part of training, clips of so many frames
+# Up to this part of training: frames of a clip, clips of a step.
+STAGES = ((0.48, 1, 8), (0.88, 5, 2), (0.97, 29, 1), (1.0, 61, 1))
 
 
 @dataclass(frozen=True)
 class Settings:
     steps: int
-    decoder_steps: int
-    frames_per_step: int
     learning_rate: float
     kl_weight: float
     width: int
@@ -63,7 +68,43 @@ def build_vae(width: int) -> AutoencoderKLWan:
     with torch.no_grad():
         vae.quant_conv.bias[LATENT_CHANNELS:] = -6
         vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.1
+    inflate(vae)
     return vae
+
+
+@torch.no_grad()
+def inflate(vae: AutoencoderKLWan) -> None:
+    """Begin as a network for pictures that repeats them: kernels see the newest frame alone, and what halves or
+    doubles the frames passes it on."""
+    for module in vae.modules():
+        if isinstance(module, WanCausalConv3d) and module.kernel_size[0] > 1:
+            module.weight[:, :, :-1] = 0
+        if isinstance(module, WanResample) and module.mode in ("upsample3d", "downsample3d"):
+            weight = module.time_conv.weight.zero_()
+            module.time_conv.bias.zero_()
+            channels = weight.shape[1]
+            for copy in weight.split(channels):
+                copy[range(channels), range(channels), -1, 0, 0] = 1
+
+
+@contextmanager
+def for_pictures(vae: AutoencoderKLWan) -> Iterator[None]:
+    """Within it the VAE takes single frames, and convolves them in two dimensions with the last slices of its kernels:
+    the same, at a third of the cost."""
+    convolutions = [module for module in vae.modules() if isinstance(module, WanCausalConv3d)]
+    for module in convolutions:
+        module.forward = MethodType(convolve_picture, module)
+    try:
+        yield
+    finally:
+        for module in convolutions:
+            del module.forward
+
+
+def convolve_picture(self: WanCausalConv3d, x: torch.Tensor, cache_x: None = None) -> torch.Tensor:
+    left, _, top, _, _, _ = self._padding
+    picture = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, stride=self.stride[1:], padding=(top, left))
+    return picture.unsqueeze(2)
 
 
 def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
@@ -96,8 +137,9 @@ def draw_clips(seed: str, batch: int, frames: int) -> torch.Tensor:
     return torch.stack(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def frames_at(progress: float) -> int:
-    return next(frames for end, frames in STAGES if progress < end or end == 1.0)
+def stage_at(progress: float) -> tuple[int, int]:
+    """Frames of a clip, and clips of a step, after a part of training in [0, 1)."""
+    return next((frames, clips) for end, frames, clips in STAGES if progress < end)
 
 
 def train_step(vae: AutoencoderKLWan, clips: torch.Tensor, generator: torch.Generator, kl_weight: float):
@@ -130,29 +172,16 @@ def streamed_psnr(vae: AutoencoderKLWan, seed: str, clips: int, frames: int) -> 
     return -10 * torch.log10(((decoded - pixels) / 2).square().mean()).item()
 
 
-def decoder_step(vae: AutoencoderKLWan, clips: torch.Tensor):
-    """The same of the decoder alone, on the latents that pipelines decode: the means."""
-    with torch.no_grad():
-        latents = vae.encode(clips).latent_dist.mean
-    error = (decode(vae, latents) - clips).square().mean()
-    return error, error
-
-
-def train(vae: AutoencoderKLWan, phase: str, settings: Settings, device: str, checkpoint: Path) -> None:
+def train(vae: AutoencoderKLWan, settings: Settings, device: str, checkpoint: Path) -> None:
     """
-    Train the whole VAE (phase "whole"), or its decoder behind an encoder that stays as it is (phase "decoder"); go on
-    from the checkpoint, if there is one.
+    Train, from the checkpoint if there is one.
 
     Raises:
         ValueError: The checkpoint is that of a run with other settings.
     """
-    whole = phase == "whole"
-    steps, learning_rate = settings.steps if whole else settings.decoder_steps, settings.learning_rate
-    vae.encoder.requires_grad_(whole)
-    vae.quant_conv.requires_grad_(whole)
-    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    steps, learning_rate = settings.steps, settings.learning_rate
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.02)
     parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule}
     first_step = 0
     if checkpoint.exists():
@@ -163,22 +192,20 @@ def train(vae: AutoencoderKLWan, phase: str, settings: Settings, device: str, ch
         for name, part in parts.items():
             part.load_state_dict(state[name])
 
-    bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"VAE, {phase}", unit="step")
+    bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc="VAE", unit="step", mininterval=1)
     for step in bar:
-        frames = frames_at(step / steps) if whole else DECODER_FRAMES
-        clips = draw_clips(f"{settings.seed} {phase} {step}", settings.frames_per_step // frames, frames).to(device)
-        if whole:
-            generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + step)
+        frames, count = stage_at(step / steps)
+        clips = draw_clips(f"{settings.seed} {step}", count, frames).to(device)
+        generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + step)
+        with for_pictures(vae) if frames == 1 else nullcontext():
             loss, error = train_step(vae, clips, generator, settings.kl_weight)
-        else:
-            loss, error = decoder_step(vae, clips)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(frames=frames, dB=f"{-10 * torch.log10(error.detach() / 4).item():.1f}")
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        bar.set_postfix(frames=frames, dB=f"{-10 * torch.log10(error.detach() / 4).item():.1f}", refresh=False)
+        if (step + 1) % 200 == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
             partial = checkpoint.with_suffix(".partial")
             torch.save({**state, "step": step + 1, "settings": asdict(settings)}, partial)
@@ -188,9 +215,7 @@ def train(vae: AutoencoderKLWan, phase: str, settings: Settings, device: str, ch
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the VAE of the embedded pipeline on the toy world.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the VAE, in diffusers' format")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--decoder_steps", type=int, default=600, help="then, of the decoder alone (default 600)")
-    parser.add_argument("--frames_per_step", type=int, default=61, help="frames in a batch, whatever their clips")
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--kl_weight", type=float, default=2e-5)
     parser.add_argument("--width", type=int, default=16, help="channels of the first level (default 16)")
@@ -199,16 +224,14 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     output, device = arguments.pop("output"), arguments.pop("device")
     settings = Settings(**arguments)
-    if settings.steps < 1 or settings.decoder_steps < 0 or settings.frames_per_step < STAGES[-1][1]:
-        parser.error(f"--steps must be at least 1 and --frames_per_step at least {STAGES[-1][1]}")
+    if settings.steps < 1:
+        parser.error(f"--steps must be at least 1, got {settings.steps}")
 
     torch.manual_seed(settings.seed)
     vae = build_vae(settings.width).to(device)
     output.parent.mkdir(parents=True, exist_ok=True)
-    phases = ["whole", "decoder"] if settings.decoder_steps else ["whole"]
-    checkpoints = [output.with_name(f"{output.name}.{phase}.pt") for phase in phases]
-    for phase, checkpoint in zip(phases, checkpoints, strict=True):
-        train(vae, phase, settings, device, checkpoint)
+    checkpoint = output.with_name(f"{output.name}.checkpoint.pt")
+    train(vae, settings, device, checkpoint)
 
     vae.requires_grad_(False).eval().to("cpu")
     measure_statistics(vae, settings.seed)
@@ -217,8 +240,7 @@ def main() -> None:
     partial = output.with_name(output.name + ".partial")
     vae.save_pretrained(partial)
     partial.rename(output)
-    for checkpoint in checkpoints:
-        checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)
     print(f"{output}: {sum(parameter.numel() for parameter in vae.parameters()) / 1e6:.2f} M parameters")
 
 

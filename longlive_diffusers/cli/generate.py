@@ -77,7 +77,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     models.add_argument("--lora", metavar="FILE", help="a LoRA to load: file, folder or Hub repository")
     models.add_argument("--device", type=types.device, help="default: cuda, where there is one, else cpu")
     models.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on cuda, else what is stored"
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="auto: bfloat16 on cuda; on cpu as stored (not float16)",
     )
     models.add_argument(
         "--offload",

@@ -82,7 +82,8 @@ class PipelineFolder:
 
         Args:
             device: where they run.
-            dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on a GPU, on a CPU what is stored.
+            dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on a GPU; on a CPU what is stored, but float32
+                for float16, in which a CPU hardly computes.
             offload: "none", or what is kept on the GPU only while it is needed: a "model" or, "sequential", a layer.
             lora: file, folder or repository of a LoRA.
             show_progress: show bars while loading and generating.
@@ -92,7 +93,7 @@ class PipelineFolder:
             transformers_logging.disable_progress_bar()
         folder = Path(self.source) if Path(self.source).is_dir() else Path(DiffusionPipeline.download(self.source))
         if dtype == "auto":
-            wanted = torch.bfloat16 if device.type == "cuda" else stored_dtype(folder / "transformer")
+            wanted = torch.bfloat16 if device.type == "cuda" else cpu_dtype(folder / "transformer")
         else:
             wanted = DTYPES[dtype]
         pipe = LongLivePipeline.from_pretrained(folder, dtype=wanted)
@@ -116,6 +117,12 @@ def check_lora_file(lora: str) -> None:
         raise ValueError(f"there is no LoRA file '{lora}'")
     if Path(lora).is_file():
         read_checkpoint_file(lora)
+
+
+def cpu_dtype(folder: Path) -> torch.dtype:
+    """What a model that is stored like this should run in on a CPU."""
+    stored = stored_dtype(folder)
+    return torch.float32 if stored == torch.float16 else stored
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -224,8 +224,12 @@ def test_an_interruption_elsewhere_is_told(monkeypatch, output, capsys):
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
-def test_auto_is_the_stored_dtype_on_a_cpu(tmp_path, monkeypatch, output):
+def test_auto_is_the_stored_dtype_on_a_cpu_but_float32_for_float16(tmp_path, monkeypatch, output):
     assert stored_dtype(toy_pipeline_path() / "transformer") == torch.float32
+    DiffusionPipeline.from_pretrained(toy_pipeline_path(), dtype=torch.float16).save_pretrained(tmp_path / "float16")
+    assert stored_dtype(tmp_path / "float16" / "transformer") == torch.float16
+    loaded = PipelineFolder.find(tmp_path / "float16").load(device=torch.device("cpu"))
+    assert loaded.transformer.dtype == loaded.vae.dtype == loaded.text_encoder.dtype == torch.float32
     pipe = DiffusionPipeline.from_pretrained(toy_pipeline_path(), dtype=torch.bfloat16)
     pipe.save_pretrained(tmp_path / "half")
     assert stored_dtype(tmp_path / "half" / "transformer") == torch.bfloat16  # though its norms are in float32

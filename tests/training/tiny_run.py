@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from build_toy import initialize
+from assemble_toy import initialize
 from toy_world import draw_sample, write_sample
 from train_vae import build_vae
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
