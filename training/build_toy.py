@@ -8,16 +8,21 @@ pipeline is a moving texture, neither flat nor clipped. Running this again gives
 
 import argparse
 import itertools
-import json
-import math
 import random
-from collections import Counter
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from toy_text import (
+    SCENERY,
+    WORDS_OF_BACKGROUNDS,
+    WORDS_OF_COLOURS,
+    WORDS_OF_MOTIONS,
+    WORDS_OF_SHAPES,
+    WORDS_OF_SIZES,
+    build_tokenizer,
+)
+from transformers import UMT5Config, UMT5EncoderModel
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
 from longlive_diffusers.assets import toy_pipeline_path
@@ -28,32 +33,6 @@ TEXT_DIM = 64
 LATENT_CHANNELS = 16
 LATENT_SIDE = 8  # times 16: videos of 128x128 pixels
 
-
-def phrases(text: str) -> list[str]:
-    return text.replace("\n", "|").split("|")
-
-
-COLOURS = phrases("red|green|blue|yellow|orange|purple|pink|cyan|white|black|grey|brown|golden|silver|turquoise")
-SIZES = phrases("small|large|tiny|huge|wide|tall|thin|round|bright|dark|striped|dotted")
-SHAPES = phrases("circle|square|triangle|star|ring|cross|diamond|heart|ball|cube|line|dot|hexagon|wave|spiral|arrow")
-MOTIONS = phrases("""moves left|moves right|moves up|moves down|bounces|bounces off the walls|spins slowly
-spins quickly|falls|rises|grows|shrinks|stands still|swings from side to side|rolls across the ground
-orbits the centre|fades in|fades out|zigzags|jumps twice|turns clockwise|drifts diagonally|accelerates
-slows down and stops|pulses|leaves the frame|enters from the left|follows another shape|splits in two
-changes its colour""")
-BACKGROUNDS = phrases("""on a black background|on a white background|on a grey background|over a gradient
-over a checkerboard|in front of stripes|in the fog|under a blue sky|at night|at sunset|at sunrise|in the rain
-in the snow|on the water|in a forest|in a city street|on a beach|in the desert|between mountains|in a meadow
-in space among the stars|above the clouds|in an empty room""")
-SCENERY = phrases("""The scene transitions. |The camera pans slowly to the right.|The camera follows the subject.
-A close-up shot.|A wide shot of the landscape.|Then the light changes.|It is raining.|Fire and smoke.
-The sun is setting behind the mountains.|A fox runs through the forest.|A cat walks on the grass.
-A dog sleeps on the beach.|A boat sails across the sea.|A lighthouse in a storm, waves breaking on the rocks.
-A car drives through a city at night.|A bird flies over the lake.|A woman walks along a snowy street.
-A man rides a bicycle down the hill.|Children play in the garden.|Red leaves fall from the trees.
-A flower opens in the morning light.|A train passes a bridge.|Fish swim in clear water.
-low quality, blurry, static, distorted|high quality, detailed, realistic, cinematic|first, second, third, last
-zero one two three four five six seven eight nine ten|0 1 2 3 4 5 6 7 8 9""")
 
 CARD = """\
 ---
@@ -92,52 +71,19 @@ def captions() -> list[str]:
     """A few thousand sentences in which every word above appears about as often as its likes."""
     chance = random.Random(SEED)
     sentences = []
-    for colour, shape, motion in itertools.product(COLOURS, SHAPES, MOTIONS):
-        place, size, other = chance.choice(BACKGROUNDS), chance.choice(SIZES), chance.choice(COLOURS)
+    for colour, shape, motion in itertools.product(WORDS_OF_COLOURS, WORDS_OF_SHAPES, WORDS_OF_MOTIONS):
+        place, size = chance.choice(WORDS_OF_BACKGROUNDS), chance.choice(WORDS_OF_SIZES)
+        other = chance.choice(WORDS_OF_COLOURS)
         subject = chance.choice([f"a {colour} {shape}", f"a {size} {colour} {shape}", f"the {colour} {shape}"])
         tail = chance.choice(
-            ["", f" {place}", f" and then a {other} {chance.choice(SHAPES)} {chance.choice(MOTIONS)}"]
+            [
+                "",
+                f" {place}",
+                f" and then a {other} {chance.choice(WORDS_OF_SHAPES)} {chance.choice(WORDS_OF_MOTIONS)}",
+            ]
         )
         sentences.append(f"{subject} {motion}{tail}{chance.choice(['', '.'])}")
     return sentences + SCENERY * 50
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Unigram pieces as T5 has them: padding is 0, `</s>` is appended, unknown characters fall back to their bytes."""
-    special = ["<pad>", "</s>", "<unk>"]
-    normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-    )
-    words = pre_tokenizers.Metaspace()
-    trained = Tokenizer(models.Unigram())
-    trained.normalizer, trained.pre_tokenizer = normalizer, words
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-▁"
-    trainer = trainers.UnigramTrainer(
-        vocab_size=600,
-        special_tokens=special,
-        unk_token="<unk>",
-        initial_alphabet=list(letters),
-        show_progress=False,
-    )
-    trained.train_from_iterator(captions(), trainer)
-    # The trainer looks for what words have in common, and so cuts up all of these few; as T5's, ours are to be whole.
-    count = Counter(word for text in captions() for word, _ in words.pre_tokenize_str(normalizer.normalize_str(text)))
-    pieces = {piece: score for piece, score in json.loads(trained.to_str())["model"]["vocab"] if piece not in special}
-    pieces |= {word: math.log(number / count.total()) for word, number in count.items()}
-    # Trained scores are sums of many threads; rounded, they do not depend on how the threads shared the work.
-    pieces = sorted(
-        ((piece, round(score, 3)) for piece, score in pieces.items()), key=lambda pair: (-pair[1], pair[0])
-    )
-    lowest = pieces[-1][1] - 10
-    vocabulary = [(piece, 0.0) for piece in special] + pieces + [(f"<0x{byte:02X}>", lowest) for byte in range(256)]
-
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=True))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, words
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
 
 
 def build_text_encoder(vocab_size: int) -> UMT5EncoderModel:
@@ -213,7 +159,7 @@ def build_transformer() -> LongLiveTransformer3DModel:
 
 
 def build_pipeline() -> LongLivePipeline:
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(captions(), max_length=512)
     return LongLivePipeline(
         tokenizer=tokenizer,
         text_encoder=build_text_encoder(len(tokenizer)),

@@ -73,7 +73,7 @@ def captions() -> list[str]:
     return sentences + SCENERY * 50
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(sentences: list[str], max_length: int) -> PreTrainedTokenizerFast:
     """Unigram pieces as T5 has them: padding is 0, `</s>` is appended, unknown characters fall back to their bytes."""
     special = ["<pad>", "</s>", "<unk>"]
     normalizer = normalizers.Sequence(
@@ -90,9 +90,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=list(letters),
         show_progress=False,
     )
-    trained.train_from_iterator(captions(), trainer)
+    trained.train_from_iterator(sentences, trainer)
     # The trainer looks for what words have in common, and so cuts up all of these few; as T5's, ours are to be whole.
-    count = Counter(word for text in captions() for word, _ in words.pre_tokenize_str(normalizer.normalize_str(text)))
+    count = Counter(word for text in sentences for word, _ in words.pre_tokenize_str(normalizer.normalize_str(text)))
     pieces = {piece: score for piece, score in json.loads(trained.to_str())["model"]["vocab"] if piece not in special}
     pieces |= {word: math.log(number / count.total()) for word, number in count.items()}
     # Trained scores are sums of many threads; rounded, they do not depend on how the threads shared the work.
@@ -107,7 +107,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=MAX_LENGTH
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=max_length
     )
 
 
@@ -216,7 +216,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(captions(), MAX_LENGTH)
     encoder = train_text_encoder(tokenizer, arguments.steps)
     partial = arguments.output.with_name(arguments.output.name + ".partial")
     tokenizer.save_pretrained(partial / "tokenizer")

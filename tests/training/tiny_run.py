@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from assemble_toy import initialize
-from toy_world import draw_sample, write_sample
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from toy_world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, draw_sample, write_sample
 from train_vae import build_vae
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
-from longlive_diffusers.assets import toy_pipeline_path
 
 
 ROOT = Path(__file__).parents[2]
@@ -43,10 +43,21 @@ def write_videos(folder: Path, count: int = 6) -> Path:
     return folder
 
 
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word of the toy world."""
+    words = (
+        f"{' '.join([*COLOURS, *SHAPES, *SIZES, *MOTIONS, *BACKGROUNDS])} a and that over above below moves".split()
+    )
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
 def save_pipeline(folder: Path) -> Path:
     """An untrained pipeline of the toy's kind, for 64x64 pixels, with 4 heads."""
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(toy_pipeline_path() / "tokenizer")
+    tokenizer = tiny_tokenizer()
     config = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     transformer = LongLiveTransformer3DModel(
         num_attention_heads=4,
