@@ -41,6 +41,8 @@ def golden_transformer() -> LongLiveTransformer3DModel:
 class KeyTokenizer:
     """Turns a prompt into its number among the golden keys."""
 
+    model_max_length = 512
+
     def __init__(self, keys: list[str]):
         self.keys = keys
 
