@@ -27,9 +27,9 @@ def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTra
     source = arguments.pretrained_model_name_or_path
     overrides = {} if arguments.chunk_size is None else {"chunk_size": arguments.chunk_size}
     transformer = LongLiveTransformer3DModel.from_pretrained(
-        source, subfolder="transformer", torch_dtype=torch.float32, **options, **overrides
+        source, subfolder="transformer", dtype=torch.float32, **options, **overrides
     )
-    pipe = LongLivePipeline.from_pretrained(source, transformer=None, torch_dtype=torch.float32, **options)
+    pipe = LongLivePipeline.from_pretrained(source, transformer=None, dtype=torch.float32, **options)
     pipe.set_progress_bar_config(disable=True)
     for model in (pipe.vae, pipe.text_encoder):
         model.requires_grad_(False).eval()
@@ -72,7 +72,7 @@ def save_result(
             trained = LongLiveTransformer3DModel.from_config(dict(transformer.config))
         trained.load_state_dict({_plain(name): tensor for name, tensor in weights.items()}, assign=True)
         options = {"revision": arguments.model.revision, "variant": arguments.model.variant}
-        pipe = LongLivePipeline.from_pretrained(source, transformer=trained, torch_dtype=torch.float32, **options)
+        pipe = LongLivePipeline.from_pretrained(source, transformer=trained, dtype=torch.float32, **options)
         pipe.save_pretrained(partial)
     model_card(arguments, transformer, output.name).save(partial / "README.md")
     # The index comes last: without it, the folder does not pass for a pipeline.

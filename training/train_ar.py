@@ -65,6 +65,7 @@ def main(arguments: Arguments) -> None:
     shape = clip_shape(arguments, pipe, transformer)
     layout = FrameLayout(shape.num_latent_frames, mesh.sp_size, shape.chunk_size)
     check_heads(transformer.config.num_attention_heads, mesh.sp_size)
+    settings = objective_settings(arguments.objective, pipe.config.multi_shot_rope_offset)
     resumed = resolve_checkpoint(output, run_args.resume_from_checkpoint)
 
     # 3. Data: encoded once, then read.
@@ -108,7 +109,7 @@ def main(arguments: Arguments) -> None:
     recycler = error_recycler(arguments.objective, shape.chunk_size) if arguments.objective.error_recycling else None
     objective = TeacherForcing(
         pipe.scheduler,
-        objective_settings(arguments.objective, pipe.config.multi_shot_rope_offset),
+        settings,
         seed=optimization.seed,
         layout=layout,
         rank=mesh.sp_rank,

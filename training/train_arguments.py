@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
 
@@ -208,6 +209,11 @@ def _check(arguments: Arguments) -> None:
             value = vars(group)[name]
             if value is not None and value <= 0:
                 raise ValueError(f"--{name} must be positive, got {value}")
+    schedules = [schedule.value for schedule in SchedulerType]
+    if arguments.optimization.lr_scheduler not in schedules:
+        raise ValueError(
+            f"--lr_scheduler is one of {', '.join(schedules)}, got {arguments.optimization.lr_scheduler!r}"
+        )
     decay = arguments.optimization.ema_decay
     if decay is not None and not 0 <= decay < 1:
         raise ValueError(f"--ema_decay must be in [0, 1), got {decay}")

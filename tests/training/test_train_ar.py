@@ -1,17 +1,20 @@
 """A run of `train_ar.py` from end to end: its losses, its result, and the ways it may be started."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import train_ar
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
+from train_arguments import parse_arguments
 from training_log import read_log
 
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.cli.video_reader import read_video
-from tests.training.tiny_run import run_script
 
 
 CURVE = Path(__file__).with_name("loss_curve.json")
@@ -138,12 +141,17 @@ def test_a_wan_pipeline_is_a_start_with_the_chunks_one_asks_for(workshop, tmp_pa
         ({"train_data_dir": "no/such/folder"}, "no/such/folder"),
         ({"resume_from_checkpoint": "checkpoint-3"}, "There is no checkpoint 'checkpoint-3'"),
         ({"sp_size": 3}, "--sp_size 3"),
+        ({"lr_scheduler": "sine"}, "--lr_scheduler is one of"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_bad_input_is_named_before_anything_is_trained(workshop, tmp_path, changed, message):
+def test_bad_input_is_named_before_anything_is_encoded(workshop, tmp_path, changed, message):
     output = tmp_path / "run"
-    done = run_script(workshop.options(output, **changed))
-    assert done.returncode != 0
-    assert message in done.stderr
+    words = workshop.options(output, **{"data_cache_dir": tmp_path / "cache"} | changed)
+    try:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train_ar.main(parse_arguments(words))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert not list(tmp_path.glob("cache/latents"))
     assert not list(output.glob("checkpoint-*")) and not (output / "training_log.jsonl").exists()
