@@ -27,11 +27,20 @@ def matmul_side(device_type: str) -> int:
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """The device's own rate in FLOP/s, for a square matrix product: the best of a second's worth."""
-    side = matmul_side(device.type)
+    """The device's own rate in FLOP/s, for a square matrix product: the best of a second's worth.
+
+    One product of the full size would take half a minute on a CPU that has no instructions for a half-precision type;
+    where a small one says so, its rate is the answer.
+    """
+    side, small = matmul_side(device.type), 256
+    rate = _matmul_rate(small, device, dtype, seconds=0.1)
+    return rate if 2 * side**3 / rate > 5.0 else _matmul_rate(side, device, dtype, seconds=1.0)
+
+
+def _matmul_rate(side: int, device: torch.device, dtype: torch.dtype, *, seconds: float) -> float:
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < 1.0:
+    while time.perf_counter() - began < seconds:
         best = min(best, _seconds(lambda: left @ right, device))
     return 2 * side**3 / best
 
