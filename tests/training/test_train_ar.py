@@ -58,7 +58,7 @@ def test_old_checkpoints_are_pruned_and_nothing_partial_stays(long_run):
 
 
 @pytest.mark.parametrize(
-    ("processes", "sp_size", "batch"), [(2, 2, 2), (4, 4, 2), (4, 2, 1), (2, 1, 1)], ids=lambda value: str(value)
+    ("processes", "sp_size", "batch"), [(2, 2, 2), (4, 4, 2), (4, 2, 1)], ids=lambda value: str(value)
 )
 def test_processes_that_share_clips_or_have_their_own_give_the_single_process_run(
     workshop, single, tmp_path, processes, sp_size, batch
