@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from tqdm import tqdm
+from whole_file import write_whole
 
 from longlive_diffusers import LongLiveTransformer3DModel
+from longlive_diffusers.cli.measure import peak_memory, reset_peak_memory, synchronize
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,6 @@ def timed(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> float:
     return time.perf_counter() - start
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def measure(size: Size, device: torch.device, dtype: torch.dtype, backends: list[str], repeats: int) -> list[Row]:
     torch.manual_seed(0)
     model = LongLiveTransformer3DModel(**size.config).to(device, dtype).train()
@@ -113,11 +110,10 @@ def measure(size: Size, device: torch.device, dtype: torch.dtype, backends: list
                 choose(model, *case)
                 if repeat == 0:
                     kept[case] = kept_bytes(step, model)
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
+                reset_peak_memory(device)
                 took = timed(step, model)
-                if device.type == "cuda":
-                    peaks[case] = torch.cuda.max_memory_allocated()
+                if device.type == "cuda":  # elsewhere it would be the peak of the whole process so far
+                    peaks[case], _ = peak_memory(device)
                 if repeat > 0:
                     seconds[case].append(took)
         tokens = 2 * frames * size.height * size.width // 4
@@ -170,9 +166,7 @@ def main() -> None:
     print(f"{arguments.size}, {dtype}, batch 1, on {device} ({threads} threads), torch {torch.__version__}")
     print_table(rows)
     if arguments.json is not None:
-        partial = arguments.json.with_name(arguments.json.name + ".partial")
-        partial.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-        partial.rename(arguments.json)
+        write_whole(arguments.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

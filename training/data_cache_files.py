@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from whole_file import write_whole
 
 
 SETTINGS_FILE = "settings.json"
@@ -74,9 +75,7 @@ def is_whole(path: Path, *, verify: bool) -> bool:
 
 def write_json(path: Path, content: object) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def read_json(path: Path) -> dict:

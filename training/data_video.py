@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from longlive_diffusers.cli.video_reader import BreaksOffError, decode_frames, upright
+from longlive_diffusers.cli.video_reader import BreaksOffError, decode_frames, open_video, upright
 
 
 Frame = TypeVar("Frame")
@@ -98,13 +98,7 @@ def _decode(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, Fraction, 
     """Every frame, its time in seconds, and the width of its pixels over their height."""
     number, time = 0, Fraction(0)
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise ClipError(f"'{path}' holds no video, only {len(container.streams)} other stream(s)")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise ClipError(f"'{path}' holds video of a format that PyAV {av.__version__} cannot decode")
-            stream.thread_type = "AUTO"
+        with open_video(path) as (container, stream):
             rate = stream.average_rate or stream.guessed_rate
             for frame in decode_frames(container, stream):
                 if frame.pts is not None:
@@ -117,8 +111,8 @@ def _decode(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, Fraction, 
                 number += 1
     except BreaksOffError as error:
         raise ClipError(f"'{path}' is damaged or incomplete: it breaks off after {number} frames") from error
-    except av.error.FFmpegError as error:
-        raise ClipError(f"'{path}' cannot be read as a video: {error.strerror}") from error
+    except ValueError as error:
+        raise ClipError(str(error)) from error
 
 
 def _fit(frame: av.VideoFrame, pixel_aspect: Fraction, height: int, width: int) -> torch.Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from whole_file import write_whole
+
 
 class Store:
     """
@@ -49,13 +51,6 @@ class Store:
         result = json.loads(json.dumps(compute()))
         write_whole(path, json.dumps({"settings": settings, "result": result}) + "\n")
         return result
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either there as a whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def fingerprint(folder: Path) -> str:

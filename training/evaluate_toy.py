@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from evaluate_sections import Evaluation, Settings, accuracy, events, steps, time
-from evaluate_store import Store, fingerprint, write_whole
+from evaluate_store import Store, fingerprint
 from evaluate_strip import strip
 from evaluate_tables import Table
 from evaluate_vae import vae
 from toy_world import SIDE
+from whole_file import write_whole
 
 import longlive_diffusers  # noqa: F401  (registers the pipeline's classes with diffusers)
 from longlive_diffusers import LongLivePipeline

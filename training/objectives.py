@@ -84,7 +84,6 @@ class Batch:
     target: torch.Tensor
     frame_weight: torch.Tensor
     bears_loss: torch.Tensor
-    sample_numbers: list[int]
     plans: list[RecyclingPlan]
 
 
@@ -195,7 +194,6 @@ class TeacherForcing:
             target=scheduler.velocity(latents, noise).to(device),
             frame_weight=(weight * bears_loss).to(device),
             bears_loss=bears_loss,
-            sample_numbers=numbers,
             plans=[draw.recycling for draw in draws],
         )
 

@@ -66,6 +66,7 @@ def save_result(
             transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=weights),
             **_collate_lora_metadata({"transformer": transformer}),
         )
+        card = lora_card(arguments, output.name)
     else:
         source = arguments.model.pretrained_model_name_or_path
         with torch.device("meta"):
@@ -74,7 +75,9 @@ def save_result(
         options = {"revision": arguments.model.revision, "variant": arguments.model.variant}
         pipe = LongLivePipeline.from_pretrained(source, transformer=trained, dtype=torch.float32, **options)
         pipe.save_pretrained(partial)
-    model_card(arguments, transformer, output.name).save(partial / "README.md")
+        card = pipe.model_card(arguments.run.hub_model_id or output.name, **card_details(arguments))
+    card.text += training_section(arguments)
+    card.save(partial / "README.md")
     # The index comes last: without it, the folder does not pass for a pipeline.
     names = sorted((path.name for path in partial.iterdir()), key=lambda name: name == "model_index.json")
     for name in names:
@@ -85,27 +88,31 @@ def save_result(
     return names
 
 
-def model_card(arguments: Arguments, transformer: LongLiveTransformer3DModel, name: str) -> ModelCard:
-    """A card that says how to use the result, and how it was trained."""
-    run, model = arguments.run, arguments.model
-    repo_id = run.hub_model_id or name
-    source = model.pretrained_model_name_or_path
-    base = None if Path(source).exists() else source  # a folder on this machine means nothing to others
+def lora_card(arguments: Arguments, name: str) -> ModelCard:
+    details = card_details(arguments)
+    base = details["base_model"] or arguments.model.pretrained_model_name_or_path
+    repo_id = arguments.run.hub_model_id or name
+    return render_lora_card(repo_id, **details | {"base_model": base}, rank=arguments.model.rank)
+
+
+def card_details(arguments: Arguments) -> dict[str, str | int | float | None]:
+    """What a card says of how the result is used: as it was in validation."""
+    run, source = arguments.run, arguments.model.pretrained_model_name_or_path
     details = {
         "num_inference_steps": run.validation_num_inference_steps,
         "guidance_scale": run.validation_guidance_scale,
-        "base_model": base,
+        "base_model": None if Path(source).exists() else source,  # a folder here means nothing to others
     }
     if run.validation_prompts:
         details["prompt"] = run.validation_prompts[0].split(" | ")[0]
-    if model.rank is not None:
-        card = render_lora_card(repo_id, **{**details, "base_model": base or source}, rank=model.rank)
-    else:
-        pipe = LongLivePipeline.from_pretrained(source, transformer=transformer, text_encoder=None, tokenizer=None)
-        card = pipe.model_card(repo_id, **details)
-    rows = "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in training_facts(arguments).items())
-    card.text += f"\n## Training\n\nTeacher forcing, with `training/train_ar.py` of longlive-diffusers.\n\n{rows}\n"
-    return card
+    return details
+
+
+def training_section(arguments: Arguments) -> str:
+    """The part of a card that says how the result was trained."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in training_facts(arguments).items())
+    intro = "Teacher forcing, with `training/train_ar.py` of longlive-diffusers."
+    return f"\n## Training\n\n{intro}\n\n| | |\n|---|---|\n{rows}\n"
 
 
 def training_facts(arguments: Arguments) -> dict[str, str | int | float]:

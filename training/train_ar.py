@@ -287,8 +287,8 @@ def error_recycler(options: ObjectiveArguments, chunk_size: int) -> ErrorRecycle
 
 
 def run_identity(arguments: Arguments, shape: ClipShape, mesh: ProcessMesh, num_samples: int) -> dict:
-    """What has to be the same for a run to go on exactly. (Averaging of gradients over other processes may round
-    otherwise, but shows the network the same samples: as long as the batch is the same, their number may change.)"""
+    """What has to be the same for a run to go on exactly; the processes too, each of which has its own part of the
+    error buffers and of the random states."""
     optimization = arguments.optimization
     return {
         "seed": optimization.seed,

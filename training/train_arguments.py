@@ -6,6 +6,8 @@ from typing import Literal
 
 import yaml
 from diffusers.optimization import SchedulerType
+from error_recycling import RecyclingSettings
+from objectives import TeacherForcingSettings
 from transformers import HfArgumentParser
 
 
@@ -63,24 +65,51 @@ class DataArguments:
 @dataclass(eq=False)
 class ObjectiveArguments:
     weighting_scheme: Literal["longlive", "none"] = field(
-        default="longlive", metadata={"help": "Weight of the loss by time."}
+        default=TeacherForcingSettings.weighting_scheme, metadata={"help": "Weight of the loss by time."}
     )
-    image_probability: float = field(default=0.0, metadata={"help": "Of a clip whose first frame is given."})
-    prompt_dropout: float = field(default=0.0, metadata={"help": "Probability of the empty prompt, for guidance."})
-    history_noise_probability: float = field(default=0.0, metadata={"help": "Of a clip whose history is noised."})
-    history_noise_max_timestep: float = field(default=100.0, metadata={"help": "How much, at most; in [0, 1000]."})
+    image_probability: float = field(
+        default=TeacherForcingSettings.image_probability, metadata={"help": "Of a clip whose first frame is given."}
+    )
+    prompt_dropout: float = field(
+        default=TeacherForcingSettings.prompt_dropout,
+        metadata={"help": "Probability of the empty prompt, for guidance."},
+    )
+    history_noise_probability: float = field(
+        default=TeacherForcingSettings.history_noise_probability,
+        metadata={"help": "Of a clip whose history is noised."},
+    )
+    history_noise_max_timestep: float = field(
+        default=TeacherForcingSettings.history_noise_max_timestep,
+        metadata={"help": "How much, at most; in [0, 1000]."},
+    )
     multi_shot_rope_offset: float | None = field(
         default=None, metadata={"help": "Added to time positions at each cut; by default the pipeline's own."}
     )
     error_recycling: bool = field(default=False, metadata={"help": "Train on errors of past steps."})
-    error_clean_probability: float = field(default=0.2, metadata={"help": "Of a clip that no error is added to."})
-    error_context_probability: float = field(default=0.9, metadata={"help": "Of adding errors to the history."})
-    error_latent_probability: float = field(default=0.9, metadata={"help": "Of adding them before noising."})
-    error_noise_probability: float = field(default=0.01, metadata={"help": "Of adding them to the noise."})
-    error_update_probability: float = field(default=0.1, metadata={"help": "Of keeping those of a clean clip."})
-    error_num_buckets: int = field(default=50, metadata={"help": "Classes of time that errors are kept in."})
-    error_bucket_size: int = field(default=500, metadata={"help": "Errors of a class, each of one chunk."})
-    error_warmup_steps: int = field(default=50, metadata={"help": "Steps that only collect errors."})
+    error_clean_probability: float = field(
+        default=RecyclingSettings.clean_probability, metadata={"help": "Of a clip that no error is added to."}
+    )
+    error_context_probability: float = field(
+        default=RecyclingSettings.context_probability, metadata={"help": "Of adding errors to the history."}
+    )
+    error_latent_probability: float = field(
+        default=RecyclingSettings.latent_probability, metadata={"help": "Of adding them before noising."}
+    )
+    error_noise_probability: float = field(
+        default=RecyclingSettings.noise_probability, metadata={"help": "Of adding them to the noise."}
+    )
+    error_update_probability: float = field(
+        default=RecyclingSettings.update_probability, metadata={"help": "Of keeping those of a clean clip."}
+    )
+    error_num_buckets: int = field(
+        default=RecyclingSettings.num_buckets, metadata={"help": "Classes of time that errors are kept in."}
+    )
+    error_bucket_size: int = field(
+        default=RecyclingSettings.bucket_size, metadata={"help": "Errors of a class, each of one chunk."}
+    )
+    error_warmup_steps: int = field(
+        default=RecyclingSettings.warmup_steps, metadata={"help": "Steps that only collect errors."}
+    )
 
 
 @dataclass(eq=False)

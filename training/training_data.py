@@ -1,7 +1,7 @@
 """From a folder of videos to batches: the caches are built where they are incomplete, then read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -52,24 +52,15 @@ def open_dataset(
             other settings.
     """
     latents, text = cache / "latents", cache / "text"
-    settings = {
-        "num_latent_frames": shape.num_latent_frames,
-        "chunk_size": shape.chunk_size,
-        "height": shape.height,
-        "width": shape.width,
-    }
     if arguments.train_data_dir is None:
         if not arguments.cache_latents:
             raise ValueError("--cache_latents false encodes videos as they are needed: it needs --train_data_dir")
-        dataset = LatentDataset(latents, text, arguments.max_sequence_length, settings=settings)
+        dataset = LatentDataset(latents, text, arguments.max_sequence_length, settings=asdict(shape))
         return dataset, dataset.text
     with accelerator.main_process_first():
         videos = VideoDataset(
             arguments.train_data_dir,
-            num_latent_frames=shape.num_latent_frames,
-            chunk_size=shape.chunk_size,
-            height=shape.height,
-            width=shape.width,
+            **asdict(shape),
             fps=arguments.fps,
             max_chunks_per_shot=arguments.max_chunks_per_shot,
             scene_cut_prefix=pipe.config.scene_cut_prefix,
@@ -113,10 +104,11 @@ def open_dataset(
         )
         pipe.vae.to("cpu")
     accelerator.wait_for_everyone()
-    texts = TextCache(text, max_sequence_length=arguments.max_sequence_length)
     if not arguments.cache_latents:
+        texts = TextCache(text, max_sequence_length=arguments.max_sequence_length)
         return TextPrompts(videos, texts), texts
-    return LatentDataset(latents, text, arguments.max_sequence_length, settings=settings), texts
+    dataset = LatentDataset(latents, text, arguments.max_sequence_length, settings=asdict(shape))
+    return dataset, dataset.text
 
 
 class TextPrompts(Dataset):

@@ -1,8 +1,9 @@
 """The record of a run, one JSON object a line; a run that is taken up again forgets what came after its checkpoint."""
 
 import json
-import os
 from pathlib import Path
+
+from whole_file import write_whole
 
 
 class TrainingLog:
@@ -15,9 +16,7 @@ class TrainingLog:
     def __init__(self, path: Path, step: int):
         self.path = path
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, "".join(kept))
 
     def write(self, entry: dict[str, float | int]) -> None:
         """Append an entry, which has a "step"."""

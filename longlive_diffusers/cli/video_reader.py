@@ -32,24 +32,15 @@ def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> tup
     path = _existing_file(path, "video")
     frames: list[np.ndarray] = []
     is_whole = True
-    try:
-        with av.open(str(path), metadata_errors="ignore") as container:  # old titles are seldom UTF-8
-            if not container.streams.video:
-                raise ValueError(f"'{path}' holds no video, only {len(container.streams)} other stream(s)")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise ValueError(f"'{path}' holds video of a format that PyAV {av.__version__} cannot decode")
-            stream.thread_type = "AUTO"
-            fps = stream.average_rate or stream.guessed_rate
-            try:
-                for frame in decode_frames(container, stream):
-                    frames.append(upright(frame))
-                    if len(frames) == max_frames:
-                        break
-            except BreaksOffError:
-                is_whole = False
-    except av.error.FFmpegError as error:
-        raise ValueError(f"'{path}' cannot be read as a video: {error.strerror}") from error
+    with open_video(path) as (container, stream):
+        fps = stream.average_rate or stream.guessed_rate
+        try:
+            for frame in decode_frames(container, stream):
+                frames.append(upright(frame))
+                if len(frames) == max_frames:
+                    break
+        except BreaksOffError:
+            is_whole = False
     if not frames:
         raise ValueError(f"none of the frames of '{path}' can be decoded")
     if not fps:
@@ -84,6 +75,26 @@ def _existing_file(path: str | os.PathLike, kind: str) -> Path:
     if not os.access(path, os.R_OK):
         raise ValueError(f"the {kind} '{path}' cannot be read: permission denied")
     return path
+
+
+@contextlib.contextmanager
+def open_video(path: str | os.PathLike) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """A video file and its first video stream, ready to be decoded.
+
+    Raises:
+        ValueError: there is no video in it that can be decoded; or, while it is read, it is found to be damaged.
+    """
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:  # old titles are seldom UTF-8
+            if not container.streams.video:
+                raise ValueError(f"'{path}' holds no video, only {len(container.streams)} other stream(s)")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(f"'{path}' holds video of a format that PyAV {av.__version__} cannot decode")
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except av.error.FFmpegError as error:
+        raise ValueError(f"'{path}' cannot be read as a video: {error.strerror}") from error
 
 
 class BreaksOffError(Exception):
