@@ -8,6 +8,7 @@ need no saving: they are functions of the seed and the step.
 
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
@@ -88,7 +89,10 @@ class Checkpoints:
                 f"'{checkpoint}' has no {path.name}: it is no checkpoint of this script, or one of fewer processes "
                 f"than {accelerator.num_processes}"
             )
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, UnpicklingError, EOFError) as error:
+            raise ValueError(f"'{path}' is damaged, {path.stat().st_size} bytes: resume from another one") from error
         differing = [
             f"{name} is {state['identity'].get(name)} there and {value} here"
             for name, value in self.identity.items()

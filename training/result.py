@@ -26,9 +26,12 @@ def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTra
     options = {"revision": arguments.revision, "variant": arguments.variant}
     source = arguments.pretrained_model_name_or_path
     overrides = {} if arguments.chunk_size is None else {"chunk_size": arguments.chunk_size}
-    transformer = LongLiveTransformer3DModel.from_pretrained(
-        source, subfolder="transformer", dtype=torch.float32, **options, **overrides
-    )
+    try:
+        transformer = LongLiveTransformer3DModel.from_pretrained(
+            source, subfolder="transformer", dtype=torch.float32, **options, **overrides
+        )
+    except OSError as error:
+        raise ValueError(f"'{source}' has no transformer to start from: {error}") from error
     pipe = LongLivePipeline.from_pretrained(source, transformer=None, dtype=torch.float32, **options)
     pipe.set_progress_bar_config(disable=True)
     for model in (pipe.vae, pipe.text_encoder):

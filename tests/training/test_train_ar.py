@@ -141,6 +141,7 @@ def test_a_wan_pipeline_is_a_start_with_the_chunks_one_asks_for(workshop, tmp_pa
         ({"train_data_dir": "no/such/folder"}, "no/such/folder"),
         ({"resume_from_checkpoint": "checkpoint-3"}, "There is no checkpoint 'checkpoint-3'"),
         ({"sp_size": 3}, "--sp_size 3"),
+        ({"pretrained_model_name_or_path": "no/such/model"}, "'no/such/model' has no transformer to start from"),
         ({"lr_scheduler": "sine"}, "--lr_scheduler is one of"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

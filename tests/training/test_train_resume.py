@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,15 @@ def refuse(words: list[str], message: str) -> None:
 def test_a_checkpoint_of_another_run_is_refused(workshop, long_run, tmp_path):
     words = workshop.options(tmp_path / "run", **LONG_RUN | {"seed": 1})
     refuse([*words, "--resume_from_checkpoint", str(long_run / "checkpoint-28")], "seed is 0 there and 1 here")
+
+
+def test_a_truncated_checkpoint_is_named(workshop, long_run, tmp_path):
+    damaged = tmp_path / "checkpoint-28"
+    shutil.copytree(long_run / "checkpoint-28", damaged)
+    state = damaged / "training_state_0.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    words = workshop.options(tmp_path / "run", **LONG_RUN, resume_from_checkpoint=str(damaged))
+    refuse(words, "training_state_0.pt' is damaged, 1000 bytes")
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(workshop, tmp_path):
