@@ -19,6 +19,8 @@ from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTran
 
 SEED = 4
 CHUNK_SIZE = 2
+# Of the noise levels, in training and in generation: of small pictures less noise suffices to hide everything.
+FLOW_SHIFT = 3.0
 WINDOW_SIZE, SINK_SIZE = 16, 4  # latent frames: the window is as long as the clips that it is trained on
 
 
@@ -80,7 +82,7 @@ def main() -> None:
         text_encoder=text_encoder,
         vae=vae,
         transformer=transformer,
-        scheduler=LongLiveScheduler(),
+        scheduler=LongLiveScheduler(flow_shift=FLOW_SHIFT),
         window_size=WINDOW_SIZE,
         sink_size=SINK_SIZE,
     )

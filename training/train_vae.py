@@ -11,7 +11,7 @@ trained on those alone it looks well on short clips and fails on long ones.
 
 The loss is the squared error, higher where there is more than background (most of a picture is not), and a little of
 the KL divergence, with latents drawn from the posterior. A killed run goes on from its last checkpoint; the result
-appears only when it is complete.
+appears only when it is complete. `--start DIR` trains a finished VAE further, on clips from the first step.
 """
 
 import argparse
@@ -45,6 +45,7 @@ class Settings:
     kl_weight: float
     width: int
     seed: int
+    start: str | None = None
 
 
 def build_vae(width: int) -> AutoencoderKLWan:
@@ -137,8 +138,11 @@ def draw_clips(seed: str, batch: int, frames: int) -> torch.Tensor:
     return torch.stack(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def stage_at(progress: float) -> tuple[int, int]:
-    """Frames of a clip, and clips of a step, after a part of training in [0, 1)."""
+def stage_at(progress: float, further: bool = False) -> tuple[int, int]:
+    """Frames of a clip, and clips of a step, after a part of training in [0, 1). What is trained further has seen
+    its pictures."""
+    if further:
+        progress = STAGES[0][0] + progress * (1 - STAGES[0][0])
     return next((frames, clips) for end, frames, clips in STAGES if progress < end)
 
 
@@ -194,7 +198,7 @@ def train(vae: AutoencoderKLWan, settings: Settings, device: str, checkpoint: Pa
 
     bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc="VAE", unit="step", mininterval=1)
     for step in bar:
-        frames, count = stage_at(step / steps)
+        frames, count = stage_at(step / steps, further=settings.start is not None)
         clips = draw_clips(f"{settings.seed} {step}", count, frames).to(device)
         generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + step)
         with for_pictures(vae) if frames == 1 else nullcontext():
@@ -215,6 +219,7 @@ def train(vae: AutoencoderKLWan, settings: Settings, device: str, checkpoint: Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the VAE of the embedded pipeline on the toy world.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the VAE, in diffusers' format")
+    parser.add_argument("--start", help="folder of a VAE to train further")
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--kl_weight", type=float, default=2e-5)
@@ -228,7 +233,11 @@ def main() -> None:
         parser.error(f"--steps must be at least 1, got {settings.steps}")
 
     torch.manual_seed(settings.seed)
-    vae = build_vae(settings.width).to(device)
+    if settings.start is None:
+        vae = build_vae(settings.width)
+    else:
+        vae = AutoencoderKLWan.from_pretrained(settings.start, torch_dtype=torch.float32)
+    vae.to(device)
     output.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = output.with_name(f"{output.name}.checkpoint.pt")
     train(vae, settings, device, checkpoint)

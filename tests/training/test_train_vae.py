@@ -68,3 +68,8 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     torch.save({"settings": settings | {"width": 16}, "step": 1}, checkpoint)
     with pytest.raises(ValueError, match=r"'width': 16.*'width': 8"):
         train(build_vae(8), Settings(**settings), "cpu", checkpoint)
+
+
+def test_what_is_trained_further_begins_with_clips():
+    lengths = [stage_at(step / 1000, further=True)[0] for step in range(1000)]
+    assert lengths[0] == STAGES[1][1] and lengths[-1] == 61 and lengths == sorted(lengths)
