@@ -5,9 +5,11 @@ Importing this package registers its classes, so that `DiffusionPipeline.from_pr
 
 from diffusers import ModelMixin, SchedulerMixin  # looked up here by diffusers when it loads our components
 
-from .models.kv_cache import KVCache, LayerKVCache
+from .models.kv_cache import KVCache
+from .models.layer_kv_cache import LayerKVCache
 from .models.streaming_vae import StreamingDecoder, StreamingEncoder
 from .models.transformer_longlive import LongLiveTransformer3DModel
+from .nvfp4.quantizer import NVFP4Config, register_quantizer
 from .pipelines.pipeline_longlive import LongLivePipeline
 from .pipelines.pipeline_output import LongLivePipelineOutput, VideoChunk
 from .pipelines.session import StreamingSession
@@ -18,6 +20,7 @@ from .version import __version__
 
 
 register({cls.__name__: cls for cls in (LongLivePipeline, LongLiveTransformer3DModel, LongLiveScheduler)})
+register_quantizer()
 
 __all__ = [
     "KVCache",
@@ -27,6 +30,7 @@ __all__ = [
     "LongLiveScheduler",
     "LongLiveTransformer3DModel",
     "ModelMixin",
+    "NVFP4Config",
     "SchedulerMixin",
     "Shot",
     "ShotPlan",

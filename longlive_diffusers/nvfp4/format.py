@@ -1,0 +1,302 @@
+"""NVFP4: tensors of 4-bit numbers that share scales.
+
+A 4-bit float (E2M1: a sign, two bits of exponent, one of mantissa) is one of sixteen numbers:
+
+    code   0    1    2    3    4    5    6    7        8 to 15: the same, negative
+    value  0   0.5   1   1.5   2    3    4    6
+
+That is a poor ruler, so it is laid anew on every block of 16 neighbours: each block has a scale of its own, an 8-bit
+float (E4M3, positive, at most 448), and all blocks share one float32, the tensor's:
+
+    x  =  value of its code  *  scale of its block  *  global scale
+
+16 numbers of 4 bits and a scale of 8: 4.5 bits a number, where bfloat16 has 16. The blocks lie along the last axis,
+which is the one that a matrix product sums over: hardware multiplies whole blocks and applies the scales in between.
+
+**How the scales are chosen** is the *rule*. The largest number of a block is made the value 6 ("static_6"), or 4
+("static_4"): 4 has finer neighbours (3, then 2), 6 a longer reach. "Four over six" tries both for every block and
+keeps the one that loses less, by the squares of the errors ("mse"), their sizes ("mae") or the largest ("abs_max").
+The global scale is such that the block with the tensor's largest number gets the largest scale that the rule allows:
+448, or 256 where a scale may still have to grow by 6/4. So what is stored - codes, scales, and `amax`, the tensor's
+largest number - means nothing without the rule, and the rule stays with the tensor.
+
+**Rounding** is to the nearest value, ties to the even code; or *stochastic*, up or down with the chances that make the
+result right on average, which gradients need: a small gradient that is always rounded to zero teaches nothing. The
+average is right only if nothing is cut off at 6, so the rule "unbiased" leaves room above the largest number for what
+rounding the block's scale may take away (16/17, as E4M3 keeps four digits).
+
+**Weights in training** have one scale for 16 x 16 numbers (`block=(16, 16)`), stored sixteen times: the transpose,
+which the backward multiplies by, then has the same codes.
+
+Everything here is exact arithmetic in float32, in an order that is part of the format: other orders round differently
+somewhere. It is that of the quantiser which LongLive-2.0's checkpoints were written with (fouroversix; the
+training recipe is that of arXiv 2509.25149); `kernels.py` does the same on a GPU, bit for bit.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import e2m1
+from .noise import draw_seed, uniform_noise
+from .probe import load_kernels
+from .rules import MAX_SCALE, ScaleRule, scale_rule_named
+
+
+BLOCK = 16
+BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
+ROUNDINGS = ("nearest", "stochastic")
+# Below this, the encoding scale of a tensor would be infinite: such a tensor is stored as zeros.
+_SMALLEST_AMAX = 1e-35
+
+
+@dataclass(frozen=True)
+class NVFP4Tensor:
+    """A matrix (or a batch of them) in NVFP4, see the module's page. Its tensors keep their dtypes: there is no `.to`
+    for a dtype, only `dequantize`.
+
+    Args:
+        codes: uint8 `[..., rows, cols / 2]`, two codes a byte, the even column in the low half.
+        scales: float8_e4m3fn `[..., rows, cols / 16]`.
+        amax: float32 `[1]`, or one for each matrix of the batch, `[..., 1, 1]`.
+        scale_rule: Name of the rule, without which `amax` has no meaning.
+        block: Rows and columns that share a scale.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    amax: torch.Tensor
+    scale_rule: str
+    block: tuple[int, int] = (1, BLOCK)
+
+    def __post_init__(self):
+        scale_rule_named(self.scale_rule)
+        check_buffers(self.codes, self.scales, self.amax)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrix that it stands for."""
+        return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in (self.codes, self.scales, self.amax))
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """The numbers, `[..., rows, cols]`."""
+        return dequantize(self, dtype)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "NVFP4Tensor":
+        """On another device.
+
+        Raises:
+            TypeError: For a dtype.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"An NVFP4Tensor has no other dtype: `dequantize({device})` gives its numbers.")
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def transpose(self) -> "NVFP4Tensor":
+        """Of a matrix in 16 x 16 blocks: the same numbers, transposed; nothing is rounded again.
+
+        Raises:
+            ValueError: For 1 x 16 blocks, which do not lie along the other axis.
+        """
+        if self.block != (BLOCK, BLOCK):
+            raise ValueError(f"Only 16x16 blocks can be transposed, these are {self.block[0]}x{self.block[1]}.")
+        codes = e2m1.unpack(self.codes).transpose(-1, -2)
+        # One scale for each block, then again sixteen times, along the other axis.
+        scales = self.scales[..., ::BLOCK, :].transpose(-1, -2).repeat_interleave(BLOCK, dim=-2)
+        return replace(self, codes=e2m1.pack(codes), scales=scales.contiguous())
+
+    def _map(self, function) -> "NVFP4Tensor":
+        return replace(self, codes=function(self.codes), scales=function(self.scales), amax=function(self.amax))
+
+
+def quantize(
+    x: torch.Tensor,
+    scale_rule: str = "mse",
+    block: tuple[int, int] = (1, BLOCK),
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
+) -> NVFP4Tensor:
+    """
+    Args:
+        x: float `[rows, cols]`; cols a multiple of 16, with 16x16 blocks rows too.
+        scale_rule: "static_6", "static_4", "mse", "mae", "abs_max" or "unbiased" (for stochastic rounding).
+        block: `(1, 16)` or `(16, 16)`.
+        rounding: "nearest" or "stochastic".
+        generator: Of stochastic rounding, on the device of `x`; every number of `x` has a random number of its own.
+
+    Raises:
+        ValueError: For a shape that does not divide into blocks, an unknown name, infinities or NaN. (To look for
+            these, a GPU is waited for; `quantize_unchecked` does not look, and gives NaN where it had to.)
+    """
+    check_quantizable(x, scale_rule, block, rounding)
+    amax = x.detach().abs().amax() if x.numel() else x.new_zeros(())
+    if not torch.isfinite(amax):
+        bad = (~torch.isfinite(x)).sum().item()
+        raise ValueError(f"{bad} of {x.numel()} numbers are infinite or NaN: NVFP4 has neither.")
+    return quantize_unchecked(x, amax.float().reshape(1), scale_rule, block, rounding, generator)
+
+
+@torch.no_grad()
+def quantize_unchecked(
+    x: torch.Tensor,
+    amax: torch.Tensor,
+    scale_rule: str = "mse",
+    block: tuple[int, int] = (1, BLOCK),
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
+) -> NVFP4Tensor:
+    """[`quantize`] where the arguments are known to be right, without waiting for the device.
+
+    Args:
+        x: float `[..., rows, cols]`.
+        amax: Largest absolute number, float32 `[1]`, or `[..., 1, 1]` for matrices of their own scales.
+    """
+    rule = scale_rule_named(scale_rule)
+    seed = draw_seed(x.device, generator) if rounding == "stochastic" else None
+    kernels = load_kernels() if x.is_cuda and (x.ndim == 2 or block == (1, BLOCK)) else None
+    if kernels is not None:
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        codes, scales = kernels.quantize_matrix(rows, amax.flatten(), rule, block, seed)
+        codes, scales = (part.reshape(*x.shape[:-1], -1) for part in (codes, scales))
+        return NVFP4Tensor(codes, scales, amax, scale_rule, block)
+    return encode_matrix(x, amax, rule, block, None if seed is None else uniform_noise(seed, x.shape))
+
+
+def encode_matrix(
+    x: torch.Tensor,
+    amax: torch.Tensor,
+    rule: ScaleRule,
+    block: tuple[int, int] = (1, BLOCK),
+    noise: torch.Tensor | None = None,
+) -> NVFP4Tensor:
+    """
+    The reference: plain PyTorch on any device, to which the kernels are equal.
+
+    Args:
+        x, amax, rule, block: As of `quantize_unchecked`.
+        noise: Uniform in [0, 1), as `x`, to round stochastically.
+    """
+    height, width = block
+
+    def in_blocks(states: torch.Tensor) -> torch.Tensor:  # [..., rows / height, cols / width, height * width]
+        blocks = states.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
+        return blocks.transpose(-2, -3).flatten(-2)
+
+    peak = amax if amax.ndim == 1 else amax.unsqueeze(-1)
+    codes, scales = _encode(in_blocks(x.float()), peak, rule, None if noise is None else in_blocks(noise))
+    codes = codes.unflatten(-1, (height, width)).transpose(-2, -3).reshape(x.shape)
+    return NVFP4Tensor(e2m1.pack(codes), scales.repeat_interleave(height, dim=-2), amax, rule.name, block)
+
+
+def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """The numbers that an `NVFP4Tensor` stands for, `[..., rows, cols]`: `value * scale * amax / span` in float32, in
+    this order, rounded to `dtype` at the end."""
+    kernels = load_kernels() if tensor.codes.is_cuda and tensor.codes.ndim == 2 else None
+    if kernels is not None and dtype in (torch.float32, torch.bfloat16):
+        rule = scale_rule_named(tensor.scale_rule)
+        return kernels.dequantize_matrix(tensor.codes, tensor.scales, tensor.amax, rule, dtype)
+    values = e2m1.unpack_values(tensor.codes).unflatten(-1, (-1, BLOCK))
+    scaled = values.mul_(tensor.scales.float().unsqueeze(-1)).flatten(-2)
+    return scaled.mul_(tensor.amax).div_(scale_rule_named(tensor.scale_rule).span).to(dtype)
+
+
+def global_scale(amax: torch.Tensor, scale_rule: str) -> torch.Tensor:
+    """What values times block scales are to be multiplied by, float32, as `amax`."""
+    return amax.float() / scale_rule_named(scale_rule).span
+
+
+def check_quantizable(x: torch.Tensor, scale_rule: str, block: tuple[int, int], rounding: str) -> None:
+    """Raise a ValueError that states the numbers, unless `x` can be quantised so."""
+    scale_rule_named(scale_rule)
+    if tuple(block) not in BLOCKS:
+        raise ValueError(f"`block` is (1, 16) or (16, 16), got {block}.")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"`rounding` is one of {', '.join(ROUNDINGS)}, got {rounding!r}.")
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"A floating-point matrix is quantised, got {x.dtype} of shape {tuple(x.shape)}.")
+    if x.shape[0] % block[0] or x.shape[1] % block[1]:
+        raise ValueError(
+            f"{x.shape[0]} rows and {x.shape[1]} columns do not divide into blocks of {block[0]}x{block[1]}."
+        )
+
+
+def check_buffers(codes: torch.Tensor, scales: torch.Tensor, amax: torch.Tensor) -> None:
+    """Raise a ValueError unless these are codes, scales and amax of one tensor."""
+    expected = (("codes", codes, torch.uint8), ("scales", scales, torch.float8_e4m3fn), ("amax", amax, torch.float32))
+    for name, part, dtype in expected:
+        if part.dtype != dtype:
+            raise ValueError(f"NVFP4 {name} are {dtype}, got {part.dtype}.")
+    if codes.ndim < 2 or codes.shape[-1] % (BLOCK // 2):
+        raise ValueError(f"NVFP4 codes are [..., rows, cols / 2] with whole blocks of 16, got {tuple(codes.shape)}.")
+    shape = (*codes.shape[:-1], codes.shape[-1] // (BLOCK // 2))
+    if tuple(scales.shape) != shape:
+        raise ValueError(f"Codes {tuple(codes.shape)} need scales {shape}, got {tuple(scales.shape)}.")
+    if tuple(amax.shape) not in ((1,), (*codes.shape[:-2], 1, 1)):
+        raise ValueError(f"`amax` is [1] or one for each matrix, got {tuple(amax.shape)} for {tuple(codes.shape)}.")
+
+
+def check_stored(tensor: NVFP4Tensor) -> None:
+    """
+    Look at the numbers of a tensor that was read from somewhere (a GPU is waited for).
+
+    Raises:
+        ValueError: Scales or `amax` that no quantiser writes, or those of another rule than the tensor's: its largest
+            scale tells how far the rule lets it go.
+    """
+    amax, scales = tensor.amax, tensor.scales.float()
+    if not (torch.isfinite(amax).all() and (amax >= 0).all()):
+        raise ValueError(f"`amax` is {amax.flatten()[:4].tolist()}, a largest absolute number was expected.")
+    wrong = ~(scales >= 0)  # NaN, too
+    if wrong.any():
+        raise ValueError(f"{wrong.sum().item()} of {scales.numel()} block scales are negative or NaN: damaged.")
+    largest = scales.max().item() if scales.numel() else 0.0
+    rule = scale_rule_named(tensor.scale_rule)
+    # The block of the largest number has the largest scale, or, of two scales tried, one up to half as large again.
+    highest = rule.largest_scale if rule.error is None else 1.5 * rule.largest_scale
+    if largest and not rule.largest_scale <= largest <= highest:
+        raise ValueError(
+            f"The largest block scale is {largest:g}; by the rule '{rule.name}' it would be {rule.largest_scale:g}"
+            f"{'' if rule.error is None else f' to {highest:g}'}: written by another rule, or damaged."
+        )
+
+
+def _encode(
+    blocks: torch.Tensor, amax: torch.Tensor, rule: ScaleRule, noise: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        blocks: float32 `[..., n]`; each is given one scale.
+        amax: float32, broadcasts to the blocks.
+        noise: As `blocks`, uniform in [0, 1); None: round to nearest.
+
+    Returns:
+        Codes, uint8 as `blocks`, and scales, float8_e4m3fn `[...]`.
+    """
+    zero = amax < _SMALLEST_AMAX
+    # Of two tensors: a number divided by a tensor is multiplied by its reciprocal, which rounds twice.
+    encode = torch.where(zero, 0.0, torch.full_like(amax, rule.span) / amax)
+    decode = torch.where(zero, 0.0, 1 / encode)
+    scale = blocks.abs().amax(dim=-1, keepdim=True) / rule.largest_value * encode
+    codes, scales = _encode_with(blocks, scale, decode, noise)
+    if rule.error is not None:
+        other_codes, other_scales = _encode_with(blocks, scale * 1.5, decode, noise)
+        errors = [
+            rule.error((e2m1.decode(c) * s.float() * amax / rule.span) - blocks)
+            for c, s in ((codes, scales), (other_codes, other_scales))
+        ]
+        takes_four = errors[1] < errors[0]  # a tie goes to six
+        codes = torch.where(takes_four, other_codes, codes)
+        scales = torch.where(takes_four, other_scales.float(), scales.float()).to(torch.float8_e4m3fn)
+    return codes, scales.squeeze(-1)
+
+
+def _encode_with(blocks: torch.Tensor, scale: torch.Tensor, decode: torch.Tensor, noise: torch.Tensor | None):
+    """Codes and E4M3 scales (`[..., 1]`) of blocks whose scale, before it is rounded, is given."""
+    scales = scale.clamp(max=MAX_SCALE).to(torch.float8_e4m3fn)  # what is above 448 is NaN in some versions of torch
+    rounded = scales.float()
+    inverse = torch.where(rounded == 0, 0.0, 1 / (decode * rounded))
+    return e2m1.encode(blocks * inverse, noise), scales

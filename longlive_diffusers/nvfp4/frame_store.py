@@ -1,0 +1,118 @@
+"""Keys or values of latent frames in few bits: NVFP4, or FP8 for those who want more of them.
+
+What is cached is read by every later chunk and written once, so it pays to write it small. The two stores have one
+interface (`write`, `read_into`, `num_bytes`), and one frame of one head has scales of its own, so that frames can be
+replaced one by one.
+
+Keys are *centred* first: from the keys of a frame their mean over tokens is taken, for each head and channel, kept in
+float32, and added again when they are read. Channels of keys have large offsets that all tokens share; with them, the
+4 bits are spent on the offset and little is left for the differences between tokens, which are all that attention
+looks at. It cannot see what all keys share: a vector m added to every key adds q.m to every score of a query q, and
+softmax cancels what is added to all. (Frames have different means, so these are kept, not dropped. The mean over
+*channels*, which LongLive-2.0's code takes, is another thing: it differs from token to token, so attention sees it.)
+"""
+
+import torch
+
+from .e2m1 import unpack_values
+from .format import BLOCK, quantize_unchecked
+from .probe import load_kernels
+from .rules import scale_rule_named
+
+
+FP8_MAX = 448.0
+Shape = tuple[int, int, int, int, int]  # batch, heads, slots, tokens of a frame, head_dim
+
+
+class NVFP4Frames:
+    """
+    Frames in NVFP4, with linear scales.
+
+    Args:
+        shape: `[B, heads, slots, tokens, head_dim]`; head_dim a multiple of 16.
+        device: Where they are kept.
+        centred: Whether the mean over tokens is kept apart (for keys).
+        scale_rule: See `rules.py`.
+
+    Raises:
+        ValueError: For a head_dim that is no multiple of 16.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device, *, centred: bool, scale_rule: str = "mse"):
+        *frames, tokens, head_dim = shape
+        if head_dim % BLOCK:
+            raise ValueError(f"A KV cache in NVFP4 needs a head_dim in multiples of {BLOCK}, this is {head_dim}.")
+        self.scale_rule = scale_rule
+        self.codes = torch.zeros(*frames, tokens, head_dim // 2, dtype=torch.uint8, device=device)
+        # float8_e4m3fn, as bytes: that dtype cannot be written by index everywhere.
+        self.scales = torch.zeros(*frames, tokens, head_dim // BLOCK, dtype=torch.uint8, device=device)
+        self.amax = torch.zeros(*frames, 1, 1, device=device)
+        self.mean = torch.zeros(*frames, 1, head_dim, device=device) if centred else None
+
+    @property
+    def num_bytes(self) -> int:
+        buffers = (self.codes, self.scales, self.amax, self.mean)
+        return sum(buffer.numel() * buffer.element_size() for buffer in buffers if buffer is not None)
+
+    def write(self, rows: torch.Tensor, slots: torch.Tensor, frames: torch.Tensor) -> None:
+        """Quantise frames `[..., heads, tokens, head_dim]` into `slots` of `rows` (int64, broadcasting to `[...]`)."""
+        states = frames.float()
+        if self.mean is not None:
+            mean = states.mean(dim=-2, keepdim=True)
+            states = states - mean
+            self.mean[rows, :, slots] = mean
+        amax = states.abs().amax(dim=(-2, -1), keepdim=True)
+        packed = quantize_unchecked(states, amax, self.scale_rule)
+        self.codes[rows, :, slots] = packed.codes
+        self.scales[rows, :, slots] = packed.scales.view(torch.uint8)
+        self.amax[rows, :, slots] = amax
+
+    def read_into(self, target: torch.Tensor, length: int) -> None:
+        """The first `length` slots, dequantised into those of `target` `[B, heads, slots, tokens, head_dim]`."""
+        if not length:
+            return
+        rule, head_dim = scale_rule_named(self.scale_rule), target.shape[-1]
+        kernels = load_kernels() if target.is_cuda else None
+        fits = head_dim & (head_dim - 1) == 0 and target.dtype in (torch.float32, torch.bfloat16)
+        if kernels is not None and fits:
+            kernels.read_frames(self.codes, self.scales, self.amax, self.mean, rule, target, length)
+            return
+        codes, scales, amax = (part[:, :, :length] for part in (self.codes, self.scales, self.amax))
+        # Scales are few, so they take the global one along; what is large is touched once.
+        scales = scales.view(torch.float8_e4m3fn).float() * (amax / rule.span)
+        values = unpack_values(codes).unflatten(-1, (-1, BLOCK)).mul_(scales.unsqueeze(-1)).flatten(-2)
+        if self.mean is not None:
+            values += self.mean[:, :, :length]
+        target[:, :, :length] = values
+
+
+class FP8Frames:
+    """
+    Frames in float8_e4m3fn, with one scale for each frame of each head.
+
+    Args:
+        shape: `[B, heads, slots, tokens, head_dim]`.
+        device: Where they are kept.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device):
+        self.codes = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.scale = torch.zeros(*shape[:3], 1, 1, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.numel() * buffer.element_size() for buffer in (self.codes, self.scale))
+
+    def write(self, rows: torch.Tensor, slots: torch.Tensor, frames: torch.Tensor) -> None:
+        """As `NVFP4Frames.write`."""
+        states = frames.float()
+        scale = states.abs().amax(dim=(-2, -1), keepdim=True) / FP8_MAX
+        codes = (states / scale.clamp(min=1e-30)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        self.codes[rows, :, slots] = codes.view(torch.uint8)
+        self.scale[rows, :, slots] = scale
+
+    def read_into(self, target: torch.Tensor, length: int) -> None:
+        """As `NVFP4Frames.read_into`."""
+        if length:
+            codes = self.codes[:, :, :length].view(torch.float8_e4m3fn)
+            target[:, :, :length] = codes.float().mul_(self.scale[:, :, :length])

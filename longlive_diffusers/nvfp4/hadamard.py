@@ -1,0 +1,39 @@
+"""The random Hadamard transform: spreads an outlier over its 16 neighbours before they share a scale.
+
+Each 16 numbers are multiplied by an orthogonal matrix, a Hadamard matrix whose rows have random signs. Both factors of
+a matrix product are transformed along the axis that it sums over, so the product is the same:
+`(A H)(B H)^T = A B^T`. The signs are one fixed draw, that of TransformerEngine and of LongLive-2.0's training.
+"""
+
+import torch
+
+
+SIZE = 16
+SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+
+
+def hadamard_matrix(device: torch.device | str = "cpu") -> torch.Tensor:
+    """The signed, orthogonal matrix, float32 `[16, 16]`; all its elements are 1/4 or -1/4."""
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < SIZE:
+        matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
+    return torch.tensor(SIGNS, dtype=torch.float32, device=device)[:, None] * matrix / SIZE**0.5
+
+
+def random_hadamard(x: torch.Tensor) -> torch.Tensor:
+    """
+    Transform each 16 neighbours along the last axis; the result is rounded to bfloat16, as kernels do, and returned in
+    the dtype of `x`.
+
+    Raises:
+        ValueError: The last axis is no multiple of 16.
+    """
+    if x.shape[-1] % SIZE:
+        raise ValueError(f"The Hadamard transform takes {SIZE} numbers at a time, got {x.shape[-1]} columns.")
+    blocks = x.float().unflatten(-1, (-1, SIZE)) * torch.tensor(SIGNS, dtype=torch.float32, device=x.device)
+    # The fast transform: sums and differences of neighbours, four times. As a matrix product it would have no order
+    # of summation, and so no last bit, of its own.
+    for _ in range(SIZE.bit_length() - 1):
+        even, odd = blocks[..., ::2], blocks[..., 1::2]
+        blocks = torch.cat([even + odd, even - odd], dim=-1)
+    return (blocks / SIZE**0.5).flatten(-2).to(torch.bfloat16).to(x.dtype)

@@ -1,0 +1,218 @@
+"""`NVFP4Linear`: a linear layer whose weight is stored in 4 bits."""
+
+import warnings
+
+import torch
+from torch import nn
+
+from .backends import check_backend_name, choose_backend
+from .format import BLOCK, NVFP4Tensor, check_buffers, quantize
+from .rules import scale_rule_named
+
+
+STORED = ("weight_codes", "weight_scales", "weight_amax")
+
+
+class NVFP4Linear(nn.Linear):
+    """
+    `y = x W^T + b` with W in NVFP4, frozen; gradients flow to `x` as through the dequantised W, so LoRA trains on it.
+
+    The buffers `weight_codes`, `weight_scales` and `weight_amax` stand for the weight, and keep their dtypes whatever
+    `.to(dtype)` is called. How the product is computed is the backend (`backends.py`), chosen for the device when the
+    layer is made and when it is moved, and named in its `repr`.
+
+    Args:
+        in_features, out_features: As in `nn.Linear`; the first a multiple of 16.
+        bias: Whether there is one; it is never quantised.
+        weight_scale_rule: How `weight_amax` and the scales are to be read.
+        weight_block: `(1, 16)`, or `(16, 16)` as in training: how a new weight is quantised.
+        activation_scale_rule: By which `x` is quantised, where the backend does.
+        backend: "auto", "scaled_mm", "te", "fp8", "w4a16" or "emulate". What cannot serve on a device gives way, with
+            a warning, to what "auto" would take there.
+        device, dtype: Of the buffers, and of the bias.
+
+    Raises:
+        ValueError: Sizes that do not divide into blocks, or unknown names.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        weight_scale_rule: str = "mse",
+        activation_scale_rule: str = "mse",
+        weight_block: tuple[int, int] = (1, BLOCK),
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight
+        if in_features % BLOCK:
+            raise ValueError(f"NVFP4 needs inputs in multiples of {BLOCK}, this layer has {in_features}.")
+        scale_rule_named(weight_scale_rule), scale_rule_named(activation_scale_rule)
+        check_backend_name(backend)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_scale_rule, self.activation_scale_rule = weight_scale_rule, activation_scale_rule
+        self.weight_block, self.wished_backend = tuple(weight_block), backend
+        blocks = in_features // BLOCK
+        codes = torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device)
+        scales = torch.zeros(out_features, blocks, dtype=torch.float8_e4m3fn, device=device)
+        self.register_buffer("weight_codes", codes)
+        self.register_buffer("weight_scales", scales)
+        self.register_buffer("weight_amax", torch.zeros(1, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self._prepared: tuple[str, ...] = ()
+        self.settle()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        weight_scale_rule: str = "mse",
+        activation_scale_rule: str = "mse",
+        weight_block: tuple[int, int] = (1, BLOCK),
+        backend: str = "auto",
+    ) -> "NVFP4Linear":
+        """Quantise a layer; options as of the class. The bias is shared, not copied."""
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            weight_scale_rule=weight_scale_rule,
+            activation_scale_rule=activation_scale_rule,
+            weight_block=weight_block,
+            backend=backend,
+            device="meta",
+        )
+        layer.bias = linear.bias
+        layer.store(quantize(linear.weight.detach(), weight_scale_rule, weight_block))
+        return layer.train(linear.training)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The packed codes, for PEFT, accelerate and others that ask a layer where its weight is."""
+        return self.weight_codes
+
+    @property
+    def weight_nvfp4(self) -> NVFP4Tensor:
+        """The stored weight, `[out_features, in_features]`."""
+        return NVFP4Tensor(
+            self.weight_codes, self.weight_scales, self.weight_amax, self.weight_scale_rule, self.weight_block
+        )
+
+    def store(self, weight: NVFP4Tensor) -> None:
+        """Take another weight.
+
+        Raises:
+            ValueError: Its shape or its rule is not this layer's.
+        """
+        if weight.shape != (self.out_features, self.in_features) or weight.scale_rule != self.weight_scale_rule:
+            raise ValueError(
+                f"This layer holds {self.out_features} x {self.in_features} by '{self.weight_scale_rule}', got "
+                f"{tuple(weight.shape)} by '{weight.scale_rule}'."
+            )
+        self.weight_codes, self.weight_scales, self.weight_amax = weight.codes, weight.scales, weight.amax
+        self.settle()
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """The weight, `[out_features, in_features]`."""
+        return self.weight_nvfp4.dequantize(dtype)
+
+    def set_backend(self, backend: str) -> None:
+        """Compute in another way, see the class.
+
+        Raises:
+            ValueError: There is no such backend.
+        """
+        check_backend_name(backend)
+        self.wished_backend = backend
+        self.settle()
+
+    def settle(self) -> None:
+        """Choose the backend for where the weight is now, and make what it needs; nothing on the meta device."""
+        for name in self._prepared:
+            delattr(self, name)
+        self._prepared = ()
+        device = self.weight_codes.device
+        self.backend = None
+        if device.type == "meta":
+            return
+        check_buffers(self.weight_codes, self.weight_scales, self.weight_amax)
+        self.backend, why_not = choose_backend(self, self.wished_backend, device)
+        if why_not is not None:
+            # Python shows a warning of the same words once, and a model has hundreds of such layers.
+            warnings.warn(f"NVFP4: {why_not}; '{self.backend.name}' is used instead.", stacklevel=2)
+        prepared = self.backend.prepare(self)
+        for name, value in prepared.items():
+            if isinstance(value, torch.Tensor):
+                self.register_buffer(name, value, persistent=False)
+            else:
+                object.__setattr__(self, name, value)  # a module that is to be neither saved nor moved with this one
+        self._prepared = tuple(prepared)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` -> `[..., out_features]`, in the dtype of `x`; the bias is added after rounding."""
+        rows = x.reshape(-1, self.in_features)
+        if not len(rows):
+            product = rows.new_zeros(0, self.out_features)
+        elif torch.is_grad_enabled() and x.requires_grad:
+            product = _Product.apply(rows, self)
+        else:
+            product = self.backend.multiply(self, rows)
+        product = product.reshape(*x.shape[:-1], self.out_features)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def extra_repr(self) -> str:
+        name = "not chosen yet" if self.backend is None else self.backend.name
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"weight={self.weight_scale_rule}, activation={self.activation_scale_rule}, backend={name}"
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        stored = {name: self._buffers[name] for name in STORED}
+        super()._apply(fn, recurse)
+        for name, before in stored.items():
+            after = self._buffers[name]
+            if after.dtype != before.dtype:  # `.to(dtype)` means the model's precision, not this format's
+                self._buffers[name] = before.to(after.device)
+        self.settle()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        amax = state_dict.get(f"{prefix}weight_amax")
+        if amax is not None and amax.ndim == 0:
+            state_dict[f"{prefix}weight_amax"] = amax.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.settle()
+
+
+class _Product(torch.autograd.Function):
+    """The product's gradient to `x` is that of the dequantised weight: rounding is taken for the identity."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, linear: NVFP4Linear) -> torch.Tensor:
+        ctx.linear = linear
+        return linear.backend.multiply(linear, x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient @ ctx.linear.dequantize(gradient.dtype), None
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor | NVFP4Tensor]:
+    """A model's state dict in which a layer in NVFP4 has a `weight` again, as `NVFP4Tensor`."""
+    weights = dict(model.state_dict())
+    for name, layer in nvfp4_layers(model).items():
+        for part in STORED:
+            del weights[f"{name}.{part}"]
+        weights[f"{name}.weight"] = layer.weight_nvfp4
+    return weights
+
+
+def nvfp4_layers(model: nn.Module) -> dict[str, NVFP4Linear]:
+    """The layers of a model that are stored in NVFP4, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NVFP4Linear)}

@@ -1,0 +1,49 @@
+"""LoRA on layers in NVFP4: PEFT's own layer, but for merging, which has to round the sum again."""
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from .format import quantize
+from .linear import NVFP4Linear
+
+
+class NVFP4LoraLinear(LoraLinear):
+    """PEFT's LoRA layer around an `NVFP4Linear`."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Dequantise, add the adapters, quantise by the layer's rule: once, whatever the number of adapters.
+
+        Raises:
+            ValueError: The sum has infinities or NaN.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        if not adapter_names:
+            return
+        layer = self.get_base_layer()
+        weight = layer.dequantize(torch.float32)
+        for name in adapter_names:
+            if name in self.lora_A:
+                weight += self.get_delta_weight(name).to(weight)
+                self.merged_adapters.append(name)
+        layer.store(quantize(weight, layer.weight_scale_rule, layer.weight_block))
+
+    def unmerge(self) -> None:
+        """
+        Raises:
+            ValueError: Always, if anything is merged: what rounding took away does not come back.
+        """
+        if self.merged:
+            raise ValueError(
+                "A LoRA that was fused into NVFP4 weights cannot be taken out again: the sum was rounded. Load the "
+                "model again."
+            )
+
+
+def adopt_lora_layers(model: nn.Module) -> None:
+    """Give PEFT's layers around NVFP4 weights the class that can merge them. (PEFT chooses classes by a configuration
+    that diffusers makes by itself, so there is no place to say so beforehand.)"""
+    for module in model.modules():
+        if type(module) is LoraLinear and isinstance(module.get_base_layer(), NVFP4Linear):
+            module.__class__ = NVFP4LoraLinear

@@ -1,0 +1,71 @@
+"""Recipes of training in NVFP4: which of the three products of a layer sees what, rounded how.
+
+A linear layer is three matrix products: forward `y = x W^T`, the gradient to its input `dx = dy W`, and that to its
+weight `dW = dy^T x`. In NVFP4 all six factors are rounded to 4 bits. What decides whether training survives it:
+
+- Gradients are rounded stochastically: to nearest, what is small would always vanish.
+- `dW` sums over tokens, and outliers among them are spread first by a Hadamard transform of both factors.
+- Weights have 16 x 16 blocks, so that forward and backward see the same rounded weight.
+- The weights that the optimiser moves stay in float32, and everything that is not a linear layer in a block is left
+  alone.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NVFP4Recipe:
+    """
+    Args:
+        name: By which options call it.
+        weight_rule, weight_block: Of weights, rounded to nearest.
+        activation_rule: Of inputs, rounded to nearest.
+        gradient_rule: Of gradients, rounded stochastically.
+        hadamard: Transform both factors of the weight's gradient.
+        rounds_input_twice: The weight's gradient is computed from the input as it was rounded for the forward, rounded
+            again along the other axis: less memory (4 bits are kept for the backward), more error.
+        keep_first, keep_last: Blocks at both ends that stay in higher precision.
+    """
+
+    name: str
+    weight_rule: str
+    weight_block: tuple[int, int]
+    activation_rule: str
+    gradient_rule: str
+    hadamard: bool
+    rounds_input_twice: bool
+    keep_first: int = 0
+    keep_last: int = 0
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        # LongLive-2.0, arXiv 2605.18739 and its training code. Four-over-six with stochastic rounding is biased.
+        NVFP4Recipe("longlive", "static_6", (16, 16), "mse", "mse", hadamard=True, rounds_input_twice=True),
+        # NVIDIA's pre-training recipe, arXiv 2509.25149, as TransformerEngine has it.
+        NVFP4Recipe("nvidia", "static_6", (16, 16), "static_6", "static_6", hadamard=True, rounds_input_twice=False),
+        # The same with gradients that are right on average, and with the ends of the network kept.
+        NVFP4Recipe(
+            "nvfp4_pretrain",
+            "static_6",
+            (16, 16),
+            "static_6",
+            "unbiased",
+            hadamard=True,
+            rounds_input_twice=False,
+            keep_first=1,
+            keep_last=1,
+        ),
+    )
+}
+
+
+def recipe_named(name: str) -> NVFP4Recipe:
+    """
+    Raises:
+        ValueError: There is no such recipe.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"An NVFP4 recipe is one of {', '.join(RECIPES)}, got {name!r}.")
+    return RECIPES[name]

@@ -1,0 +1,74 @@
+"""How the scales of an NVFP4 tensor are chosen."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+MAX_SCALE = 448.0  # of E4M3
+
+
+@dataclass(frozen=True)
+class ScaleRule:
+    """
+    Args:
+        name: By which tensors, configurations and files call it.
+        largest_value: The value that a block's largest number is brought to.
+        largest_scale: The scale of the block that holds the tensor's largest number.
+        error: Of a block's errors `[..., n]`, what four-over-six makes small, `[..., 1]`; None: no choice is made.
+    """
+
+    name: str
+    largest_value: float
+    largest_scale: float
+    error: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def span(self) -> float:
+        """What `amax` becomes before it is split into a value and a block's scale."""
+        return self.largest_value * self.largest_scale
+
+
+def _sum(terms: torch.Tensor) -> torch.Tensor:
+    """Over the last axis, neighbours first: in an order of its own, a sum has the same last bit everywhere."""
+    while terms.shape[-1] > 1:
+        terms = terms[..., ::2] + terms[..., 1::2]
+    return terms
+
+
+def _mse(errors: torch.Tensor) -> torch.Tensor:
+    return _sum(errors * errors)
+
+
+def _mae(errors: torch.Tensor) -> torch.Tensor:
+    return _sum(errors.abs())
+
+
+def _abs_max(errors: torch.Tensor) -> torch.Tensor:
+    return errors.abs().amax(dim=-1, keepdim=True)
+
+
+RULES = {
+    rule.name: rule
+    for rule in (
+        ScaleRule("static_6", 6, 448),
+        ScaleRule("static_4", 4, 448),
+        # 256: a scale may have to grow by 6 / 4, and 384 is still a scale, where 1.5 * 448 is not.
+        ScaleRule("mse", 6, 256, _mse),
+        ScaleRule("mae", 6, 256, _mae),
+        ScaleRule("abs_max", 6, 256, _abs_max),
+        # A scale may be rounded down by 1/17 of itself, and nothing may pass 6 then.
+        ScaleRule("unbiased", 6 * 16 / 17, 448),
+    )
+}
+
+
+def scale_rule_named(name: str) -> ScaleRule:
+    """
+    Raises:
+        ValueError: There is no such rule.
+    """
+    if name not in RULES:
+        raise ValueError(f"A scale rule is one of {', '.join(RULES)}, got {name!r}.")
+    return RULES[name]

@@ -1,0 +1,142 @@
+"""Training with all three products of a linear layer in NVFP4; see `recipes.py` for what is rounded how."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .format import BLOCK, NVFP4Tensor, quantize_unchecked
+from .hadamard import random_hadamard
+from .matmul import multiply
+from .recipes import NVFP4Recipe
+from .te_training import TETrainingLinear, check_te_recipe
+
+
+class NVFP4TrainingLinear(nn.Linear):
+    """
+    A linear layer that computes in NVFP4 and keeps its weight as it is: the master weight, which the optimiser moves
+    and `state_dict` holds, under the names of `nn.Linear`.
+
+    Raises:
+        ValueError: Sizes that are no multiples of 16.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, recipe: NVFP4Recipe):
+        check_sizes(in_features, out_features)
+        super().__init__(in_features, out_features, bias, device="meta")
+        self.recipe = recipe
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, recipe: NVFP4Recipe) -> "NVFP4TrainingLinear":
+        """With the same parameters, not copies of them."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, recipe)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` -> `[..., out_features]`, in the dtype of `x` or, under autocast, in autocast's."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        product = _NVFP4Product.apply(x.reshape(-1, self.in_features), self.weight, self.recipe)
+        product = product.unflatten(0, x.shape[:-1])
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recipe={self.recipe.name}"
+
+
+class _NVFP4Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, recipe: NVFP4Recipe) -> torch.Tensor:
+        x_rounded = to_nvfp4(x, recipe.activation_rule)
+        weight_rounded = to_nvfp4(weight, recipe.weight_rule, recipe.weight_block)
+        kept = (x_rounded.codes, x_rounded.scales, x_rounded.amax) if recipe.rounds_input_twice else (x,)
+        ctx.save_for_backward(weight, *kept)
+        ctx.recipe, ctx.dtype = recipe, x.dtype
+        return multiply(x_rounded, weight_rounded, x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        recipe = ctx.recipe
+        weight, *kept = ctx.saved_tensors
+        input_gradient = weight_gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient_rounded = to_nvfp4(gradient, recipe.gradient_rule, stochastic=True)
+            weight_rounded = to_nvfp4(weight, recipe.weight_rule, recipe.weight_block)
+            if recipe.weight_block == (BLOCK, BLOCK):
+                turned = weight_rounded.transpose()
+            else:
+                turned = to_nvfp4(weight.T, recipe.weight_rule)
+            input_gradient = multiply(gradient_rounded, turned, ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            if recipe.rounds_input_twice:
+                x = NVFP4Tensor(*kept, recipe.activation_rule).dequantize(ctx.dtype)
+            else:
+                (x,) = kept
+            # Both are turned, so that blocks lie along the tokens, which this product sums over.
+            turned = [over_tokens(states, recipe.hadamard) for states in (gradient, x)]
+            gradient_rounded = to_nvfp4(turned[0], recipe.gradient_rule, stochastic=True)
+            x_rounded = to_nvfp4(turned[1], recipe.activation_rule)
+            weight_gradient = multiply(gradient_rounded, x_rounded, ctx.dtype).to(weight.dtype)
+        return input_gradient, weight_gradient, None
+
+
+def to_nvfp4(
+    x: torch.Tensor, scale_rule: str, block: tuple[int, int] = (1, BLOCK), stochastic: bool = False
+) -> NVFP4Tensor:
+    """A matrix in NVFP4, without waiting for the device; stochastic rounding draws from torch's random state."""
+    amax = x.detach().abs().amax().float().reshape(1)
+    return quantize_unchecked(x, amax, scale_rule, block, "stochastic" if stochastic else "nearest")
+
+
+def over_tokens(states: torch.Tensor, hadamard: bool) -> torch.Tensor:
+    """`[tokens, n]` -> `[n, tokens]`, the tokens filled up with zeros to whole blocks, and transformed."""
+    turned = F.pad(states, (0, 0, 0, -states.shape[0] % (2 * BLOCK))).T  # twice 16, for hardware
+    return random_hadamard(turned) if hadamard else turned
+
+
+def check_sizes(in_features: int, out_features: int) -> None:
+    """Raise a ValueError unless a layer of these sizes can be trained in NVFP4."""
+    if in_features % BLOCK or out_features % BLOCK:
+        raise ValueError(
+            f"Training in NVFP4 needs sizes in multiples of {BLOCK}, this layer is {in_features} -> {out_features}."
+        )
+
+
+def train_in_nvfp4(model: nn.Module, recipe: NVFP4Recipe, backend: str = "auto") -> list[str]:
+    """
+    Replace the linear layers of a transformer's blocks, in place; parameters stay the same objects.
+
+    Args:
+        model: Has `blocks`, a list of modules, as LongLive's and Wan's transformers.
+        recipe: Says how they compute, and which blocks stay as they are.
+        backend: "auto" - tensor cores where they multiply NVFP4, else the same numbers emulated - or "te".
+
+    Returns:
+        The names of the layers that were replaced.
+
+    Raises:
+        ValueError: No block is left to train in NVFP4, a layer's sizes do not divide, or TransformerEngine was asked
+            for and is not there, or cannot express the recipe.
+    """
+    blocks = model.get_submodule("blocks")
+    chosen = range(recipe.keep_first, len(blocks) - recipe.keep_last)
+    layers = [
+        f"blocks.{index}.{name}"
+        for index in chosen
+        for name, module in blocks[index].named_modules()
+        if type(module) is nn.Linear
+    ]
+    if not layers:
+        raise ValueError(
+            f"Nothing to train in NVFP4: of {len(blocks)} blocks, the recipe '{recipe.name}' keeps the first "
+            f"{recipe.keep_first} and the last {recipe.keep_last}."
+        )
+    for name in layers:
+        module = model.get_submodule(name)
+        check_sizes(module.in_features, module.out_features)
+    if backend == "te":
+        check_te_recipe(recipe)
+    layer_class = TETrainingLinear if backend == "te" else NVFP4TrainingLinear
+    for name in layers:
+        model.set_submodule(name, layer_class.from_linear(model.get_submodule(name), recipe))
+    return layers
