@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..parallel.all_to_all import gather_heads, scatter_heads
-from .kv_cache import ChunkPlan, LayerKVCache
+from .layer_kv_cache import ChunkPlan, LayerKVCache, PackedLayerKVCache
 from .rotary import apply_rotary
 
 
@@ -169,7 +169,7 @@ class LongLiveAttnProcessor:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: ChunkMask | None = None,
         rotary_emb: torch.Tensor | None = None,
-        layer_cache: LayerKVCache | None = None,
+        layer_cache: LayerKVCache | PackedLayerKVCache | None = None,
         plan: ChunkPlan | None = None,
         sp_mesh: DeviceMesh | None = None,
     ) -> torch.Tensor:

@@ -13,8 +13,9 @@ What attention reads is therefore always one contiguous prefix of a preallocated
     frame   0 1 | 2 3 | 4 5 | 6 7         window 6, sink 2, chunk 2
     slot    0 1   2 3   4 5   2 3         frames 6, 7 take the slots of 2, 3; frames 0, 1 are sinks
 
-`KVCache` decides (slots, eviction, sinks, pins, positions); `LayerKVCache` stores. Both are plain objects that the
-caller creates, owns and passes along: nothing is kept on a module.
+`KVCache` decides (slots, eviction, sinks, pins, positions); a `LayerKVCache` for each layer stores
+(`layer_kv_cache.py`). Both are plain objects that the caller creates, owns and passes along: nothing is kept on a
+module.
 
 *Relative RoPE* counts time positions from the frames that are cached, not from the start of the video. Only distances
 matter to attention, and eviction changes few of them: frames younger than the gap keep their distances to the new
@@ -24,15 +25,18 @@ unrotated (so that rounding does not pile up in an endless stream). No forward p
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 
 import torch
 
-from .rotary import apply_rotary, rotary_embedding
+from ..nvfp4.format import BLOCK
+from .layer_kv_cache import ChunkPlan, LayerKVCache, PackedLayerKVCache, Scratch
+from .rotary import rotary_embedding
 
 
-KV_CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PACKED_DTYPES = ("nvfp4", "fp8")
 
 
 @dataclass(frozen=True)
@@ -41,92 +45,6 @@ class CachedFrame:
 
     index: int
     position: float
-
-
-@dataclass(frozen=True)
-class ChunkPlan:
-    """Where the forwards of one chunk write and read; made once for each chunk, the same for all layers.
-
-    `rows` and `slots` are int64 `[B, 1]` and `[B, num_frames]`: sample b's frames are written to `slots[b]`.
-    `length` is the number of filled slots. `raw_rows`, `raw_frames`, `raw_slots` (int64 `[n]`, or None) name the
-    frames of the chunk whose unrotated keys are kept as well.
-    """
-
-    num_frames: int
-    rows: torch.Tensor
-    slots: torch.Tensor
-    length: int
-    rotary: torch.Tensor
-    raw_rows: torch.Tensor | None = None
-    raw_frames: torch.Tensor | None = None
-    raw_slots: torch.Tensor | None = None
-
-
-class LayerKVCache:
-    """Keys and values of one layer, `[B, heads, slots, tokens per frame, head_dim]`, preallocated.
-
-    Heads come before slots so that what one head reads is contiguous. The interface is all that the attention
-    processor knows, so that another way to store (fewer bits) is another class.
-    """
-
-    def __init__(
-        self, shape: tuple[int, int, int, int, int], raw_slots: int, dtype: torch.dtype, device: torch.device
-    ):
-        self.key = torch.zeros(shape, dtype=dtype, device=device)
-        self.value = torch.zeros(shape, dtype=dtype, device=device)
-        raw_shape = (*shape[:2], raw_slots, *shape[3:])
-        self.raw_key = torch.zeros(raw_shape, dtype=dtype, device=device) if raw_slots else None
-        self.text: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, plan: ChunkPlan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the chunk's keys (rotated; `raw_key` unrotated) and values, and return everything that is cached.
-
-        Args:
-            key, value, raw_key: `[B, num_frames * tokens, heads, head_dim]`.
-            plan: Where this chunk's frames go.
-
-        Returns:
-            Keys and values `[B, length * tokens, heads, head_dim]`, in the dtype of `key`: views of the cache. With
-            gradients enabled, copies: a backward needs them as they are now, and the next step overwrites the cache.
-        """
-        heads_first = [self._frames(states, plan.num_frames) for states in (key, value)]
-        self.key[plan.rows, :, plan.slots] = heads_first[0].detach().to(self.key.dtype)
-        self.value[plan.rows, :, plan.slots] = heads_first[1].detach().to(self.value.dtype)
-        if plan.raw_slots is not None:
-            raw_frames = self._frames(raw_key, plan.num_frames)[plan.raw_rows, plan.raw_frames]
-            self.raw_key[plan.raw_rows, :, plan.raw_slots] = raw_frames.detach().to(self.raw_key.dtype)
-        if torch.is_grad_enabled():
-            index = (plan.rows, slice(None), plan.slots)
-            cached = [states[:, :, : plan.length].to(key.dtype, copy=True) for states in (self.key, self.value)]
-            cached[0][index], cached[1][index] = heads_first
-            return tuple(states.flatten(2, 3).transpose(1, 2) for states in cached)
-        return self.get(plan.length, key.dtype)
-
-    def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the first `length` slots, `[B, length * tokens, heads, head_dim]`: views of the cache
-        (unless `dtype` differs from the cache's)."""
-        return tuple(
-            states[:, :, :length].flatten(2, 3).transpose(1, 2).to(dtype or states.dtype)
-            for states in (self.key, self.value)
-        )
-
-    def rotate_again(
-        self, rows: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
-    ) -> None:
-        """Rotate kept unrotated keys (`rows`, `raw_slots`, int64 `[n]`) to `rotary` and store them in `slots`."""
-        raw = self.raw_key[rows, :, raw_slots].transpose(1, 2)  # [n, tokens, heads, head_dim]
-        self.key[rows, :, slots] = apply_rotary(raw, rotary).transpose(1, 2)
-
-    def reset(self) -> None:
-        """Forget the text; frames are forgotten by `KVCache.reset`, which owns their bookkeeping."""
-        self.text = None
-
-    @staticmethod
-    def _frames(states: torch.Tensor, num_frames: int) -> torch.Tensor:
-        """`[B, frames * tokens, heads, dim]` -> `[B, frames, heads, tokens, dim]`."""
-        return states.unflatten(1, (num_frames, -1)).transpose(2, 3)
 
 
 @dataclass
@@ -143,7 +61,8 @@ class KVCache:
     """Sliding-window cache with attention sinks and shot pins; `cache[i]` is the `LayerKVCache` of layer i.
 
     Usage: `begin_chunk(...)`, then any number of forwards with `kv_cache=cache` (each overwrites the chunk's own
-    keys and values), the last of them on the finished chunk at timestep 0; then the next `begin_chunk`.
+    keys and values), then `finish_chunk()` and a last forward on the finished chunk at timestep 0, which is the one
+    that stays; then the next `begin_chunk`.
 
     Args:
         num_layers, batch_size, num_heads, head_dim: Of the network.
@@ -153,7 +72,10 @@ class KVCache:
         chunk_size: Latent frames of a chunk.
         multi_shot_sink: Keep the first `min(sink_size, chunk_size)` frames of the current shot as well.
         relative_rope: Count time positions from the cached frames (endless video) instead of from the video's start.
-        dtype, device: Of the stored keys and values.
+        dtype: Of the stored keys and values: float32, bfloat16, float16, "nvfp4" (3.5 times smaller than bfloat16) or
+            "fp8".
+        raw_dtype: Of the unrotated keys that relative RoPE keeps of sinks and pins, beside packed ones.
+        device: Where they are stored.
         theta: Base of the rotary frequencies.
 
     Raises:
@@ -175,10 +97,12 @@ class KVCache:
         chunk_size: int,
         multi_shot_sink: bool,
         relative_rope: bool = False,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
+        raw_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         theta: float = 10000.0,
     ):
+        check_cache_dtype(dtype, head_dim)
         check_window(window_size, sink_size, chunk_size, multi_shot_sink)
         if batch_size < 1:
             raise ValueError(f"A KV cache is for at least 1 video, got {batch_size}.")
@@ -191,10 +115,17 @@ class KVCache:
         # Unrotated keys are kept for sinks, the current pin, and the frames that are about to become the next one.
         self._num_raw_slots = sink_size + 2 * self.pin_size if relative_rope else 0
         shape = (batch_size, num_heads, window_size, height * width, head_dim)
-        self._layers = [LayerKVCache(shape, self._num_raw_slots, dtype, self.device) for _ in range(num_layers)]
+        self.is_packed = dtype in PACKED_DTYPES
+        self._scratch = Scratch(shape, self.device)
+        self._layers = [
+            PackedLayerKVCache(shape, self._num_raw_slots, dtype, raw_dtype, self.device, self._scratch)
+            if self.is_packed
+            else LayerKVCache(shape, self._num_raw_slots, dtype, self.device)
+            for _ in range(num_layers)
+        ]
         self.reset()
 
-    def __getitem__(self, layer: int) -> LayerKVCache:
+    def __getitem__(self, layer: int) -> LayerKVCache | PackedLayerKVCache:
         return self._layers[layer]
 
     def __len__(self) -> int:
@@ -214,9 +145,8 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the stored keys and values."""
-        buffers = [b for layer in self._layers for b in (layer.key, layer.value, layer.raw_key) if b is not None]
-        return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+        """Memory of the stored keys and values; of packed ones, with the buffers that they are unpacked to."""
+        return sum(layer.num_bytes for layer in self._layers) + self._scratch.num_bytes
 
     @property
     def plan(self) -> ChunkPlan:
@@ -248,7 +178,16 @@ class KVCache:
                 video always does.
             rope_offset: Added to the frame index to give the time position; one value, or one for each sample.
                 Ignored with relative RoPE.
+
+        Raises:
+            ValueError: For a number of frames that is no chunk; in a packed cache, where the chunk before was not
+                finished, so that nothing of it was stored.
         """
+        if self.is_packed and self._plan is not None and not self._plan.finished:
+            raise ValueError(
+                "The chunk before was never finished: a packed KV cache stores a chunk in the forward on its clean "
+                "latents, after `finish_chunk()`."
+            )
         if not 0 < num_frames <= self.chunk_size:
             raise ValueError(f"A chunk has 1 to {self.chunk_size} latent frames, got {num_frames}.")
         opens_shot = self._for_each_row(opens_shot, "opens_shot")
@@ -265,6 +204,10 @@ class KVCache:
             self._close_gaps()
         self._plan = self._make_plan(slots)
         return self._plan
+
+    def finish_chunk(self) -> None:
+        """Before the forward on the chunk's clean latents: what that one computes is what is remembered."""
+        self._plan = replace(self.plan, finished=True)
 
     def recache(self) -> Iterator[list[list[int]]]:
         """Rewrite every cached frame, oldest first, at its old position.
@@ -287,6 +230,7 @@ class KVCache:
             for row, frames in zip(self._rows, chronological, strict=True):
                 row.slots += frames[start:stop]
             self._plan = self._make_plan([list(range(start, stop))] * self.batch_size)
+            self.finish_chunk()
             yield [[frame.index for frame in frames[start:stop]] for frames in chronological]
             start = stop
 
@@ -401,6 +345,19 @@ def _version_of(tensor: torch.Tensor) -> int | None:
     """How often `tensor` was changed in place; None where PyTorch does not count, in inference mode, or cannot tell,
     while compiling. There, only another tensor is seen to be another text."""
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def check_cache_dtype(dtype: torch.dtype | str, head_dim: int) -> None:
+    """
+    Raises:
+        ValueError: Nothing is stored as this, or not with this head_dim.
+    """
+    if dtype not in (*PLAIN_DTYPES, *PACKED_DTYPES):
+        raise ValueError(f"A KV cache is stored as float32, bfloat16, float16, 'nvfp4' or 'fp8', not as {dtype!r}.")
+    if dtype == "nvfp4" and head_dim % BLOCK:
+        raise ValueError(
+            f"A KV cache in NVFP4 needs a head_dim in multiples of {BLOCK}, this network's is {head_dim}."
+        )
 
 
 def check_window(window_size: int, sink_size: int, chunk_size: int, multi_shot_sink: bool) -> None:

@@ -20,9 +20,11 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..nvfp4.lora import adopt_lora_layers
 from ..parallel.layout import check_heads
 from .attention import ChunkMask, LongLiveAttnProcessor
-from .kv_cache import KV_CACHE_DTYPES, ChunkPlan, KVCache, LayerKVCache
+from .kv_cache import KVCache
+from .layer_kv_cache import ChunkPlan, LayerKVCache, PackedLayerKVCache
 from .rotary import rotary_embedding
 
 
@@ -52,7 +54,7 @@ class LongLiveTransformerBlock(nn.Module):
         temb: torch.Tensor,
         rotary_emb: torch.Tensor,
         attention_mask: ChunkMask | None = None,
-        layer_cache: LayerKVCache | None = None,
+        layer_cache: LayerKVCache | PackedLayerKVCache | None = None,
         plan: ChunkPlan | None = None,
         sp_mesh: DeviceMesh | None = None,
     ) -> torch.Tensor:
@@ -260,7 +262,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         sink_size: int,
         multi_shot_sink: bool,
         relative_rope: bool = False,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> KVCache:
         """
@@ -272,13 +274,10 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             window_size, sink_size: In latent frames; see [`KVCache`].
             multi_shot_sink: Keep the frames that opened the current shot.
             relative_rope: Count time from the cached frames, for video without end.
-            dtype: Of the stored keys and values: `torch.float32`, `torch.bfloat16` or `torch.float16`; by default that
-                of the network.
+            dtype: Of the stored keys and values: `torch.float32`, `torch.bfloat16`, `torch.float16`, "nvfp4" or "fp8";
+                by default that of the network.
             device: Where they are stored; by default where the network is.
         """
-        dtype = dtype or self.dtype
-        if dtype not in KV_CACHE_DTYPES:
-            raise ValueError(f"A KV cache is stored as float32, bfloat16 or float16, not as {dtype!r}.")
         rows, columns = self._tokens_of(height, width)
         return KVCache(
             self.config.num_layers,
@@ -292,7 +291,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             chunk_size=self.config.chunk_size,
             multi_shot_sink=multi_shot_sink,
             relative_rope=relative_rope,
-            dtype=dtype,
+            dtype=dtype or self.dtype,
+            raw_dtype=self.dtype,
             device=device or self.device,
             theta=ROPE_THETA,
         )
@@ -320,16 +320,22 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
                 of FSDP and `torch.compile` are removed; pickle is never loaded unrestricted.
             device, torch_dtype: Of the loaded model.
             config: Overrides what is inferred from the shapes, for instance `attention_head_dim`, `chunk_size`; and
-                `use_ema=True` prefers the averaged weights.
+                `use_ema=True` prefers the averaged weights. Of a packed NVFP4 checkpoint, which stays packed,
+                `weight_scale_rule` names the rule if the file does not.
 
         Raises:
-            ValueError: For a file that is truncated, packed in 4 bits, or of another model; the message says which.
+            ValueError: For a file that is truncated or of another model; the message says which.
         """
         from ..loaders.original import load_original_transformer
 
         return load_original_transformer(
             path_or_state_dict, model_class=cls, device=device, torch_dtype=torch_dtype, **config
         )
+
+    def fuse_lora(self, *args, **kwargs) -> None:
+        """As in diffusers; into weights in NVFP4 too, which are rounded again and cannot be unfused."""
+        adopt_lora_layers(self)
+        super().fuse_lora(*args, **kwargs)
 
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
         """`[B, C, F, h, w]` -> `[B, F * rows * columns, dim]`."""

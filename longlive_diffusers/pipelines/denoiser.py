@@ -53,7 +53,7 @@ class DenoiseSettings:
     multi_shot_sink: bool
     multi_shot_rope_offset: float
     relative_rope: bool
-    kv_cache_dtype: torch.dtype | None
+    kv_cache_dtype: torch.dtype | str | None
     callback: Callable | PipelineCallback | MultiPipelineCallbacks | None
     callback_inputs: tuple[str, ...]
 
@@ -197,6 +197,7 @@ class ChunkDenoiser:
         clean = torch.zeros(latents.shape[0], latents.shape[2], device=self.device)
         texts = (text, self.prompts.negative)
         for cache, embeds in zip(caches, texts, strict=False):
+            cache.finish_chunk()
             self._forward(latents, clean, embeds, cache)
 
     def _recache(self, text: torch.Tensor) -> None:

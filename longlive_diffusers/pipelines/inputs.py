@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import logging
 from diffusers.video_processor import VideoProcessor
 
-from ..models.kv_cache import KV_CACHE_DTYPES
+from ..models.kv_cache import check_cache_dtype
 from .shots import ShotPlan, is_count
 
 
@@ -219,6 +219,7 @@ def check_options(
     attention_kwargs,
     max_sequence_length,
     kv_cache_dtype,
+    head_dim,
     callback_inputs,
     allowed_callback_inputs,
 ) -> None:
@@ -235,8 +236,8 @@ def check_options(
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
             raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
     check_output_type(output_type)
-    if kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
-        raise ValueError(f"`kv_cache_dtype` must be None or one of {KV_CACHE_DTYPES}, got {kv_cache_dtype!r}.")
+    if kv_cache_dtype is not None:
+        check_cache_dtype(kv_cache_dtype, head_dim)
     if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
         raise ValueError(f"`attention_kwargs` must be a dict, got {type(attention_kwargs).__name__}.")
     unknown = [name for name in callback_inputs or [] if name not in allowed_callback_inputs]

@@ -201,7 +201,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         multi_shot_sink: bool | None = None,
         multi_shot_rope_offset: float | None = None,
         relative_rope: bool = False,
-        kv_cache_dtype: torch.dtype | None = None,
+        kv_cache_dtype: torch.dtype | str | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -233,7 +233,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_embeds, negative_prompt_embeds: `[B, L, D]`, in place of prompts.
             window_size, sink_size, multi_shot_sink, multi_shot_rope_offset: In place of the pipeline's.
             relative_rope: Count time positions from the cached frames.
-            kv_cache_dtype: How keys and values are stored; the transformer's dtype by default.
+            kv_cache_dtype: How keys and values are stored: a dtype, "nvfp4" or "fp8"; the transformer's dtype by
+                default.
             output_type: "np", "pt", "pil", or "latent" (normalised latents).
             return_dict: Return a `LongLivePipelineOutput` instead of a tuple.
             attention_kwargs: `{"scale": s}` scales the LoRA.
@@ -292,7 +293,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         multi_shot_sink: bool | None = None,
         multi_shot_rope_offset: float | None = None,
         relative_rope: bool | None = None,
-        kv_cache_dtype: torch.dtype | None = None,
+        kv_cache_dtype: torch.dtype | str | None = None,
         output_type: str = "np",
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
@@ -331,6 +332,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             output_type=output_type,
             attention_kwargs=attention_kwargs,
             kv_cache_dtype=kv_cache_dtype,
+            head_dim=self.transformer.config.attention_head_dim,
             callback_inputs=callback_on_step_end_tensor_inputs,
             allowed_callback_inputs=self._callback_tensor_inputs,
         )

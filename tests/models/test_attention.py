@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from longlive_diffusers.models import attention
 from longlive_diffusers.models.attention import ChunkMask, LongLiveAttnProcessor, attend
-from longlive_diffusers.models.kv_cache import LayerKVCache
+from longlive_diffusers.models.layer_kv_cache import LayerKVCache
 
 
 HEADS, HEAD_DIM = 2, 8

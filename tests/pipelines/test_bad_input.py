@@ -162,7 +162,8 @@ BAD_CALLS = {
         ["'noise'", "prompt_embeds"],
     ),
     "attention arguments as a list": ({"attention_kwargs": [1.0]}, ["`attention_kwargs`", "list"]),
-    "a cache of integers": ({"kv_cache_dtype": torch.int8}, ["`kv_cache_dtype`", "torch.int8"]),
+    "a cache of integers": ({"kv_cache_dtype": torch.int8}, ["KV cache", "torch.int8"]),
+    "a cache in 4 bits for heads of 12 channels": ({"kv_cache_dtype": "nvfp4"}, ["NVFP4", "16", "12"]),
     # windows
     "a window that is too small": ({"window_size": 5}, ["`window_size`", "5", "6"]),
     "no window": ({"window_size": 0}, ["`window_size`", "0"]),
