@@ -10,9 +10,7 @@ Nothing is written before everything has been checked, and the folder appears un
 import inspect
 import json
 import os
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from ..nvfp4.format import NVFP4Tensor
 from .checkpoint_file import read_checkpoint_file
 from .lora import LORA_SUFFIXES, check_lora_fits, is_original_lora, read_original_lora
 from .original import Checkpoint, infer_transformer_config, load_original_transformer, read_original_state_dict
+from .pipeline_output_folder import check_output, save_whole
 
 
 logger = logging.get_logger(__name__)
@@ -78,7 +78,7 @@ def convert_checkpoint(
 
     started = time.monotonic()
     output = Path(output)
-    _check_output(output)
+    check_output(output)
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype has to be one of {', '.join(DTYPES)}, not {dtype}.")
 
@@ -97,7 +97,8 @@ def convert_checkpoint(
     _check_sizes(folder, sizes, base)
 
     # 2. Load. A LoRA is added before rounding to `dtype`, not after.
-    first_dtype = dtype if lora is None else torch.float32
+    packed = any(isinstance(weight, NVFP4Tensor) for weight in weights.values())
+    first_dtype = dtype if lora is None or packed else torch.float32
     transformer = load_original_transformer(weights, torch_dtype=first_dtype, **transformer_config)
     del weights
     report(f"transformer: {_describe(transformer)}, {sizes['num_layers']} layers, {time.monotonic() - started:.0f} s")
@@ -106,22 +107,16 @@ def convert_checkpoint(
     pipeline = LongLivePipeline(transformer=transformer, **components, **settings)
     if lora is not None:
         _fuse(pipeline, lora)
-        fused = pipeline.transformer.state_dict()
-        pipeline.transformer = load_original_transformer(fused, torch_dtype=dtype, **transformer_config)
+        if not packed:  # NVFP4 weights were rounded when they were fused
+            fused = pipeline.transformer.state_dict()
+            pipeline.transformer = load_original_transformer(fused, torch_dtype=dtype, **transformer_config)
         report(f"LoRA: fused, {time.monotonic() - started:.0f} s")
 
     # 3. Write.
-    _save_atomically(pipeline, output)
+    save_whole(pipeline, output)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     report(f"{output}: {size / 2**30:.2f} GiB, {time.monotonic() - started:.0f} s in all")
     return output
-
-
-def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"The output {output} is a file; give a folder that does not exist yet.")
-    if output.is_dir() and (found := len(list(output.iterdir()))):
-        raise ValueError(f"The output {output} already holds {found} files or folders; give a new or an empty folder.")
 
 
 def _read_lora(lora: str | os.PathLike | Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
@@ -246,20 +241,6 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 return file.get_tensor(name).dtype
     return None
-
-
-def _save_atomically(pipeline: Any, output: Path) -> None:
-    """Write beside `output` and rename, so that a folder of that name is always a complete one."""
-    unfinished = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}"
-    unfinished.mkdir(parents=True)
-    try:
-        pipeline.save_pretrained(unfinished)
-        if output.is_dir():
-            output.rmdir()  # empty, as checked; if no longer, this raises rather than overwrites
-        unfinished.rename(output)
-    except BaseException:  # KeyboardInterrupt too: gigabytes must not stay behind under a hidden name
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def _describe(model: torch.nn.Module) -> str:

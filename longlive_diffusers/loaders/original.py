@@ -21,7 +21,10 @@ from diffusers import ModelMixin
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from diffusers.utils import logging
 
+from ..nvfp4.format import NVFP4Tensor
+from ..nvfp4.quantizer import NVFP4Config, mark_quantized
 from .checkpoint_file import read_checkpoint_file
+from .packed_nvfp4 import is_packed, join_packed, packed_rule
 
 
 logger = logging.get_logger(__name__)
@@ -43,11 +46,7 @@ _WRAPPER_MODULES = frozenset(
     }
 )
 _WRAPPER_DICTS = ("state_dict", "model", "module")
-_PACKED_FORMATS = ("longlive_generator_nvfp4", "longlive_generator_te_nvfp4")
-_PACKED_NVFP4 = (
-    "is a packed NVFP4 checkpoint, which this version cannot load. "
-    "The merged BF16 file of the same model, published beside it, can be loaded instead."
-)
+_LEGACY_FORMAT = "longlive_generator_te_nvfp4"
 _FP16_DTYPES = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, *_FP16_DTYPES, torch.float64)
 
@@ -59,9 +58,12 @@ def load_original_transformer(
     device: str | torch.device | None = None,
     torch_dtype: torch.dtype | None = None,
     model_class: type[ModelMixin] | None = None,
+    weight_scale_rule: str | None = None,
     **config: Any,
 ) -> ModelMixin:
     """Build the transformer from a checkpoint of the reference implementation.
+
+    One that is packed in NVFP4 stays so: its layers are `NVFP4Linear`, and it is saved as a quantised model.
 
     Args:
         checkpoint: path of a `.pt`/`.pth`/`.safetensors` file, or a state dict, wrapped or not. It is not modified,
@@ -71,6 +73,7 @@ def load_original_transformer(
         torch_dtype: as in `from_pretrained`: float32 by default; with float16 and bfloat16 the modules in the class's
             `_keep_in_fp32_modules` stay in float32.
         model_class: the class to build, `LongLiveTransformer3DModel` by default.
+        weight_scale_rule: of a packed checkpoint that does not say by which rule it was quantised.
         **config: values of the model's configuration that shapes do not show, such as `attention_head_dim` (128 unless
             given), `chunk_size` or `eps`. Those that shapes do show may be given, and have to agree.
 
@@ -78,7 +81,7 @@ def load_original_transformer(
         the model, in evaluation mode.
 
     Raises:
-        ValueError: the file cannot be read or is of another kind (packed NVFP4, LoRA, VAE, image-to-video, ...); keys
+        ValueError: the file cannot be read or is of another kind (LoRA, VAE, image-to-video, ...); keys
             are missing or unexpected; a shape or a configuration value contradicts the others.
     """
     if torch_dtype is None:
@@ -88,49 +91,78 @@ def load_original_transformer(
     if model_class is None:
         from ..models.transformer_longlive import LongLiveTransformer3DModel as model_class
 
-    state_dict = read_original_state_dict(checkpoint, use_ema=use_ema)
+    state_dict = read_original_state_dict(checkpoint, use_ema=use_ema, weight_scale_rule=weight_scale_rule)
     model = _empty_model(model_class, infer_transformer_config(state_dict, **config))
     _check_against_model(state_dict, model)
 
+    packed = {name: state_dict.pop(name) for name in list(state_dict) if isinstance(state_dict[name], NVFP4Tensor)}
     fp32_modules = set(model_class._keep_in_fp32_modules or ()) if torch_dtype in _FP16_DTYPES else set()
     for name in list(state_dict):
         dtype = torch_dtype if fp32_modules.isdisjoint(name.split(".")) else torch.float32
         # A copy, so that the model depends neither on the caller's tensors nor on the mapped file staying as it is.
         tensor = state_dict[name].detach().to(device=device or "cpu", dtype=dtype, copy=True)
         state_dict[name] = tensor.contiguous()
-    model.load_state_dict(state_dict, assign=True)
+    model.load_state_dict(state_dict, assign=True, strict=not packed)
+    if packed:
+        _put_packed(model, packed, device)
     if device is not None:
         model.to(device)  # the buffers, which are computed and in no checkpoint
     return model.eval()
 
 
-def read_original_state_dict(checkpoint: Checkpoint, *, use_ema: bool = False) -> dict[str, torch.Tensor]:
+def _put_packed(model: ModelMixin, packed: Mapping[str, NVFP4Tensor], device: str | torch.device | None) -> None:
+    """Replace the layers whose weights are packed, and make diffusers know the model as quantised."""
+    rule = next(iter(packed.values())).scale_rule
+    config = NVFP4Config(weight_scale_rule=rule, activation_scale_rule=rule)
+    layers = {name.removesuffix(".weight"): weight for name, weight in packed.items()}
+    # Whatever else the configuration would take for a layer to convert stays one that it does not.
+    config.modules_to_not_convert += [
+        name for name, module in model.named_modules() if config.converts(name, module) and name not in layers
+    ]
+    for name, weight in layers.items():
+        layer = config.empty_layer(model.get_submodule(name))
+        layer.store(weight.to(device or "cpu"))
+        model.set_submodule(name, layer)
+    mark_quantized(model, config)
+
+
+def read_original_state_dict(
+    checkpoint: Checkpoint, *, use_ema: bool = False, weight_scale_rule: str | None = None
+) -> dict[str, torch.Tensor | NVFP4Tensor]:
     """Read the generator's weights under diffusers' names.
 
     Args:
         checkpoint: path or (wrapped) state dict, see `load_original_transformer`.
         use_ema: prefer "generator_ema" to "generator"; where only one is there, it is taken.
+        weight_scale_rule: of a packed checkpoint that does not say by which rule it was quantised.
 
     Returns:
-        `{diffusers name: tensor}`, the tensors being the caller's own or mapped from the file.
+        `{diffusers name: tensor}`, an `NVFP4Tensor` for a weight that is packed; the others are the caller's own or
+        mapped from the file.
 
     Raises:
         ValueError: no weights of a Wan text-to-video transformer are found; the message says what was found instead.
     """
     source = "The given state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
     content = dict(checkpoint) if isinstance(checkpoint, Mapping) else read_checkpoint_file(checkpoint)
-    if content.get("checkpoint_format") in _PACKED_FORMATS:
-        raise ValueError(f"{source} {_PACKED_NVFP4}")
+    if content.get("checkpoint_format") == _LEGACY_FORMAT:
+        raise ValueError(
+            f"{source} is in the reference's legacy NVFP4 format ({_LEGACY_FORMAT}), which it does not load either. "
+            "Its packed file ('model_4o6.pt') and the merged BF16 file of the same model can be loaded."
+        )
     weights = _unwrap(content, use_ema=use_ema, source=source)
     if problem := _describe_foreign(weights):
         raise ValueError(f"{source} {problem}")
+    if is_packed(weights):
+        rule = packed_rule(content, weight_scale_rule, source)
+        weights = join_packed({strip_wrappers(key): tensor for key, tensor in weights.items()}, rule, source)
 
     stripped: dict[str, torch.Tensor] = {}
     for key, tensor in weights.items():
         name = strip_wrappers(key)
         if name in stripped:
             raise ValueError(f"{source} holds {name} twice: {key} differs from another key by wrapper names only.")
-        if tensor.dtype not in _DTYPES:
+        if isinstance(tensor, torch.Tensor) and tensor.dtype not in _DTYPES:
             raise ValueError(
                 f"{source}: {key} is {tensor.dtype}; a transformer's weights are float32 or 16 bit floats."
             )
@@ -268,7 +300,7 @@ def _unwrap(content: Mapping[str, Any], *, use_ema: bool, source: str) -> dict[s
         if use_ema and found[0] == "generator":
             logger.warning("%s has no generator_ema; its generator is taken.", source)
         content = inner[found[0]]
-    weights = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    weights = {key: value for key, value in content.items() if isinstance(value, (torch.Tensor, NVFP4Tensor))}
     if not weights:
         keys = ", ".join(map(str, list(content)[:6])) or "none"
         kind = " It is a LoRA: load it with load_lora_weights." if "generator_lora" in content else ""
@@ -282,8 +314,6 @@ def _describe_foreign(weights: Mapping[str, torch.Tensor]) -> str | None:
     def has(*marks: str) -> bool:
         return any(mark in key for key in weights for mark in marks)
 
-    if any(key.endswith("quantized_weight_values") for key in weights):
-        return _PACKED_NVFP4
     if has(".lora_A", ".lora_B", ".lora_down", ".lora_up", "lora_unet_"):
         return "is a LoRA, not a whole model: load the base model, then the LoRA with load_lora_weights."
     if has("k_img.", "img_emb.", "add_k_proj.", "image_embedder."):

@@ -173,7 +173,8 @@ def refused(tmp_path, checkpoint):
 
 def test_bad_checkpoints(refused, tmp_path, golden, original, wan_base):
     refused("no checkpoint file", wan_base, tmp_path / "nothing.pt")
-    refused("packed NVFP4", wan_base, golden / "model_4o6.pt")
+    packed = torch.load(golden / "model_4o6.pt", weights_only=True)["generator"]
+    refused("does not say by which rule", wan_base, packed)
     refused("is a LoRA", wan_base, golden / "lora.pt")
     refused("1 missing", wan_base, {k: t for k, t in original.items() if k != "blocks.1.modulation"})
     (tmp_path / "cut.pt").write_bytes((golden / "model_bf16.pt").read_bytes()[:-100])
