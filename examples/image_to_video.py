@@ -3,7 +3,7 @@
 The image becomes the first frame, and is resized to the video's size. Without --image, one is drawn. To continue a
 video instead, pass its frames as `video=`.
 
-Without --model, the tiny untrained pipeline of the package is used; what it draws is a moving texture.
+Without --model, the small one that comes with the package is used: it knows plain shapes that move.
 """
 
 import argparse
@@ -21,11 +21,12 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--image")
 parser.add_argument("--model", default=toy_pipeline_path())
 parser.add_argument("--output", default="video.mp4")
+parser.add_argument("--steps", type=int, default=30, help="4 for distilled models")
 args = parser.parse_args()
 
 if args.image is None:
-    image = Image.new("RGB", (512, 512), "skyblue")
-    ImageDraw.Draw(image).ellipse((160, 160, 352, 352), fill="red")
+    image = Image.new("RGB", (512, 512), (125, 125, 125))
+    ImageDraw.Draw(image).ellipse((184, 184, 328, 328), fill=(225, 40, 40))
 else:
     image = load_image(args.image)
 
@@ -34,8 +35,9 @@ pipe = DiffusionPipeline.from_pretrained(args.model, dtype=torch.bfloat16 if on_
 pipe.to("cuda" if on_gpu else "cpu")
 
 video = pipe(
-    "A red ball bounces against a blue sky",
+    "A large red circle moves right on a grey background",
     image=image,
+    num_inference_steps=args.steps,
     num_frames=45,
     generator=torch.Generator().manual_seed(0),
 )

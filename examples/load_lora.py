@@ -2,7 +2,7 @@
 
 LORA is a file of diffusers or PEFT, a folder or a repository, or the reference's own `lora.pt`. It must fit the model.
 
-Without --model, the tiny untrained pipeline of the package is used; what it draws is a moving texture.
+Without --model, the small one that comes with the package is used: it knows plain shapes that move.
 """
 
 import argparse
@@ -19,6 +19,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("lora")
 parser.add_argument("--model", default=toy_pipeline_path())
 parser.add_argument("--output", default="video.mp4")
+parser.add_argument("--steps", type=int, default=30, help="4 for distilled models")
 args = parser.parse_args()
 
 on_gpu = torch.cuda.is_available()
@@ -29,5 +30,10 @@ pipe.load_lora_weights(args.lora, adapter_name="style")
 pipe.set_adapters("style", 0.8)  # how much of it; several adapters can be mixed
 pipe.fuse_lora(components=["transformer"])  # optional: no time is lost on it from here on, and it can be unfused
 
-video = pipe("A red circle moves right", num_frames=29, generator=torch.Generator().manual_seed(0))
+video = pipe(
+    "A red circle moves right",
+    num_frames=29,
+    num_inference_steps=args.steps,
+    generator=torch.Generator().manual_seed(0),
+)
 encode_video(video.frames[0], fps=24, output_path=args.output)

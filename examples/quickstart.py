@@ -1,7 +1,7 @@
 """A first video: python examples/quickstart.py [--model DIR_OR_REPO] [--output video.mp4]
 
-Without --model, the tiny untrained pipeline of the package is used: it shows that everything works, in seconds on a
-CPU, but what it draws is a moving texture.
+Without --model, the small one that comes with the package is used: in seconds on a CPU it draws plain shapes that
+move, and nothing else.
 """
 
 import argparse
@@ -17,11 +17,17 @@ from longlive_diffusers.assets import toy_pipeline_path
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=toy_pipeline_path())
 parser.add_argument("--output", default="video.mp4")
+parser.add_argument("--steps", type=int, default=30, help="4 for distilled models")
 args = parser.parse_args()
 
 on_gpu = torch.cuda.is_available()
 pipe = DiffusionPipeline.from_pretrained(args.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
 pipe.to("cuda" if on_gpu else "cpu")
 
-video = pipe("A red circle moves right over a blue sky", num_frames=45, generator=torch.Generator().manual_seed(0))
+video = pipe(
+    "A large red circle moves right on a black background",
+    num_frames=45,
+    num_inference_steps=args.steps,
+    generator=torch.Generator().manual_seed(0),
+)
 encode_video(video.frames[0], fps=24, output_path=args.output)

@@ -4,7 +4,7 @@ The stream has no end of its own, and its memory does not grow. A new prompt tak
 begun; a cut also begins a new shot. Here chunk numbers direct; in an application, the user does. The file can be
 watched while it is written.
 
-Without --model, the tiny untrained pipeline of the package is used; what it draws is a moving texture.
+Without --model, the small one that comes with the package is used: it knows plain shapes that move.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from longlive_diffusers.cli.video_writer import VideoWriter
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=toy_pipeline_path())
 parser.add_argument("--output", default="video.mp4")
+parser.add_argument("--steps", type=int, default=30, help="4 for distilled models")
 args = parser.parse_args()
 
 on_gpu = torch.cuda.is_available()
@@ -30,15 +31,20 @@ pipe.set_progress_bar_config(disable=True)
 generator = torch.Generator().manual_seed(0)
 with (
     # Decode each chunk while the next is denoised.
-    pipe.stream("A quiet street in the rain, at dusk", generator=generator, async_decode=True) as session,
+    pipe.stream(
+        "A large blue circle moves left, grey background",
+        num_inference_steps=args.steps,
+        generator=generator,
+        async_decode=True,
+    ) as session,
     VideoWriter(args.output, fps=24) as writer,
 ):
     for chunk in session:
         writer.write(chunk.frames[0])
         print(f"chunk {chunk.index}, shot {chunk.shot_index}: {chunk.prompt}")
         if chunk.index == 2:
-            session.prompt = "A quiet street in the rain, at dusk, the street lamps light up"
+            session.prompt = "A large green circle moves down, grey background"
         elif chunk.index == 5:
-            session.cut("A cat behind a window watches the rain")
+            session.cut("A small white square stays still on a black background")
         elif chunk.index == 9:
             break

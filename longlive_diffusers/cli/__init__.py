@@ -1,11 +1,11 @@
-"""The command line: `longlive generate | convert | bench`."""
+"""The command line: `longlive generate | convert | quantize | bench`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import bench, convert, generate
+from . import bench, convert, generate, quantize
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"longlive_diffusers {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (generate, convert, bench):
+    for command in (generate, convert, quantize, bench):
         command.add_parser(commands)
     return parser

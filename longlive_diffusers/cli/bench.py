@@ -14,10 +14,13 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from ..loaders.convert import DTYPES
-from ..models.kv_cache import check_window
+from ..models.kv_cache import PACKED_DTYPES, check_window
+from ..nvfp4.backends import BACKENDS
+from ..nvfp4.quantizer import NVFP4Config, quantize_model
 from ..pipelines.inputs import resolve_size
 from ..version import __version__
 from . import arguments as types
+from .bench_kv_cache import measure_kv_caches
 from .bench_models import random_pipeline
 from .bench_runs import measure_decode, measure_denoise, measure_forward, measure_matmul, measure_whole
 from .bench_sizes import SIZES, BenchSize, check_bench_size, forward_flops, frames_in
@@ -44,6 +47,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--device", type=types.device, help="default: cuda, where there is one, else cpu")
     parser.add_argument("--attention-backend", metavar="NAME", help="one of diffusers', such as flash or sage")
+    parser.add_argument(
+        "--nvfp4", choices=("auto", *BACKENDS), metavar="BACKEND", help="store the blocks' weights in 4 bits"
+    )
+    parser.add_argument(
+        "--kv-caches",
+        nargs="+",
+        choices=("plain", "bfloat16", *PACKED_DTYPES),
+        metavar="KIND",
+        help="compare ways to store keys and values: plain (the network's dtype), bfloat16, fp8, nvfp4",
+    )
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
     parser.add_argument("--threads", type=types.count, help="of the CPU (default: the size's, or torch's)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file, too")
@@ -111,6 +124,7 @@ def describe_setting(
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "attention_backend": args.attention_backend or "default",
         "compiled": args.compile,
+        "nvfp4_backend": args.nvfp4,
         "size": args.size,
         "layers": config["num_layers"],
         "width": config["num_attention_heads"] * config["attention_head_dim"],
@@ -134,6 +148,8 @@ def measure(args: argparse.Namespace, size: BenchSize, device: torch.device, dty
     matmul = {name: measure_matmul(device, DTYPES[name]) for name in ("float32", "bfloat16")}
     tell("building the networks")
     pipe = random_pipeline(size, device, dtype)
+    if args.nvfp4:
+        quantize_model(pipe.transformer, NVFP4Config(backend=args.nvfp4))
     if args.attention_backend:
         pipe.transformer.set_attention_backend(args.attention_backend)
     if args.compile:
@@ -144,12 +160,12 @@ def measure(args: argparse.Namespace, size: BenchSize, device: torch.device, dty
     tell("warming up")
     # Each length of the cache is a shape of its own to a compiler and to a GPU's libraries.
     warm_up = size.chunks_to_fill + 1 if args.compile or device.type == "cuda" else 2
-    _, latents = measure_denoise(pipe, size, embeds, device, warm_up)
+    _, latents, _ = measure_denoise(pipe, size, embeds, device, warm_up)
     measure_decode(pipe, latents[:2], device)
     tell("one forward")
     forward = measure_forward(pipe, size, embeds, device)
     tell("denoising")
-    seconds, latents = measure_denoise(pipe, size, embeds, device, size.num_chunks)
+    seconds, latents, _ = measure_denoise(pipe, size, embeds, device, size.num_chunks)
     tell("decoding")
     decode = measure_decode(pipe, latents, device)
     del latents
@@ -158,6 +174,10 @@ def measure(args: argparse.Namespace, size: BenchSize, device: torch.device, dty
     synchronous = measure_whole(pipe, size, embeds, device, async_decode=False)
     memory, memory_counts = peak_memory(device)
     asynchronous = measure_whole(pipe, size, embeds, device, async_decode=True)
+    caches = {}
+    if args.kv_caches:
+        tell("kinds of KV cache")
+        caches = measure_kv_caches(pipe, size, embeds, device, args.kv_caches)
     flops, name = forward_flops(size), str(dtype).removeprefix("torch.")
     return {
         "matmul_flops_per_second": matmul,
@@ -173,10 +193,11 @@ def measure(args: argparse.Namespace, size: BenchSize, device: torch.device, dty
         "synchronous": synchronous,
         "asynchronous": asynchronous,
         "weights_bytes": {
-            name: sum(weight.nbytes for weight in model.parameters())
+            name: sum(weight.nbytes for weight in model.state_dict().values())
             for name, model in (("transformer", pipe.transformer), ("vae", pipe.vae))
         },
         "kv_cache_bytes": synchronous["kv_cache_bytes"],
+        "kv_caches": caches,
         "peak_memory_bytes": memory,
         "peak_memory_counts": memory_counts,
     }

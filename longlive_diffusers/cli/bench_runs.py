@@ -95,18 +95,26 @@ def kind_of(operator: str) -> str:
 
 
 def measure_denoise(
-    pipe: LongLivePipeline, size: BenchSize, embeds: torch.Tensor, device: torch.device, num_chunks: int
-) -> tuple[list[float], list[torch.Tensor]]:
-    """Seconds of each chunk - steps, clean pass, solver, noise - and the chunks' latents. Nothing is decoded."""
-    seconds, latents = [], []
-    with _stream(pipe, size, embeds, num_chunks, output_type="latent") as session:
+    pipe: LongLivePipeline,
+    size: BenchSize,
+    embeds: torch.Tensor,
+    device: torch.device,
+    num_chunks: int,
+    kv_cache_dtype: torch.dtype | str | None = None,
+) -> tuple[list[float], list[torch.Tensor], int]:
+    """Seconds of each chunk - steps, clean pass, solver, noise -, the chunks' latents, and bytes of the KV cache.
+    Nothing is decoded."""
+    seconds, latents, kv_cache_bytes = [], [], 0
+    options = {"output_type": "latent", "kv_cache_dtype": kv_cache_dtype}
+    with _stream(pipe, size, embeds, num_chunks, **options) as session:
         while len(seconds) < num_chunks:
             synchronize(device)
             began = time.perf_counter()
             latents.append(next(session).latents)
             synchronize(device)
             seconds.append(time.perf_counter() - began)
-    return seconds, latents
+            kv_cache_bytes = session.kv_cache_bytes
+    return seconds, latents, kv_cache_bytes
 
 
 def measure_decode(pipe: LongLivePipeline, latents: list[torch.Tensor], device: torch.device) -> list[float]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .bench_kv_cache import kv_cache_rows
 from .bench_runs import matmul_side
 from .measure import as_size
 
@@ -21,6 +22,7 @@ def as_table(report: dict[str, Any]) -> str:
     ratio = results["forward_to_matmul"]
     side = matmul_side(setting["device_type"])
     size, versions = setting["size"], ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
+    nvfp4 = f", blocks in NVFP4 ({setting['nvfp4_backend']})" if setting["nvfp4_backend"] else ""
     compiled = ", compiled" if setting["compiled"] else ""
     height, width = setting["pixels"]
     network = f"{setting['layers']} layers, width {setting['width']}, {setting['heads']} heads, FFN {setting['ffn']}"
@@ -28,7 +30,7 @@ def as_table(report: dict[str, Any]) -> str:
     lines = [
         f"device    {setting['device']}, {setting['threads']} CPU threads",
         f"software  {versions}",
-        f"network   {size}: {network}; random weights, {setting['dtype']}",
+        f"network   {size}: {network}; random weights, {setting['dtype']}{nvfp4}",
         f"attention backend {setting['attention_backend']}{compiled}; {setting['text_tokens']} text tokens",
         f"video     {setting['frames']} frames of {height}x{width}, batch 1",
         f"          {setting['chunks']} chunks of {chunk} latent frames of {latents}",
@@ -55,6 +57,7 @@ def as_table(report: dict[str, Any]) -> str:
         ("  first chunk", as_time(results["decode_first_chunk"]), "the same, for the beginning of a video"),
         *_whole_rows("synchronous", results["synchronous"], "denoise and decode in turn"),
         *_whole_rows("asynchronous", results["asynchronous"], "decode while the next chunk is denoised"),
+        *kv_cache_rows(results["kv_caches"]),
         ("weights", as_size(sum(results["weights_bytes"].values())), "transformer and VAE"),
         ("KV cache", as_size(results["kv_cache_bytes"]), "keys and values of the window, all layers"),
         ("peak memory", as_size(results["peak_memory_bytes"]), results["peak_memory_counts"]),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..assets import toy_pipeline_path
 from ..loaders.convert import DTYPES
+from ..models.kv_cache import PACKED_DTYPES
 from ..pipelines.pipeline_output import VideoChunk
 from . import arguments as types
 from .generation_request import DEFAULT_SECONDS, FPS, Request, check_request
@@ -62,6 +63,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--window-size", type=types.count, help="latent frames that are remembered (default: the model's)"
     )
     how.add_argument("--sink-size", type=types.size, help="first frames never forgotten (default: the model's)")
+    how.add_argument(
+        "--kv-cache",
+        choices=("auto", *PACKED_DTYPES),
+        default="auto",
+        help="store what is remembered in 4 or 8 bits (default: as the model computes)",
+    )
     how.add_argument("--relative-rope", action="store_true", help="count time from the frames that are remembered")
     how.add_argument(
         "--stream",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..models.kv_cache import check_window
+from ..models.kv_cache import check_cache_dtype, check_window
 from ..pipelines.inputs import resolve_size
 from .arguments import default_device
 from .pipeline_folder import PipelineFolder, check_lora_file
@@ -54,6 +54,7 @@ class Request:
             "window_size": args.window_size,
             "sink_size": args.sink_size,
             "relative_rope": True if args.relative_rope else None,
+            "kv_cache_dtype": None if args.kv_cache == "auto" else args.kv_cache,
             "generator": torch.Generator().manual_seed(self.seed),
             "async_decode": args.stream,
         }
@@ -97,6 +98,8 @@ def check_request(args: argparse.Namespace) -> tuple[Request, PipelineFolder]:
         config["chunk_size"],
         settings["multi_shot_sink"],
     )
+    if args.kv_cache != "auto":
+        check_cache_dtype(args.kv_cache, config["attention_head_dim"])
     seed = random.randrange(2**31) if args.seed is None else args.seed
     return Request(shots, image, video, num_frames, condition_frames, seed, device), folder
 

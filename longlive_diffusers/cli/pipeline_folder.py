@@ -21,6 +21,7 @@ from ..loaders.checkpoint_file import read_checkpoint_file
 from ..loaders.convert import DTYPES
 from ..loaders.lora import LORA_SUFFIXES, check_lora_fits
 from ..models.transformer_longlive import LongLiveTransformer3DModel
+from ..nvfp4.linear import weights_of
 from ..pipelines.pipeline_longlive import LongLivePipeline
 
 
@@ -91,7 +92,7 @@ class PipelineFolder:
         if not show_progress:
             diffusers_logging.disable_progress_bar()
             transformers_logging.disable_progress_bar()
-        folder = Path(self.source) if Path(self.source).is_dir() else Path(DiffusionPipeline.download(self.source))
+        folder = self._folder()
         if dtype == "auto":
             wanted = torch.bfloat16 if device.type == "cuda" else cpu_dtype(folder / "transformer")
         else:
@@ -99,9 +100,7 @@ class PipelineFolder:
         pipe = LongLivePipeline.from_pretrained(folder, dtype=wanted)
         pipe.set_progress_bar_config(disable=not show_progress)
         if lora is not None:
-            weights = pipe.lora_state_dict(lora)
-            check_lora_fits(weights, pipe.transformer.state_dict())
-            pipe.load_lora_weights(weights)
+            self._load_lora(pipe, lora)
         if offload == "model":
             pipe.enable_model_cpu_offload(device=device)
         elif offload == "sequential":
@@ -109,6 +108,33 @@ class PipelineFolder:
         else:
             pipe.to(device)
         return pipe
+
+    def load_stored(self, *, dtype: str = "auto", lora: str | None = None) -> LongLivePipeline:
+        """Load the models on the CPU in order to write them again.
+
+        Args:
+            dtype: Of the transformer: "float32", "bfloat16", "float16", or "auto": as stored, like all else.
+            lora: file, folder or repository of a LoRA to add for good.
+        """
+        folder = self._folder()
+        dtypes = {name: stored_dtype(folder / name) for name in ("transformer", "vae", "text_encoder")}
+        if dtype != "auto":
+            dtypes["transformer"] = DTYPES[dtype]
+        pipe = LongLivePipeline.from_pretrained(folder, dtype=dtypes)
+        if lora is not None:
+            self._load_lora(pipe, lora)
+            pipe.fuse_lora(components=["transformer"])
+            pipe.unload_lora_weights()
+        return pipe
+
+    def _folder(self) -> Path:
+        return Path(self.source) if Path(self.source).is_dir() else Path(DiffusionPipeline.download(self.source))
+
+    @staticmethod
+    def _load_lora(pipe: LongLivePipeline, lora: str) -> None:
+        weights = pipe.lora_state_dict(lora)
+        check_lora_fits(weights, weights_of(pipe.transformer))
+        pipe.load_lora_weights(weights)
 
 
 def check_lora_file(lora: str) -> None:
@@ -126,15 +152,17 @@ def cpu_dtype(folder: Path) -> torch.dtype:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that most of a model's stored weights have; float32 where that cannot be seen."""
+    """The dtype that most of a model's stored weights have, those in few bits left aside; float32 where that cannot be
+    seen."""
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     numbers: Counter[str] = Counter()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 tensor = file.get_slice(name)
-                numbers[tensor.get_dtype()] += torch.Size(tensor.get_shape()).numel()
-    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    return names.get(numbers.most_common(1)[0][0], torch.float32) if numbers else torch.float32
+                if tensor.get_dtype() in names:
+                    numbers[tensor.get_dtype()] += torch.Size(tensor.get_shape()).numel()
+    return names[numbers.most_common(1)[0][0]] if numbers else torch.float32
 
 
 def _read_json(path: Path, source: str | os.PathLike) -> dict[str, Any]:

@@ -1,0 +1,96 @@
+"""`longlive quantize`: a pipeline in, the same in 4 bits out."""
+
+import json
+import re
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from longlive_diffusers.assets import toy_pipeline_path
+from longlive_diffusers.cli import main
+from longlive_diffusers.cli.pipeline_folder import stored_dtype
+from longlive_diffusers.cli.video_reader import read_video
+from longlive_diffusers.nvfp4 import nvfp4_layers
+from tests.toy_checkpoints import save_original_lora
+
+
+TOY = str(toy_pipeline_path())
+
+
+def test_it_writes_a_pipeline_that_generates(tmp_path, capsys):
+    output = tmp_path / "quantized"
+    assert main(["quantize", TOY, "--output", str(output), "--weight-rule", "static_6", "--backend", "w4a16"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"layers in NVFP4: +\d+, such as blocks\.0\.attn1\.to_q: .*weight=static_6.*backend=w4a16", told)
+    smaller = float(re.search(r"\((\d+\.\d+) times smaller\)", told)[1])
+    plain, pipe = (DiffusionPipeline.from_pretrained(folder) for folder in (TOY, output))
+    layers = nvfp4_layers(pipe.transformer)
+    assert len(layers) == 10 * pipe.transformer.config.num_layers
+    assert smaller > 2
+    # What is not quantised is as it was stored.
+    assert stored_dtype(output / "transformer") == stored_dtype(toy_pipeline_path() / "transformer")
+    assert torch.equal(pipe.transformer.proj_out.weight, plain.transformer.proj_out.weight)
+    config = json.loads((output / "transformer" / "config.json").read_text())["quantization_config"]
+    assert config["weight_scale_rule"] == "static_6" and config["activation_scale_rule"] == "mse"
+
+    video = tmp_path / "video.mp4"
+    options = ["--num-frames", "13", "--steps", "2", "--kv-cache", "nvfp4", "--seed", "0", "--no-progress"]
+    assert main(["generate", "a red circle", "--model", str(output), "--output", str(video), *options]) == 0
+    assert len(read_video(video)[0]) == 13
+
+
+def test_a_lora_is_added_first(tmp_path):
+    lora = save_original_lora(tmp_path / "lora.pt")
+    for name, options in (("plain", []), ("with", ["--lora", str(lora)])):
+        assert main(["quantize", TOY, "--output", str(tmp_path / name), *options]) == 0
+    first, second = (
+        nvfp4_layers(DiffusionPipeline.from_pretrained(tmp_path / name).transformer)["blocks.0.attn1.to_q"]
+        for name in ("plain", "with")
+    )
+    assert not torch.equal(first.weight_codes, second.weight_codes)
+
+
+def test_modules_are_kept(tmp_path):
+    keep = ["condition_embedder", "proj_out", "attn1", "attn2"]
+    assert main(["quantize", TOY, "--output", str(tmp_path / "out"), "--keep", *keep]) == 0
+    layers = nvfp4_layers(DiffusionPipeline.from_pretrained(tmp_path / "out").transformer)
+    assert {name.split(".", 2)[2] for name in layers} == {"ffn.net.0.proj", "ffn.net.2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/folder"], "is no folder"),
+        ([TOY, "--lora", "none.pt"], "there is no LoRA file"),
+        ([TOY, "--keep", "blocks", "condition_embedder", "proj_out"], "Nothing to quantise"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line(tmp_path, capsys, arguments, message):
+    assert main(["quantize", *arguments, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_does_not_write_over_anything_nor_quantise_twice(tmp_path, capsys):
+    assert main(["quantize", TOY, "--output", str(tmp_path / "out")]) == 0
+    assert main(["quantize", TOY, "--output", str(tmp_path / "out")]) == 2
+    assert "already holds" in capsys.readouterr().err
+    assert main(["quantize", str(tmp_path / "out"), "--output", str(tmp_path / "again")]) == 2
+    assert "in NVFP4 already" in capsys.readouterr().err
+
+
+def test_four_bits_need_heads_that_divide(tmp_path, capsys, monkeypatch):
+    from longlive_diffusers.cli.pipeline_folder import PipelineFolder
+
+    find = PipelineFolder.find
+
+    def odd_heads(source):
+        folder = find(source)
+        folder.transformer["attention_head_dim"] = 12
+        return folder
+
+    monkeypatch.setattr(PipelineFolder, "find", odd_heads)
+    words = ["generate", "x", "--kv-cache", "nvfp4", "--output", str(tmp_path / "video.mp4")]
+    assert main(words) == 2
+    assert "multiples of 16, this network has 12" in capsys.readouterr().err
