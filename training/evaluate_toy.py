@@ -27,6 +27,7 @@ from whole_file import write_whole
 
 import longlive_diffusers  # noqa: F401  (registers the pipeline's classes with diffusers)
 from longlive_diffusers import LongLivePipeline
+from longlive_diffusers.models.kv_cache import PACKED_DTYPES
 
 
 SECTIONS = {"accuracy": accuracy, "steps": steps, "time": time, "events": events, "vae": vae, "strip": strip}
@@ -117,6 +118,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         ("seed", int, "of prompts and noise (default 0)"),
     ):
         parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument("--kv_cache_dtype", choices=PACKED_DTYPES, help="store keys and values in few bits")
     parser.add_argument("--step_counts", type=int, nargs="+", help="compared by `steps` (default 4 8 16 30 50)")
     parsed = parser.parse_args(arguments)
     preset = asdict(QUICK if parsed.quick else FULL)

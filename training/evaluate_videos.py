@@ -26,6 +26,7 @@ class Sampling:
     Args:
         sinks: With the pipeline's attention sinks and pinned shot beginnings, or without any.
         relative_rope: Count time positions from the cached frames.
+        kv_cache_dtype: "nvfp4" or "fp8": how keys and values are stored; None: as the network computes.
         max_sequence_length: Tokens that prompts are padded to, as in training.
     """
 
@@ -33,6 +34,7 @@ class Sampling:
     guidance_scale: float = 1.0
     sinks: bool = True
     relative_rope: bool = False
+    kv_cache_dtype: str | None = None
     max_sequence_length: int = 512
     batch_size: int = 24
     seed: int = 0
@@ -112,6 +114,7 @@ def make_videos(
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
         relative_rope=sampling.relative_rope,
+        kv_cache_dtype=sampling.kv_cache_dtype,
         max_sequence_length=sampling.max_sequence_length,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="np",

@@ -13,6 +13,7 @@ from train_arguments import Arguments, ModelArguments, RunArguments
 
 from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.loaders.hub import render_lora_card
+from longlive_diffusers.nvfp4 import nvfp4_layers
 
 
 def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTransformer3DModel]:
@@ -32,6 +33,8 @@ def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTra
         )
     except OSError as error:
         raise ValueError(f"'{source}' has no transformer to start from: {error}") from error
+    if nvfp4_layers(transformer) and arguments.rank is None:
+        transformer.dequantize()  # all weights are to move; under a LoRA they stay in 4 bits
     pipe = LongLivePipeline.from_pretrained(source, transformer=None, dtype=torch.float32, **options)
     pipe.set_progress_bar_config(disable=True)
     for model in (pipe.vae, pipe.text_encoder):
@@ -126,6 +129,8 @@ def training_facts(arguments: Arguments) -> dict[str, str | int | float]:
             optimization.train_batch_size * optimization.gradient_accumulation_steps
         ),
         "latent frames of a clip": data.num_latent_frames,
+        "precision": f"NVFP4, recipe {optimization.nvfp4_recipe}" if trains_in_nvfp4(arguments) else "as accelerate's",
+        "optimiser": optimization.optimizer,
         "learning rate": optimization.learning_rate,
         "schedule": optimization.lr_scheduler,
         "weight average": optimization.ema_decay if optimization.ema_decay is not None else "none",
@@ -133,6 +138,10 @@ def training_facts(arguments: Arguments) -> dict[str, str | int | float]:
         "image conditioning, share of clips": arguments.objective.image_probability,
         "seed": optimization.seed,
     }
+
+
+def trains_in_nvfp4(arguments: Arguments) -> bool:
+    return arguments.optimization.precision == "nvfp4" and arguments.model.rank is None
 
 
 def publish(names: list[str], output: Path, run: RunArguments) -> str:

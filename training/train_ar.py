@@ -19,22 +19,26 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from checkpoints import Checkpoints, remove_partial, resolve_checkpoint
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from error_recycling import ErrorRecycler, RecyclingSettings
+from muon import Muon
 from objectives import Batch, TeacherForcing, TeacherForcingSettings
 from peft import LoraConfig
 from process_mesh import ProcessMesh, build_process_mesh
 from result import load_start, publish, save_result, trained_weights
 from tqdm.auto import tqdm
-from train_arguments import Arguments, ObjectiveArguments, parse_arguments
+from train_arguments import Arguments, ObjectiveArguments, OptimizationArguments, parse_arguments
 from training_data import ClipShape, batches, encode_batch, open_dataset
 from training_log import TrainingLog
 from validation import Validation
 
 from longlive_diffusers import LongLiveTransformer3DModel
+from longlive_diffusers.nvfp4 import NVFP4Config, nvfp4_layers, quantize_model
+from longlive_diffusers.nvfp4.recipes import recipe_named
+from longlive_diffusers.nvfp4.training import train_in_nvfp4
 from longlive_diffusers.parallel import FrameLayout, check_heads
 
 
@@ -75,6 +79,8 @@ def main(arguments: Arguments) -> None:
 
     # 4. Network and optimiser.
     transformer.train()
+    if optimization.precision == "nvfp4":
+        use_nvfp4(transformer, arguments)
     if model_args.rank is not None:
         add_lora(transformer, arguments)
     if optimization.gradient_checkpointing:
@@ -84,13 +90,7 @@ def main(arguments: Arguments) -> None:
     if optimization.compile:
         transformer.compile_repeated_blocks()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=optimization.learning_rate,
-        betas=(optimization.adam_beta1, optimization.adam_beta2),
-        eps=optimization.adam_epsilon,
-        weight_decay=optimization.adam_weight_decay,
-    )
+    optimizer = build_optimizer(trained, accelerator, optimization)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     # Not prepared: accelerate would step it once for each process, and a step here is an update.
     lr_scheduler = get_scheduler(
@@ -245,6 +245,38 @@ def clip_shape(arguments: Arguments, pipe, transformer: LongLiveTransformer3DMod
     return ClipShape(height, width, data.num_latent_frames, config.chunk_size)
 
 
+def build_optimizer(
+    parameters: list[torch.nn.Parameter], accelerator: Accelerator, options: OptimizationArguments
+) -> torch.optim.Optimizer:
+    """
+    Raises:
+        ValueError: Muon with FSDP, which gives no process a whole matrix.
+    """
+    settings = {
+        "lr": options.learning_rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+        "weight_decay": options.adam_weight_decay,
+    }
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("--optimizer muon needs whole matrices, and FSDP shards them: use adamw")
+    return Muon(parameters, **settings)
+
+
+def use_nvfp4(transformer: LongLiveTransformer3DModel, arguments: Arguments) -> None:
+    """Bring the linear layers of the blocks to 4 bits: in training, all three products of each; under a LoRA, the
+    frozen weights."""
+    optimization = arguments.optimization
+    if arguments.model.rank is None:
+        recipe = recipe_named(optimization.nvfp4_recipe)
+        layers = train_in_nvfp4(transformer, recipe, optimization.nvfp4_backend)
+        logger.info("%d linear layers train in NVFP4, recipe '%s'", len(layers), recipe.name)
+    elif not nvfp4_layers(transformer):
+        quantize_model(transformer, NVFP4Config())
+
+
 def add_lora(transformer: LongLiveTransformer3DModel, arguments: Arguments) -> None:
     """Freeze the network, and add a LoRA that is trained in its stead."""
     options = arguments.model
@@ -297,6 +329,9 @@ def run_identity(arguments: Arguments, shape: ClipShape, mesh: ProcessMesh, num_
         "num_latent_frames": shape.num_latent_frames,
         "num_samples": num_samples,
         "rank": arguments.model.rank,
+        "optimizer": optimization.optimizer,
+        "precision": optimization.precision,
+        "nvfp4_recipe": optimization.nvfp4_recipe if optimization.precision == "nvfp4" else None,
         "ema_decay": optimization.ema_decay,
         "error_recycling": arguments.objective.error_recycling,
         "processes": mesh.dp_size * mesh.sp_size,

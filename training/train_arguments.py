@@ -10,6 +10,8 @@ from error_recycling import RecyclingSettings
 from objectives import TeacherForcingSettings
 from transformers import HfArgumentParser
 
+from longlive_diffusers.nvfp4.recipes import RECIPES, recipe_named
+
 
 @dataclass(eq=False)
 class ModelArguments:
@@ -122,16 +124,32 @@ class OptimizationArguments:
         default=None,
         metadata={"help": "Processes that share a clip (Balanced SP); with FSDP set it as cp_size of the config."},
     )
-    learning_rate: float = field(default=1e-5, metadata={"help": "Of AdamW."})
+    optimizer: Literal["adamw", "muon"] = field(
+        default="adamw", metadata={"help": "muon: for matrices, with AdamW for the rest (`muon.py`); not with FSDP."}
+    )
+    learning_rate: float = field(default=1e-5, metadata={"help": "Of the optimiser."})
     adam_beta1: float = field(default=0.0, metadata={"help": "Of AdamW."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Of AdamW."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Of AdamW."})
-    adam_weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW."})
+    adam_weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW, and of Muon."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
     lr_scheduler: str = field(default="constant", metadata={"help": "A schedule of diffusers.optimization."})
     lr_warmup_steps: int = field(default=0, metadata={"help": "Steps until the learning rate is reached."})
     ema_decay: float | None = field(default=None, metadata={"help": "Keep an average of the weights, of this decay."})
     ema_start_step: int = field(default=100, metadata={"help": "Step from which it averages."})
+    precision: Literal["auto", "nvfp4"] = field(
+        default="auto",
+        metadata={
+            "help": "auto: as accelerate's mixed_precision says. nvfp4: besides, the linear layers of the blocks "
+            "compute in 4 bits; with --rank, the frozen weights under the LoRA are stored in them."
+        },
+    )
+    nvfp4_recipe: str = field(
+        default="longlive", metadata={"help": f"What is rounded how: {', '.join(RECIPES)}; not used with --rank."}
+    )
+    nvfp4_backend: Literal["auto", "te"] = field(
+        default="auto", metadata={"help": "te: TransformerEngine computes, where it can express the recipe."}
+    )
     compile: bool = field(default=False, metadata={"help": "Compile the blocks (torch.compile)."})
     attention_backend: str | None = field(
         default=None, metadata={"help": "Backend of attention, for example 'flex' or 'flash'; see diffusers."}
@@ -243,6 +261,7 @@ def _check(arguments: Arguments) -> None:
         raise ValueError(
             f"--lr_scheduler is one of {', '.join(schedules)}, got {arguments.optimization.lr_scheduler!r}"
         )
+    recipe_named(arguments.optimization.nvfp4_recipe)
     decay = arguments.optimization.ema_decay
     if decay is not None and not 0 <= decay < 1:
         raise ValueError(f"--ema_decay must be in [0, 1), got {decay}")
