@@ -32,6 +32,7 @@ def strip(evaluation: Evaluation) -> list[Table]:
     }
     sampling = settings.sampling()
     keyed = {"steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale, "seed": settings.seed}
+    keyed |= {"kv_cache_dtype": sampling.kv_cache_dtype}
     keyed |= {"max_sequence_length": sampling.max_sequence_length, "stories": digest_of(groups)}
     captions = evaluation.store.get("strip/strip", keyed, lambda: _make(evaluation, groups))
     return [

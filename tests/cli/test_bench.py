@@ -133,14 +133,14 @@ def test_the_table_and_the_file_say_the_same(tmp_path, capsys):
     report = json.loads(path.read_text())
     setting, results = report["setting"], report["results"]
 
-    assert setting["pixels"] == [64, 128] and setting["latents"] == [4, 8]
+    assert setting["pixels"] == [64, 128] and setting["latents"] == [8, 16]
     assert setting["frames"] == 37 and setting["steps"] == 2
     assert setting["dtype"] == "float32" and setting["threads"] == 1 and setting["device"]
     assert setting["versions"]["torch"] == torch.__version__
     forward = results["forward"]
     assert forward["attention"] + forward["linear"] + forward["rest"] == pytest.approx(forward["seconds"])
     assert min(forward.values()) > 0
-    size = replace(SIZES["toy"](), height=4, window_size=6)
+    size = replace(SIZES["toy"](), width=16, window_size=6)
     assert results["forward_flops"] == forward_flops(size)
     assert frames_in(5, size) == 37
     assert results["forward_to_matmul"] == pytest.approx(
