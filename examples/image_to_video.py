@@ -22,6 +22,7 @@ parser.add_argument("--image")
 parser.add_argument("--model", default=toy_pipeline_path())
 parser.add_argument("--output", default="video.mp4")
 parser.add_argument("--steps", type=int, default=30, help="4 for distilled models")
+parser.add_argument("--guidance", type=float, default=4.0, help="1 for distilled models")
 args = parser.parse_args()
 
 if args.image is None:
@@ -38,6 +39,7 @@ video = pipe(
     "A large red circle moves right on a grey background",
     image=image,
     num_inference_steps=args.steps,
+    guidance_scale=args.guidance,
     num_frames=45,
     generator=torch.Generator().manual_seed(0),
 )

@@ -20,6 +20,7 @@ parser.add_argument("lora")
 parser.add_argument("--model", default=toy_pipeline_path())
 parser.add_argument("--output", default="video.mp4")
 parser.add_argument("--steps", type=int, default=30, help="4 for distilled models")
+parser.add_argument("--guidance", type=float, default=4.0, help="1 for distilled models")
 args = parser.parse_args()
 
 on_gpu = torch.cuda.is_available()
@@ -34,6 +35,7 @@ video = pipe(
     "A red circle moves right",
     num_frames=29,
     num_inference_steps=args.steps,
+    guidance_scale=args.guidance,
     generator=torch.Generator().manual_seed(0),
 )
 encode_video(video.frames[0], fps=24, output_path=args.output)

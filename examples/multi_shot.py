@@ -26,6 +26,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=toy_pipeline_path())
 parser.add_argument("--output", default="video.mp4")
 parser.add_argument("--steps", type=int, default=30, help="4 for distilled models")
+parser.add_argument("--guidance", type=float, default=4.0, help="1 for distilled models")
 args = parser.parse_args()
 
 on_gpu = torch.cuda.is_available()
@@ -38,6 +39,7 @@ video = pipe(
     shot_prompts=list(SHOTS),
     chunks_per_shot=list(SHOTS.values()),
     num_inference_steps=args.steps,
+    guidance_scale=args.guidance,
     num_frames=1 + pipe.vae_scale_factor_temporal * (latent_frames - 1),
     generator=torch.Generator().manual_seed(0),
 )

@@ -18,6 +18,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=toy_pipeline_path())
 parser.add_argument("--output", default="video.mp4")
 parser.add_argument("--steps", type=int, default=30, help="4 for distilled models")
+parser.add_argument("--guidance", type=float, default=4.0, help="1 for distilled models")
 args = parser.parse_args()
 
 on_gpu = torch.cuda.is_available()
@@ -28,6 +29,7 @@ video = pipe(
     "A large red circle moves right on a black background",
     num_frames=45,
     num_inference_steps=args.steps,
+    guidance_scale=args.guidance,
     generator=torch.Generator().manual_seed(0),
 )
 encode_video(video.frames[0], fps=24, output_path=args.output)

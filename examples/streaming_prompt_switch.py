@@ -1,8 +1,7 @@
 """A live stream, directed while it runs: python examples/streaming_prompt_switch.py [--model ...] [--output video.mp4]
 
 The stream has no end of its own, and its memory does not grow. A new prompt takes effect with the next chunk that is
-begun; a cut also begins a new shot. Here chunk numbers direct; in an application, the user does. The file can be
-watched while it is written.
+begun; a cut also begins a new shot. The file can be watched while it is written.
 
 Without --model, the small one that comes with the package is used: it knows plain shapes that move.
 """
@@ -21,6 +20,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=toy_pipeline_path())
 parser.add_argument("--output", default="video.mp4")
 parser.add_argument("--steps", type=int, default=30, help="4 for distilled models")
+parser.add_argument("--guidance", type=float, default=4.0, help="1 for distilled models")
 args = parser.parse_args()
 
 on_gpu = torch.cuda.is_available()
@@ -28,13 +28,13 @@ pipe = DiffusionPipeline.from_pretrained(args.model, dtype=torch.bfloat16 if on_
 pipe.to("cuda" if on_gpu else "cpu")
 pipe.set_progress_bar_config(disable=True)
 
-generator = torch.Generator().manual_seed(0)
 with (
     # Decode each chunk while the next is denoised.
     pipe.stream(
         "A large blue circle moves left, grey background",
         num_inference_steps=args.steps,
-        generator=generator,
+        guidance_scale=args.guidance,
+        generator=torch.Generator().manual_seed(0),
         async_decode=True,
     ) as session,
     VideoWriter(args.output, fps=24) as writer,
