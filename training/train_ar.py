@@ -153,6 +153,9 @@ def main(arguments: Arguments) -> None:
         disable=not accelerator.is_local_main_process,
     )
     for step in bar:
+        # What torch itself draws - LoRA's dropout, the noise of rounding in NVFP4 - is of the seed and the step, too.
+        step_seed = optimization.seed * 1_000_003 + step
+        torch.manual_seed(step_seed * accelerator.num_processes + accelerator.process_index)
         prepared = []
         for _ in range(accumulation):
             items = next(loader)

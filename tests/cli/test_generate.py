@@ -279,7 +279,7 @@ def test_a_model_of_the_hub(hub: "Hub", output):
         (["x", "--video", "long.mp4", "--num-frames", "13"], "13 frames leave nothing to add to the 13"),
         (["x", "--output", "video.avi"], "its suffix is '.avi'"),
         (["x", "--output", "missing/video.mp4"], "the folder 'missing' does not exist"),
-        (["x", "--height", "100"], "`height` must be a positive multiple of 32, got 100"),
+        (["x", "--height", "100"], "`height` must be a positive multiple of 16, got 100"),
         (["x", "--window-size", "4"], "`window_size` 4 is too small"),
         (["x", "--sink-size", "3"], "`sink_size` must be a multiple of `chunk_size` (2), got 3"),
         (["x", "--negative-prompt", "y"], "--negative-prompt does nothing with a --guidance-scale of 1"),

@@ -93,4 +93,4 @@ def test_four_bits_need_heads_that_divide(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(PipelineFolder, "find", odd_heads)
     words = ["generate", "x", "--kv-cache", "nvfp4", "--output", str(tmp_path / "video.mp4")]
     assert main(words) == 2
-    assert "multiples of 16, this network has 12" in capsys.readouterr().err
+    assert "multiples of 16, this network's is 12" in capsys.readouterr().err
