@@ -52,6 +52,7 @@ def test_the_result_is_stored_in_half_precision_beside_the_card_that_is_there(pa
         (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
         for folder in (output, tmp_path / "trained")
     ]
+    assert not any(str(tmp_path) in path.read_text() for path in output.rglob("*.json"))
     assert sizes[0] < 0.55 * sizes[1]
     pipe = DiffusionPipeline.from_pretrained(output)
     assert pipe.transformer.dtype == pipe.vae.dtype == pipe.text_encoder.dtype == torch.float32
