@@ -13,15 +13,14 @@ import torch
 from torch.nn import functional as F
 
 from .format import NVFP4Tensor, quantize_unchecked
-from .matmul import emulate, multiply_in_hardware, why_not_in_hardware
+from .matmul import emulate, multiply_in_hardware, why_not_in_hardware, why_too_old
+from .rules import MAX_SCALE
 from .swizzle import swizzle
 from .te_backend import multiply_in_te, prepare_te, why_no_te
 
 
 if TYPE_CHECKING:
     from .linear import NVFP4Linear
-
-FP8_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,7 @@ def check_backend_name(wish: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- emulate
 def quantize_activation(linear: "NVFP4Linear", x: torch.Tensor) -> NVFP4Tensor:
     """`x` `[rows, in_features]` by the layer's rule for activations."""
-    amax = x.abs().amax().float().reshape(1)
-    return quantize_unchecked(x, amax, linear.activation_scale_rule)
+    return quantize_unchecked(x, linear.activation_scale_rule)
 
 
 def _emulate(linear: "NVFP4Linear", x: torch.Tensor) -> torch.Tensor:
@@ -92,12 +90,9 @@ def _w4a16(linear: "NVFP4Linear", x: torch.Tensor) -> torch.Tensor:
 def _why_no_fp8(linear: "NVFP4Linear", device: torch.device) -> str | None:
     if linear.in_features % 16 or linear.out_features % 16:
         return f"needs multiples of 16, this layer is {linear.in_features} -> {linear.out_features}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return f"needs a GPU of compute capability 8.9, this one has {found}"
     if device.type not in ("cuda", "cpu"):
         return f"does not run on '{device.type}'"
-    return None
+    return why_too_old(device, (8, 9)) if device.type == "cuda" else None
 
 
 def _prepare_fp8(linear: "NVFP4Linear") -> dict[str, torch.Tensor]:
@@ -107,8 +102,8 @@ def _prepare_fp8(linear: "NVFP4Linear") -> dict[str, torch.Tensor]:
 
 def rows_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float8_e4m3fn `[rows, cols]`, and the scales that give `x` again, float32 `[rows, 1]`."""
-    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
-    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / MAX_SCALE
+    return (x.float() / scale).clamp(-MAX_SCALE, MAX_SCALE).to(torch.float8_e4m3fn), scale
 
 
 def _fp8(linear: "NVFP4Linear", x: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ class NVFP4Tensor:
 
     @property
     def num_bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in (self.codes, self.scales, self.amax))
+        return self.codes.nbytes + self.scales.nbytes + self.amax.nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """The numbers, `[..., rows, cols]`."""
@@ -94,7 +94,8 @@ class NVFP4Tensor:
         """
         if isinstance(device, torch.dtype):
             raise TypeError(f"An NVFP4Tensor has no other dtype: `dequantize({device})` gives its numbers.")
-        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
+        moved = (part.to(device, non_blocking=non_blocking) for part in (self.codes, self.scales, self.amax))
+        return NVFP4Tensor(*moved, self.scale_rule, self.block)
 
     def transpose(self) -> "NVFP4Tensor":
         """Of a matrix in 16 x 16 blocks: the same numbers, transposed; nothing is rounded again.
@@ -108,9 +109,6 @@ class NVFP4Tensor:
         # One scale for each block, then again sixteen times, along the other axis.
         scales = self.scales[..., ::BLOCK, :].transpose(-1, -2).repeat_interleave(BLOCK, dim=-2)
         return replace(self, codes=e2m1.pack(codes), scales=scales.contiguous())
-
-    def _map(self, function) -> "NVFP4Tensor":
-        return replace(self, codes=function(self.codes), scales=function(self.scales), amax=function(self.amax))
 
 
 def quantize(
@@ -137,24 +135,28 @@ def quantize(
     if not torch.isfinite(amax):
         bad = (~torch.isfinite(x)).sum().item()
         raise ValueError(f"{bad} of {x.numel()} numbers are infinite or NaN: NVFP4 has neither.")
-    return quantize_unchecked(x, amax.float().reshape(1), scale_rule, block, rounding, generator)
+    return quantize_unchecked(x, scale_rule, block, rounding, generator, amax=amax.float().reshape(1))
 
 
 @torch.no_grad()
 def quantize_unchecked(
     x: torch.Tensor,
-    amax: torch.Tensor,
     scale_rule: str = "mse",
     block: tuple[int, int] = (1, BLOCK),
     rounding: str = "nearest",
     generator: torch.Generator | None = None,
+    *,
+    amax: torch.Tensor | None = None,
 ) -> NVFP4Tensor:
     """[`quantize`] where the arguments are known to be right, without waiting for the device.
 
     Args:
         x: float `[..., rows, cols]`.
-        amax: Largest absolute number, float32 `[1]`, or `[..., 1, 1]` for matrices of their own scales.
+        amax: Largest absolute number, float32 `[1]`, or `[..., 1, 1]` for matrices of their own scales; None: that of
+            the whole `x`.
     """
+    if amax is None:
+        amax = x.abs().amax().float().reshape(1)
     rule = scale_rule_named(scale_rule)
     seed = draw_seed(x.device, generator) if rounding == "stochastic" else None
     kernels = load_kernels() if x.is_cuda and (x.ndim == 2 or block == (1, BLOCK)) else None
@@ -199,9 +201,13 @@ def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> torc
     if kernels is not None and dtype in (torch.float32, torch.bfloat16):
         rule = scale_rule_named(tensor.scale_rule)
         return kernels.dequantize_matrix(tensor.codes, tensor.scales, tensor.amax, rule, dtype)
-    values = e2m1.unpack_values(tensor.codes).unflatten(-1, (-1, BLOCK))
-    scaled = values.mul_(tensor.scales.float().unsqueeze(-1)).flatten(-2)
+    scaled = in_block_scales(tensor.codes, tensor.scales.float())
     return scaled.mul_(tensor.amax).div_(scale_rule_named(tensor.scale_rule).span).to(dtype)
+
+
+def in_block_scales(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Packed codes `[..., cols / 2]` and scales, float32 `[..., cols / 16]` -> their products, `[..., cols]`."""
+    return e2m1.unpack_values(codes).unflatten(-1, (-1, BLOCK)).mul_(scales.unsqueeze(-1)).flatten(-2)
 
 
 def global_scale(amax: torch.Tensor, scale_rule: str) -> torch.Tensor:

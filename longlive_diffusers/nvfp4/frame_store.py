@@ -14,13 +14,11 @@ softmax cancels what is added to all. (Frames have different means, so these are
 
 import torch
 
-from .e2m1 import unpack_values
-from .format import BLOCK, quantize_unchecked
+from .format import BLOCK, in_block_scales, quantize_unchecked
 from .probe import load_kernels
-from .rules import scale_rule_named
+from .rules import MAX_SCALE, scale_rule_named
 
 
-FP8_MAX = 448.0
 Shape = tuple[int, int, int, int, int]  # batch, heads, slots, tokens of a frame, head_dim
 
 
@@ -52,7 +50,7 @@ class NVFP4Frames:
     @property
     def num_bytes(self) -> int:
         buffers = (self.codes, self.scales, self.amax, self.mean)
-        return sum(buffer.numel() * buffer.element_size() for buffer in buffers if buffer is not None)
+        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
     def write(self, rows: torch.Tensor, slots: torch.Tensor, frames: torch.Tensor) -> None:
         """Quantise frames `[..., heads, tokens, head_dim]` into `slots` of `rows` (int64, broadcasting to `[...]`)."""
@@ -62,7 +60,7 @@ class NVFP4Frames:
             states = states - mean
             self.mean[rows, :, slots] = mean
         amax = states.abs().amax(dim=(-2, -1), keepdim=True)
-        packed = quantize_unchecked(states, amax, self.scale_rule)
+        packed = quantize_unchecked(states, self.scale_rule, amax=amax)
         self.codes[rows, :, slots] = packed.codes
         self.scales[rows, :, slots] = packed.scales.view(torch.uint8)
         self.amax[rows, :, slots] = amax
@@ -80,7 +78,7 @@ class NVFP4Frames:
         codes, scales, amax = (part[:, :, :length] for part in (self.codes, self.scales, self.amax))
         # Scales are few, so they take the global one along; what is large is touched once.
         scales = scales.view(torch.float8_e4m3fn).float() * (amax / rule.span)
-        values = unpack_values(codes).unflatten(-1, (-1, BLOCK)).mul_(scales.unsqueeze(-1)).flatten(-2)
+        values = in_block_scales(codes, scales)
         if self.mean is not None:
             values += self.mean[:, :, :length]
         target[:, :, :length] = values
@@ -101,13 +99,13 @@ class FP8Frames:
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.numel() * buffer.element_size() for buffer in (self.codes, self.scale))
+        return self.codes.nbytes + self.scale.nbytes
 
     def write(self, rows: torch.Tensor, slots: torch.Tensor, frames: torch.Tensor) -> None:
         """As `NVFP4Frames.write`."""
         states = frames.float()
-        scale = states.abs().amax(dim=(-2, -1), keepdim=True) / FP8_MAX
-        codes = (states / scale.clamp(min=1e-30)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        scale = states.abs().amax(dim=(-2, -1), keepdim=True) / MAX_SCALE
+        codes = (states / scale.clamp(min=1e-30)).clamp(-MAX_SCALE, MAX_SCALE).to(torch.float8_e4m3fn)
         self.codes[rows, :, slots] = codes.view(torch.uint8)
         self.scale[rows, :, slots] = scale
 

@@ -5,6 +5,8 @@ not fused, quotients by `div_rn` - and where the order of a sum matters it is a 
 to E4M3, E2M1 and bfloat16 is done on the bits, as Triton's interpreter, in which a CPU tests all this, converts some
 numbers wrongly. Noise is hashed from the seed and each element's place (`noise.py`), so no tiling shows in it.
 
+Blackwell converts to and from E2M1 in one instruction each, which `PTX` uses there; elsewhere it is arithmetic.
+
 Nothing here waits for the device: `amax` and the seed are read by the kernels from where they are.
 """
 
@@ -25,6 +27,9 @@ _TILE = {False: 1024, True: 128}  # columns of a program's tile, of 1 row or of 
 _FACTOR_0, _FACTOR_1 = tl.constexpr(FACTORS[0]), tl.constexpr(FACTORS[1])
 _SHIFT_0, _SHIFT_1, _SHIFT_2 = (tl.constexpr(shift) for shift in SHIFTS)
 _NEGATIVE = tl.constexpr(_SIGN_BITS)
+# Of compute capability 10 and up. Two numbers are one byte; the first operand is its upper half.
+_TO_E2M1 = tl.constexpr("{.reg .b8 pair; cvt.rn.satfinite.e2m1x2.f32 pair, 0f00000000, $1; cvt.u32.u8 $0, pair;}")
+_FROM_E2M1 = tl.constexpr("{.reg .b8 pair; cvt.u8.u32 pair, $1; cvt.rn.f16x2.e2m1x2 $0, pair;}")
 
 
 # ------------------------------------------------------------------------------------------------- pieces of kernels
@@ -69,12 +74,32 @@ def _e2m1_size(code):
 
 
 @triton.jit
-def _e2m1(y, noise, STOCHASTIC: tl.constexpr):
+def _e2m1_pairs(packed, PTX: tl.constexpr):
+    """Bytes -> float32 with one more dimension, of the two values of each."""
+    if PTX:
+        halves = tl.inline_asm_elementwise(
+            _FROM_E2M1, "=r,r", [packed.to(tl.uint32)], dtype=tl.uint32, is_pure=True, pack=1
+        )
+        low = (halves & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (halves >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        values = tl.join(low, high)
+    else:
+        code = tl.join(packed & 15, packed >> 4)
+        size = _e2m1_size(code & 7)
+        values = tl.where(code >= 8, -size, size)
+    return values
+
+
+@triton.jit
+def _e2m1(y, noise, STOCHASTIC: tl.constexpr, PTX: tl.constexpr):
     """Codes 0 to 7 of |y|, saturating; the sign is put in later."""
     size = tl.abs(y)
     if STOCHASTIC:
         steps = tl.where(size < 2, size * 2, tl.where(size < 4, size + 2, size * 0.5 + 4))
         code = tl.minimum(tl.floor(steps + noise), 7.0).to(tl.uint8)
+    elif PTX:
+        code = tl.inline_asm_elementwise(_TO_E2M1, "=r,f", [size], dtype=tl.uint32, is_pure=True, pack=1)
+        code = code.to(tl.uint8)
     else:
         code = (size > 0.25).to(tl.uint8) + (size >= 0.75).to(tl.uint8) + (size > 1.25).to(tl.uint8)
         code += (size >= 1.75).to(tl.uint8) + (size > 2.5).to(tl.uint8) + (size >= 3.5).to(tl.uint8)
@@ -142,17 +167,19 @@ def _block_error(errors, ERROR: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.con
 def _spread(per_block, TALL: tl.constexpr, BLOCKS: tl.constexpr):
     """One number for each block -> one for each of its rows, `[16 * BLOCKS]` or `[BLOCKS]`."""
     if TALL:
-        return tl.reshape(tl.broadcast_to(per_block[None, :], (16, BLOCKS)), (16 * BLOCKS,))
-    return per_block
+        per_block = tl.reshape(tl.broadcast_to(per_block[None, :], (16, BLOCKS)), (16 * BLOCKS,))
+    return per_block  # the only return: the compiler wants all of them of one shape
 
 
 @triton.jit
-def _candidate(x, scale, decode, noise, STOCHASTIC: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr):
+def _candidate(
+    x, scale, decode, noise, STOCHASTIC: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr
+):
     """Codes (without sign) `[n, 16]`, E4M3 bits and their values, one for each row of `x`."""
     bits, value = _e4m3(tl.minimum(scale, 448.0))
     inverse = tl.where(value == 0, 0.0, tl.div_rn(1.0, tl.where(value == 0, 1.0, decode * value)))
     rows_inverse = _spread(inverse, TALL, BLOCKS)
-    return _e2m1(x * rows_inverse[:, None], noise, STOCHASTIC), bits, value
+    return _e2m1(x * rows_inverse[:, None], noise, STOCHASTIC, PTX), bits, value
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels
@@ -167,7 +194,7 @@ def _load_tile(x, rows, columns, row_stride, column_stride, TALL: tl.constexpr, 
     place = row[:, None] * row_stride + column[None, :] * column_stride
     tile = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     index = row[:, None] * columns + column[None, :]
-    return tl.reshape(tile, (N, 16)), tl.reshape(index, (N, 16)), tl.reshape(inside, (N, 16))
+    return tl.reshape(tile, (N, 16)), tl.reshape(index, (N, 16))
 
 
 @triton.jit
@@ -176,7 +203,7 @@ def _amax_kernel(
     HADAMARD: tl.constexpr, TALL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = (16 if TALL else 1) * TILE // 16
-    tile, _, _ = _load_tile(x, rows, columns, row_stride, column_stride, TALL, TILE)
+    tile, _ = _load_tile(x, rows, columns, row_stride, column_stride, TALL, TILE)
     if HADAMARD:
         tile = _hadamard(tile, N)
     largest = tl.max(tl.max(tl.abs(tile), axis=1), axis=0)
@@ -188,12 +215,12 @@ def _amax_kernel(
 def _quantize_kernel(
     x, amax_pointer, seed, codes, scales, rows, columns, row_stride, column_stride, rows_of_an_amax,
     LARGEST_VALUE: tl.constexpr, SPAN: tl.constexpr, ERROR: tl.constexpr,
-    HADAMARD: tl.constexpr, STOCHASTIC: tl.constexpr, TALL: tl.constexpr, TILE: tl.constexpr,
+    HADAMARD: tl.constexpr, STOCHASTIC: tl.constexpr, TALL: tl.constexpr, TILE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = 16 if TALL else 1
     BLOCKS: tl.constexpr = TILE // 16
     N: tl.constexpr = ROWS * BLOCKS
-    tile, index, _ = _load_tile(x, rows, columns, row_stride, column_stride, TALL, TILE)
+    tile, index = _load_tile(x, rows, columns, row_stride, column_stride, TALL, TILE)
     if HADAMARD:
         tile = _hadamard(tile, N)
     noise = tile
@@ -209,9 +236,11 @@ def _quantize_kernel(
         peak = tl.max(tl.reshape(peak, (16, BLOCKS)), axis=0)
     scale = tl.div_rn(peak, LARGEST_VALUE + tl.zeros_like(peak)) * encode
 
-    code, bits, value = _candidate(tile, scale, decode, noise, STOCHASTIC, TALL, BLOCKS)
+    code, bits, value = _candidate(tile, scale, decode, noise, STOCHASTIC, TALL, BLOCKS, PTX)
     if ERROR > 0:
-        other_code, other_bits, other_value = _candidate(tile, scale * 1.5, decode, noise, STOCHASTIC, TALL, BLOCKS)
+        other_code, other_bits, other_value = _candidate(
+            tile, scale * 1.5, decode, noise, STOCHASTIC, TALL, BLOCKS, PTX
+        )
         errors = _error(tile, code, value, amax, SPAN, ERROR, TALL, BLOCKS)
         other_errors = _error(tile, other_code, other_value, amax, SPAN, ERROR, TALL, BLOCKS)
         takes_four = other_errors < errors  # a tie goes to six
@@ -243,15 +272,14 @@ def _error(x, code, value, amax, SPAN: tl.constexpr, ERROR: tl.constexpr, TALL: 
 
 @triton.jit
 def _dequantize_kernel(
-    codes, scales, amax_pointer, out, num_blocks, SPAN: tl.constexpr, BF16: tl.constexpr, BLOCKS: tl.constexpr
-):
+    codes, scales, amax_pointer, out, num_blocks,
+    SPAN: tl.constexpr, BF16: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < num_blocks
     place = tl.arange(0, 8)
     packed = tl.load(codes + block[:, None] * 8 + place[None, :], mask=inside[:, None], other=0)
-    code = tl.reshape(tl.join(packed & 15, packed >> 4), (BLOCKS, 16))
-    size = _e2m1_size(code & 7)
-    value = tl.where(code >= 8, -size, size)
+    value = tl.reshape(_e2m1_pairs(packed, PTX), (BLOCKS, 16))
     scale = _e4m3_value(tl.load(scales + block, mask=inside, other=0))
     number = tl.div_rn(value * scale[:, None] * tl.load(amax_pointer), SPAN + tl.zeros_like(value))
     target = out + block[:, None] * 16 + tl.arange(0, 16)[None, :]
@@ -265,15 +293,14 @@ def _dequantize_kernel(
 def _read_frames_kernel(
     codes, scales, amax_pointer, mean, target, length, slots, tokens,
     SPAN: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, HAS_MEAN: tl.constexpr, BF16: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     frame = tl.program_id(0) // length * slots + tl.program_id(0) % length
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     inside = (token < tokens)[:, None]
     row = frame.to(tl.int64) * tokens + token
     packed = tl.load(codes + row[:, None] * (DIM // 2) + tl.arange(0, DIM // 2)[None, :], mask=inside, other=0)
-    code = tl.reshape(tl.join(packed & 15, packed >> 4), (TOKENS * DIM // 16, 16))
-    size = _e2m1_size(code & 7)
-    value = tl.where(code >= 8, -size, size)
+    value = tl.reshape(_e2m1_pairs(packed, PTX), (TOKENS * DIM // 16, 16))
     bits = tl.load(scales + row[:, None] * (DIM // 16) + tl.arange(0, DIM // 16)[None, :], mask=inside, other=0)
     amax = tl.load(amax_pointer + frame)
     scale = _e4m3_value(tl.reshape(bits, (TOKENS * DIM // 16,))) * tl.div_rn(amax, SPAN + tl.zeros_like(amax))
@@ -288,6 +315,11 @@ def _read_frames_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------- launches
+def has_fp4_instructions(device: torch.device) -> bool:
+    """Whether the device converts to and from E2M1 itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
+
+
 def amax_of(x: torch.Tensor, hadamard: bool = False) -> torch.Tensor:
     """Largest absolute number of a matrix (after the Hadamard transform), float32 `[1]`."""
     rows, columns = x.shape
@@ -330,6 +362,7 @@ def quantize_matrix(
         x, amax, amax if seed is None else seed, codes, scales, rows, columns, *x.stride(), rows // amax.numel(),
         LARGEST_VALUE=rule.largest_value, SPAN=rule.span, ERROR=0 if rule.error is None else ERRORS[rule.name],
         HADAMARD=hadamard, STOCHASTIC=seed is not None, TALL=tall, TILE=tile,
+        PTX=has_fp4_instructions(x.device),
         # A product and a sum are two roundings, as in the reference.
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -346,7 +379,8 @@ def dequantize_matrix(
     is_bf16 = dtype == torch.bfloat16
     _dequantize_kernel[(triton.cdiv(num_blocks, 64),)](
         codes.contiguous(), scales.contiguous().view(torch.uint8), amax, out.view(torch.uint16) if is_bf16 else out,
-        num_blocks, SPAN=rule.span, BF16=is_bf16, BLOCKS=64, enable_fp_fusion=False,
+        num_blocks, SPAN=rule.span, BF16=is_bf16, BLOCKS=64, PTX=has_fp4_instructions(codes.device),
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -374,5 +408,5 @@ def read_frames(
     _read_frames_kernel[(batch * heads * length, triton.cdiv(tokens, 16))](
         codes, scales, amax, amax if mean is None else mean, target.view(torch.uint16) if is_bf16 else target,
         length, slots, tokens, SPAN=rule.span, DIM=head_dim, TOKENS=16, HAS_MEAN=mean is not None, BF16=is_bf16,
-        enable_fp_fusion=False,
+        PTX=has_fp4_instructions(codes.device), enable_fp_fusion=False,
     )  # fmt: skip

@@ -51,7 +51,8 @@ class NVFP4Linear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate the weight
         if in_features % BLOCK:
             raise ValueError(f"NVFP4 needs inputs in multiples of {BLOCK}, this layer has {in_features}.")
-        scale_rule_named(weight_scale_rule), scale_rule_named(activation_scale_rule)
+        for rule in (weight_scale_rule, activation_scale_rule):
+            scale_rule_named(rule)
         check_backend_name(backend)
         self.in_features, self.out_features = in_features, out_features
         self.weight_scale_rule, self.activation_scale_rule = weight_scale_rule, activation_scale_rule
@@ -67,29 +68,19 @@ class NVFP4Linear(nn.Linear):
         self.settle()
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        weight_scale_rule: str = "mse",
-        activation_scale_rule: str = "mse",
-        weight_block: tuple[int, int] = (1, BLOCK),
-        backend: str = "auto",
-    ) -> "NVFP4Linear":
-        """Quantise a layer; options as of the class. The bias is shared, not copied."""
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            weight_scale_rule=weight_scale_rule,
-            activation_scale_rule=activation_scale_rule,
-            weight_block=weight_block,
-            backend=backend,
-            device="meta",
-        )
+    def empty_like(cls, linear: nn.Linear, **options) -> "NVFP4Linear":
+        """A layer of the same sizes, on the meta device, for a stored weight to be put into; with the same bias, not a
+        copy of it. Options as of the class."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **options, device="meta")
         layer.bias = linear.bias
-        layer.store(quantize(linear.weight.detach(), weight_scale_rule, weight_block))
         return layer.train(linear.training)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options) -> "NVFP4Linear":
+        """Quantise a layer; as `empty_like`, with its weight."""
+        layer = cls.empty_like(linear, **options)
+        layer.store(quantize(linear.weight.detach(), layer.weight_scale_rule, layer.weight_block))
+        return layer
 
     @property
     def weight(self) -> torch.Tensor:

@@ -23,11 +23,11 @@ class NVFP4LoraLinear(LoraLinear):
             return
         layer = self.get_base_layer()
         weight = layer.dequantize(torch.float32)
-        for name in adapter_names:
-            if name in self.lora_A:
-                weight += self.get_delta_weight(name).to(weight)
-                self.merged_adapters.append(name)
+        present = [name for name in adapter_names if name in self.lora_A]
+        for name in present:
+            weight += self.get_delta_weight(name).to(weight)
         layer.store(quantize(weight, layer.weight_scale_rule, layer.weight_block))
+        self.merged_adapters += present
 
     def unmerge(self) -> None:
         """

@@ -2,8 +2,7 @@
 
 import torch
 
-from .e2m1 import unpack_values
-from .format import BLOCK, NVFP4Tensor, global_scale
+from .format import NVFP4Tensor, global_scale, in_block_scales
 from .scaled_matmul import nvfp4_matmul
 from .swizzle import swizzle
 
@@ -15,10 +14,16 @@ def why_not_in_hardware(device: torch.device, inner: int, columns: int) -> str |
         return f"needs inputs in multiples of 32 and outputs of 16, this layer is {inner} -> {columns}"
     if device.type != "cuda":
         return f"needs a GPU of compute capability 10.0 (Blackwell), this is '{device.type}'"
-    if torch.cuda.get_device_capability(device) < (10, 0):
-        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return f"needs a GPU of compute capability 10.0 (Blackwell), this one has {found}"
-    return None
+    return why_too_old(device, (10, 0), " (Blackwell)")
+
+
+def why_too_old(device: torch.device, wanted: tuple[int, int], known_as: str = "") -> str | None:
+    """That a GPU's compute capability is below the one that is wanted, as the end of a sentence; None: it is not."""
+    found = torch.cuda.get_device_capability(device)
+    if found >= wanted:
+        return None
+    needs, has = (".".join(map(str, capability)) for capability in (wanted, found))
+    return f"needs a GPU of compute capability {needs}{known_as}, this one has {has}"
 
 
 def multiply(a: NVFP4Tensor, b: NVFP4Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -48,12 +53,7 @@ def emulate(a: NVFP4Tensor, b: NVFP4Tensor, dtype: torch.dtype) -> torch.Tensor:
     as fast as ever; what is summed is what tensor cores sum, in float32. On a CPU float32 is faster.
     """
     exact = torch.bfloat16 if a.codes.is_cuda else torch.float32
-    product = in_block_scales(a, exact) @ in_block_scales(b, exact).T
+    left, right = (in_block_scales(factor.codes, factor.scales.float()).to(exact) for factor in (a, b))
+    product = left @ right.T
     scale = global_scale(a.amax, a.scale_rule) * global_scale(b.amax, b.scale_rule)
     return (product.float() * scale).to(dtype)
-
-
-def in_block_scales(tensor: NVFP4Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Values times block scales, `[rows, cols]`: the numbers but for the global scale."""
-    values = unpack_values(tensor.codes).unflatten(-1, (-1, BLOCK))
-    return values.mul_(tensor.scales.float().unsqueeze(-1)).flatten(-2).to(dtype)

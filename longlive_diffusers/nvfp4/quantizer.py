@@ -61,7 +61,8 @@ class NVFP4Config(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         quant_method: str = NVFP4Method.NVFP4.value,
     ):
-        scale_rule_named(weight_scale_rule), scale_rule_named(activation_scale_rule)
+        for rule in (weight_scale_rule, activation_scale_rule):
+            scale_rule_named(rule)
         check_backend_name(backend)
         if tuple(weight_block) not in BLOCKS:
             raise ValueError(f"`weight_block` is (1, 16) or (16, 16), got {weight_block}.")
@@ -102,11 +103,8 @@ class NVFP4Config(QuantizationConfigMixin):
             raise ValueError(f"{name} cannot be quantised: {error}") from error
 
     def empty_layer(self, linear: nn.Linear) -> NVFP4Linear:
-        """A layer of the same sizes, on the meta device, for stored tensors to be put into; with the same bias."""
-        sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-        layer = NVFP4Linear(*sizes, **self._layer_options(), device="meta")
-        layer.bias = linear.bias
-        return layer
+        """A layer of the same sizes, on the meta device, for stored tensors to be put into."""
+        return NVFP4Linear.empty_like(linear, **self._layer_options())
 
     def _layer_options(self) -> dict[str, Any]:
         return {

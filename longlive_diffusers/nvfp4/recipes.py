@@ -18,10 +18,9 @@ class NVFP4Recipe:
     """
     Args:
         name: By which options call it.
-        weight_rule, weight_block: Of weights, rounded to nearest.
+        weight_rule: Of weights, rounded to nearest.
         activation_rule: Of inputs, rounded to nearest.
         gradient_rule: Of gradients, rounded stochastically.
-        hadamard: Transform both factors of the weight's gradient.
         rounds_input_twice: The weight's gradient is computed from the input as it was rounded for the forward, rounded
             again along the other axis: less memory (4 bits are kept for the backward), more error.
         keep_first, keep_last: Blocks at both ends that stay in higher precision.
@@ -29,10 +28,8 @@ class NVFP4Recipe:
 
     name: str
     weight_rule: str
-    weight_block: tuple[int, int]
     activation_rule: str
     gradient_rule: str
-    hadamard: bool
     rounds_input_twice: bool
     keep_first: int = 0
     keep_last: int = 0
@@ -42,17 +39,15 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         # LongLive-2.0, arXiv 2605.18739 and its training code. Four-over-six with stochastic rounding is biased.
-        NVFP4Recipe("longlive", "static_6", (16, 16), "mse", "mse", hadamard=True, rounds_input_twice=True),
+        NVFP4Recipe("longlive", "static_6", "mse", "mse", rounds_input_twice=True),
         # NVIDIA's pre-training recipe, arXiv 2509.25149, as TransformerEngine has it.
-        NVFP4Recipe("nvidia", "static_6", (16, 16), "static_6", "static_6", hadamard=True, rounds_input_twice=False),
+        NVFP4Recipe("nvidia", "static_6", "static_6", "static_6", rounds_input_twice=False),
         # The same with gradients that are right on average, and with the ends of the network kept.
         NVFP4Recipe(
             "nvfp4_pretrain",
             "static_6",
-            (16, 16),
             "static_6",
             "unbiased",
-            hadamard=True,
             rounds_input_twice=False,
             keep_first=1,
             keep_last=1,

@@ -47,51 +47,40 @@ class NVFP4TrainingLinear(nn.Linear):
 class _NVFP4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, recipe: NVFP4Recipe) -> torch.Tensor:
-        x_rounded = to_nvfp4(x, recipe.activation_rule)
-        weight_rounded = to_nvfp4(weight, recipe.weight_rule, recipe.weight_block)
-        kept = (x_rounded.codes, x_rounded.scales, x_rounded.amax) if recipe.rounds_input_twice else (x,)
-        ctx.save_for_backward(weight, *kept)
-        ctx.recipe, ctx.dtype = recipe, x.dtype
+        x_rounded = quantize_unchecked(x, recipe.activation_rule)
+        weight_rounded = quantize_unchecked(weight, recipe.weight_rule, (BLOCK, BLOCK))
+        ctx.save_for_backward(*_parts(weight_rounded), *(_parts(x_rounded) if recipe.rounds_input_twice else (x,)))
+        ctx.recipe, ctx.dtype, ctx.weight_dtype = recipe, x.dtype, weight.dtype
         return multiply(x_rounded, weight_rounded, x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         recipe = ctx.recipe
-        weight, *kept = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: gradient checkpointing gives them out no second time
+        weight, kept = saved[:3], saved[3:]
         input_gradient = weight_gradient = None
         if ctx.needs_input_grad[0]:
-            gradient_rounded = to_nvfp4(gradient, recipe.gradient_rule, stochastic=True)
-            weight_rounded = to_nvfp4(weight, recipe.weight_rule, recipe.weight_block)
-            if recipe.weight_block == (BLOCK, BLOCK):
-                turned = weight_rounded.transpose()
-            else:
-                turned = to_nvfp4(weight.T, recipe.weight_rule)
+            gradient_rounded = quantize_unchecked(gradient, recipe.gradient_rule, rounding="stochastic")
+            turned = NVFP4Tensor(*weight, recipe.weight_rule, (BLOCK, BLOCK)).transpose()
             input_gradient = multiply(gradient_rounded, turned, ctx.dtype)
         if ctx.needs_input_grad[1]:
+            x = kept[0]
             if recipe.rounds_input_twice:
                 x = NVFP4Tensor(*kept, recipe.activation_rule).dequantize(ctx.dtype)
-            else:
-                (x,) = kept
             # Both are turned, so that blocks lie along the tokens, which this product sums over.
-            turned = [over_tokens(states, recipe.hadamard) for states in (gradient, x)]
-            gradient_rounded = to_nvfp4(turned[0], recipe.gradient_rule, stochastic=True)
-            x_rounded = to_nvfp4(turned[1], recipe.activation_rule)
-            weight_gradient = multiply(gradient_rounded, x_rounded, ctx.dtype).to(weight.dtype)
+            gradient_rounded = quantize_unchecked(over_tokens(gradient), recipe.gradient_rule, rounding="stochastic")
+            x_rounded = quantize_unchecked(over_tokens(x), recipe.activation_rule)
+            weight_gradient = multiply(gradient_rounded, x_rounded, ctx.dtype).to(ctx.weight_dtype)
         return input_gradient, weight_gradient, None
 
 
-def to_nvfp4(
-    x: torch.Tensor, scale_rule: str, block: tuple[int, int] = (1, BLOCK), stochastic: bool = False
-) -> NVFP4Tensor:
-    """A matrix in NVFP4, without waiting for the device; stochastic rounding draws from torch's random state."""
-    amax = x.detach().abs().amax().float().reshape(1)
-    return quantize_unchecked(x, amax, scale_rule, block, "stochastic" if stochastic else "nearest")
+def _parts(tensor: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tensor.codes, tensor.scales, tensor.amax
 
 
-def over_tokens(states: torch.Tensor, hadamard: bool) -> torch.Tensor:
-    """`[tokens, n]` -> `[n, tokens]`, the tokens filled up with zeros to whole blocks, and transformed."""
-    turned = F.pad(states, (0, 0, 0, -states.shape[0] % (2 * BLOCK))).T  # twice 16, for hardware
-    return random_hadamard(turned) if hadamard else turned
+def over_tokens(states: torch.Tensor) -> torch.Tensor:
+    """`[tokens, n]` -> `[n, tokens]`, the tokens filled up with zeros to whole blocks, and their outliers spread."""
+    return random_hadamard(F.pad(states, (0, 0, 0, -states.shape[0] % (2 * BLOCK))).T)  # twice 16, for hardware
 
 
 def check_sizes(in_features: int, out_features: int) -> None:

@@ -162,7 +162,6 @@ def test_two_adapters_are_rounded_once():
     for name in ("one", "two"):
         total = total + layer.get_delta_weight(name)
     model.fuse_lora(adapter_names=["one", "two"])
-    expected = NVFP4Linear.from_linear(torch.nn.Linear(32, 32))
     linear = torch.nn.Linear(32, 32)
     linear.weight.data = total.detach()
     expected = NVFP4Linear.from_linear(linear)

@@ -48,7 +48,7 @@ def test_errors_of_the_three_products(name, gates):
 
 
 def test_rounding_the_input_twice_costs_accuracy():
-    once = errors_of(NVFP4Recipe("once", "static_6", (16, 16), "mse", "mse", True, rounds_input_twice=False))
+    once = errors_of(NVFP4Recipe("once", "static_6", "mse", "mse", rounds_input_twice=False))
     assert once[2] < errors_of(RECIPES["longlive"])[2] - 0.01
 
 
@@ -97,7 +97,7 @@ def test_any_number_of_tokens(tokens):
     x = torch.randn(tokens, 32, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad.shape == x.shape and layer.weight.grad.shape == (16, 32)
-    assert over_tokens(x.detach(), hadamard=False).shape == (32, -(-tokens // 32) * 32)
+    assert over_tokens(x.detach()).shape == (32, -(-tokens // 32) * 32)
 
 
 def test_only_what_is_asked_for_is_computed():
