@@ -25,7 +25,7 @@ from .bench_models import random_pipeline
 from .bench_runs import measure_decode, measure_denoise, measure_forward, measure_matmul, measure_whole
 from .bench_sizes import SIZES, BenchSize, check_bench_size, forward_flops, frames_in
 from .bench_table import as_table
-from .measure import device_name, peak_memory, reset_peak_memory
+from .measure import device_name, peak_memory, reset_peak_memory, weights_bytes
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -192,10 +192,7 @@ def measure(args: argparse.Namespace, size: BenchSize, device: torch.device, dty
         "decode_first_chunk": decode[0],
         "synchronous": synchronous,
         "asynchronous": asynchronous,
-        "weights_bytes": {
-            name: sum(weight.nbytes for weight in model.state_dict().values())
-            for name, model in (("transformer", pipe.transformer), ("vae", pipe.vae))
-        },
+        "weights_bytes": {"transformer": weights_bytes(pipe.transformer), "vae": weights_bytes(pipe.vae)},
         "kv_cache_bytes": synchronous["kv_cache_bytes"],
         "kv_caches": caches,
         "peak_memory_bytes": memory,

@@ -48,6 +48,11 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def weights_bytes(model: torch.nn.Module) -> int:
+    """Memory of a model's weights and buffers, as they are stored."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
 def as_size(num_bytes: int) -> str:
     """Bytes in words."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

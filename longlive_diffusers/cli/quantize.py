@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from ..loaders.convert import DTYPES
 from ..loaders.pipeline_output_folder import check_output, save_whole
 from ..nvfp4.backends import BACKENDS
@@ -13,7 +11,7 @@ from ..nvfp4.quantizer import NVFP4Config, quantize_model
 from ..nvfp4.rules import RULES
 from .arguments import default_device
 from .arguments import device as device_type
-from .measure import as_size
+from .measure import as_size, weights_bytes
 from .pipeline_folder import PipelineFolder, check_lora_file
 
 
@@ -66,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
     )
     pipe = PipelineFolder.find(args.model).load_stored(dtype=args.dtype, lora=args.lora)
     transformer = pipe.transformer.to(args.device or default_device())
-    before = transformer_bytes(transformer)
+    before = weights_bytes(transformer)
     quantize_model(transformer, config)
-    after, layers = transformer_bytes(transformer), nvfp4_layers(transformer)
+    after, layers = weights_bytes(transformer), nvfp4_layers(transformer)
     transformer.to("cpu")
     save_whole(pipe, output)
     first = next(iter(layers.values()))
@@ -76,8 +74,3 @@ def run(args: argparse.Namespace) -> int:
     print(f"transformer:         {as_size(before)} -> {as_size(after)} ({before / after:.2f} times smaller)")
     print(f"output:              {output}")
     return 0
-
-
-def transformer_bytes(model: torch.nn.Module) -> int:
-    """Memory of its weights."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

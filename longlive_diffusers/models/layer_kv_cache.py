@@ -29,7 +29,32 @@ class ChunkPlan:
     finished: bool = False
 
 
-class LayerKVCache:
+class RawKeys:
+    """What both kinds of layer keep as it is: the text's keys and values and, for relative RoPE, unrotated keys."""
+
+    def __init__(
+        self, shape: tuple[int, int, int, int, int], raw_slots: int, dtype: torch.dtype, device: torch.device
+    ):
+        raw_shape = (*shape[:2], raw_slots, *shape[3:])
+        self.raw_key = torch.zeros(raw_shape, dtype=dtype, device=device) if raw_slots else None
+        self.text: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def reset(self) -> None:
+        """Forget the text; frames are forgotten by `KVCache.reset`, which owns their bookkeeping."""
+        self.text = None
+
+    def _keep_raw(self, raw_key: torch.Tensor, plan: ChunkPlan) -> None:
+        if plan.raw_slots is not None:
+            raw_frames = in_frames(raw_key, plan.num_frames)[plan.raw_rows, plan.raw_frames]
+            self.raw_key[plan.raw_rows, :, plan.raw_slots] = raw_frames.detach().to(self.raw_key.dtype)
+
+    def _rotated(self, rows: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        """Kept keys, `[n, heads, tokens, head_dim]`, at the positions of `rotary`."""
+        raw = self.raw_key[rows, :, raw_slots].transpose(1, 2)  # [n, tokens, heads, head_dim]
+        return apply_rotary(raw, rotary).transpose(1, 2)
+
+
+class LayerKVCache(RawKeys):
     """Keys and values of one layer, `[B, heads, slots, tokens per frame, head_dim]`, preallocated.
 
     Heads come before slots so that what one head reads is contiguous. The interface is all that the attention
@@ -39,11 +64,9 @@ class LayerKVCache:
     def __init__(
         self, shape: tuple[int, int, int, int, int], raw_slots: int, dtype: torch.dtype, device: torch.device
     ):
+        super().__init__(shape, raw_slots, dtype, device)
         self.key = torch.zeros(shape, dtype=dtype, device=device)
         self.value = torch.zeros(shape, dtype=dtype, device=device)
-        raw_shape = (*shape[:2], raw_slots, *shape[3:])
-        self.raw_key = torch.zeros(raw_shape, dtype=dtype, device=device) if raw_slots else None
-        self.text: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, plan: ChunkPlan
@@ -61,9 +84,7 @@ class LayerKVCache:
         heads_first = [in_frames(states, plan.num_frames) for states in (key, value)]
         self.key[plan.rows, :, plan.slots] = heads_first[0].detach().to(self.key.dtype)
         self.value[plan.rows, :, plan.slots] = heads_first[1].detach().to(self.value.dtype)
-        if plan.raw_slots is not None:
-            raw_frames = in_frames(raw_key, plan.num_frames)[plan.raw_rows, plan.raw_frames]
-            self.raw_key[plan.raw_rows, :, plan.raw_slots] = raw_frames.detach().to(self.raw_key.dtype)
+        self._keep_raw(raw_key, plan)
         if torch.is_grad_enabled():
             index = (plan.rows, slice(None), plan.slots)
             cached = [states[:, :, : plan.length].to(key.dtype, copy=True) for states in (self.key, self.value)]
@@ -83,17 +104,12 @@ class LayerKVCache:
         self, rows: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
     ) -> None:
         """Rotate kept unrotated keys (`rows`, `raw_slots`, int64 `[n]`) to `rotary` and store them in `slots`."""
-        self.key[rows, :, slots] = rotated(self.raw_key[rows, :, raw_slots], rotary)
+        self.key[rows, :, slots] = self._rotated(rows, raw_slots, rotary)
 
     @property
     def num_bytes(self) -> int:
         """Memory of the stored keys and values; the text's are not counted."""
-        buffers = (self.key, self.value, self.raw_key)
-        return sum(buffer.numel() * buffer.element_size() for buffer in buffers if buffer is not None)
-
-    def reset(self) -> None:
-        """Forget the text; frames are forgotten by `KVCache.reset`, which owns their bookkeeping."""
-        self.text = None
+        return sum(buffer.nbytes for buffer in (self.key, self.value, self.raw_key) if buffer is not None)
 
 
 class Scratch:
@@ -112,10 +128,10 @@ class Scratch:
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.numel() * buffer.element_size() for pair in self._buffers.values() for buffer in pair)
+        return sum(buffer.nbytes for pair in self._buffers.values() for buffer in pair)
 
 
-class PackedLayerKVCache:
+class PackedLayerKVCache(RawKeys):
     """A [`LayerKVCache`] in NVFP4 or FP8.
 
     A chunk is quantised once, in the forward on its clean latents (`plan.finished`); in the forwards before, it is
@@ -132,15 +148,13 @@ class PackedLayerKVCache:
         device: torch.device,
         scratch: Scratch,
     ):
+        super().__init__(shape, raw_slots, raw_dtype, device)
         self.key: NVFP4Frames | FP8Frames
         self.value: NVFP4Frames | FP8Frames
         if kind == "nvfp4":
             self.key, self.value = (NVFP4Frames(shape, device, centred=is_key) for is_key in (True, False))
         else:
             self.key, self.value = FP8Frames(shape, device), FP8Frames(shape, device)
-        raw_shape = (*shape[:2], raw_slots, *shape[3:])
-        self.raw_key = torch.zeros(raw_shape, dtype=raw_dtype, device=device) if raw_slots else None
-        self.text: tuple[torch.Tensor, torch.Tensor] | None = None
         self._scratch = scratch
 
     def update(
@@ -157,9 +171,7 @@ class PackedLayerKVCache:
         if plan.finished:
             self.key.write(plan.rows, plan.slots, heads_first[0].detach())
             self.value.write(plan.rows, plan.slots, heads_first[1].detach())
-            if plan.raw_slots is not None:
-                raw_frames = in_frames(raw_key, plan.num_frames)[plan.raw_rows, plan.raw_frames]
-                self.raw_key[plan.raw_rows, :, plan.raw_slots] = raw_frames.detach().to(self.raw_key.dtype)
+            self._keep_raw(raw_key, plan)
         return tuple(states.flatten(2, 3).transpose(1, 2) for states in buffers)
 
     def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,17 +183,13 @@ class PackedLayerKVCache:
         self, rows: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
     ) -> None:
         """As [`LayerKVCache.rotate_again`]."""
-        self.key.write(rows, slots, rotated(self.raw_key[rows, :, raw_slots], rotary))
+        self.key.write(rows, slots, self._rotated(rows, raw_slots, rotary))
 
     @property
     def num_bytes(self) -> int:
         """As of [`LayerKVCache`], without the scratch buffers, which all layers share."""
-        raw = 0 if self.raw_key is None else self.raw_key.numel() * self.raw_key.element_size()
+        raw = 0 if self.raw_key is None else self.raw_key.nbytes
         return self.key.num_bytes + self.value.num_bytes + raw
-
-    def reset(self) -> None:
-        """As [`LayerKVCache.reset`]."""
-        self.text = None
 
     def _unpack(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = (buffer[:, :, :length] for buffer in self._scratch.buffers(dtype))
@@ -193,8 +201,3 @@ class PackedLayerKVCache:
 def in_frames(states: torch.Tensor, num_frames: int) -> torch.Tensor:
     """`[B, frames * tokens, heads, dim]` -> `[B, frames, heads, tokens, dim]`."""
     return states.unflatten(1, (num_frames, -1)).transpose(2, 3)
-
-
-def rotated(raw_key: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Unrotated keys `[n, heads, tokens, head_dim]` of n frames, at the positions of `rotary`."""
-    return apply_rotary(raw_key.transpose(1, 2), rotary).transpose(1, 2)
