@@ -42,7 +42,8 @@ class Settings:
         """Raises a ValueError for anything that cannot be evaluated."""
         counts = asdict(self)
         guidance, steps = counts.pop("guidance_scale"), counts.pop("step_counts")
-        counts.pop("seed"), counts.pop("kv_cache_dtype")
+        for named_elsewhere in ("seed", "kv_cache_dtype"):
+            del counts[named_elsewhere]
         low = [f"{name} {value}" for name, value in counts.items() if value < 1]
         if low or guidance < 0 or not steps or min(steps) < 1:
             raise ValueError(

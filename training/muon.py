@@ -96,5 +96,6 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     first, second, third = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = states @ states.mT
-        states = first * states + (second * gram + third * (gram @ gram)) @ states
+        polynomial = torch.baddbmm(gram, gram, gram, beta=second, alpha=third)
+        states = torch.baddbmm(states, polynomial, states, beta=first)
     return states.mT if is_tall else states

@@ -183,9 +183,9 @@ class TeacherForcing:
             "hidden_states": noisy,
             "timestep": timestep,
             "encoder_hidden_states": embeds,
-            "clean_hidden_states": clean,
-            "clean_timestep": history_timestep,
         }
+        if layout.num_chunks > 1:  # a single chunk has no history
+            arguments |= {"clean_hidden_states": clean, "clean_timestep": history_timestep}
         return Batch(
             arguments={name: tensor.to(device) for name, tensor in arguments.items()}
             | {"frame_positions": layout.shard_frames(positions, rank)},

@@ -223,11 +223,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--kl_weight", type=float, default=2e-5)
-    parser.add_argument("--width", type=int, default=16, help="channels of the first level (default 16)")
+    parser.add_argument("--width", type=int, help="channels of the first level (default 16)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = vars(parser.parse_args())
     output, device = arguments.pop("output"), arguments.pop("device")
+    if arguments["start"] is not None:
+        if arguments["width"] is not None:
+            parser.error(f"--width {arguments['width']} is of a new VAE: one to --start from has its own")
+        if not (Path(arguments["start"]) / "config.json").is_file():
+            parser.error(f"--start: there is no VAE in '{arguments['start']}'")
+    arguments["width"] = arguments["width"] or 16
     settings = Settings(**arguments)
     if settings.steps < 1:
         parser.error(f"--steps must be at least 1, got {settings.steps}")

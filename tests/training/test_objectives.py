@@ -74,6 +74,26 @@ def test_a_given_image_is_clean_at_time_zero_and_bears_no_loss():
     assert batch.bears_loss[0, 1:].all()
 
 
+def test_a_single_chunk_is_shown_without_history():
+    data = items()
+    whole = objective().prepare(data, 0, torch.device("cpu"))
+    first = {
+        name: value[:, :, :CHUNK] if name == "latents" else value[:, :1] if name != "sample_number" else value
+        for name, value in data.items()
+    } | {"loss_mask": data["loss_mask"][:, :CHUNK]}
+    alone = TeacherForcing(
+        LongLiveScheduler(),
+        TeacherForcingSettings(),
+        seed=0,
+        layout=FrameLayout(CHUNK, 1, CHUNK),
+        rank=0,
+        empty_prompt=torch.full((LENGTH, DIM), -1.0),
+    ).prepare(first, 0, torch.device("cpu"))
+    assert "clean_hidden_states" in whole.arguments and "clean_timestep" in whole.arguments
+    assert alone.arguments.keys() == whole.arguments.keys() - {"clean_hidden_states", "clean_timestep"}
+    assert alone.arguments["hidden_states"].shape[2] == CHUNK and alone.bears_loss.all()
+
+
 def test_dropped_prompts_are_the_empty_prompt_in_every_chunk():
     batch = objective(prompt_dropout=1.0).prepare(items(), 0, torch.device("cpu"))
     assert (batch.arguments["encoder_hidden_states"] == -1).all()

@@ -62,6 +62,14 @@ def test_a_scene_goes_on_where_it_was():
         np.testing.assert_array_equal(toy_world.render(scene.after(SIDE), 1)[0], whole[0])
 
 
+def test_things_start_on_few_places():
+    chance = random.Random(4)
+    scenes = [toy_world.draw_scene(chance, num_things=1 + index % 2) for index in range(200)]
+    places = {(thing.x, thing.y) for scene in scenes if len(scene.things) == 1 for thing in scene.things}
+    assert places == set(itertools.product((8, 24, 40, 56), repeat=2))
+    assert {thing.y for scene in scenes if scene.arrangement == "stacked" for thing in scene.things} == {16, 48}
+
+
 def test_the_picture_is_a_torus():
     centred = toy_world.render(Scene("black", (replace(THING, x=32.0, y=32.0),)), 1)
     corner = toy_world.render(Scene("black", (replace(THING, x=0.0, y=0.0),)), 1)

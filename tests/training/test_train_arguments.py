@@ -44,7 +44,7 @@ def test_a_missing_file_is_named():
         parse_arguments([*NEEDED, "--config", "no-such.yaml"])
 
 
-@pytest.mark.parametrize("name", ["toy.yaml", "longlive2_ar.yaml"])
+@pytest.mark.parametrize("name", ["toy_first_chunk.yaml", "toy.yaml", "longlive2_ar.yaml"])
 def test_the_ready_made_recipes_are_valid(name):
     arguments = parse_arguments([*NEEDED, "--config", str(CONFIGS / name)])
     settings = yaml.safe_load((CONFIGS / name).read_text())
