@@ -22,7 +22,7 @@ parser.add_argument("--image")
 parser.add_argument("--model", default=toy_pipeline_path())
 parser.add_argument("--output", default="video.mp4")
 parser.add_argument("--steps", type=int, default=30, help="4 for distilled models")
-parser.add_argument("--guidance", type=float, default=4.0, help="1 for distilled models")
+parser.add_argument("--guidance", type=float, default=2.0, help="1 for distilled models")
 args = parser.parse_args()
 
 if args.image is None:

@@ -1,21 +1,25 @@
 """The embedded pipeline is complete, small, and makes what its card says; everything is tried out on it."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
+from evaluate_stories import single_shots
+from evaluate_videos import Sampling, judge_stories
 from toy_judge import Reading, read_chunk
 from toy_text import MAX_LENGTH
-from toy_world import BACKGROUNDS, COLOURS, SIDE, Scene, Thing, render
+from toy_world import SIDE, Scene, Thing, render
 from train_vae import draw_clips, streamed_psnr
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.models.streaming_vae import normalize_latents
+
+
+GUIDANCE = 2.0  # as its card recommends
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def chunks_of(frames: np.ndarray) -> list[Reading]:
 def make(pipe: LongLivePipeline, prompt: str | None = None, *, num_frames: int = 29, seed: int = 0, **options):
     generator = torch.Generator().manual_seed(seed)
     return pipe(
-        prompt, num_frames=num_frames, num_inference_steps=16, guidance_scale=4, generator=generator, **options
+        prompt, num_frames=num_frames, num_inference_steps=16, guidance_scale=GUIDANCE, generator=generator, **options
     ).frames[0]
 
 
@@ -104,16 +108,19 @@ def test_the_text_encoder_tells_who_is_where(toy):
 
 # ------------------------------------------------------------------------------------------------------- what it makes
 def test_it_draws_what_the_readmes_first_command_asks_for(toy):
-    """Background, colour and motion; of shapes the judge is seldom sure, as the card says."""
-    frames = make(toy, "a large red circle moves right on a black background", num_frames=61)
-    assert [reading.background for reading in chunks_of(frames)] == ["black"] * 8
-    pixels = frames[5:].reshape(-1, 3) * 255
-    drawn = pixels[np.linalg.norm(pixels - BACKGROUNDS["black"], axis=1) > 80]
-    assert 0.01 < len(drawn) / len(pixels) < 0.2
-    nearest = np.argmin([np.linalg.norm(drawn - colour, axis=1) for colour in COLOURS.values()], axis=0)
-    assert (nearest == list(COLOURS).index("red")).mean() > 0.8
-    motions = [thing.motion for reading in chunks_of(frames) for thing in reading.things]
-    assert motions.count("right") > 0.5 * len(motions) > 2
+    for reading in chunks_of(make(toy, "a large red circle moves right on a black background", num_frames=61)):
+        (thing,) = reading.things
+        assert reading.background == "black"
+        assert (thing.size, thing.colour, thing.shape, thing.motion) == ("large", "red", "circle", "right")
+
+
+@pytest.mark.parametrize(("held_out", "num_things", "percent"), [(False, 1, 90), (True, 1, 85), (False, 2, 60)])
+def test_most_captions_are_followed(toy, held_out, num_things, percent):
+    stories = single_shots("a test", 12, 3, num_things=num_things, held_out=held_out)
+    sampling = Sampling(num_inference_steps=16, guidance_scale=GUIDANCE, max_sequence_length=MAX_LENGTH)
+    judged = judge_stories(toy, stories, sampling, description="judging")
+    right = [all(chunk.marks.values()) for story in judged for chunk in story]
+    assert 100 * np.mean(right) >= percent
 
 
 def test_shots_follow_their_prompts(toy):
@@ -127,9 +134,11 @@ def test_shots_follow_their_prompts(toy):
         num_frames=45,
     )
     readings = chunks_of(frames)
-    assert [reading.background for reading in readings] == ["teal"] * 3 + ["brown"] * 3
-    assert {thing.colour for reading in readings[:3] for thing in reading.things} == {"red"}
-    assert {thing.colour for reading in readings[3:] for thing in reading.things} == {"white"}
+    seen = [(reading.background, *((thing.colour, thing.shape) for thing in reading.things)) for reading in readings]
+    assert seen == [("teal", ("red", "circle"))] * 3 + [("brown", ("white", "square"))] * 3
+    # A motion is what the judge is least sure of in a single chunk.
+    asked, moves = ["right"] * 3 + ["up"] * 3, [reading.things[0].motion for reading in readings]
+    assert sum(here == there for here, there in zip(asked, moves, strict=True)) >= 5
 
 
 def test_an_image_is_gone_on_from(toy):
@@ -137,8 +146,10 @@ def test_an_image_is_gone_on_from(toy):
     image = render(Scene("grey", (thing,)), 1)[0]
     frames = make(toy, "a large blue square moves left on a grey background", image=image.astype(np.float32) / 255)
     assert np.abs(frames[0] - image / 255).mean() < 0.02
-    (first, *_) = chunks_of(frames)
-    assert first.background == "grey" and [seen.colour for seen in first.things] == ["blue"]
+    for reading in chunks_of(frames):
+        (seen,) = reading.things
+        assert reading.background == "grey"
+        assert (seen.colour, seen.shape, seen.motion) == ("blue", "square", "left")
 
 
 def test_prompt_and_seed_matter(toy):
@@ -152,4 +163,5 @@ def test_the_card_says_how_it_was_made():
     card = (toy_pipeline_path() / "README.md").read_text()
     for script in ("toy_world.py", "toy_text.py", "train_vae.py", "train_ar.py", "evaluate_toy.py"):
         assert script in card
-    assert Path(__file__).parents[1].name not in card.split("longlive")[0]
+    configs = [path.read_text() for path in toy_pipeline_path().glob("*/config.json")]
+    assert len(configs) == 3 and not any("_name_or_path" in config for config in configs)
