@@ -86,8 +86,18 @@ def cuts(seed: str, count: int, chunks_per_shot: int) -> list[Story]:
     return stories
 
 
+def _left_open(expectation: Expectation) -> set[str]:
+    """What a caption of one thing does not say."""
+    said = {"background": expectation.background, "size": expectation.things[0].size}
+    return {name for name, value in said.items() if value is None}
+
+
 def switches(seed: str, count: int, num_chunks: int, chunk_size: int) -> list[Story]:
-    """One shot of a thing that, under a new prompt, changes its motion or its colour in the middle."""
+    """One shot of a thing that, under a new prompt, changes its motion or its colour in the middle.
+
+    The new caption speaks of the background and of the size only where the first one did: else it would ask to change
+    what a model was free to choose, and the shot could not go on as it was.
+    """
     before = num_chunks // 2
     stories = []
     for index in range(count):
@@ -96,6 +106,8 @@ def switches(seed: str, count: int, num_chunks: int, chunk_size: int) -> list[St
         first = _segment(scene, chance, before)
         later = redirect(scene.after(num_frames(before, chunk_size, opens_video=True)), chance)
         second = _segment(later, chance, num_chunks - before, "switch")
+        while not _left_open(second.expectation) >= _left_open(first.expectation):
+            second = _segment(later, chance, num_chunks - before, "switch")
         # What the new caption leaves out has been on the screen since the first one.
         expected = second.expectation.or_as(first.expectation)
         second = Segment(second.scene, second.caption, expected, second.num_chunks, "switch")
