@@ -106,7 +106,7 @@ def switches(seed: str, count: int, num_chunks: int, chunk_size: int) -> list[St
         first = _segment(scene, chance, before)
         later = redirect(scene.after(num_frames(before, chunk_size, opens_video=True)), chance)
         second = _segment(later, chance, num_chunks - before, "switch")
-        while not _left_open(second.expectation) >= _left_open(first.expectation):
+        while _left_open(first.expectation) - _left_open(second.expectation):
             second = _segment(later, chance, num_chunks - before, "switch")
         # What the new caption leaves out has been on the screen since the first one.
         expected = second.expectation.or_as(first.expectation)

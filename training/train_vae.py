@@ -233,10 +233,11 @@ def main() -> None:
             parser.error(f"--width {arguments['width']} is of a new VAE: one to --start from has its own")
         if not (Path(arguments["start"]) / "config.json").is_file():
             parser.error(f"--start: there is no VAE in '{arguments['start']}'")
-    arguments["width"] = arguments["width"] or 16
+    if arguments["width"] is None:
+        arguments["width"] = 16
     settings = Settings(**arguments)
-    if settings.steps < 1:
-        parser.error(f"--steps must be at least 1, got {settings.steps}")
+    if min(settings.steps, settings.width) < 1:
+        parser.error(f"--steps and --width must be at least 1, got {settings.steps} and {settings.width}")
 
     torch.manual_seed(settings.seed)
     if settings.start is None:

@@ -29,7 +29,7 @@ class ChunkPlan:
     finished: bool = False
 
 
-class RawKeys:
+class LayerCacheBase:
     """What both kinds of layer keep as it is: the text's keys and values and, for relative RoPE, unrotated keys."""
 
     def __init__(
@@ -54,7 +54,7 @@ class RawKeys:
         return apply_rotary(raw, rotary).transpose(1, 2)
 
 
-class LayerKVCache(RawKeys):
+class LayerKVCache(LayerCacheBase):
     """Keys and values of one layer, `[B, heads, slots, tokens per frame, head_dim]`, preallocated.
 
     Heads come before slots so that what one head reads is contiguous. The interface is all that the attention
@@ -131,7 +131,7 @@ class Scratch:
         return sum(buffer.nbytes for pair in self._buffers.values() for buffer in pair)
 
 
-class PackedLayerKVCache(RawKeys):
+class PackedLayerKVCache(LayerCacheBase):
     """A [`LayerKVCache`] in NVFP4 or FP8.
 
     A chunk is quantised once, in the forward on its clean latents (`plan.finished`); in the forwards before, it is
