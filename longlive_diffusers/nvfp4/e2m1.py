@@ -7,39 +7,41 @@ from torch.nn import functional as F
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; 8 to 15 are the same, negative
 
 
-def encode(y: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """Codes 0 to 15, uint8, of float32 numbers. What is above 6 becomes 6; a zero keeps its sign.
+def round_sizes(sizes: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """Codes 0 to 7, still float32, of numbers that are not negative. What is above 6 becomes 6.
 
     Args:
-        noise: Uniform in [0, 1), as `y`: rounds up with the chance that makes the average right; None: rounds to the
-            nearest value, ties to the even code.
+        noise: Uniform in [0, 1), as `sizes`: rounds up with the chance that makes the average right; None: rounds to
+            the nearest value, ties to the even code.
     """
-    size = y.abs()
+    # Neighbours are 0.5 apart below 2, 1 apart below 4, 2 apart from there on; 2 and 4 are the codes 4 and 6. Of the
+    # three rulers, the right one is that which gives least: the others are shifted up, by an even number of codes.
     if noise is None:
-        codes = torch.zeros_like(size, dtype=torch.uint8)
-        # Each border between two codes belongs to the even one of them.
-        for border, upper_is_even in ((0.25, 0), (0.75, 1), (1.25, 0), (1.75, 1), (2.5, 0), (3.5, 1), (5.0, 0)):
-            codes += size >= border if upper_is_even else size > border
+        codes = torch.minimum((sizes * 2).round(), sizes.round() + 2)  # ties to the even one
+        codes = torch.minimum(codes, (sizes * 0.5).round() + 4)
     else:
-        # Neighbours are 0.5 apart below 2, 1 apart below 4, 2 apart from there on; 2 and 4 are the codes 4 and 6.
-        fine, middle, coarse = size * 2, size + 2, size * 0.5 + 4
-        steps = torch.where(size < 2, fine, torch.where(size < 4, middle, coarse))
-        codes = (steps + noise).floor().clamp(max=7).to(torch.uint8)
-    return codes | (torch.signbit(y).to(torch.uint8) << 3)
+        fine, middle, coarse = sizes * 2, sizes + 2, sizes * 0.5 + 4
+        codes = (torch.where(sizes < 2, fine, torch.where(sizes < 4, middle, coarse)) + noise).floor()
+    return codes.clamp(max=7)
 
 
-def decode(codes: torch.Tensor) -> torch.Tensor:
-    """Values of codes 0 to 15, float32."""
-    return _values(codes.device)[codes.int()]
+def sizes_of(codes: torch.Tensor) -> torch.Tensor:
+    """Values of codes 0 to 7, both float32."""
+    return torch.maximum(torch.maximum(codes * 0.5, codes - 2), codes * 2 - 8)
 
 
-def pack(codes: torch.Tensor) -> torch.Tensor:
-    """`[..., n]` codes -> `[..., n / 2]` bytes, the even one in the low half."""
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
+def with_signs(codes: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Codes 0 to 7, float32, and float32 numbers, a zero among them with its sign -> codes 0 to 15, uint8."""
+    return codes.to(torch.uint8) | (y.view(torch.int32) >> 28 & 8).to(torch.uint8)
+
+
+def pack(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
+    """Bytes of two codes each, the first of them in the low half."""
+    return even | (odd << 4)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
-    """`[..., n / 2]` bytes -> `[..., n]` codes."""
+    """`[..., n / 2]` bytes -> `[..., n]` codes, those of a byte side by side."""
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
 
 

@@ -108,7 +108,7 @@ class NVFP4Tensor:
         codes = e2m1.unpack(self.codes).transpose(-1, -2)
         # One scale for each block, then again sixteen times, along the other axis.
         scales = self.scales[..., ::BLOCK, :].transpose(-1, -2).repeat_interleave(BLOCK, dim=-2)
-        return replace(self, codes=e2m1.pack(codes), scales=scales.contiguous())
+        return replace(self, codes=e2m1.pack(codes[..., ::2], codes[..., 1::2]), scales=scales.contiguous())
 
 
 def quantize(
@@ -184,14 +184,14 @@ def encode_matrix(
     """
     height, width = block
 
-    def in_blocks(states: torch.Tensor) -> torch.Tensor:  # [..., rows / height, cols / width, height * width]
+    def in_blocks(states: torch.Tensor) -> torch.Tensor:  # [height * width, ..., rows / height, cols / width]
         blocks = states.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
-        return blocks.transpose(-2, -3).flatten(-2)
+        return blocks.movedim((-3, -1), (0, 1)).flatten(0, 1)
 
-    peak = amax if amax.ndim == 1 else amax.unsqueeze(-1)
-    codes, scales = _encode(in_blocks(x.float()), peak, rule, None if noise is None else in_blocks(noise))
-    codes = codes.unflatten(-1, (height, width)).transpose(-2, -3).reshape(x.shape)
-    return NVFP4Tensor(e2m1.pack(codes), scales.repeat_interleave(height, dim=-2), amax, rule.name, block)
+    codes, scales = _encode(in_blocks(x.float()), amax, rule, None if noise is None else in_blocks(noise))
+    pairs = e2m1.pack(codes[::2], codes[1::2]).unflatten(0, (height, width // 2)).movedim((0, 1), (-3, -1))
+    packed = pairs.reshape(*x.shape[:-1], x.shape[-1] // 2)
+    return NVFP4Tensor(packed, scales.repeat_interleave(height, dim=-2), amax, rule.name, block)
 
 
 def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -275,8 +275,9 @@ def _encode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Args:
-        blocks: float32 `[..., n]`; each is given one scale.
-        amax: float32, broadcasts to the blocks.
+        blocks: float32 `[n, ...]`, the numbers that share a scale along the first axis: what is done to one of them is
+            done to its neighbours in memory, which is what a CPU is fast at.
+        amax: float32, broadcasts to the scales.
         noise: As `blocks`, uniform in [0, 1); None: round to nearest.
 
     Returns:
@@ -286,23 +287,24 @@ def _encode(
     # Of two tensors: a number divided by a tensor is multiplied by its reciprocal, which rounds twice.
     encode = torch.where(zero, 0.0, torch.full_like(amax, rule.span) / amax)
     decode = torch.where(zero, 0.0, 1 / encode)
-    scale = blocks.abs().amax(dim=-1, keepdim=True) / rule.largest_value * encode
-    codes, scales = _encode_with(blocks, scale, decode, noise)
+    sizes = blocks.abs()  # a number and its negative have the same code, but for the sign
+    scale = sizes.amax(dim=0) / rule.largest_value * encode
+    codes, scales = _encode_with(sizes, scale, decode, noise)
     if rule.error is not None:
-        other_codes, other_scales = _encode_with(blocks, scale * 1.5, decode, noise)
+        other_codes, other_scales = _encode_with(sizes, scale * 1.5, decode, noise)
         errors = [
-            rule.error((e2m1.decode(c) * s.float() * amax / rule.span) - blocks)
+            rule.error((e2m1.sizes_of(c) * s.float() * amax / rule.span) - sizes)
             for c, s in ((codes, scales), (other_codes, other_scales))
         ]
         takes_four = errors[1] < errors[0]  # a tie goes to six
         codes = torch.where(takes_four, other_codes, codes)
         scales = torch.where(takes_four, other_scales.float(), scales.float()).to(torch.float8_e4m3fn)
-    return codes, scales.squeeze(-1)
+    return e2m1.with_signs(codes, blocks), scales
 
 
-def _encode_with(blocks: torch.Tensor, scale: torch.Tensor, decode: torch.Tensor, noise: torch.Tensor | None):
-    """Codes and E4M3 scales (`[..., 1]`) of blocks whose scale, before it is rounded, is given."""
+def _encode_with(sizes: torch.Tensor, scale: torch.Tensor, decode: torch.Tensor, noise: torch.Tensor | None):
+    """Codes, float32 0 to 7, and E4M3 scales of blocks whose scale, before it is rounded, is given."""
     scales = scale.clamp(max=MAX_SCALE).to(torch.float8_e4m3fn)  # what is above 448 is NaN in some versions of torch
     rounded = scales.float()
     inverse = torch.where(rounded == 0, 0.0, 1 / (decode * rounded))
-    return e2m1.encode(blocks * inverse, noise), scales
+    return e2m1.round_sizes(sizes * inverse, noise), scales

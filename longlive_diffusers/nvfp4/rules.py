@@ -16,7 +16,7 @@ class ScaleRule:
         name: By which tensors, configurations and files call it.
         largest_value: The value that a block's largest number is brought to.
         largest_scale: The scale of the block that holds the tensor's largest number.
-        error: Of a block's errors `[..., n]`, what four-over-six makes small, `[..., 1]`; None: no choice is made.
+        error: Of the errors of blocks `[n, ...]`, what four-over-six makes small, `[...]`; None: no choice is made.
     """
 
     name: str
@@ -31,10 +31,10 @@ class ScaleRule:
 
 
 def _sum(terms: torch.Tensor) -> torch.Tensor:
-    """Over the last axis, neighbours first: in an order of its own, a sum has the same last bit everywhere."""
-    while terms.shape[-1] > 1:
-        terms = terms[..., ::2] + terms[..., 1::2]
-    return terms
+    """Over the first axis, neighbours first: in an order of its own, a sum has the same last bit everywhere."""
+    while len(terms) > 1:
+        terms = terms[::2] + terms[1::2]
+    return terms[0]
 
 
 def _mse(errors: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def _mae(errors: torch.Tensor) -> torch.Tensor:
 
 
 def _abs_max(errors: torch.Tensor) -> torch.Tensor:
-    return errors.abs().amax(dim=-1, keepdim=True)
+    return errors.abs().amax(dim=0)
 
 
 RULES = {
