@@ -7,7 +7,6 @@ there already.
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -95,10 +94,6 @@ def main() -> None:
     partial = arguments.output.with_name(arguments.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial)
-    for path in partial.glob("*/config.json"):  # where a part was loaded from means nothing to others
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2) + "\n")
     card = arguments.output / "README.md"
     if arguments.trained is not None and card.exists():  # what it says was measured, and written by hand
         shutil.copyfile(card, partial / "README.md")

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..loaders.hub import load_model_card, render_model_card
 from ..loaders.lora import is_original_lora, read_original_lora
+from ..loaders.saved_configs import forget_origin
 from ..models.kv_cache import check_window
 from ..models.streaming_vae import StreamingDecoder, StreamingEncoder, denormalize_latents, normalize_latents
 from ..models.transformer_longlive import LongLiveTransformer3DModel
@@ -547,8 +548,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return render_model_card(repo_id, chunk_size=config.chunk_size, **{**sizes, **details})
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As in diffusers; a folder without a README.md also gets one, which says which package loads it."""
+        """As in diffusers, but nothing that is written names a folder of this machine; a folder without a README.md
+        also gets one, which says which package loads it."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        forget_origin(save_directory)
         readme = Path(save_directory) / "README.md"
         if not readme.exists() and self.transformer is not None:
             self.model_card(Path(save_directory).name).save(readme)
@@ -558,6 +561,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         diffusers' placeholder of a card; a card that is on the Hub already is the owner's, and kept."""
         if load_model_card(repo_id, token=token) is None:
             self.model_card(repo_id).save(Path(working_dir) / "README.md")
+        forget_origin(working_dir)
         return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     @classmethod

@@ -105,6 +105,7 @@ def test_a_quantised_pipeline_goes_to_the_hub_and_comes_back(hub, tmp_path):
     pipe = small_pipeline(transformer=quantize_model(small_transformer(), NVFP4Config()))
     pipe.save_pretrained(tmp_path / "saved")
     hub.run_python(PUSH, str(tmp_path / "saved"), cache="pusher")
+    assert not any(str(tmp_path).encode() in content for content in hub.files("someone/quantized").values())
     hub.run_python(PULL, str(ROOT), cache="puller")
     weights, latents = torch.load(hub.folder / "pulled.pt")
     assert as_bytes(weights) == as_bytes(pipe.transformer.state_dict())

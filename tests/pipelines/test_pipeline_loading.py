@@ -54,6 +54,14 @@ def test_settings_are_saved(saved):
     assert load(saved, window_size=8).config.window_size == 8
 
 
+def test_what_is_saved_does_not_name_the_folder_that_it_was_loaded_from(saved, tmp_path):
+    load(saved).save_pretrained(tmp_path / "again")
+    texts = [path.read_text() for path in (tmp_path / "again").rglob("*.json")]
+    assert len(texts) > 5
+    assert not any(str(tmp_path) in text or "_name_or_path" in text for text in texts)
+    load(str(tmp_path / "again"))
+
+
 OPTIONAL = {"text": TEXT_COMPONENTS, "vae": {"vae": None}, "both": {**TEXT_COMPONENTS, "vae": None}}
 
 
