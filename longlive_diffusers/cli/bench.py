@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     size = requested_size(args)
     if args.json and not Path(args.json).parent.is_dir():
         raise ValueError(f"cannot write '{args.json}': there is no folder '{Path(args.json).parent}'")
+    if args.kv_caches and len(set(args.kv_caches)) < len(args.kv_caches):
+        raise ValueError(f"--kv-caches names a kind twice: {' '.join(args.kv_caches)}")
     backends = sorted(backend.value for backend in AttentionBackendName)
     if args.attention_backend and args.attention_backend.lower() not in backends:
         raise ValueError(f"no attention backend '{args.attention_backend}': there are {', '.join(backends)}")

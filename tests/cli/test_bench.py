@@ -181,6 +181,7 @@ def test_backend_and_compilation_reach_the_transformer(monkeypatch, tmp_path):
         (["--window", "4"], "`window_size` 4 is too small"),
         (["--chunks", "3"], "3 chunks of 2 do not fill the window of 16 latent frames: at least 8 are needed"),
         (["--json", "missing/bench.json"], "there is no folder 'missing'"),
+        (["--kv-caches", "fp8", "nvfp4", "fp8"], "names a kind twice: fp8 nvfp4 fp8"),
         (["--attention-backend", "abacus"], "no attention backend 'abacus': there are "),
     ],
 )
