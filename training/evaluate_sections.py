@@ -22,6 +22,7 @@ class Settings:
         long_steps: Steps of the long videos, of which there are many chunks.
         num_chunks: Length of the videos; that of the training videos.
         long_factor: How many times as long the long videos are.
+        dtype: That the model is loaded in, by name.
         kv_cache_dtype: "nvfp4" or "fp8": how keys and values are stored; None: as the network computes.
         max_sequence_length: Tokens that prompts are padded to; has to be as in training.
     """
@@ -33,6 +34,7 @@ class Settings:
     num_chunks: int = 8
     long_factor: int = 8
     guidance_scale: float = 1.0
+    dtype: str = "float32"
     kv_cache_dtype: str | None = None
     max_sequence_length: int = 512
     batch_size: int = 24
@@ -42,7 +44,7 @@ class Settings:
         """Raises a ValueError for anything that cannot be evaluated."""
         counts = asdict(self)
         guidance, steps = counts.pop("guidance_scale"), counts.pop("step_counts")
-        for named_elsewhere in ("seed", "kv_cache_dtype"):
+        for named_elsewhere in ("seed", "dtype", "kv_cache_dtype"):
             del counts[named_elsewhere]
         low = [f"{name} {value}" for name, value in counts.items() if value < 1]
         if low or guidance < 0 or not steps or min(steps) < 1:

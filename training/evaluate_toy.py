@@ -27,6 +27,7 @@ from whole_file import write_whole
 
 import longlive_diffusers  # noqa: F401  (registers the pipeline's classes with diffusers)
 from longlive_diffusers import LongLivePipeline
+from longlive_diffusers.loaders.convert import DTYPES
 from longlive_diffusers.models.kv_cache import PACKED_DTYPES
 
 
@@ -35,15 +36,15 @@ FULL = Settings()
 QUICK = Settings(num_prompts=6, num_inference_steps=8, step_counts=(4, 8), long_steps=4, long_factor=2)
 
 
-def load(folder: Path, device: str) -> LongLivePipeline:
-    """The pipeline in a folder, silent, in float32.
+def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> LongLivePipeline:
+    """The pipeline in a folder, silent.
 
     Raises:
         ValueError: The folder holds no pipeline, or one that does not make videos of the toy world's size.
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"'{folder}' holds no pipeline: there is no model_index.json in it.")
-    pipe = LongLivePipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+    pipe = LongLivePipeline.from_pretrained(folder, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     check_pipeline(pipe)
     return pipe
@@ -118,6 +119,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         ("seed", int, "of prompts and noise (default 0)"),
     ):
         parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument("--dtype", choices=DTYPES, help="to load the model in (default float32)")
     parser.add_argument("--kv_cache_dtype", choices=PACKED_DTYPES, help="store keys and values in few bits")
     parser.add_argument("--step_counts", type=int, nargs="+", help="compared by `steps` (default 4 8 16 30 50)")
     parsed = parser.parse_args(arguments)
@@ -138,7 +140,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    pipe, settings = load(arguments.model, arguments.device), arguments.settings
+    settings = arguments.settings
+    pipe = load(arguments.model, arguments.device, DTYPES[settings.dtype])
     if arguments.takes_tokenizers_length:
         # Padding is attended to: prompts have to be padded as they were in training.
         settings = Settings(**(asdict(settings) | {"max_sequence_length": pipe.tokenizer.model_max_length}))

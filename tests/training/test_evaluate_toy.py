@@ -287,6 +287,7 @@ def test_an_untrained_pipeline_is_evaluated(pipe, tmp_path, capsys):
     tables = evaluate_toy.evaluate(pipe, tmp_path / "out", settings, list(evaluate_toy.SECTIONS), model=marked)
     assert all(row[2] == 0 for row in tables["accuracy"][0].rows)
     assert "Accuracy over time" in capsys.readouterr().out
+    assert evaluate_toy.load(tmp_path / "model", "cpu", torch.bfloat16).transformer.dtype == torch.bfloat16
     (tmp_path / "model" / "transformer" / "config.json").write_text("{}")
     assert fingerprint(tmp_path / "model") != marked
 
@@ -313,8 +314,10 @@ def test_bad_settings():
 def test_bad_command_lines(tmp_path, capsys):
     (tmp_path / "model_index.json").write_text("{}")
     good = ["--model", str(tmp_path), "--output", "out"]
-    parsed = evaluate_toy.parse_arguments([*good, "--quick", "--seed", "3", "--step_counts", "2", "4"])
-    assert parsed.settings == replace(evaluate_toy.QUICK, seed=3, step_counts=(2, 4))
+    parsed = evaluate_toy.parse_arguments(
+        [*good, "--quick", "--seed", "3", "--step_counts", "2", "4", "--dtype", "bfloat16"]
+    )
+    assert parsed.settings == replace(evaluate_toy.QUICK, seed=3, step_counts=(2, 4), dtype="bfloat16")
     for more, message in (
         (["--num_prompts", "0"], "num_prompts 0"),
         (["--only", "weather"], "weather"),
