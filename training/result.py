@@ -66,13 +66,14 @@ def save_result(
     partial = output / "result.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    repo_id = arguments.run.hub_model_id or output.name
     if arguments.model.rank is not None:
         LongLivePipeline.save_lora_weights(
             partial,
             transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=weights),
             **_collate_lora_metadata({"transformer": transformer}),
         )
-        card = lora_card(arguments, output.name)
+        card = lora_card(arguments, repo_id)
     else:
         source = arguments.model.pretrained_model_name_or_path
         with torch.device("meta"):
@@ -81,8 +82,8 @@ def save_result(
         options = {"revision": arguments.model.revision, "variant": arguments.model.variant}
         pipe = LongLivePipeline.from_pretrained(source, transformer=trained, dtype=torch.float32, **options)
         pipe.save_pretrained(partial)
-        card = pipe.model_card(arguments.run.hub_model_id or output.name, **card_details(arguments))
-    card.text += training_section(arguments)
+        card = pipe.model_card(repo_id, **card_details(arguments))
+    card.text += training_section(arguments, repo_id)
     card.save(partial / "README.md")
     # The index comes last: without it, the folder does not pass for a pipeline.
     names = sorted((path.name for path in partial.iterdir()), key=lambda name: name == "model_index.json")
@@ -94,10 +95,9 @@ def save_result(
     return names
 
 
-def lora_card(arguments: Arguments, name: str) -> ModelCard:
+def lora_card(arguments: Arguments, repo_id: str) -> ModelCard:
     details = card_details(arguments)
     base = details["base_model"] or arguments.model.pretrained_model_name_or_path
-    repo_id = arguments.run.hub_model_id or name
     return render_lora_card(repo_id, **details | {"base_model": base}, rank=arguments.model.rank)
 
 
@@ -114,11 +114,18 @@ def card_details(arguments: Arguments) -> dict[str, str | int | float | None]:
     return details
 
 
-def training_section(arguments: Arguments) -> str:
+def training_section(arguments: Arguments, repo_id: str) -> str:
     """The part of a card that says how the result was trained."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in training_facts(arguments).items())
     intro = "Teacher forcing, with `training/train_ar.py` of longlive-diffusers."
-    return f"\n## Training\n\n{intro}\n\n| | |\n|---|---|\n{rows}\n"
+    text = f"\n## Training\n\n{intro}\n\n| | |\n|---|---|\n{rows}\n"
+    if trains_in_nvfp4(arguments):
+        recipe = arguments.optimization.nvfp4_recipe
+        text += (
+            "\nThese are the weights that the optimiser moved, in float32. Rounded to 4 bits as in training: "
+            f"`longlive quantize {repo_id} --output FOLDER --recipe {recipe}`\n"
+        )
+    return text
 
 
 def training_facts(arguments: Arguments) -> dict[str, str | int | float]:

@@ -6,13 +6,19 @@ from pathlib import Path
 from ..loaders.convert import DTYPES
 from ..loaders.pipeline_output_folder import check_output, save_whole
 from ..nvfp4.backends import BACKENDS
+from ..nvfp4.format import BLOCKS
 from ..nvfp4.linear import nvfp4_layers
 from ..nvfp4.quantizer import NVFP4Config, quantize_model
+from ..nvfp4.recipes import RECIPES
 from ..nvfp4.rules import RULES
 from .arguments import default_device
 from .arguments import device as device_type
 from .measure import as_size, weights_bytes
 from .pipeline_folder import PipelineFolder, check_lora_file
+
+
+BLOCK_NAMES = {f"{rows}x{columns}": (rows, columns) for rows, columns in BLOCKS}
+RECIPE_SAYS = ("weight_rule", "activation_rule", "block", "keep")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -27,17 +33,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("model", metavar="DIR_OR_REPO", help="a LongLive pipeline: folder or Hub repository")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write; new or empty")
     parser.add_argument(
-        "--weight-rule", choices=RULES, default="mse", help="how scales of weights are chosen (default: %(default)s)"
+        "--recipe",
+        choices=RECIPES,
+        help="for a model trained in NVFP4: the rules, blocks and kept modules of its recipe",
     )
-    parser.add_argument(
-        "--activation-rule", choices=RULES, default="mse", help="and those of activations (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--block",
-        choices=("1x16", "16x16"),
-        default="1x16",
-        help="16x16 for a model trained so (default: %(default)s)",
-    )
+    parser.add_argument("--weight-rule", choices=RULES, help="how scales of weights are chosen (default: mse)")
+    parser.add_argument("--activation-rule", choices=RULES, help="and those of activations (default: mse)")
+    parser.add_argument("--block", choices=BLOCK_NAMES, help="numbers of a weight that share a scale (default: 1x16)")
     parser.add_argument(
         "--backend", choices=("auto", *BACKENDS), default="auto", help="how products are computed (default: auto)"
     )
@@ -55,22 +57,33 @@ def run(args: argparse.Namespace) -> int:
     check_output(output)
     if args.lora is not None:
         check_lora_file(args.lora)
-    config = NVFP4Config(
-        weight_scale_rule=args.weight_rule,
-        activation_scale_rule=args.activation_rule,
-        weight_block=(16, 16) if args.block == "16x16" else (1, 16),
-        backend=args.backend,
-        modules_to_not_convert=args.keep,
-    )
+    own = [f"--{name.replace('_', '-')}" for name in RECIPE_SAYS if vars(args)[name] is not None]
+    if args.recipe is not None and own:
+        raise ValueError(f"--recipe {args.recipe} says what {', '.join(own)} would")
     pipe = PipelineFolder.find(args.model).load_stored(dtype=args.dtype, lora=args.lora)
     transformer = pipe.transformer.to(args.device or default_device())
     before = weights_bytes(transformer)
+    config = requested_config(args, transformer.config.num_layers)
     quantize_model(transformer, config)
     after, layers = weights_bytes(transformer), nvfp4_layers(transformer)
     transformer.to("cpu")
     save_whole(pipe, output)
     first = next(iter(layers.values()))
     print(f"layers in NVFP4:     {len(layers)}, such as {next(iter(layers))}: {first}")
+    print(f"kept as they were:   {', '.join(config.modules_to_not_convert)}")
     print(f"transformer:         {as_size(before)} -> {as_size(after)} ({before / after:.2f} times smaller)")
     print(f"output:              {output}")
     return 0
+
+
+def requested_config(args: argparse.Namespace, num_blocks: int) -> NVFP4Config:
+    """What the options ask for, of a transformer of so many blocks."""
+    if args.recipe is not None:
+        return NVFP4Config.from_recipe(RECIPES[args.recipe], num_blocks, args.backend)
+    return NVFP4Config(
+        weight_scale_rule=args.weight_rule or "mse",
+        activation_scale_rule=args.activation_rule or "mse",
+        weight_block=BLOCK_NAMES[args.block or "1x16"],
+        backend=args.backend,
+        modules_to_not_convert=args.keep,
+    )

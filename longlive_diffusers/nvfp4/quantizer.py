@@ -22,6 +22,7 @@ from torch import nn
 from .backends import check_backend_name
 from .format import BLOCK, BLOCKS, check_stored
 from .linear import STORED, NVFP4Linear, nvfp4_layers
+from .recipes import NVFP4Recipe
 from .rules import scale_rule_named
 
 
@@ -74,6 +75,21 @@ class NVFP4Config(QuantizationConfigMixin):
         self.backend = backend
         kept = DEFAULT_MODULES_TO_NOT_CONVERT if modules_to_not_convert is None else modules_to_not_convert
         self.modules_to_not_convert = list(kept)
+
+    @classmethod
+    def from_recipe(cls, recipe: NVFP4Recipe, num_blocks: int, backend: str = "auto") -> "NVFP4Config":
+        """
+        For a transformer of `num_blocks` blocks that was trained with a recipe: what it computed in NVFP4 then is
+        stored so, rounded as it was in training's forward.
+        """
+        kept = [f"blocks.{index}" for index in range(num_blocks) if index not in recipe.chosen_blocks(num_blocks)]
+        return cls(
+            weight_scale_rule=recipe.weight_rule,
+            activation_scale_rule=recipe.activation_rule,
+            weight_block=(BLOCK, BLOCK),
+            backend=backend,
+            modules_to_not_convert=[*DEFAULT_MODULES_TO_NOT_CONVERT, *kept],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to `config.json`."""

@@ -34,6 +34,10 @@ class NVFP4Recipe:
     keep_first: int = 0
     keep_last: int = 0
 
+    def chosen_blocks(self, num_blocks: int) -> range:
+        """Indices of the blocks that compute in NVFP4."""
+        return range(self.keep_first, num_blocks - self.keep_last)
+
 
 RECIPES = {
     recipe.name: recipe

@@ -108,10 +108,9 @@ def train_in_nvfp4(model: nn.Module, recipe: NVFP4Recipe, backend: str = "auto")
             for and is not there, or cannot express the recipe.
     """
     blocks = model.get_submodule("blocks")
-    chosen = range(recipe.keep_first, len(blocks) - recipe.keep_last)
     layers = [
         f"blocks.{index}.{name}"
-        for index in chosen
+        for index in recipe.chosen_blocks(len(blocks))
         for name, module in blocks[index].named_modules()
         if type(module) is nn.Linear
     ]

@@ -12,6 +12,8 @@ from longlive_diffusers.cli import main
 from longlive_diffusers.cli.pipeline_folder import stored_dtype
 from longlive_diffusers.cli.video_reader import read_video
 from longlive_diffusers.nvfp4 import nvfp4_layers
+from longlive_diffusers.nvfp4.recipes import RECIPES
+from longlive_diffusers.nvfp4.training import train_in_nvfp4
 from tests.toy_checkpoints import save_original_lora
 
 
@@ -58,10 +60,27 @@ def test_modules_are_kept(tmp_path):
     assert {name.split(".", 2)[2] for name in layers} == {"ffn.net.0.proj", "ffn.net.2"}
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_stores_what_it_trained(tmp_path, capsys, name):
+    recipe, output = RECIPES[name], tmp_path / "out"
+    assert main(["quantize", TOY, "--output", str(output), "--recipe", name]) == 0
+    assert ("blocks.0" in capsys.readouterr().out.split("kept as they were:")[1]) == (recipe.keep_first > 0)
+    layers = nvfp4_layers(DiffusionPipeline.from_pretrained(output).transformer)
+    trained = DiffusionPipeline.from_pretrained(TOY).transformer.float()
+    assert list(layers) == train_in_nvfp4(trained, recipe)
+    for layer_name, layer in layers.items():
+        assert layer.activation_scale_rule == recipe.activation_rule
+        linear = trained.get_submodule(layer_name)
+        x = torch.randn(32, layer.in_features)
+        with torch.no_grad():
+            assert torch.equal(layer(x), linear(x))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["no/such/folder"], "is no folder"),
+        ([TOY, "--recipe", "nvidia", "--block", "1x16", "--keep", "x"], "nvidia says what --block, --keep would"),
         ([TOY, "--lora", "none.pt"], "there is no LoRA file"),
         ([TOY, "--keep", "blocks", "condition_embedder", "proj_out"], "Nothing to quantise"),
     ],

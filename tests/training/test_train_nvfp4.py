@@ -12,6 +12,7 @@ from training_log import read_log
 
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.nvfp4 import NVFP4Config, nvfp4_layers, quantize_model
+from longlive_diffusers.nvfp4.recipes import recipe_named
 from tests.training.tiny_run import options, run_script
 
 
@@ -50,8 +51,10 @@ def test_it_resumes_as_if_nothing_had_happened(workshop, nvfp4_run, tmp_path):
 def test_the_result_is_a_plain_pipeline_that_can_be_quantised(nvfp4_run):
     pipe = DiffusionPipeline.from_pretrained(nvfp4_run)
     assert type(pipe) is LongLivePipeline and not nvfp4_layers(pipe.transformer)
-    assert "NVFP4, recipe longlive" in (nvfp4_run / "README.md").read_text()
-    quantize_model(pipe.transformer, NVFP4Config(weight_scale_rule="static_6", weight_block=(16, 16)))
+    card = (nvfp4_run / "README.md").read_text()
+    assert "NVFP4, recipe longlive" in card
+    assert f"`longlive quantize {nvfp4_run.name} --output FOLDER --recipe longlive`" in card
+    quantize_model(pipe.transformer, NVFP4Config.from_recipe(recipe_named("longlive"), num_blocks=2))
     assert len(nvfp4_layers(pipe.transformer)) == 20
 
 
