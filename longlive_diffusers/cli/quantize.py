@@ -8,7 +8,7 @@ from ..loaders.pipeline_output_folder import check_output, save_whole
 from ..nvfp4.backends import BACKENDS
 from ..nvfp4.format import BLOCKS
 from ..nvfp4.linear import nvfp4_layers
-from ..nvfp4.quantizer import NVFP4Config, quantize_model
+from ..nvfp4.quantizer import DEFAULT_MODULES_TO_NOT_CONVERT, NVFP4Config, quantize_model
 from ..nvfp4.recipes import RECIPES
 from ..nvfp4.rules import RULES
 from .arguments import default_device
@@ -43,7 +43,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--backend", choices=("auto", *BACKENDS), default="auto", help="how products are computed (default: auto)"
     )
-    parser.add_argument("--keep", nargs="+", metavar="MODULE", help="modules that stay as they are, by name")
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        metavar="MODULE",
+        help=f"modules that stay as they are, by name (default: {' '.join(DEFAULT_MODULES_TO_NOT_CONVERT)})",
+    )
     parser.add_argument("--lora", metavar="FILE", help="a LoRA to add to the transformer first, for good")
     parser.add_argument(
         "--dtype", choices=("auto", *DTYPES), default="auto", help="of what is not quantised (default: as stored)"
