@@ -33,6 +33,7 @@ somewhere. It is that of the quantiser which LongLive-2.0's checkpoints were wri
 training recipe is that of arXiv 2509.25149); `kernels.py` does the same on a GPU, bit for bit.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -165,7 +166,26 @@ def quantize_unchecked(
         codes, scales = kernels.quantize_matrix(rows, amax.flatten(), rule, block, seed)
         codes, scales = (part.reshape(*x.shape[:-1], -1) for part in (codes, scales))
         return NVFP4Tensor(codes, scales, amax, scale_rule, block)
-    return encode_matrix(x, amax, rule, block, None if seed is None else uniform_noise(seed, x.shape))
+    codes, scales = _encode_operator(x, amax, scale_rule, block, seed)
+    return NVFP4Tensor(codes, scales, amax, scale_rule, block)
+
+
+@torch.library.custom_op("longlive_diffusers::nvfp4_encode", mutates_args=())
+def _encode_operator(
+    x: torch.Tensor, amax: torch.Tensor, scale_rule: str, block: Sequence[int], seed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference, to codes and scales, as an operator that `torch.compile` leaves as it is: of the hundreds of
+    steps, many times in a block, compiling would not come to an end in minutes."""
+    noise = None if seed is None else uniform_noise(seed, x.shape)
+    encoded = encode_matrix(x, amax, scale_rule_named(scale_rule), tuple(block), noise)
+    return encoded.codes, encoded.scales
+
+
+@_encode_operator.register_fake
+def _(x, amax, scale_rule, block, seed) -> tuple[torch.Tensor, torch.Tensor]:
+    *rows, columns = x.shape
+    codes = x.new_empty((*rows, columns // 2), dtype=torch.uint8)
+    return codes, x.new_empty((*rows, columns // BLOCK), dtype=torch.float8_e4m3fn)
 
 
 def encode_matrix(

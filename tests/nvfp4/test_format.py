@@ -301,3 +301,12 @@ def test_products_are_as_accurate_as_the_format_allows():
         stored = [quantize(states, rule) for states in (x, weight)]
         assert relative(multiply(*stored, torch.float32), exact) < gate
     assert relative(F.linear(x, quantize(weight, "mse").dequantize(torch.float32)), exact) < 0.089
+
+
+@pytest.mark.parametrize("block", [(1, 16), (16, 16)])
+def test_as_an_operator_it_is_what_it_says_it_is(block):
+    x, seed = torch.randn(32, 48), torch.tensor([7, 2**32 - 1])
+    for noise in (None, seed):
+        torch.library.opcheck(
+            torch.ops.longlive_diffusers.nvfp4_encode, (x, x.abs().amax().reshape(1), "mse", block, noise)
+        )

@@ -161,3 +161,19 @@ def test_bad_wishes():
         train_in_nvfp4(small_transformer(), RECIPES["longlive"], "te")
     with pytest.raises(ValueError, match="'te' needs TransformerEngine, which does not load"):
         train_in_nvfp4(small_transformer(), RECIPES["nvidia"], "te")
+
+
+def test_compiled_in_one_graph_with_gradients():
+    torch.manual_seed(0)
+    layer = NVFP4TrainingLinear.from_linear(nn.Linear(64, 32), RECIPES["longlive"])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(48, 64)
+    results = []
+    for network in (layer, compiled):
+        layer.zero_grad()
+        torch.manual_seed(1)  # of the noise
+        y = network(x)
+        y.square().sum().backward()
+        results.append((y.detach(), layer.weight.grad.clone()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
