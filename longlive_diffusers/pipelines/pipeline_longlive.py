@@ -551,7 +551,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """As in diffusers, but nothing that is written names a folder of this machine; a folder without a README.md
         also gets one, which says which package loads it."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        forget_origin(save_directory)
+        forget_origin(save_directory, self.components)
         readme = Path(save_directory) / "README.md"
         if not readme.exists() and self.transformer is not None:
             self.model_card(Path(save_directory).name).save(readme)
@@ -561,7 +561,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         diffusers' placeholder of a card; a card that is on the Hub already is the owner's, and kept."""
         if load_model_card(repo_id, token=token) is None:
             self.model_card(repo_id).save(Path(working_dir) / "README.md")
-        forget_origin(working_dir)
+        forget_origin(working_dir, self.components)
         return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     @classmethod

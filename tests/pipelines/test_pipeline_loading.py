@@ -62,6 +62,15 @@ def test_what_is_saved_does_not_name_the_folder_that_it_was_loaded_from(saved, t
     load(str(tmp_path / "again"))
 
 
+@pytest.mark.parametrize("content", ['{"_name_or_path": "someone/else"}', "not JSON"])
+def test_saving_leaves_files_of_others_in_the_folder_alone(pipe, tmp_path, content):
+    other = tmp_path / "another_model" / "config.json"
+    other.parent.mkdir()
+    other.write_text(content)
+    pipe.save_pretrained(tmp_path)
+    assert other.read_text() == content
+
+
 OPTIONAL = {"text": TEXT_COMPONENTS, "vae": {"vae": None}, "both": {**TEXT_COMPONENTS, "vae": None}}
 
 
