@@ -122,7 +122,7 @@ def training_section(arguments: Arguments, repo_id: str) -> str:
     if trains_in_nvfp4(arguments):
         recipe = arguments.optimization.nvfp4_recipe
         text += (
-            "\nThese are the weights that the optimiser moved, in float32. Rounded to 4 bits as in training: "
+            "\nThese weights are in float32. Rounded to 4 bits as in training: "
             f"`longlive quantize {repo_id} --output FOLDER --recipe {recipe}`\n"
         )
     return text
