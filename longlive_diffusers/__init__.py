@@ -5,7 +5,9 @@ Importing this package registers its classes, so that `DiffusionPipeline.from_pr
 
 from diffusers import ModelMixin, SchedulerMixin  # looked up here by diffusers when it loads our components
 
+from .conversion.convert import convert_checkpoint
 from .models.kv_cache import KVCache
+from .models.latent_frames import chunks_to_cover, latent_frames, pixel_frames, whole_chunks
 from .models.layer_kv_cache import LayerKVCache
 from .models.streaming_vae import StreamingDecoder, StreamingEncoder
 from .models.transformer_longlive import LongLiveTransformer3DModel
@@ -17,6 +19,7 @@ from .pipelines.shots import Shot, ShotPlan
 from .registration import register
 from .schedulers.scheduling_longlive import LongLiveScheduler
 from .version import __version__
+from .video.writer import VideoWriter
 
 
 register({cls.__name__: cls for cls in (LongLivePipeline, LongLiveTransformer3DModel, LongLiveScheduler)})
@@ -38,5 +41,11 @@ __all__ = [
     "StreamingEncoder",
     "StreamingSession",
     "VideoChunk",
+    "VideoWriter",
     "__version__",
+    "chunks_to_cover",
+    "convert_checkpoint",
+    "latent_frames",
+    "pixel_frames",
+    "whole_chunks",
 ]

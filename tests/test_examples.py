@@ -11,12 +11,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from longlive_diffusers.assets import toy_pipeline_path
-from longlive_diffusers.cli.pipeline_folder import PipelineFolder
-from longlive_diffusers.cli.video_reader import read_video
-from tests.toy_checkpoints import save_original_checkpoint, save_original_lora
+from longlive_diffusers.conversion.pipeline_folder import PipelineFolder
+from longlive_diffusers.video.reader import read_video
+from tests.support.paths import ROOT
+from tests.support.toy_checkpoints import save_original_checkpoint, save_original_lora
 
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 TOY = PipelineFolder.find(toy_pipeline_path())
 

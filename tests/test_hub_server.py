@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from hub_fixture import Hub
+    from tests.support.hub import Hub
 
-pytest_plugins = ["hub_fixture"]
 
 PUSH_TWICE = """
 import torch

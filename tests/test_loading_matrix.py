@@ -10,13 +10,11 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline, UniPCMultistepScheduler, WanPipeline
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
-from tests.tiny_pipeline import tiny_arguments, tiny_pipeline, tiny_wan_transformer
+from tests.support.tiny_pipeline import tiny_arguments, tiny_pipeline, tiny_wan_transformer
 
 
 if TYPE_CHECKING:
-    from hub_fixture import Hub
-
-pytest_plugins = ["hub_fixture"]
+    from tests.support.hub import Hub
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +111,7 @@ sys.path.insert(0, sys.argv[1])
 import longlive_diffusers
 from diffusers import AutoModel, DiffusionPipeline
 from longlive_diffusers import LongLiveScheduler, LongLiveTransformer3DModel
-from tests.tiny_pipeline import tiny_arguments
+from tests.support.tiny_pipeline import tiny_arguments
 for repo in ("someone/pushed", "someone/saved"):
     pipe = DiffusionPipeline.from_pretrained(repo)
     pipe.set_progress_bar_config(disable=True)

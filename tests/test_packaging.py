@@ -14,9 +14,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from longlive_diffusers.version import __version__
+from tests.support.paths import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "longlive_diffusers"
 
 
@@ -98,7 +98,7 @@ def test_every_folder_with_modules_is_a_package():
 def test_the_installed_package_finds_its_cards(wheel, tmp_path):
     wheel.extractall(tmp_path)
     program = (
-        "from longlive_diffusers.loaders.hub import __file__, render_model_card\n"
+        "from longlive_diffusers.pipelines.sharing import __file__, render_model_card\n"
         "print(__file__)\n"
         "print(render_model_card('someone/foxes', height=64, width=64, chunk_size=8).data.library_name)\n"
     )

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
-from evaluate_stories import single_shots
-from evaluate_videos import Sampling, judge_stories
-from toy_judge import Reading, read_chunk
-from toy_text import MAX_LENGTH
-from toy_world import SIDE, Scene, Thing, render
+from evaluation.scenarios import single_shots
+from evaluation.videos import Sampling, judge_stories
+from judge import Reading, read_chunk
+from train_text import MAX_LENGTH
 from train_vae import draw_clips, streamed_psnr
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+from world import SIDE, Scene, Thing, render
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
 from longlive_diffusers.assets import toy_pipeline_path

@@ -20,20 +20,20 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
-from checkpoints import Checkpoints, remove_partial, resolve_checkpoint
+from run.checkpoints import Checkpoints, remove_partial, resolve_checkpoint
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from error_recycling import ErrorRecycler, RecyclingSettings
-from muon import Muon
-from objectives import Batch, TeacherForcing, TeacherForcingSettings
+from objectives.error_recycling import ErrorRecycler, RecyclingSettings
+from run.muon import Muon
+from objectives.teacher_forcing import Batch, TeacherForcing, TeacherForcingSettings
 from peft import LoraConfig
-from process_mesh import ProcessMesh, build_process_mesh
-from result import load_start, publish, save_result, trained_weights
+from run.process_mesh import ProcessMesh, build_process_mesh
+from run.saving import load_start, publish, save_result, trained_weights
 from tqdm.auto import tqdm
-from train_arguments import Arguments, ObjectiveArguments, OptimizationArguments, parse_arguments
-from training_data import ClipShape, batches, encode_batch, open_dataset
-from training_log import TrainingLog
-from validation import Validation
+from run.arguments import Arguments, ObjectiveArguments, OptimizationArguments, parse_arguments
+from data.loading import ClipShape, batches, encode_batch, open_dataset
+from run.log import TrainingLog
+from run.validation import Validation
 
 from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.nvfp4 import NVFP4Config, nvfp4_layers, quantize_model

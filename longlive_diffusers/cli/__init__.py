@@ -1,21 +1,25 @@
-"""The command line: `longlive generate | convert | quantize | bench`."""
+"""The command line: `longlive generate | convert | quantize | bench | env`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import bench, convert, generate, quantize
+from .bench import add_parser as add_bench
+from .convert import add_parser as add_convert
+from .env import add_parser as add_env
+from .generate import add_parser as add_generate
+from .quantize import add_parser as add_quantize
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the arguments; those of the process by default.
+        argv: The arguments; those of the process by default.
 
     Returns:
-        the exit status: 0; 1 where the disk or the network failed; 2 for what the user asked for and cannot be (both
+        The exit status: 0; 1 where the disk or the network failed; 2 for what the user asked for and cannot be (both
         told in one line); 130 after Ctrl-C.
     """
     arguments = build_parser().parse_args(argv)
@@ -36,6 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"longlive_diffusers {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (generate, convert, quantize, bench):
-        command.add_parser(commands)
+    for add_parser in (add_generate, add_convert, add_quantize, add_bench, add_env):
+        add_parser(commands)
     return parser

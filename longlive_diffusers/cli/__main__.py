@@ -2,7 +2,7 @@
 
 import sys
 
-from . import main
+from longlive_diffusers.cli import main
 
 
 sys.exit(main())

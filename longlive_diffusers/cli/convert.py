@@ -2,7 +2,8 @@
 
 import argparse
 
-from ..loaders.convert import DTYPES, convert_checkpoint
+from ..conversion.convert import convert_checkpoint
+from ..dtypes import DTYPES
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -14,19 +15,23 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "DiffusionPipeline.from_pretrained opens.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the transformer: .pt, .pth or .safetensors")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="The transformer: a .pt, .pth or .safetensors file.")
     parser.add_argument(
         "--base",
         required=True,
         metavar="DIR_OR_REPO",
-        help="a Wan or LongLive pipeline, for tokenizer, text encoder and VAE: Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        help="A Wan or LongLive pipeline that gives tokenizer, text encoder and VAE; for the published 5B checkpoints, "
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers.",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write; new or empty")
-    parser.add_argument("--lora", metavar="FILE", help="a LoRA to add to the transformer for good")
+    parser.add_argument("--output", required=True, metavar="DIR", help="The folder to write; new or empty.")
+    parser.add_argument("--lora", metavar="FILE", help="A LoRA to add to the transformer for good.")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of transformer and text encoder (default: %(default)s)"
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="The dtype of transformer and text encoder (default: %(default)s).",
     )
-    parser.add_argument("--use-ema", action="store_true", help="take the checkpoint's averaged weights")
+    parser.add_argument("--use-ema", action="store_true", help="Take the checkpoint's averaged weights.")
 
 
 def run(args: argparse.Namespace) -> int:

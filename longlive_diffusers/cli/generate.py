@@ -6,15 +6,14 @@ import time
 from dataclasses import dataclass, field
 
 from ..assets import toy_pipeline_path
-from ..loaders.convert import DTYPES
-from ..models.kv_cache import PACKED_DTYPES
+from ..benchmark.measure import as_size, peak_memory, reset_peak_memory
+from ..dtypes import DTYPES
 from ..pipelines.pipeline_output import VideoChunk
-from . import arguments as types
-from .generation_request import DEFAULT_SECONDS, FPS, Request, check_request
-from .measure import as_size, peak_memory, reset_peak_memory
+from ..video.writer import VideoWriter
+from .arguments import add_cache_options, add_device_option, count, non_negative, positive, size
+from .generation_request import DEFAULT_SECONDS, FPS, GenerationRequest, check_request
 from .shots_file import FORMAT
 from .typed_prompts import HELP, TypedPrompts, readable_descriptor
-from .video_writer import VideoWriter
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -28,74 +27,89 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="what the video shows; several: one for each shot"
+        "prompts", nargs="*", metavar="PROMPT", help="What the video shows; several prompts are one for each shot."
     )
-    parser.add_argument("--shots-file", metavar="FILE", help="the shots, in place of PROMPT; see below")
-    parser.add_argument("--image", metavar="FILE", help="the first frame")
-    parser.add_argument("--video", metavar="FILE", help="a video to continue; the result begins with it")
+    parser.add_argument("--shots-file", metavar="FILE", help="A file of shots in place of PROMPT; see below.")
+    parser.add_argument("--image", metavar="FILE", help="An image that becomes the first frame.")
+    parser.add_argument("--video", metavar="FILE", help="A video to continue; the result begins with it.")
     parser.add_argument(
-        "--negative-prompt", metavar="TEXT", help="what not to show; needs a guidance scale that is not 1"
+        "--negative-prompt",
+        metavar="TEXT",
+        help="What the video should not show; needs a guidance scale that is not 1.",
     )
     parser.add_argument(
-        "--output", default="video.mp4", metavar="FILE", help=".mp4, .mov or .mkv (default: %(default)s)"
+        "--output",
+        default="video.mp4",
+        metavar="FILE",
+        help="The file to write, a .mp4, .mov or .mkv (default: %(default)s).",
     )
+    _add_size_options(parser)
+    _add_sampling_options(parser)
+    _add_model_options(parser)
 
+
+def _add_size_options(parser: argparse.ArgumentParser) -> None:
     length = parser.add_argument_group("size and length").add_mutually_exclusive_group()
     length.add_argument(
         "--seconds",
-        type=types.positive,
-        help=f"length of the whole video, rounded up to whole chunks (default: the"
-        f" durations of the shots file, else {DEFAULT_SECONDS:g}; with --stream: endless)",
+        type=positive,
+        help="Length of the whole video in seconds, rounded up to whole chunks (default: the durations of the shots "
+        f"file, else {DEFAULT_SECONDS:g}; with --stream, endless).",
     )
-    length.add_argument("--num-frames", type=types.count, help="the same in frames")
-    parser.add_argument("--height", type=types.count, help="in pixels (default: the model's)")
-    parser.add_argument("--width", type=types.count, help="in pixels (default: the model's)")
+    length.add_argument("--num-frames", type=count, help="Length of the whole video in frames, in place of --seconds.")
+    parser.add_argument("--height", type=count, help="Height of the video in pixels (default: the model's).")
+    parser.add_argument("--width", type=count, help="Width of the video in pixels (default: the model's).")
 
-    how = parser.add_argument_group("sampling")
-    how.add_argument("--steps", type=types.count, default=4, help="solver steps of a chunk (default: %(default)s)")
-    how.add_argument(
-        "--guidance-scale", type=types.non_negative, default=1.0, help="1 for distilled models (default), 3 for others"
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--steps", type=count, default=4, help="Solver steps of each chunk (default: %(default)s).")
+    sampling.add_argument(
+        "--guidance-scale",
+        type=non_negative,
+        default=1.0,
+        help="Scale of classifier-free guidance: 1 for distilled models (default), 3 for others.",
     )
-    how.add_argument(
-        "--seed", type=types.size, help="the same seed gives the same video (default: drawn, and printed)"
+    sampling.add_argument(
+        "--seed", type=size, help="The same seed gives the same video (default: one is drawn, and printed)."
     )
-    how.add_argument(
-        "--window-size", type=types.count, help="latent frames that are remembered (default: the model's)"
+    add_cache_options(sampling)
+    sampling.add_argument(
+        "--relative-rope",
+        action="store_true",
+        help="Count time positions from the frames in the cache, as endless videos do.",
     )
-    how.add_argument("--sink-size", type=types.size, help="first frames never forgotten (default: the model's)")
-    how.add_argument(
-        "--kv-cache",
-        choices=("auto", *PACKED_DTYPES),
-        default="auto",
-        help="store what is remembered in 4 or 8 bits (default: as the model computes)",
-    )
-    how.add_argument("--relative-rope", action="store_true", help="count time from the frames that are remembered")
-    how.add_argument(
+    sampling.add_argument(
         "--stream",
         action="store_true",
-        help="decode while the next chunk is made, and tell of each chunk; without a length, go on until Ctrl-C, and "
-        f"read from a terminal or a pipe: {HELP}",
+        help="Decode while the next chunk is made, and print a line for each chunk; without a length, go on until "
+        f"Ctrl-C, and read from a terminal or a pipe: {HELP}.",
     )
 
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
     models.add_argument(
-        "--model", metavar="DIR_OR_REPO", default=str(toy_pipeline_path()), help="default: the package's tiny toy"
+        "--model",
+        metavar="DIR_OR_REPO",
+        default=str(toy_pipeline_path()),
+        help="A pipeline: folder or Hub repository (default: the small one that comes with the package).",
     )
-    models.add_argument("--lora", metavar="FILE", help="a LoRA to load: file, folder or Hub repository")
-    models.add_argument("--device", type=types.device, help="default: cuda, where there is one, else cpu")
+    models.add_argument("--lora", metavar="FILE", help="A LoRA to load: file, folder or Hub repository.")
+    add_device_option(models)
     models.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="auto: bfloat16 on cuda; on cpu as stored (not float16)",
+        help="The dtype of the models; auto is bfloat16 on cuda, and on a CPU what is stored (but not float16).",
     )
     models.add_argument(
         "--offload",
         choices=("none", "model", "sequential"),
         default="none",
-        help="keep on the GPU only the model, or the layer, that is at work",
+        help="Keep on the GPU only the model, or the layer, that is at work (default: %(default)s).",
     )
-    models.add_argument("--no-progress", action="store_true", help="show no progress bars")
+    models.add_argument("--no-progress", action="store_true", help="Show no progress bars.")
 
 
 @dataclass
@@ -164,7 +178,7 @@ def status_line(chunk: VideoChunk, progress: Progress) -> str:
     )
 
 
-def print_summary(request: Request, progress: Progress, loading: float, output: str) -> None:
+def print_summary(request: GenerationRequest, progress: Progress, loading: float, output: str) -> None:
     """What was made, how fast, and what these numbers count."""
     if progress.first_frame is None:
         print("interrupted before the first chunk was written")

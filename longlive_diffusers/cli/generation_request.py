@@ -1,7 +1,6 @@
 """What `longlive generate` is asked for, checked before anything large is loaded, and completed."""
 
 import argparse
-import math
 import random
 from dataclasses import dataclass
 
@@ -9,13 +8,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..models.kv_cache import check_cache_dtype, check_window
-from ..pipelines.inputs import resolve_size
+from ..conversion.pipeline_folder import PipelineFolder, check_lora_file
+from ..models.kv_cache import check_window
+from ..models.latent_frames import chunks_to_cover, pixel_frames, whole_chunks
+from ..models.layer_kv_cache import resolve_kv_cache_dtype
+from ..pipelines.inputs import ModelSizes, resolve_size
+from ..video.reader import read_image, read_video
+from ..video.writer import check_output
 from .arguments import default_device
-from .pipeline_folder import PipelineFolder, check_lora_file
 from .shots_file import RequestedShot, read_shots
-from .video_reader import read_image, read_video
-from .video_writer import check_output
 
 
 FPS = 24  # of the model
@@ -23,7 +24,7 @@ DEFAULT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """What the user wants, checked as far as it can be without the models.
 
     `num_frames` None: endless. `condition_frames` are those of `video` that the result begins with.
@@ -54,13 +55,13 @@ class Request:
             "window_size": args.window_size,
             "sink_size": args.sink_size,
             "relative_rope": True if args.relative_rope else None,
-            "kv_cache_dtype": None if args.kv_cache == "auto" else args.kv_cache,
+            "kv_cache_dtype": None if args.kv_cache_dtype == "auto" else args.kv_cache_dtype,
             "generator": torch.Generator().manual_seed(self.seed),
             "async_decode": args.stream,
         }
 
 
-def check_request(args: argparse.Namespace) -> tuple[Request, PipelineFolder]:
+def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, PipelineFolder]:
     """Everything that can be wrong is found before the models are loaded, which may take minutes.
 
     Raises:
@@ -86,35 +87,33 @@ def check_request(args: argparse.Namespace) -> tuple[Request, PipelineFolder]:
         check_lora_file(args.lora)
 
     folder = PipelineFolder.find(args.model)
-    num_frames, condition_frames = choose_length(args, shots, 0 if video is None else len(video), folder)
+    sizes, settings = folder.sizes, folder.settings
+    num_frames, condition_frames = choose_length(args, shots, 0 if video is None else len(video), sizes)
     if num_frames is None and len(shots) > 1 and shots[0].chunks is None:
         raise ValueError(f"an endless video of {len(shots)} shots needs a --shots-file that says how long each lasts")
-    config, settings = folder.transformer, folder.settings
-    default = (config["sample_height"], config["sample_width"])
-    resolve_size(args.height, args.width, {}, default, folder.vae["scale_factor_spatial"], config["patch_size"][1:])
+    resolve_size(args.height, args.width, {}, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)
     check_window(
         settings["window_size"] if args.window_size is None else args.window_size,
         settings["sink_size"] if args.sink_size is None else args.sink_size,
-        config["chunk_size"],
+        sizes.chunk_size,
         settings["multi_shot_sink"],
     )
-    if args.kv_cache != "auto":
-        check_cache_dtype(args.kv_cache, config["attention_head_dim"])
+    if args.kv_cache_dtype != "auto":
+        resolve_kv_cache_dtype(args.kv_cache_dtype, sizes.head_dim)
     seed = random.randrange(2**31) if args.seed is None else args.seed
-    return Request(shots, image, video, num_frames, condition_frames, seed, device), folder
+    return GenerationRequest(shots, image, video, num_frames, condition_frames, seed, device), folder
 
 
 def choose_length(
-    args: argparse.Namespace, shots: list[RequestedShot], video_frames: int, folder: PipelineFolder
+    args: argparse.Namespace, shots: list[RequestedShot], video_frames: int, sizes: ModelSizes
 ) -> tuple[int | None, int]:
     """Frames of the whole video (None: endless), and how many of them are those of the video that is continued."""
-    scale, chunk_size = folder.vae["scale_factor_temporal"], folder.transformer["chunk_size"]
-    frames_of = lambda chunks: 1 + scale * (chunks * chunk_size - 1) if chunks else 0  # noqa: E731
-    chunks_of = lambda frames: math.ceil((1 + (frames - 1) / scale) / chunk_size)  # noqa: E731
-    condition_chunks = (1 + (video_frames - 1) // scale) // chunk_size if video_frames else 0
+    scale, chunk_size = sizes.temporal_scale, sizes.chunk_size
+    condition_chunks = whole_chunks(video_frames, chunk_size, temporal_scale=scale) if video_frames else 0
     if video_frames and not condition_chunks:
-        raise ValueError(f"the video to continue has {video_frames} frames; at least {frames_of(1)} are needed")
-    condition_frames = frames_of(condition_chunks)
+        needed = pixel_frames(chunk_size, temporal_scale=scale)
+        raise ValueError(f"the video to continue has {video_frames} frames; at least {needed} are needed")
+    condition_frames = pixel_frames(condition_chunks * chunk_size, temporal_scale=scale)
     wanted = args.num_frames if args.seconds is None else max(1, round(args.seconds * FPS))
     if wanted is not None:
         if wanted <= condition_frames:
@@ -122,12 +121,14 @@ def choose_length(
                 f"the length counts the whole video: {wanted} frames leave nothing to add to the {condition_frames} "
                 "of the video that is continued"
             )
-        return frames_of(chunks_of(wanted)), condition_frames
-    if args.stream:
+        num_chunks = chunks_to_cover(wanted, chunk_size, temporal_scale=scale)
+    elif args.stream:
         return None, condition_frames
-    if shots[0].chunks is not None:
-        return frames_of(condition_chunks + sum(shot.chunks for shot in shots)), condition_frames
-    return frames_of(condition_chunks + chunks_of(round(DEFAULT_SECONDS * FPS))), condition_frames
+    elif shots[0].chunks is not None:
+        num_chunks = condition_chunks + sum(shot.chunks or 0 for shot in shots)
+    else:
+        num_chunks = condition_chunks + chunks_to_cover(round(DEFAULT_SECONDS * FPS), chunk_size, temporal_scale=scale)
+    return pixel_frames(num_chunks * chunk_size, temporal_scale=scale), condition_frames
 
 
 def at_frame_rate(frames: np.ndarray, fps: float) -> np.ndarray:

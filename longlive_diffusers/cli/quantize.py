@@ -3,18 +3,16 @@
 import argparse
 from pathlib import Path
 
-from ..loaders.convert import DTYPES
-from ..loaders.pipeline_output_folder import check_output, save_whole
+from ..benchmark.measure import as_size, weights_bytes
+from ..conversion.pipeline_folder import PipelineFolder, check_lora_file, check_output, save_atomically
+from ..dtypes import DTYPES
 from ..nvfp4.backends import BACKENDS
 from ..nvfp4.format import BLOCKS
 from ..nvfp4.linear import nvfp4_layers
 from ..nvfp4.quantizer import DEFAULT_MODULES_TO_NOT_CONVERT, NVFP4Config, quantize_model
 from ..nvfp4.recipes import RECIPES
 from ..nvfp4.rules import RULES
-from .arguments import default_device
-from .arguments import device as device_type
-from .measure import as_size, weights_bytes
-from .pipeline_folder import PipelineFolder, check_lora_file
+from .arguments import add_device_option, default_device
 
 
 BLOCK_NAMES = {f"{rows}x{columns}": (rows, columns) for rows, columns in BLOCKS}
@@ -30,34 +28,44 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "The folder loads, and is shared, like any other.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="DIR_OR_REPO", help="a LongLive pipeline: folder or Hub repository")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write; new or empty")
+    parser.add_argument("model", metavar="DIR_OR_REPO", help="A LongLive pipeline: folder or Hub repository.")
+    parser.add_argument("--output", required=True, metavar="DIR", help="The folder to write; new or empty.")
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
-        help="for a model trained in NVFP4: the rules, blocks and kept modules of its recipe",
+        help="For a model that was trained in NVFP4: take the rules, blocks and kept modules of this recipe.",
     )
-    parser.add_argument("--weight-rule", choices=RULES, help="how scales of weights are chosen (default: mse)")
-    parser.add_argument("--activation-rule", choices=RULES, help="and those of activations (default: mse)")
-    parser.add_argument("--block", choices=BLOCK_NAMES, help="numbers of a weight that share a scale (default: 1x16)")
+    parser.add_argument("--weight-rule", choices=RULES, help="How the scales of weights are chosen (default: mse).")
     parser.add_argument(
-        "--backend", choices=("auto", *BACKENDS), default="auto", help="how products are computed (default: auto)"
+        "--activation-rule", choices=RULES, help="How the scales of activations are chosen (default: mse)."
+    )
+    parser.add_argument(
+        "--block", choices=BLOCK_NAMES, help="The numbers of a weight that share a scale (default: 1x16)."
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        help="How products are computed (default: the best that the device can run).",
     )
     parser.add_argument(
         "--keep",
         nargs="+",
         metavar="MODULE",
-        help=f"modules that stay as they are, by name (default: {' '.join(DEFAULT_MODULES_TO_NOT_CONVERT)})",
+        help=f"The modules that are not quantized, by name (default: {' '.join(DEFAULT_MODULES_TO_NOT_CONVERT)}).",
     )
-    parser.add_argument("--lora", metavar="FILE", help="a LoRA to add to the transformer first, for good")
+    parser.add_argument("--lora", metavar="FILE", help="A LoRA to add to the transformer first, for good.")
     parser.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="of what is not quantised (default: as stored)"
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="The dtype of what is not quantized (default: as stored).",
     )
-    parser.add_argument("--device", type=device_type, help="where to compute; default: cuda, where there is one")
+    add_device_option(parser, "The device to quantize on")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantise."""
+    """Quantize."""
     output = Path(args.output)
     check_output(output)
     if args.lora is not None:
@@ -72,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     quantize_model(transformer, config)
     after, layers = weights_bytes(transformer), nvfp4_layers(transformer)
     transformer.to("cpu")
-    save_whole(pipe, output)
+    save_atomically(pipe, output)
     first = next(iter(layers.values()))
     print(f"layers in NVFP4:     {len(layers)}, such as {next(iter(layers))}: {first}")
     print(f"kept as they were:   {', '.join(config.modules_to_not_convert)}")

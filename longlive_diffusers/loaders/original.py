@@ -53,11 +53,11 @@ _DTYPES = (torch.float32, *_FP16_DTYPES, torch.float64)
 
 def load_original_transformer(
     checkpoint: Checkpoint,
+    model_class: type[ModelMixin],
     *,
     use_ema: bool = False,
     device: str | torch.device | None = None,
     torch_dtype: torch.dtype | None = None,
-    model_class: type[ModelMixin] | None = None,
     weight_scale_rule: str | None = None,
     **config: Any,
 ) -> ModelMixin:
@@ -68,11 +68,11 @@ def load_original_transformer(
     Args:
         checkpoint: path of a `.pt`/`.pth`/`.safetensors` file, or a state dict, wrapped or not. It is not modified,
             and the model shares no memory with it. Weights that already have diffusers' names are accepted too.
+        model_class: the class to build, such as `LongLiveTransformer3DModel`.
         use_ema: take the averaged weights ("generator_ema") of a file that holds both.
         device: where the weights go; the CPU by default.
         torch_dtype: as in `from_pretrained`: float32 by default; with float16 and bfloat16 the modules in the class's
             `_keep_in_fp32_modules` stay in float32.
-        model_class: the class to build, `LongLiveTransformer3DModel` by default.
         weight_scale_rule: of a packed checkpoint that does not say by which rule it was quantised.
         **config: values of the model's configuration that shapes do not show, such as `attention_head_dim` (128 unless
             given), `chunk_size` or `eps`. Those that shapes do show may be given, and have to agree.
@@ -88,8 +88,6 @@ def load_original_transformer(
         torch_dtype = torch.float32
     if torch_dtype not in _DTYPES:
         raise ValueError(f"torch_dtype has to be one of {', '.join(map(str, _DTYPES))}, not {torch_dtype}.")
-    if model_class is None:
-        from ..models.transformer_longlive import LongLiveTransformer3DModel as model_class
 
     state_dict = read_original_state_dict(checkpoint, use_ema=use_ema, weight_scale_rule=weight_scale_rule)
     model = _empty_model(model_class, infer_transformer_config(state_dict, **config))

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..nvfp4.format import BLOCK, NVFP4Tensor, check_stored
+from ..nvfp4.matmul import unswizzle
 from ..nvfp4.rules import scale_rule_named
-from ..nvfp4.swizzle import unswizzle
 
 
 _MARK = ".quantized_weight_"

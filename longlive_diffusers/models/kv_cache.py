@@ -30,13 +30,14 @@ from numbers import Integral
 
 import torch
 
-from ..nvfp4.format import BLOCK
-from .layer_kv_cache import ChunkPlan, LayerKVCache, PackedLayerKVCache, Scratch
+from .layer_kv_cache import (
+    ChunkSlots,
+    DequantBuffers,
+    LayerKVCache,
+    PackedLayerKVCache,
+    resolve_kv_cache_dtype,
+)
 from .rotary import rotary_embedding
-
-
-PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PACKED_DTYPES = ("nvfp4", "fp8")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class CachedFrame:
 
 
 @dataclass
-class _Row:
+class _Sample:
     """The bookkeeping of one sample of the batch. Lists by slot; frames by index in the video."""
 
     slots: list[CachedFrame] = field(default_factory=list)
@@ -65,18 +66,20 @@ class KVCache:
     that stays; then the next `begin_chunk`.
 
     Args:
-        num_layers, batch_size, num_heads, head_dim: Of the network.
-        height, width: Tokens of one frame along each axis.
+        num_layers, num_heads, head_dim: The sizes of the network.
+        batch_size: Videos that are streamed together.
+        grid_height, grid_width: Tokens of one frame along each axis.
         window_size: Latent frames that fit.
-        sink_size: First frames of the video that are never evicted.
+        sink_size: How many of the video's first frames are never evicted.
         chunk_size: Latent frames of a chunk.
-        multi_shot_sink: Keep the first `min(sink_size, chunk_size)` frames of the current shot as well.
-        relative_rope: Count time positions from the cached frames (endless video) instead of from the video's start.
-        dtype: Of the stored keys and values: float32, bfloat16, float16, "nvfp4" (3.5 times smaller than bfloat16) or
-            "fp8".
-        raw_dtype: Of the unrotated keys that relative RoPE keeps of sinks and pins, beside packed ones.
-        device: Where they are stored.
-        theta: Base of the rotary frequencies.
+        multi_shot_sink: Whether the first `min(sink_size, chunk_size)` frames of the current shot are kept as well.
+        relative_rope: Whether time positions are counted from the cached frames (endless video) instead of from the
+            video's start.
+        dtype: What keys and values are stored as: float32, bfloat16, float16, "nvfp4" (3.5 times smaller than
+            bfloat16) or "fp8"; see `resolve_kv_cache_dtype`.
+        raw_dtype: The dtype of the unrotated keys that relative RoPE keeps of sinks and pins, beside packed ones.
+        device: Where keys and values are stored.
+        theta: The base of the rotary frequencies.
 
     Raises:
         ValueError: For sizes that leave no room for a chunk, or a `sink_size` that is not a multiple of `chunk_size`
@@ -89,8 +92,8 @@ class KVCache:
         batch_size: int,
         num_heads: int,
         head_dim: int,
-        height: int,
-        width: int,
+        grid_height: int,
+        grid_width: int,
         *,
         window_size: int,
         sink_size: int,
@@ -102,11 +105,11 @@ class KVCache:
         device: torch.device | str = "cpu",
         theta: float = 10000.0,
     ):
-        check_cache_dtype(dtype, head_dim)
+        dtype = resolve_kv_cache_dtype(dtype, head_dim)
         check_window(window_size, sink_size, chunk_size, multi_shot_sink)
         if batch_size < 1:
             raise ValueError(f"A KV cache is for at least 1 video, got {batch_size}.")
-        self.batch_size, self.height, self.width = batch_size, height, width
+        self.batch_size, self.grid_height, self.grid_width = batch_size, grid_height, grid_width
         self.num_heads, self.head_dim = num_heads, head_dim
         self.window_size, self.sink_size, self.chunk_size = window_size, sink_size, chunk_size
         self.pin_size = min(sink_size, chunk_size) if multi_shot_sink else 0
@@ -114,12 +117,12 @@ class KVCache:
         self.device, self.theta = torch.device(device), theta
         # Unrotated keys are kept for sinks, the current pin, and the frames that are about to become the next one.
         self._num_raw_slots = sink_size + 2 * self.pin_size if relative_rope else 0
-        shape = (batch_size, num_heads, window_size, height * width, head_dim)
-        self.is_packed = dtype in PACKED_DTYPES
-        self._scratch = Scratch(shape, self.device)
-        self._layers = [
-            PackedLayerKVCache(shape, self._num_raw_slots, dtype, raw_dtype, self.device, self._scratch)
-            if self.is_packed
+        shape = (batch_size, num_heads, window_size, grid_height * grid_width, head_dim)
+        self.is_packed = isinstance(dtype, str)
+        self._dequant_buffers = DequantBuffers(shape, self.device)
+        self._layers: list[LayerKVCache | PackedLayerKVCache] = [
+            PackedLayerKVCache(shape, self._num_raw_slots, dtype, raw_dtype, self.device, self._dequant_buffers)
+            if isinstance(dtype, str)
             else LayerKVCache(shape, self._num_raw_slots, dtype, self.device)
             for _ in range(num_layers)
         ]
@@ -134,34 +137,34 @@ class KVCache:
     def reset(self) -> None:
         """Forget every frame and the text; the memory is kept for the next video."""
         self.num_frames_seen = 0
-        self._rows = [_Row() for _ in range(self.batch_size)]
-        self._plan: ChunkPlan | None = None
-        self.forget_text()
+        self._samples = [_Sample() for _ in range(self.batch_size)]
+        self._chunk: ChunkSlots | None = None
+        self.clear_text()
 
     @property
     def num_cached_frames(self) -> int:
         """Latent frames now held for each sample."""
-        return len(self._rows[0].slots)
+        return len(self._samples[0].slots)
 
     @property
     def num_bytes(self) -> int:
         """Memory of the stored keys and values; of packed ones, with the buffers that they are unpacked to."""
-        return sum(layer.num_bytes for layer in self._layers) + self._scratch.num_bytes
+        return sum(layer.num_bytes for layer in self._layers) + self._dequant_buffers.num_bytes
 
     @property
-    def plan(self) -> ChunkPlan:
-        """Of the chunk in progress.
+    def chunk(self) -> ChunkSlots:
+        """Where the chunk in progress is written and read.
 
         Raises:
             ValueError: Before the first `begin_chunk`.
         """
-        if self._plan is None:
+        if self._chunk is None:
             raise ValueError("No chunk is open in this KV cache: call `begin_chunk(num_frames)` before the forward.")
-        return self._plan
+        return self._chunk
 
-    def cached_frames(self, row: int = 0) -> list[CachedFrame]:
+    def cached_frames(self, sample: int = 0) -> list[CachedFrame]:
         """The frames held for one sample, oldest first."""
-        return sorted(self._rows[row].slots, key=lambda frame: frame.index)
+        return sorted(self._samples[sample].slots, key=lambda frame: frame.index)
 
     def begin_chunk(
         self,
@@ -169,7 +172,7 @@ class KVCache:
         *,
         opens_shot: bool | Sequence[bool] = False,
         rope_offset: float | Sequence[float] = 0.0,
-    ) -> ChunkPlan:
+    ) -> ChunkSlots:
         """Finish the chunk before and make room for the next `num_frames` latent frames.
 
         Args:
@@ -183,31 +186,33 @@ class KVCache:
             ValueError: For a number of frames that is no chunk; in a packed cache, where the chunk before was not
                 finished, so that nothing of it was stored.
         """
-        if self.is_packed and self._plan is not None and not self._plan.finished:
+        if self.is_packed and self._chunk is not None and not self._chunk.finished:
             raise ValueError(
                 "The chunk before was never finished: a packed KV cache stores a chunk in the forward on its clean "
                 "latents, after `finish_chunk()`."
             )
         if not 0 < num_frames <= self.chunk_size:
             raise ValueError(f"A chunk has 1 to {self.chunk_size} latent frames, got {num_frames}.")
-        opens_shot = self._for_each_row(opens_shot, "opens_shot")
-        rope_offset = [0.0] * self.batch_size if self.relative_rope else self._for_each_row(rope_offset, "rope_offset")
+        opens_shot = self._for_each_sample(opens_shot, "opens_shot")
+        rope_offset = (
+            [0.0] * self.batch_size if self.relative_rope else self._for_each_sample(rope_offset, "rope_offset")
+        )
         indices = range(self.num_frames_seen, self.num_frames_seen + num_frames)
         self.num_frames_seen += num_frames
 
         slots = []
-        for row, opens, offset in zip(self._rows, opens_shot, rope_offset, strict=True):
-            self._pin(row, indices, opens or indices.start == 0)
+        for sample, opens, offset in zip(self._samples, opens_shot, rope_offset, strict=True):
+            self._pin(sample, indices, opens or indices.start == 0)
             frames = [CachedFrame(index, index + offset) for index in indices]
-            slots.append(self._place(row, frames))
+            slots.append(self._place(sample, frames))
         if self.relative_rope:
             self._close_gaps()
-        self._plan = self._make_plan(slots)
-        return self._plan
+        self._chunk = self._slots_of_chunk(slots)
+        return self._chunk
 
     def finish_chunk(self) -> None:
         """Before the forward on the chunk's clean latents: what that one computes is what is remembered."""
-        self._plan = replace(self.plan, finished=True)
+        self._chunk = replace(self.chunk, finished=True)
 
     def recache(self) -> Iterator[list[list[int]]]:
         """Rewrite every cached frame, oldest first, at its old position.
@@ -216,108 +221,109 @@ class KVCache:
         through the network at timestep 0; meanwhile only frames already rewritten can be attended to. For a prompt
         switch: afterwards, history no longer carries the old prompt. The text that was cached is forgotten.
         """
-        self.forget_text()
-        chronological = [self.cached_frames(row) for row in range(self.batch_size)]
-        for row in self._rows:
-            row.slots = []
-        # Rows may hold different shots, but they hold whole chunks, or all the same frames: groups have equal sizes.
+        self.clear_text()
+        chronological = [self.cached_frames(sample) for sample in range(self.batch_size)]
+        for sample in self._samples:
+            sample.slots = []
+        # Samples may hold different shots, but they hold whole chunks, or all the same frames: groups have equal sizes.
         start, total = 0, len(chronological[0])
         while start < total:
             chunk = chronological[0][start].index // self.chunk_size
             stop = start
             while stop < total and chronological[0][stop].index // self.chunk_size == chunk:
                 stop += 1
-            for row, frames in zip(self._rows, chronological, strict=True):
-                row.slots += frames[start:stop]
-            self._plan = self._make_plan([list(range(start, stop))] * self.batch_size)
+            for sample, frames in zip(self._samples, chronological, strict=True):
+                sample.slots += frames[start:stop]
+            self._chunk = self._slots_of_chunk([list(range(start, stop))] * self.batch_size)
             self.finish_chunk()
             yield [[frame.index for frame in frames[start:stop]] for frames in chronological]
             start = stop
 
-    def holds_text(self, encoder_hidden_states: torch.Tensor) -> bool:
+    def has_text(self, encoder_hidden_states: torch.Tensor) -> bool:
         """Whether the cached text keys and values were computed from this very tensor, unchanged since."""
         if self._text_source is None:
             return False
         source, version = self._text_source
         return source is encoder_hidden_states and version == _version_of(source)
 
-    def remember_text(self, encoder_hidden_states: torch.Tensor) -> None:
+    def cache_text(self, encoder_hidden_states: torch.Tensor) -> None:
         """Take this tensor for the source of what the layers compute at the next forward."""
-        self.forget_text()
+        self.clear_text()
         self._text_source = (encoder_hidden_states, _version_of(encoder_hidden_states))
 
-    def forget_text(self) -> None:
+    def clear_text(self) -> None:
         """Make the layers compute their text keys and values anew at the next forward."""
         self._text_source: tuple[torch.Tensor, int | None] | None = None
         for layer in self._layers:
             layer.reset()
 
-    def _pin(self, row: _Row, indices: range, opens_shot: bool) -> None:
+    def _pin(self, sample: _Sample, indices: range, opens_shot: bool) -> None:
         """A shot's first frames become its pin only now that their chunk is finished."""
-        if row.opening:
-            for index in row.pinned:
+        if sample.opening:
+            for index in sample.pinned:
                 if index >= self.sink_size:
-                    row.raw_slots.pop(index, None)
-            row.pinned, row.opening = row.opening, []
+                    sample.raw_slots.pop(index, None)
+            sample.pinned, sample.opening = sample.opening, []
         if opens_shot and self.pin_size:
-            row.opening = list(indices[: self.pin_size])
+            sample.opening = list(indices[: self.pin_size])
         if self.relative_rope:
-            free = iter(sorted(set(range(self._num_raw_slots)) - set(row.raw_slots.values())))
+            free = iter(sorted(set(range(self._num_raw_slots)) - set(sample.raw_slots.values())))
             for index in indices:
-                if index < self.sink_size or index in row.opening:
-                    row.raw_slots[index] = next(free)
+                if index < self.sink_size or index in sample.opening:
+                    sample.raw_slots[index] = next(free)
 
-    def _place(self, row: _Row, frames: list[CachedFrame]) -> list[int]:
+    def _place(self, sample: _Sample, frames: list[CachedFrame]) -> list[int]:
         """Give each new frame a slot: the next free one or, once the chunk does not fit, that of the oldest frame that
         may go. Where too few may go (the sinks end within a chunk), free slots serve the rest."""
-        first_free = len(row.slots)
+        first_free = len(sample.slots)
         if first_free + len(frames) <= self.window_size:
-            row.slots += frames
+            sample.slots += frames
             return list(range(first_free, first_free + len(frames)))
         evictable = sorted(
             (frame.index, slot)
-            for slot, frame in enumerate(row.slots)
-            if frame.index >= self.sink_size and frame.index not in row.pinned
+            for slot, frame in enumerate(sample.slots)
+            if frame.index >= self.sink_size and frame.index not in sample.pinned
         )
         slots = [slot for _, slot in evictable[: len(frames)]]
         for slot, frame in zip(slots, frames, strict=False):
-            row.slots[slot] = frame
+            sample.slots[slot] = frame
         rest = frames[len(slots) :]
-        row.slots += rest
+        sample.slots += rest
         return [*slots, *range(first_free, first_free + len(rest))]
 
     def _close_gaps(self) -> None:
         """Relative RoPE: bring the frames before an evicted stretch as close to the newest frame as they now are."""
-        moves = []  # (row, slot, slot of the unrotated key, position)
+        moves = []  # (sample, slot, slot of the unrotated key, position)
         newest = self.num_frames_seen - 1
-        for number, row in enumerate(self._rows):
-            by_age = sorted(range(len(row.slots)), key=lambda slot: row.slots[slot].index, reverse=True)
+        for index, sample in enumerate(self._samples):
+            by_age = sorted(range(len(sample.slots)), key=lambda slot: sample.slots[slot].index, reverse=True)
             for age, slot in enumerate(by_age):
-                frame, position = row.slots[slot], float(newest - age)
+                frame, position = sample.slots[slot], float(newest - age)
                 if frame.position != position:
-                    row.slots[slot] = CachedFrame(frame.index, position)
-                    moves.append((number, slot, row.raw_slots[frame.index], position))
+                    sample.slots[slot] = CachedFrame(frame.index, position)
+                    moves.append((index, slot, sample.raw_slots[frame.index], position))
         if not moves:
             return
-        rows, slots, raw_slots, positions = zip(*moves, strict=True)
+        samples, slots, raw_slots, positions = zip(*moves, strict=True)
         rotary = self._rotary([[position] for position in positions])
-        rows, slots, raw_slots = (self._indices(values) for values in (rows, slots, raw_slots))
+        samples, slots, raw_slots = (self._indices(values) for values in (samples, slots, raw_slots))
         for layer in self._layers:
-            layer.rotate_again(rows, slots, raw_slots, rotary)
+            layer.rotate_again(samples, slots, raw_slots, rotary)
 
-    def _make_plan(self, slots: list[list[int]]) -> ChunkPlan:
+    def _slots_of_chunk(self, slots: list[list[int]]) -> ChunkSlots:
         positions = [
-            [row.slots[slot].position for slot in chosen] for row, chosen in zip(self._rows, slots, strict=True)
+            [sample.slots[slot].position for slot in chosen]
+            for sample, chosen in zip(self._samples, slots, strict=True)
         ]
         raw = [
-            (number, frame, row.raw_slots[row.slots[slot].index])
-            for number, (row, chosen) in enumerate(zip(self._rows, slots, strict=True))
+            (index, frame, sample.raw_slots[sample.slots[slot].index])
+            for index, (sample, chosen) in enumerate(zip(self._samples, slots, strict=True))
             for frame, slot in enumerate(chosen)
-            if row.slots[slot].index in row.raw_slots
+            if sample.slots[slot].index in sample.raw_slots
         ]
         raw_indices = [self._indices(values) for values in zip(*raw, strict=True)] if raw else [None] * 3
-        same_positions = all(row == positions[0] for row in positions)
-        return ChunkPlan(
+        same_positions = all(own == positions[0] for own in positions)
+        return ChunkSlots(
             len(slots[0]),
             self._indices(range(self.batch_size))[:, None],
             self._indices(slots),
@@ -328,12 +334,14 @@ class KVCache:
 
     def _rotary(self, positions: list[list[float]]) -> torch.Tensor:
         time = torch.tensor(positions, dtype=torch.float64)
-        return rotary_embedding(time, self.height, self.width, self.head_dim, theta=self.theta).to(self.device)
+        return rotary_embedding(time, self.grid_height, self.grid_width, self.head_dim, theta=self.theta).to(
+            self.device
+        )
 
     def _indices(self, values) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.long, device=self.device)
 
-    def _for_each_row(self, value, name: str) -> list:
+    def _for_each_sample(self, value, name: str) -> list:
         if not isinstance(value, Sequence):
             return [value] * self.batch_size
         if len(value) != self.batch_size:
@@ -345,19 +353,6 @@ def _version_of(tensor: torch.Tensor) -> int | None:
     """How often `tensor` was changed in place; None where PyTorch does not count, in inference mode, or cannot tell,
     while compiling. There, only another tensor is seen to be another text."""
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
-def check_cache_dtype(dtype: torch.dtype | str, head_dim: int) -> None:
-    """
-    Raises:
-        ValueError: Nothing is stored as this, or not with this head_dim.
-    """
-    if dtype not in (*PLAIN_DTYPES, *PACKED_DTYPES):
-        raise ValueError(f"A KV cache is stored as float32, bfloat16, float16, 'nvfp4' or 'fp8', not as {dtype!r}.")
-    if dtype == "nvfp4" and head_dim % BLOCK:
-        raise ValueError(
-            f"A KV cache in NVFP4 needs a head_dim in multiples of {BLOCK}, this network's is {head_dim}."
-        )
 
 
 def check_window(window_size: int, sink_size: int, chunk_size: int, multi_shot_sink: bool) -> None:

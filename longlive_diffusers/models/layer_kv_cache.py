@@ -4,26 +4,56 @@ from dataclasses import dataclass
 
 import torch
 
-from ..nvfp4.frame_store import FP8Frames, NVFP4Frames
+from ..dtypes import DTYPES
+from .frame_store import FRAME_STORES, FrameStore, Shape
 from .rotary import apply_rotary
 
 
+KV_CACHE_DTYPES = (*DTYPES, *FRAME_STORES)
+"""Every way to store keys and values, by name: a floating-point type, or a store of few bits."""
+
+
+def resolve_kv_cache_dtype(dtype: torch.dtype | str, head_dim: int) -> torch.dtype | str:
+    """
+    The one place that decides what keys and values can be stored as.
+
+    Args:
+        dtype: A name of `KV_CACHE_DTYPES`, or a floating-point `torch.dtype` that one of them stands for.
+        head_dim: Channels of an attention head of the network.
+
+    Returns:
+        A `torch.dtype`, or the name of a store in few bits.
+
+    Raises:
+        ValueError: If nothing is stored as this, or not with this head_dim.
+    """
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype in DTYPES.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in FRAME_STORES:
+        stores = " or ".join(map(repr, FRAME_STORES))
+        raise ValueError(f"A KV cache is stored as {', '.join(DTYPES)}, {stores}, not as {dtype!r}.")
+    if reason := FRAME_STORES[dtype].unsupported_reason(head_dim):
+        raise ValueError(f"A KV cache in {dtype.upper()} {reason}.")
+    return dtype
+
+
 @dataclass(frozen=True)
-class ChunkPlan:
+class ChunkSlots:
     """Where the forwards of one chunk write and read; made once for each chunk, the same for all layers.
 
-    `rows` and `slots` are int64 `[B, 1]` and `[B, num_frames]`: sample b's frames are written to `slots[b]`.
-    `length` is the number of filled slots. `raw_rows`, `raw_frames`, `raw_slots` (int64 `[n]`, or None) name the
+    `samples` and `slots` are int64 `[B, 1]` and `[B, num_frames]`: sample b's frames are written to `slots[b]`.
+    `length` is the number of filled slots. `raw_samples`, `raw_frames`, `raw_slots` (int64 `[n]`, or None) name the
     frames of the chunk whose unrotated keys are kept as well. `finished`: the latents are the clean ones, and what
     the forward computes is what is to be remembered.
     """
 
     num_frames: int
-    rows: torch.Tensor
+    samples: torch.Tensor
     slots: torch.Tensor
     length: int
     rotary: torch.Tensor
-    raw_rows: torch.Tensor | None = None
+    raw_samples: torch.Tensor | None = None
     raw_frames: torch.Tensor | None = None
     raw_slots: torch.Tensor | None = None
     finished: bool = False
@@ -32,25 +62,23 @@ class ChunkPlan:
 class LayerCacheBase:
     """What both kinds of layer keep as it is: the text's keys and values and, for relative RoPE, unrotated keys."""
 
-    def __init__(
-        self, shape: tuple[int, int, int, int, int], raw_slots: int, dtype: torch.dtype, device: torch.device
-    ):
-        raw_shape = (*shape[:2], raw_slots, *shape[3:])
-        self.raw_key = torch.zeros(raw_shape, dtype=dtype, device=device) if raw_slots else None
+    def __init__(self, shape: Shape, num_raw_slots: int, raw_dtype: torch.dtype, device: torch.device):
+        raw_shape = (*shape[:2], num_raw_slots, *shape[3:])
+        self.raw_key = torch.zeros(raw_shape, dtype=raw_dtype, device=device) if num_raw_slots else None
         self.text: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def reset(self) -> None:
         """Forget the text; frames are forgotten by `KVCache.reset`, which owns their bookkeeping."""
         self.text = None
 
-    def _keep_raw(self, raw_key: torch.Tensor, plan: ChunkPlan) -> None:
-        if plan.raw_slots is not None:
-            raw_frames = in_frames(raw_key, plan.num_frames)[plan.raw_rows, plan.raw_frames]
-            self.raw_key[plan.raw_rows, :, plan.raw_slots] = raw_frames.detach().to(self.raw_key.dtype)
+    def _keep_raw(self, raw_key: torch.Tensor, chunk: ChunkSlots) -> None:
+        if self.raw_key is not None and chunk.raw_slots is not None:
+            raw_frames = in_frames(raw_key, chunk.num_frames)[chunk.raw_samples, chunk.raw_frames]
+            self.raw_key[chunk.raw_samples, :, chunk.raw_slots] = raw_frames.detach().to(self.raw_key.dtype)
 
-    def _rotated(self, rows: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    def _rotated(self, samples: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         """Kept keys, `[n, heads, tokens, head_dim]`, at the positions of `rotary`."""
-        raw = self.raw_key[rows, :, raw_slots].transpose(1, 2)  # [n, tokens, heads, head_dim]
+        raw = self.raw_key[samples, :, raw_slots].transpose(1, 2)  # [n, tokens, heads, head_dim]
         return apply_rotary(raw, rotary).transpose(1, 2)
 
 
@@ -61,50 +89,46 @@ class LayerKVCache(LayerCacheBase):
     processor and `KVCache` know; `PackedLayerKVCache` stores in fewer bits behind the same one.
     """
 
-    def __init__(
-        self, shape: tuple[int, int, int, int, int], raw_slots: int, dtype: torch.dtype, device: torch.device
-    ):
-        super().__init__(shape, raw_slots, dtype, device)
+    def __init__(self, shape: Shape, num_raw_slots: int, dtype: torch.dtype, device: torch.device):
+        super().__init__(shape, num_raw_slots, dtype, device)
         self.key = torch.zeros(shape, dtype=dtype, device=device)
         self.value = torch.zeros(shape, dtype=dtype, device=device)
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, plan: ChunkPlan
+        self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, chunk: ChunkSlots
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the chunk's keys (rotated; `raw_key` unrotated) and values, and return everything that is cached.
 
         Args:
             key, value, raw_key: `[B, num_frames * tokens, heads, head_dim]`.
-            plan: Where this chunk's frames go.
+            chunk: Where this chunk's frames go.
 
         Returns:
             Keys and values `[B, length * tokens, heads, head_dim]`, in the dtype of `key`: views of the cache. With
             gradients enabled, copies: a backward needs them as they are now, and the next step overwrites the cache.
         """
-        heads_first = [in_frames(states, plan.num_frames) for states in (key, value)]
-        self.key[plan.rows, :, plan.slots] = heads_first[0].detach().to(self.key.dtype)
-        self.value[plan.rows, :, plan.slots] = heads_first[1].detach().to(self.value.dtype)
-        self._keep_raw(raw_key, plan)
+        heads_first = [in_frames(states, chunk.num_frames) for states in (key, value)]
+        self.key[chunk.samples, :, chunk.slots] = heads_first[0].detach().to(self.key.dtype)
+        self.value[chunk.samples, :, chunk.slots] = heads_first[1].detach().to(self.value.dtype)
+        self._keep_raw(raw_key, chunk)
         if torch.is_grad_enabled():
-            index = (plan.rows, slice(None), plan.slots)
-            cached = [states[:, :, : plan.length].to(key.dtype, copy=True) for states in (self.key, self.value)]
+            index = (chunk.samples, slice(None), chunk.slots)
+            cached = [states[:, :, : chunk.length].to(key.dtype, copy=True) for states in (self.key, self.value)]
             cached[0][index], cached[1][index] = heads_first
-            return tuple(states.flatten(2, 3).transpose(1, 2) for states in cached)
-        return self.get(plan.length, key.dtype)
+            return joined_tokens(cached[0]), joined_tokens(cached[1])
+        return self.get(chunk.length, key.dtype)
 
     def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` slots, `[B, length * tokens, heads, head_dim]`: views of the cache
         (unless `dtype` differs from the cache's)."""
-        return tuple(
-            states[:, :, :length].flatten(2, 3).transpose(1, 2).to(dtype or states.dtype)
-            for states in (self.key, self.value)
-        )
+        key, value = (joined_tokens(states[:, :, :length]) for states in (self.key, self.value))
+        return key.to(dtype or key.dtype), value.to(dtype or value.dtype)
 
     def rotate_again(
-        self, rows: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
+        self, samples: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
     ) -> None:
-        """Rotate kept unrotated keys (`rows`, `raw_slots`, int64 `[n]`) to `rotary` and store them in `slots`."""
-        self.key[rows, :, slots] = self._rotated(rows, raw_slots, rotary)
+        """Rotate kept unrotated keys (`samples`, `raw_slots`, int64 `[n]`) to `rotary` and store them in `slots`."""
+        self.key[samples, :, slots] = self._rotated(samples, raw_slots, rotary)
 
     @property
     def num_bytes(self) -> int:
@@ -112,18 +136,19 @@ class LayerKVCache(LayerCacheBase):
         return sum(buffer.nbytes for buffer in (self.key, self.value, self.raw_key) if buffer is not None)
 
 
-class Scratch:
+class DequantBuffers:
     """Where packed layers unpack what a forward attends to: one pair of buffers for all layers, as they run one after
     the other."""
 
-    def __init__(self, shape: tuple[int, int, int, int, int], device: torch.device):
+    def __init__(self, shape: Shape, device: torch.device):
         self.shape, self.device = shape, device
         self._buffers: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def buffers(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """For keys and for values, made when they are first needed."""
+    def of_dtype(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffers for keys and for values, made when they are first needed."""
         if dtype not in self._buffers:
-            self._buffers = {dtype: tuple(torch.zeros(self.shape, dtype=dtype, device=self.device) for _ in range(2))}
+            key, value = (torch.zeros(self.shape, dtype=dtype, device=self.device) for _ in range(2))
+            self._buffers = {dtype: (key, value)}
         return self._buffers[dtype]
 
     @property
@@ -134,65 +159,61 @@ class Scratch:
 class PackedLayerKVCache(LayerCacheBase):
     """A [`LayerKVCache`] in NVFP4 or FP8.
 
-    A chunk is quantised once, in the forward on its clean latents (`plan.finished`); in the forwards before, it is
+    A chunk is quantized once, in the forward on its clean latents (`chunk.finished`); in the forwards before, it is
     attended to as it is and not stored. The unrotated keys that relative RoPE keeps of sinks and pins stay as they
-    are, so that a key that is rotated again is still quantised once.
+    are, so that a key that is rotated again is still quantized once.
     """
 
     def __init__(
         self,
-        shape: tuple[int, int, int, int, int],
-        raw_slots: int,
-        kind: str,
+        shape: Shape,
+        num_raw_slots: int,
+        store: str,
         raw_dtype: torch.dtype,
         device: torch.device,
-        scratch: Scratch,
+        dequant_buffers: DequantBuffers,
     ):
-        super().__init__(shape, raw_slots, raw_dtype, device)
-        self.key: NVFP4Frames | FP8Frames
-        self.value: NVFP4Frames | FP8Frames
-        if kind == "nvfp4":
-            self.key, self.value = (NVFP4Frames(shape, device, centred=is_key) for is_key in (True, False))
-        else:
-            self.key, self.value = FP8Frames(shape, device), FP8Frames(shape, device)
-        self._scratch = scratch
+        super().__init__(shape, num_raw_slots, raw_dtype, device)
+        self.key: FrameStore = FRAME_STORES[store](shape, device, for_keys=True)
+        self.value: FrameStore = FRAME_STORES[store](shape, device, for_keys=False)
+        self._dequant_buffers = dequant_buffers
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, plan: ChunkPlan
+        self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, chunk: ChunkSlots
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As [`LayerKVCache.update`]; what is returned without gradients are views of the scratch buffers, good until
-        the next layer's update."""
-        heads_first = [in_frames(states, plan.num_frames) for states in (key, value)]
-        buffers = self._unpack(plan.length, key.dtype)
+        """As [`LayerKVCache.update`]; what is returned without gradients are views of buffers that the next layer's
+        update overwrites."""
+        heads_first = [in_frames(states, chunk.num_frames) for states in (key, value)]
+        cached = self._dequantize(chunk.length, key.dtype)
         if torch.is_grad_enabled():
-            buffers = tuple(states.clone() for states in buffers)
-        for states, new in zip(buffers, heads_first, strict=True):
-            states[plan.rows, :, plan.slots] = new
-        if plan.finished:
-            self.key.write(plan.rows, plan.slots, heads_first[0].detach())
-            self.value.write(plan.rows, plan.slots, heads_first[1].detach())
-            self._keep_raw(raw_key, plan)
-        return tuple(states.flatten(2, 3).transpose(1, 2) for states in buffers)
+            cached = (cached[0].clone(), cached[1].clone())
+        for states, new in zip(cached, heads_first, strict=True):
+            states[chunk.samples, :, chunk.slots] = new
+        if chunk.finished:
+            self.key.write(chunk.samples, chunk.slots, heads_first[0].detach())
+            self.value.write(chunk.samples, chunk.slots, heads_first[1].detach())
+            self._keep_raw(raw_key, chunk)
+        return joined_tokens(cached[0]), joined_tokens(cached[1])
 
     def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` slots as they were stored, `[B, length * tokens, heads, head_dim]`."""
-        buffers = self._unpack(length, dtype or torch.float32)
-        return tuple(states.flatten(2, 3).transpose(1, 2).clone() for states in buffers)
+        key, value = self._dequantize(length, dtype or torch.float32)
+        return joined_tokens(key).clone(), joined_tokens(value).clone()
 
     def rotate_again(
-        self, rows: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
+        self, samples: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
     ) -> None:
         """As [`LayerKVCache.rotate_again`]."""
-        self.key.write(rows, slots, self._rotated(rows, raw_slots, rotary))
+        self.key.write(samples, slots, self._rotated(samples, raw_slots, rotary))
 
     @property
     def num_bytes(self) -> int:
-        """As of [`LayerKVCache`], without the scratch buffers, which all layers share."""
+        """As of [`LayerKVCache`], without the buffers for dequantizing, which all layers share."""
         raw = 0 if self.raw_key is None else self.raw_key.nbytes
         return self.key.num_bytes + self.value.num_bytes + raw
 
-    def _unpack(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value = (buffer[:, :, :length] for buffer in self._scratch.buffers(dtype))
+    def _dequantize(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = (buffer[:, :, :length] for buffer in self._dequant_buffers.of_dtype(dtype))
         self.key.read_into(key, length)
         self.value.read_into(value, length)
         return key, value
@@ -201,3 +222,8 @@ class PackedLayerKVCache(LayerCacheBase):
 def in_frames(states: torch.Tensor, num_frames: int) -> torch.Tensor:
     """`[B, frames * tokens, heads, dim]` -> `[B, frames, heads, tokens, dim]`."""
     return states.unflatten(1, (num_frames, -1)).transpose(2, 3)
+
+
+def joined_tokens(states: torch.Tensor) -> torch.Tensor:
+    """`[B, heads, slots, tokens, dim]` -> `[B, slots * tokens, heads, dim]`."""
+    return states.flatten(2, 3).transpose(1, 2)

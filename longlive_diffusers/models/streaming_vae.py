@@ -166,6 +166,27 @@ class StreamingEncoder:
         return vae.quant_conv(torch.cat(encoded, dim=2)).chunk(2, dim=1)[0]
 
 
+@torch.no_grad()
+def encode_video(
+    vae: AutoencoderKLWan, pixels: torch.Tensor, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """
+    Encode a whole video frame by frame, in memory that does not depend on its length.
+
+    Args:
+        vae: Encodes.
+        pixels: In [-1, 1], `[B, 3, 1 + 4 n, H, W]`, on any device.
+        device: Where to encode; by default where the VAE is.
+
+    Returns:
+        Normalized latents `[B, z_dim, 1 + n, h, w]`, float32.
+    """
+    encoder, scale = StreamingEncoder(vae), vae.config.scale_factor_temporal
+    groups = [pixels[:, :, :1], *pixels[:, :, 1:].split(scale, dim=2)]
+    latents = [encoder.encode(group.to(device or vae.device, vae.dtype)) for group in groups if group.shape[2]]
+    return normalize_latents(vae, torch.cat(latents, dim=2).float())
+
+
 def latent_statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the VAE's latents, `[1, z_dim, 1, 1, 1]`, like `latents`."""
     mean, std = (

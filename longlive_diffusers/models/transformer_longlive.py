@@ -20,11 +20,13 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..loaders.original import load_original_transformer
 from ..nvfp4.lora import adopt_lora_layers
 from ..parallel.layout import check_heads
-from .attention import ChunkMask, LongLiveAttnProcessor
+from .attention import LongLiveAttnProcessor
+from .chunk_mask import ChunkMask
 from .kv_cache import KVCache
-from .layer_kv_cache import ChunkPlan, LayerKVCache, PackedLayerKVCache
+from .layer_kv_cache import ChunkSlots, LayerKVCache, PackedLayerKVCache
 from .rotary import rotary_embedding
 
 
@@ -32,7 +34,7 @@ ROPE_THETA = 10000.0
 
 
 class LongLiveTransformerBlock(nn.Module):
-    """Self-attention over frames, cross-attention to the text, feed-forward; modulated by each frame's own time."""
+    """Self-attention over frames, cross-attention to the text, feed-forward; modulated by each frame's own timestep."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float):
         super().__init__()
@@ -55,7 +57,7 @@ class LongLiveTransformerBlock(nn.Module):
         rotary_emb: torch.Tensor,
         attention_mask: ChunkMask | None = None,
         layer_cache: LayerKVCache | PackedLayerKVCache | None = None,
-        plan: ChunkPlan | None = None,
+        chunk: ChunkSlots | None = None,
         sp_mesh: DeviceMesh | None = None,
     ) -> torch.Tensor:
         """
@@ -72,7 +74,7 @@ class LongLiveTransformerBlock(nn.Module):
 
         normed = modulate(self.norm1(hidden_states), shift_msa, scale_msa).to(dtype)
         attended = self.attn1(
-            normed, None, attention_mask, rotary_emb, layer_cache=layer_cache, plan=plan, sp_mesh=sp_mesh
+            normed, None, attention_mask, rotary_emb, layer_cache=layer_cache, chunk=chunk, sp_mesh=sp_mesh
         )
         hidden_states = add_gated(hidden_states, attended, gate_msa)
 
@@ -88,21 +90,21 @@ class LongLiveTransformerBlock(nn.Module):
 class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     r"""
     Wan2.2-TI2V-5B as a chunk-causal network: the parameters of `WanTransformer3DModel`, name for name and shape for
-    shape, with a time for every latent frame, a KV cache for streaming, and the teacher-forcing and block-causal
+    shape, with a timestep for every latent frame, a KV cache for streaming, and the teacher-forcing and block-causal
     forwards that train it (LongLive-2.0, arXiv 2605.18739).
 
     Args:
-        patch_size: Latent frames, rows and columns of a token; the first must be 1.
+        patch_size: Latent frames, height and width of a token; the first must be 1.
         num_attention_heads, attention_head_dim: Their product is the width of the network.
         in_channels, out_channels: Latent channels.
         text_dim: Channels of the text encoder's output.
-        freq_dim: Channels of the sinusoidal time embedding.
+        freq_dim: Channels of the sinusoidal embedding of the timestep.
         ffn_dim: Inner width of the feed-forward layers.
         num_layers: Number of blocks.
-        cross_attn_norm: Normalise before cross-attention.
-        qk_norm: Must be `"rms_norm_across_heads"`.
-        eps: Of the normalisations.
-        image_dim, added_kv_proj_dim, pos_embed_seq_len: Of Wan's image-conditioned 14B models; must be None.
+        cross_attn_norm: Whether hidden states are normalized before cross-attention.
+        qk_norm: The normalization of queries and keys; must be `"rms_norm_across_heads"`.
+        eps: Added to variances by the normalization layers.
+        image_dim, added_kv_proj_dim, pos_embed_seq_len: Settings of Wan's image-conditioned 14B models; must be None.
         rope_max_seq_len: Kept so that Wan's configurations load; positions are not limited here.
         chunk_size: Latent frames that are denoised together.
         sample_height, sample_width: Default latent size of a video.
@@ -113,7 +115,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
     _no_split_modules = ["LongLiveTransformerBlock"]
     _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
     _repeated_blocks = ["LongLiveTransformerBlock"]
-    _skip_keys = ["kv_cache", "layer_cache", "plan", "sp_mesh"]
+    _skip_keys = ["kv_cache", "layer_cache", "chunk", "sp_mesh"]
 
     @register_to_config
     def __init__(
@@ -174,20 +176,20 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
 
         Args:
             hidden_states: Noisy latents `[B, C, F, h, w]`.
-            timestep: Time in [0, 1000], `[B]` or one for each latent frame `[B, F]`.
+            timestep: In [0, 1000], `[B]` or one for each latent frame `[B, F]`.
             encoder_hidden_states: Text embeddings `[B, L, text_dim]`, or one text for each chunk
                 `[B, F / chunk_size, L, text_dim]`.
             kv_cache: From [`create_kv_cache`], after its `begin_chunk(F)`. Text keys and values are kept in it for as
                 long as `encoder_hidden_states` is the same, unmodified tensor.
             clean_hidden_states: Clean latents of the same clip, the history that noisy chunks see, `[B, C, F, h, w]`.
-            clean_timestep: Time of the clean latents, `[B]` or `[B, F]`; 0 by default.
+            clean_timestep: Timestep of the clean latents, `[B]` or `[B, F]`; 0 by default.
             attention_kwargs: `{"scale": s}` scales the LoRA of this forward.
             return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
             frame_positions: Time positions `[F]` or `[B, F]` of the frames; 0, 1, 2, ... by default. With a cache, the
                 cache decides.
             sp_mesh: One dimension of a device mesh, over whose N ranks the clip is split (Balanced SP, see
                 `longlive_diffusers.parallel`). All else is then this rank's own part of the clip: F of its N F frames,
-                with their times, their chunks' texts and, where given, their positions; by default these are counted
+                with their timesteps, their chunks' texts and, where given, their positions; by default these are counted
                 from the start of the whole clip. Every rank of the mesh runs the forward, with the same shapes.
 
         Returns:
@@ -198,58 +200,59 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
                 dimensions, or of a number of ranks that does not divide the heads.
         """
         batch, _, frames, height, width = self._check_latents(hidden_states)
-        rows, columns = self._tokens_of(height, width)
+        grid = self._token_grid(height, width)
         timestep = per_frame(timestep, batch, frames, "timestep")
         encoder_hidden_states = self._check_text(encoder_hidden_states, batch, frames, kv_cache)
 
-        mask, plan, text = None, None, None
+        has_clean = clean_hidden_states is not None
+        mask, chunk, text = None, None, None
         if kv_cache is not None:
-            plan = self._check_cache(kv_cache, batch, frames, rows, columns, clean_hidden_states)
+            chunk = self._check_cache(kv_cache, batch, frames, grid, clean_hidden_states)
         self._check_clean(clean_hidden_states, clean_timestep, hidden_states)
         check_positions(frame_positions, batch, frames, kv_cache)
         num_ranks = check_sp_mesh(sp_mesh, self.config.num_attention_heads, kv_cache)
 
         tokens = self._embed_patches(hidden_states)
-        if kv_cache is not None:
-            rotary_emb = plan.rotary
+        if has_clean:
+            clean_timestep = torch.zeros_like(timestep) if clean_timestep is None else clean_timestep
+            clean_timestep = per_frame(clean_timestep, batch, frames, "clean_timestep")
+            timestep = torch.cat([clean_timestep, timestep], dim=1)
+            tokens = torch.cat([self._embed_patches(clean_hidden_states), tokens], dim=1)
+        if chunk is not None:
+            rotary_emb = chunk.rotary
         else:
-            chunk_tokens = self.config.chunk_size * rows * columns
-            num_chunks = num_ranks * frames // self.config.chunk_size
-            mask = ChunkMask(num_chunks, chunk_tokens, clean_hidden_states is not None, num_ranks)
+            first_frame = 0 if sp_mesh is None else sp_mesh.get_local_rank() * frames
             if frame_positions is None:
-                first = 0 if sp_mesh is None else sp_mesh.get_local_rank() * frames
-                frame_positions = torch.arange(first, first + frames)
-            if clean_hidden_states is not None:
-                clean_timestep = torch.zeros_like(timestep) if clean_timestep is None else clean_timestep
-                clean_timestep = per_frame(clean_timestep, batch, frames, "clean_timestep")
-                timestep = torch.cat([clean_timestep, timestep], dim=1)
-                tokens = torch.cat([self._embed_patches(clean_hidden_states), tokens], dim=1)
-                frame_positions = torch.cat([frame_positions, frame_positions], dim=-1)
-            rotary_emb = rotary_embedding(
-                frame_positions, rows, columns, self.config.attention_head_dim, theta=ROPE_THETA
-            ).to(tokens.device)
+                frame_positions = torch.arange(first_frame, first_frame + frames)
+            mask = ChunkMask(
+                num_chunks=num_ranks * frames // self.config.chunk_size,
+                chunk_tokens=self.config.chunk_size * math.prod(grid),
+                has_clean=has_clean,
+                num_ranks=num_ranks,
+            )
+            rotary_emb = self._rotate_clip(frame_positions, grid, has_clean).to(tokens.device)
 
         temb, modulation = self._embed_time(timestep, tokens.dtype)
         # Cached text has no graph, or one that an earlier backward has used up: with gradients it is projected anew.
         caches_text = kv_cache is not None and not torch.is_grad_enabled()
-        if not caches_text or not kv_cache.holds_text(encoder_hidden_states):
+        if not caches_text or not kv_cache.has_text(encoder_hidden_states):
             text = self.condition_embedder.text_embedder(encoder_hidden_states)
             if caches_text:
-                kv_cache.remember_text(encoder_hidden_states)
+                kv_cache.cache_text(encoder_hidden_states)
 
         for index, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache[index]
-            arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, plan, sp_mesh)
+            arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, chunk, sp_mesh)
             if self.gradient_checkpointing and torch.is_grad_enabled() and kv_cache is None:
                 tokens = self._gradient_checkpointing_func(block, *arguments)
             else:
                 tokens = block(*arguments)
 
-        if clean_hidden_states is not None:
+        if has_clean:
             tokens, temb = tokens[:, tokens.shape[1] // 2 :], temb[:, frames:]
         shift, scale = (self.scale_shift_table[:, None] + temb.unsqueeze(2)).unsqueeze(3).unbind(2)
         tokens = self.proj_out(modulate(self.norm_out(tokens.float()), shift, scale).type_as(tokens))
-        sample = self._unpatchify(tokens, frames, rows, columns)
+        sample = self._unpatchify(tokens, frames, grid)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def create_kv_cache(
@@ -270,22 +273,22 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
 
         Args:
             batch_size: Videos in the batch.
-            height, width: Of the latents.
+            height, width: The size of the latents.
             window_size, sink_size: In latent frames; see [`KVCache`].
-            multi_shot_sink: Keep the frames that opened the current shot.
-            relative_rope: Count time from the cached frames, for video without end.
-            dtype: Of the stored keys and values: `torch.float32`, `torch.bfloat16`, `torch.float16`, "nvfp4" or "fp8";
-                by default that of the network.
+            multi_shot_sink: Whether the frames that opened the current shot are kept.
+            relative_rope: Whether time positions are counted from the cached frames, for video without end.
+            dtype: What keys and values are stored as: `torch.float32`, `torch.bfloat16`, `torch.float16`, "nvfp4" or
+                "fp8"; by default the dtype of the network.
             device: Where they are stored; by default where the network is.
         """
-        rows, columns = self._tokens_of(height, width)
+        grid_height, grid_width = self._token_grid(height, width)
         return KVCache(
             self.config.num_layers,
             batch_size,
             self.config.num_attention_heads,
             self.config.attention_head_dim,
-            rows,
-            columns,
+            grid_height,
+            grid_width,
             window_size=window_size,
             sink_size=sink_size,
             chunk_size=self.config.chunk_size,
@@ -318,19 +321,15 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         Args:
             path_or_state_dict: File, or its state dict. Wrappers (`generator`, `generator_ema`, ...) and key prefixes
                 of FSDP and `torch.compile` are removed; pickle is never loaded unrestricted.
-            device, torch_dtype: Of the loaded model.
-            config: Overrides what is inferred from the shapes, for instance `attention_head_dim`, `chunk_size`; and
-                `use_ema=True` prefers the averaged weights. Of a packed NVFP4 checkpoint, which stays packed,
+            device, torch_dtype: Where the loaded model is, and the dtype of its weights.
+            config: Overrides what is inferred from the shapes, for instance `attention_head_dim`, `chunk_size`;
+                `use_ema=True` prefers the averaged weights. For a packed NVFP4 checkpoint, which stays packed,
                 `weight_scale_rule` names the rule if the file does not.
 
         Raises:
             ValueError: For a file that is truncated or of another model; the message says which.
         """
-        from ..loaders.original import load_original_transformer
-
-        return load_original_transformer(
-            path_or_state_dict, model_class=cls, device=device, torch_dtype=torch_dtype, **config
-        )
+        return load_original_transformer(path_or_state_dict, cls, device=device, torch_dtype=torch_dtype, **config)
 
     def fuse_lora(self, *args, **kwargs) -> None:
         """As in diffusers; into weights in NVFP4 too, which are rounded again and cannot be unfused."""
@@ -338,12 +337,12 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         super().fuse_lora(*args, **kwargs)
 
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
-        """`[B, C, F, h, w]` -> `[B, F * rows * columns, dim]`."""
+        """`[B, C, F, h, w]` -> `[B, F * grid_height * grid_width, dim]`."""
         return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
 
-    def _unpatchify(self, tokens: torch.Tensor, frames: int, rows: int, columns: int) -> torch.Tensor:
-        """`[B, F * rows * columns, patch * C]` -> `[B, C, F, h, w]`."""
-        tokens = tokens.unflatten(1, (frames, rows, columns)).unflatten(-1, (*self.config.patch_size[1:], -1))
+    def _unpatchify(self, tokens: torch.Tensor, frames: int, grid: tuple[int, int]) -> torch.Tensor:
+        """`[B, F * grid_height * grid_width, patch * C]` -> `[B, C, F, h, w]`."""
+        tokens = tokens.unflatten(1, (frames, *grid)).unflatten(-1, (*self.config.patch_size[1:], -1))
         return tokens.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def _embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -354,8 +353,14 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         temb = embedder.time_embedder(frequencies).to(dtype)
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
 
-    def _tokens_of(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens that latents of a size split into."""
+    def _rotate_clip(self, positions: torch.Tensor, grid: tuple[int, int], has_clean: bool) -> torch.Tensor:
+        """Rotations of a training clip's tokens; a clean half has the positions of the noisy one."""
+        if has_clean:
+            positions = torch.cat([positions, positions], dim=-1)
+        return rotary_embedding(positions, *grid, self.config.attention_head_dim, theta=ROPE_THETA)
+
+    def _token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """The tokens along the height and the width of latents of a size."""
         _, patch_height, patch_width = self.config.patch_size
         if height % patch_height or width % patch_width or min(height, width) < 1:
             raise ValueError(f"Latents of {height}x{width} do not split into {patch_height}x{patch_width} patches.")
@@ -386,7 +391,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         self, clean: torch.Tensor | None, clean_timestep: torch.Tensor | None, noisy: torch.Tensor
     ) -> None:
         if clean is None and clean_timestep is not None:
-            raise ValueError("`clean_timestep` is the time of `clean_hidden_states`, and there are none.")
+            raise ValueError("`clean_timestep` is the timestep of `clean_hidden_states`, and there are none.")
         if clean is not None and clean.shape != noisy.shape:
             raise ValueError(
                 f"`clean_hidden_states` {tuple(clean.shape)} and `hidden_states` {tuple(noisy.shape)} must have the "
@@ -395,20 +400,27 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         if clean_timestep is not None:
             per_frame(clean_timestep, noisy.shape[0], noisy.shape[2], "clean_timestep")
 
-    def _check_cache(self, kv_cache, batch, frames, rows, columns, clean_hidden_states) -> ChunkPlan:
+    def _check_cache(
+        self,
+        kv_cache: KVCache,
+        batch: int,
+        frames: int,
+        grid: tuple[int, int],
+        clean_hidden_states: torch.Tensor | None,
+    ) -> ChunkSlots:
         if clean_hidden_states is not None:
             raise ValueError("`kv_cache` (streaming) and `clean_hidden_states` (teacher forcing) exclude each other.")
-        plan = kv_cache.plan
+        chunk = kv_cache.chunk
         heads = (self.config.num_attention_heads, self.config.attention_head_dim)
-        expected = (len(kv_cache), kv_cache.num_heads, kv_cache.head_dim)
-        expected += (kv_cache.batch_size, plan.num_frames, kv_cache.height, kv_cache.width)
-        got = (len(self.blocks), *heads, batch, frames, rows, columns)
+        expected = (len(kv_cache), kv_cache.num_heads, kv_cache.head_dim, kv_cache.batch_size)
+        expected += (chunk.num_frames, kv_cache.grid_height, kv_cache.grid_width)
+        got = (len(self.blocks), *heads, batch, frames, *grid)
         if expected != got:
             raise ValueError(
-                "The KV cache and its open chunk are for (layers, heads, head_dim, batch, frames, rows, columns) = "
+                "The KV cache and its open chunk are for (layers, heads, head_dim, batch, frames, grid height, grid width) = "
                 f"{expected}, this forward has {got}."
             )
-        return plan
+        return chunk
 
 
 def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

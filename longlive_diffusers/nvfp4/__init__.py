@@ -3,8 +3,8 @@
 from .format import NVFP4Tensor, dequantize, quantize
 from .hadamard import random_hadamard
 from .linear import NVFP4Linear, nvfp4_layers
+from .matmul import swizzle, unswizzle
 from .quantizer import NVFP4Config, NVFP4Quantizer, quantize_model
-from .swizzle import swizzle, unswizzle
 
 
 __all__ = [

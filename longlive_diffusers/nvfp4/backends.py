@@ -3,101 +3,149 @@
 All take the same stored tensors. `scaled_mm` and `te` multiply in 4 bits on Blackwell's tensor cores; `emulate` gives
 their results anywhere, slowly; `fp8` multiplies in 8 bits on Hopper and Ada, which have no 4-bit products; `w4a16`
 saves memory only: it makes a bfloat16 weight of the stored one for as long as the product takes.
+
+A backend makes a *product* for a layer: a small module, `product(x, weight) -> x W^T`, that keeps what it needs beside
+the stored weight (swizzled scales, a weight in FP8) as buffers which are not saved.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from .format import NVFP4Tensor, quantize_unchecked
-from .matmul import emulate, multiply_in_hardware, why_not_in_hardware, why_too_old
+from .matmul import (
+    capability_unsupported_reason,
+    emulate,
+    hardware_unsupported_reason,
+    multiply_in_hardware,
+    swizzle,
+)
 from .rules import MAX_SCALE
-from .swizzle import swizzle
-from .te_backend import multiply_in_te, prepare_te, why_no_te
+from .transformer_engine import TEProduct, te_unsupported_reason
 
 
-if TYPE_CHECKING:
-    from .linear import NVFP4Linear
+@dataclass(frozen=True)
+class LayerShape:
+    """What a backend has to know of a layer in order to say whether it can serve it.
+
+    Args:
+        in_features, out_features: The sizes of its weight, as in `nn.Linear`.
+        weight_scale_rule, activation_scale_rule: By which scale rules its weight was quantized, and its input is.
+    """
+
+    in_features: int
+    out_features: int
+    weight_scale_rule: str
+    activation_scale_rule: str
 
 
 @dataclass(frozen=True)
 class LinearBackend:
     """
     Args:
-        name: By which configurations and `repr` call it.
-        why_not: What keeps it from serving a layer on a device, as the end of a sentence; None: nothing does.
-        multiply: `x` `[rows, in_features]` times the layer's weight, `[rows, out_features]` in the dtype of `x`,
-            without the bias.
-        prepare: What it wants to keep beside the stored weight, by name: the layer makes attributes of it, which are
-            not saved.
+        name: What configurations and `repr` call it.
+        unsupported_reason: Why it cannot run a layer on a device, as the end of a sentence; None if it can.
+        prepare: Makes the product for a stored weight and the scale rule of its inputs.
     """
 
     name: str
-    why_not: Callable[["NVFP4Linear", torch.device], str | None]
-    multiply: Callable[["NVFP4Linear", torch.Tensor], torch.Tensor]
-    prepare: Callable[["NVFP4Linear"], dict[str, Any]] = lambda linear: {}
+    unsupported_reason: Callable[[LayerShape, torch.device], str | None]
+    prepare: Callable[[NVFP4Tensor, str], nn.Module]
 
 
-def choose_backend(linear: "NVFP4Linear", wish: str, device: torch.device) -> tuple[LinearBackend, str | None]:
+def choose_backend(requested: str, layer: LayerShape, device: torch.device) -> tuple[LinearBackend, str | None]:
     """
-    The backend for a wish: what was wished for, or else what suits the device best.
+    The backend that was requested or, where it cannot run, the one that suits the device best.
 
     Returns:
-        The backend, and why the wish was not met (None where it was).
+        The backend, and why the request was not met (None where it was).
 
     Raises:
-        ValueError: There is no backend of that name.
+        ValueError: If there is no backend of that name.
     """
-    check_backend_name(wish)
+    check_backend_name(requested)
     reason = None
-    if wish != "auto":
-        why_not = BACKENDS[wish].why_not(linear, device)
-        if why_not is None:
-            return BACKENDS[wish], None
-        reason = f"'{wish}' {why_not}"
+    if requested != "auto":
+        unsupported = BACKENDS[requested].unsupported_reason(layer, device)
+        if unsupported is None:
+            return BACKENDS[requested], None
+        reason = f"'{requested}' {unsupported}"
     suitable = ("scaled_mm", "fp8", "w4a16") if device.type == "cuda" else ("emulate",)
-    return next(BACKENDS[name] for name in suitable if BACKENDS[name].why_not(linear, device) is None), reason
+    candidates = (BACKENDS[name] for name in suitable)
+    return next(backend for backend in candidates if backend.unsupported_reason(layer, device) is None), reason
 
 
-def check_backend_name(wish: str) -> None:
+def check_backend_name(name: str) -> None:
     """
     Raises:
-        ValueError: There is no backend of that name.
+        ValueError: If there is no backend of that name.
     """
-    if wish != "auto" and wish not in BACKENDS:
-        raise ValueError(f"An NVFP4 backend is auto, {', '.join(BACKENDS)}; got {wish!r}.")
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"An NVFP4 backend is auto, {', '.join(BACKENDS)}; got {name!r}.")
 
 
-# ---------------------------------------------------------------------------------------------------------- emulate
-def quantize_activation(linear: "NVFP4Linear", x: torch.Tensor) -> NVFP4Tensor:
-    """`x` `[rows, in_features]` by the layer's rule for activations."""
-    return quantize_unchecked(x, linear.activation_scale_rule)
+class EmulatedProduct(nn.Module):
+    """Inputs and weight in 4 bits, multiplied as tensor cores would, on any device."""
+
+    def __init__(self, weight: NVFP4Tensor, activation_rule: str):
+        super().__init__()
+        self.activation_rule = activation_rule
+
+    def forward(self, x: torch.Tensor, weight: NVFP4Tensor) -> torch.Tensor:
+        """`[rows, in_features]` -> `[rows, out_features]`."""
+        return emulate(quantize_unchecked(x, self.activation_rule), weight, x.dtype)
 
 
-def _emulate(linear: "NVFP4Linear", x: torch.Tensor) -> torch.Tensor:
-    return emulate(quantize_activation(linear, x), linear.weight_nvfp4, x.dtype)
+class W4A16Product(nn.Module):
+    """A plain product with the dequantized weight."""
+
+    def __init__(self, weight: NVFP4Tensor, activation_rule: str):
+        super().__init__()
+
+    def forward(self, x: torch.Tensor, weight: NVFP4Tensor) -> torch.Tensor:
+        """`[rows, in_features]` -> `[rows, out_features]`."""
+        return x @ weight.dequantize(x.dtype).T
 
 
-# ------------------------------------------------------------------------------------------------------------ w4a16
-def _w4a16(linear: "NVFP4Linear", x: torch.Tensor) -> torch.Tensor:
-    return x @ linear.dequantize(x.dtype).T
+class FP8Product(nn.Module):
+    """A product of 8 by 8 bits, with a scale for each row of either factor."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, weight: NVFP4Tensor, activation_rule: str):
+        super().__init__()
+        codes, scale = rows_to_fp8(weight.dequantize(torch.float32))
+        self.register_buffer("weight", codes, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, x: torch.Tensor, weight: NVFP4Tensor) -> torch.Tensor:
+        """`[rows, in_features]` -> `[rows, out_features]`."""
+        codes, scale = rows_to_fp8(x)
+        row_wise = F.ScalingType.RowWise
+        product = F.scaled_mm(
+            codes, self.weight.t(), scale, row_wise, self.scale.t(), row_wise, output_dtype=torch.bfloat16
+        )
+        return product.to(x.dtype)
 
 
-# -------------------------------------------------------------------------------------------------------------- fp8
-def _why_no_fp8(linear: "NVFP4Linear", device: torch.device) -> str | None:
-    if linear.in_features % 16 or linear.out_features % 16:
-        return f"needs multiples of 16, this layer is {linear.in_features} -> {linear.out_features}"
-    if device.type not in ("cuda", "cpu"):
-        return f"does not run on '{device.type}'"
-    return why_too_old(device, (8, 9)) if device.type == "cuda" else None
+class ScaledMMProduct(nn.Module):
+    """A product in 4 bits by torch's own operator."""
 
+    swizzled_scales: torch.Tensor
 
-def _prepare_fp8(linear: "NVFP4Linear") -> dict[str, torch.Tensor]:
-    weight, scale = rows_to_fp8(linear.dequantize(torch.float32))
-    return {"fp8_weight": weight, "fp8_scale": scale}
+    def __init__(self, weight: NVFP4Tensor, activation_rule: str):
+        super().__init__()
+        self.activation_rule = activation_rule
+        self.register_buffer("swizzled_scales", swizzle(weight.scales), persistent=False)
+
+    def forward(self, x: torch.Tensor, weight: NVFP4Tensor) -> torch.Tensor:
+        """`[rows, in_features]` -> `[rows, out_features]`."""
+        x_rounded = quantize_unchecked(x, self.activation_rule)
+        return multiply_in_hardware(x_rounded, weight, self.swizzled_scales).to(x.dtype)
 
 
 def rows_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,42 +154,33 @@ def rows_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).clamp(-MAX_SCALE, MAX_SCALE).to(torch.float8_e4m3fn), scale
 
 
-def _fp8(linear: "NVFP4Linear", x: torch.Tensor) -> torch.Tensor:
-    codes, scale = rows_to_fp8(x)
-    row_wise = F.ScalingType.RowWise
-    product = F.scaled_mm(
-        codes,
-        linear.fp8_weight.t(),
-        scale,
-        row_wise,
-        linear.fp8_scale.t(),
-        row_wise,
-        output_dtype=torch.bfloat16,
-    )
-    return product.to(x.dtype)
+def _fp8_unsupported_reason(layer: LayerShape, device: torch.device) -> str | None:
+    if layer.in_features % 16 or layer.out_features % 16:
+        return f"needs multiples of 16, this layer is {layer.in_features} -> {layer.out_features}"
+    if device.type not in ("cuda", "cpu"):
+        return f"does not run on '{device.type}'"
+    return capability_unsupported_reason(device, (8, 9)) if device.type == "cuda" else None
 
 
-# -------------------------------------------------------------------------------------------------------- scaled_mm
-def _why_no_scaled_mm(linear: "NVFP4Linear", device: torch.device) -> str | None:
-    return why_not_in_hardware(device, linear.in_features, linear.out_features)
+def _scaled_mm_unsupported_reason(layer: LayerShape, device: torch.device) -> str | None:
+    return hardware_unsupported_reason(device, layer.in_features, layer.out_features)
 
 
-def _prepare_scaled_mm(linear: "NVFP4Linear") -> dict[str, torch.Tensor]:
-    return {"swizzled_scales": swizzle(linear.weight_scales)}
+def _te_unsupported_reason(layer: LayerShape, device: torch.device) -> str | None:
+    return te_unsupported_reason({layer.weight_scale_rule, layer.activation_scale_rule}, device)
 
 
-def _scaled_mm(linear: "NVFP4Linear", x: torch.Tensor) -> torch.Tensor:
-    product = multiply_in_hardware(quantize_activation(linear, x), linear.weight_nvfp4, linear.swizzled_scales)
-    return product.to(x.dtype)
+def _runs_anywhere(layer: LayerShape, device: torch.device) -> None:
+    return None
 
 
 BACKENDS = {
     backend.name: backend
     for backend in (
-        LinearBackend("scaled_mm", _why_no_scaled_mm, _scaled_mm, _prepare_scaled_mm),
-        LinearBackend("te", why_no_te, multiply_in_te, prepare_te),
-        LinearBackend("fp8", _why_no_fp8, _fp8, _prepare_fp8),
-        LinearBackend("w4a16", lambda linear, device: None, _w4a16),
-        LinearBackend("emulate", lambda linear, device: None, _emulate),
+        LinearBackend("scaled_mm", _scaled_mm_unsupported_reason, ScaledMMProduct),
+        LinearBackend("te", _te_unsupported_reason, TEProduct),
+        LinearBackend("fp8", _fp8_unsupported_reason, FP8Product),
+        LinearBackend("w4a16", _runs_anywhere, W4A16Product),
+        LinearBackend("emulate", _runs_anywhere, EmulatedProduct),
     )
 }

@@ -7,25 +7,25 @@ from torch.nn import functional as F
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; 8 to 15 are the same, negative
 
 
-def round_sizes(sizes: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+def round_magnitudes(magnitudes: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
     """Codes 0 to 7, still float32, of numbers that are not negative. What is above 6 becomes 6.
 
     Args:
-        noise: Uniform in [0, 1), as `sizes`: rounds up with the chance that makes the average right; None: rounds to
+        noise: Uniform in [0, 1), as `magnitudes`: rounds up with the chance that makes the average right; None: rounds to
             the nearest value, ties to the even code.
     """
     # Neighbours are 0.5 apart below 2, 1 apart below 4, 2 apart from there on; 2 and 4 are the codes 4 and 6. Of the
     # three rulers, the right one is that which gives least: the others are shifted up, by an even number of codes.
     if noise is None:
-        codes = torch.minimum((sizes * 2).round(), sizes.round() + 2)  # ties to the even one
-        codes = torch.minimum(codes, (sizes * 0.5).round() + 4)
+        codes = torch.minimum((magnitudes * 2).round(), magnitudes.round() + 2)  # ties to the even one
+        codes = torch.minimum(codes, (magnitudes * 0.5).round() + 4)
     else:
-        fine, middle, coarse = sizes * 2, sizes + 2, sizes * 0.5 + 4
-        codes = (torch.where(sizes < 2, fine, torch.where(sizes < 4, middle, coarse)) + noise).floor()
+        fine, middle, coarse = magnitudes * 2, magnitudes + 2, magnitudes * 0.5 + 4
+        codes = (torch.where(magnitudes < 2, fine, torch.where(magnitudes < 4, middle, coarse)) + noise).floor()
     return codes.clamp(max=7)
 
 
-def sizes_of(codes: torch.Tensor) -> torch.Tensor:
+def magnitudes_of(codes: torch.Tensor) -> torch.Tensor:
     """Values of codes 0 to 7, both float32."""
     return torch.maximum(torch.maximum(codes * 0.5, codes - 2), codes * 2 - 8)
 

@@ -38,9 +38,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import e2m1
+from .e2m1 import magnitudes_of, pack, round_magnitudes, unpack, unpack_values, with_signs
+from .load_kernels import load_kernels
 from .noise import draw_seed, uniform_noise
-from .probe import load_kernels
 from .rules import MAX_SCALE, ScaleRule, scale_rule_named
 
 
@@ -106,10 +106,10 @@ class NVFP4Tensor:
         """
         if self.block != (BLOCK, BLOCK):
             raise ValueError(f"Only 16x16 blocks can be transposed, these are {self.block[0]}x{self.block[1]}.")
-        codes = e2m1.unpack(self.codes).transpose(-1, -2)
+        codes = unpack(self.codes).transpose(-1, -2)
         # One scale for each block, then again sixteen times, along the other axis.
         scales = self.scales[..., ::BLOCK, :].transpose(-1, -2).repeat_interleave(BLOCK, dim=-2)
-        return replace(self, codes=e2m1.pack(codes[..., ::2], codes[..., 1::2]), scales=scales.contiguous())
+        return replace(self, codes=pack(codes[..., ::2], codes[..., 1::2]), scales=scales.contiguous())
 
 
 def quantize(
@@ -209,7 +209,7 @@ def encode_matrix(
         return blocks.movedim((-3, -1), (0, 1)).flatten(0, 1)
 
     codes, scales = _encode(in_blocks(x.float()), amax, rule, None if noise is None else in_blocks(noise))
-    pairs = e2m1.pack(codes[::2], codes[1::2]).unflatten(0, (height, width // 2)).movedim((0, 1), (-3, -1))
+    pairs = pack(codes[::2], codes[1::2]).unflatten(0, (height, width // 2)).movedim((0, 1), (-3, -1))
     packed = pairs.reshape(*x.shape[:-1], x.shape[-1] // 2)
     return NVFP4Tensor(packed, scales.repeat_interleave(height, dim=-2), amax, rule.name, block)
 
@@ -227,7 +227,7 @@ def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> torc
 
 def in_block_scales(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Packed codes `[..., cols / 2]` and scales, float32 `[..., cols / 16]` -> their products, `[..., cols]`."""
-    return e2m1.unpack_values(codes).unflatten(-1, (-1, BLOCK)).mul_(scales.unsqueeze(-1)).flatten(-2)
+    return unpack_values(codes).unflatten(-1, (-1, BLOCK)).mul_(scales.unsqueeze(-1)).flatten(-2)
 
 
 def global_scale(amax: torch.Tensor, scale_rule: str) -> torch.Tensor:
@@ -307,24 +307,24 @@ def _encode(
     # Of two tensors: a number divided by a tensor is multiplied by its reciprocal, which rounds twice.
     encode = torch.where(zero, 0.0, torch.full_like(amax, rule.span) / amax)
     decode = torch.where(zero, 0.0, 1 / encode)
-    sizes = blocks.abs()  # a number and its negative have the same code, but for the sign
-    scale = sizes.amax(dim=0) / rule.largest_value * encode
-    codes, scales = _encode_with(sizes, scale, decode, noise)
+    magnitudes = blocks.abs()  # a number and its negative have the same code, but for the sign
+    scale = magnitudes.amax(dim=0) / rule.largest_value * encode
+    codes, scales = _encode_with(magnitudes, scale, decode, noise)
     if rule.error is not None:
-        other_codes, other_scales = _encode_with(sizes, scale * 1.5, decode, noise)
+        other_codes, other_scales = _encode_with(magnitudes, scale * 1.5, decode, noise)
         errors = [
-            rule.error((e2m1.sizes_of(c) * s.float() * amax / rule.span) - sizes)
+            rule.error((magnitudes_of(c) * s.float() * amax / rule.span) - magnitudes)
             for c, s in ((codes, scales), (other_codes, other_scales))
         ]
-        takes_four = errors[1] < errors[0]  # a tie goes to six
-        codes = torch.where(takes_four, other_codes, codes)
-        scales = torch.where(takes_four, other_scales.float(), scales.float()).to(torch.float8_e4m3fn)
-    return e2m1.with_signs(codes, blocks), scales
+        prefers_four = errors[1] < errors[0]  # a tie goes to six
+        codes = torch.where(prefers_four, other_codes, codes)
+        scales = torch.where(prefers_four, other_scales.float(), scales.float()).to(torch.float8_e4m3fn)
+    return with_signs(codes, blocks), scales
 
 
-def _encode_with(sizes: torch.Tensor, scale: torch.Tensor, decode: torch.Tensor, noise: torch.Tensor | None):
+def _encode_with(magnitudes: torch.Tensor, scale: torch.Tensor, decode: torch.Tensor, noise: torch.Tensor | None):
     """Codes, float32 0 to 7, and E4M3 scales of blocks whose scale, before it is rounded, is given."""
     scales = scale.clamp(max=MAX_SCALE).to(torch.float8_e4m3fn)  # what is above 448 is NaN in some versions of torch
     rounded = scales.float()
     inverse = torch.where(rounded == 0, 0.0, 1 / (decode * rounded))
-    return e2m1.round_sizes(sizes * inverse, noise), scales
+    return round_magnitudes(magnitudes * inverse, noise), scales

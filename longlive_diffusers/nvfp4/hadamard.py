@@ -12,14 +12,6 @@ SIZE = 16
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 
-def hadamard_matrix(device: torch.device | str = "cpu") -> torch.Tensor:
-    """The signed, orthogonal matrix, float32 `[16, 16]`; all its elements are 1/4 or -1/4."""
-    matrix = torch.ones(1, 1, device=device)
-    while len(matrix) < SIZE:
-        matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
-    return torch.tensor(SIGNS, dtype=torch.float32, device=device)[:, None] * matrix / SIZE**0.5
-
-
 def random_hadamard(x: torch.Tensor) -> torch.Tensor:
     """
     Transform each 16 neighbours along the last axis; the result is rounded to bfloat16, as kernels do, and returned in

@@ -66,7 +66,7 @@ def _e4m3_value(code):
 
 
 @triton.jit
-def _e2m1_size(code):
+def _e2m1_magnitude(code):
     """Value of codes 0 to 7."""
     exponent, odd = (code >> 1).to(tl.uint32), (code & 1).to(tl.float32)
     power = ((exponent + 126) << 23).to(tl.float32, bitcast=True)
@@ -85,7 +85,7 @@ def _e2m1_pairs(packed, PTX: tl.constexpr):
         values = tl.join(low, high)
     else:
         code = tl.join(packed & 15, packed >> 4)
-        size = _e2m1_size(code & 7)
+        size = _e2m1_magnitude(code & 7)
         values = tl.where(code >= 8, -size, size)
     return values
 
@@ -198,20 +198,6 @@ def _load_tile(x, rows, columns, row_stride, column_stride, TALL: tl.constexpr, 
 
 
 @triton.jit
-def _amax_kernel(
-    x, amax_bits, rows, columns, row_stride, column_stride,
-    HADAMARD: tl.constexpr, TALL: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    N: tl.constexpr = (16 if TALL else 1) * TILE // 16
-    tile, _ = _load_tile(x, rows, columns, row_stride, column_stride, TALL, TILE)
-    if HADAMARD:
-        tile = _hadamard(tile, N)
-    largest = tl.max(tl.max(tl.abs(tile), axis=1), axis=0)
-    # The bits of numbers that are not negative are in the order of the numbers.
-    tl.atomic_max(amax_bits, largest.to(tl.int32, bitcast=True))
-
-
-@triton.jit
 def _quantize_kernel(
     x, amax_pointer, seed, codes, scales, rows, columns, row_stride, column_stride, rows_of_an_amax,
     LARGEST_VALUE: tl.constexpr, SPAN: tl.constexpr, ERROR: tl.constexpr,
@@ -243,10 +229,10 @@ def _quantize_kernel(
         )
         errors = _error(tile, code, value, amax, SPAN, ERROR, TALL, BLOCKS)
         other_errors = _error(tile, other_code, other_value, amax, SPAN, ERROR, TALL, BLOCKS)
-        takes_four = other_errors < errors  # a tie goes to six
-        bits = tl.where(takes_four, other_bits, bits)
-        rows_take_four = _spread(takes_four.to(tl.int8), TALL, BLOCKS)
-        code = tl.where((rows_take_four == 1)[:, None], other_code, code)
+        prefers_four = other_errors < errors  # a tie goes to six
+        bits = tl.where(prefers_four, other_bits, bits)
+        rows_prefer_four = _spread(prefers_four.to(tl.int8), TALL, BLOCKS)
+        code = tl.where((rows_prefer_four == 1)[:, None], other_code, code)
 
     # The sign of x, of a zero too; where the scale is 0, so is the product, with the same sign.
     negative = (tile.to(tl.uint32, bitcast=True) >> 31).to(tl.uint8)
@@ -263,7 +249,7 @@ def _quantize_kernel(
 
 @triton.jit
 def _error(x, code, value, amax, SPAN: tl.constexpr, ERROR: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr):
-    size = _e2m1_size(code)
+    size = _e2m1_magnitude(code)
     signed = tl.where((x.to(tl.uint32, bitcast=True) >> 31) == 1, -size, size)
     decoded = signed * _spread(value, TALL, BLOCKS)[:, None] * amax
     decoded = tl.div_rn(decoded, SPAN + tl.zeros_like(decoded))
@@ -318,18 +304,6 @@ def _read_frames_kernel(
 def has_fp4_instructions(device: torch.device) -> bool:
     """Whether the device converts to and from E2M1 itself."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
-
-
-def amax_of(x: torch.Tensor, hadamard: bool = False) -> torch.Tensor:
-    """Largest absolute number of a matrix (after the Hadamard transform), float32 `[1]`."""
-    rows, columns = x.shape
-    bits = torch.zeros(1, dtype=torch.int32, device=x.device)
-    tile = _TILE[True]
-    grid = (triton.cdiv(rows, 16), triton.cdiv(columns, tile))
-    _amax_kernel[grid](
-        x, bits, rows, columns, *x.stride(), HADAMARD=hadamard, TALL=True, TILE=tile, enable_fp_fusion=False
-    )
-    return bits.view(torch.float32)
 
 
 def quantize_matrix(

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import nn
 
-from .backends import check_backend_name, choose_backend
+from .backends import LayerShape, LinearBackend, check_backend_name, choose_backend
 from .format import BLOCK, NVFP4Tensor, check_buffers, quantize
 from .rules import scale_rule_named
 
@@ -15,25 +15,30 @@ STORED = ("weight_codes", "weight_scales", "weight_amax")
 
 class NVFP4Linear(nn.Linear):
     """
-    `y = x W^T + b` with W in NVFP4, frozen; gradients flow to `x` as through the dequantised W, so LoRA trains on it.
+    `y = x W^T + b` with W in NVFP4, frozen; gradients flow to `x` as through the dequantized W, so LoRA trains on it.
 
     The buffers `weight_codes`, `weight_scales` and `weight_amax` stand for the weight, and keep their dtypes whatever
-    `.to(dtype)` is called. How the product is computed is the backend (`backends.py`), chosen for the device when the
-    layer is made and when it is moved, and named in its `repr`.
+    `.to(dtype)` is called. How the product is computed is the backend (`backends.py`), selected for the device when the
+    layer is made and when it is moved, and named in its `repr`; `product` is what it made for this layer.
 
     Args:
-        in_features, out_features: As in `nn.Linear`; the first a multiple of 16.
-        bias: Whether there is one; it is never quantised.
+        in_features, out_features: As in `nn.Linear`; the first is a multiple of 16.
+        bias: Whether there is one; it is never quantized.
         weight_scale_rule: How `weight_amax` and the scales are to be read.
-        weight_block: `(1, 16)`, or `(16, 16)` as in training: how a new weight is quantised.
-        activation_scale_rule: By which `x` is quantised, where the backend does.
-        backend: "auto", "scaled_mm", "te", "fp8", "w4a16" or "emulate". What cannot serve on a device gives way, with
+        weight_block: `(1, 16)`, or `(16, 16)` as in training: how a new weight is quantized.
+        activation_scale_rule: The rule by which `x` is quantized, where the backend does that.
+        backend: "auto", "scaled_mm", "te", "fp8", "w4a16" or "emulate". One that cannot run on a device gives way, with
             a warning, to what "auto" would take there.
-        device, dtype: Of the buffers, and of the bias.
+        device: Where the buffers and the bias are.
+        dtype: The dtype of the bias.
 
     Raises:
-        ValueError: Sizes that do not divide into blocks, or unknown names.
+        ValueError: For sizes that do not divide into blocks, or unknown names.
     """
+
+    weight_codes: torch.Tensor
+    weight_scales: torch.Tensor
+    weight_amax: torch.Tensor
 
     def __init__(
         self,
@@ -56,7 +61,7 @@ class NVFP4Linear(nn.Linear):
         check_backend_name(backend)
         self.in_features, self.out_features = in_features, out_features
         self.weight_scale_rule, self.activation_scale_rule = weight_scale_rule, activation_scale_rule
-        self.weight_block, self.wished_backend = tuple(weight_block), backend
+        self.weight_block, self.requested_backend = tuple(weight_block), backend
         blocks = in_features // BLOCK
         codes = torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device)
         scales = torch.zeros(out_features, blocks, dtype=torch.float8_e4m3fn, device=device)
@@ -64,8 +69,7 @@ class NVFP4Linear(nn.Linear):
         self.register_buffer("weight_scales", scales)
         self.register_buffer("weight_amax", torch.zeros(1, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self._prepared: tuple[str, ...] = ()
-        self.settle()
+        self.select_backend()
 
     @classmethod
     def empty_like(cls, linear: nn.Linear, **options) -> "NVFP4Linear":
@@ -106,7 +110,7 @@ class NVFP4Linear(nn.Linear):
                 f"{tuple(weight.shape)} by '{weight.scale_rule}'."
             )
         self.weight_codes, self.weight_scales, self.weight_amax = weight.codes, weight.scales, weight.amax
-        self.settle()
+        self.select_backend()
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """The weight, `[out_features, in_features]`."""
@@ -116,33 +120,27 @@ class NVFP4Linear(nn.Linear):
         """Compute in another way, see the class.
 
         Raises:
-            ValueError: There is no such backend.
+            ValueError: If there is no such backend.
         """
         check_backend_name(backend)
-        self.wished_backend = backend
-        self.settle()
+        self.requested_backend = backend
+        self.select_backend()
 
-    def settle(self) -> None:
-        """Choose the backend for where the weight is now, and make what it needs; nothing on the meta device."""
-        for name in self._prepared:
-            delattr(self, name)
-        self._prepared = ()
+    def select_backend(self) -> None:
+        """Select the backend for the weight's current device, and precompute what it needs; nothing on the meta
+        device."""
+        self.backend: LinearBackend | None = None
+        self.product: nn.Module | None = None
         device = self.weight_codes.device
-        self.backend = None
         if device.type == "meta":
             return
         check_buffers(self.weight_codes, self.weight_scales, self.weight_amax)
-        self.backend, why_not = choose_backend(self, self.wished_backend, device)
-        if why_not is not None:
+        shape = LayerShape(self.in_features, self.out_features, self.weight_scale_rule, self.activation_scale_rule)
+        self.backend, unmet = choose_backend(self.requested_backend, shape, device)
+        if unmet is not None:
             # Python shows a warning of the same words once, and a model has hundreds of such layers.
-            warnings.warn(f"NVFP4: {why_not}; '{self.backend.name}' is used instead.", stacklevel=2)
-        prepared = self.backend.prepare(self)
-        for name, value in prepared.items():
-            if isinstance(value, torch.Tensor):
-                self.register_buffer(name, value, persistent=False)
-            else:
-                object.__setattr__(self, name, value)  # a module that is to be neither saved nor moved with this one
-        self._prepared = tuple(prepared)
+            warnings.warn(f"NVFP4: {unmet}; '{self.backend.name}' is used instead.", stacklevel=2)
+        self.product = self.backend.prepare(self.weight_nvfp4, self.activation_scale_rule)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` -> `[..., out_features]`, in the dtype of `x`; the bias is added after rounding."""
@@ -152,25 +150,29 @@ class NVFP4Linear(nn.Linear):
         elif torch.is_grad_enabled() and x.requires_grad:
             product = _Product.apply(rows, self)
         else:
-            product = self.backend.multiply(self, rows)
+            product = self.product(rows, self.weight_nvfp4)
         product = product.reshape(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"  # one line; the product is told by the backend's name
+
     def extra_repr(self) -> str:
-        name = "not chosen yet" if self.backend is None else self.backend.name
+        name = "not selected yet" if self.backend is None else self.backend.name
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"weight={self.weight_scale_rule}, activation={self.activation_scale_rule}, backend={name}"
         )
 
     def _apply(self, fn, recurse: bool = True):
-        stored = {name: self._buffers[name] for name in STORED}
+        stored = {name: self.get_buffer(name) for name in STORED}
+        self.product = None  # made anew for where the weight will be
         super()._apply(fn, recurse)
         for name, before in stored.items():
-            after = self._buffers[name]
+            after = self.get_buffer(name)
             if after.dtype != before.dtype:  # `.to(dtype)` means the model's precision, not this format's
                 self._buffers[name] = before.to(after.device)
-        self.settle()
+        self.select_backend()
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -178,7 +180,7 @@ class NVFP4Linear(nn.Linear):
         if amax is not None and amax.ndim == 0:
             state_dict[f"{prefix}weight_amax"] = amax.reshape(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.settle()
+        self.select_backend()
 
 
 class _Product(torch.autograd.Function):
@@ -187,7 +189,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, linear: NVFP4Linear) -> torch.Tensor:
         ctx.linear = linear
-        return linear.backend.multiply(linear, x)
+        return linear.product(x, linear.weight_nvfp4)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

@@ -1,34 +1,22 @@
-"""The product of two matrices in NVFP4, in 4 bits where the hardware has it, and the same numbers where it has not."""
+"""The product of two matrices in NVFP4: in 4 bits where the hardware has it, and the same numbers where it has not.
+
+Tensor cores want the block scales of a matrix in tiles of 128 rows by 4 scales, of 512 bytes each ([`swizzle`]). Within
+a tile, 16 bytes hold four neighboring scales of rows r, r + 32, r + 64 and r + 96. Rows are padded to 128 and scales to
+4 with zeros. (This is cuBLASLt's layout for 1D block scaling; torch calls it `SWIZZLE_32_4_4`.)
+"""
 
 import torch
+from torch.nn import functional as F
 
 from .format import NVFP4Tensor, global_scale, in_block_scales
-from .scaled_matmul import nvfp4_matmul
-from .swizzle import swizzle
 
 
-def why_not_in_hardware(device: torch.device, inner: int, columns: int) -> str | None:
-    """What keeps tensor cores from a product that sums over `inner` and has `columns` columns, as the end of a
-    sentence; None: nothing does."""
-    if inner % 32 or columns % 16:
-        return f"needs inputs in multiples of 32 and outputs of 16, this layer is {inner} -> {columns}"
-    if device.type != "cuda":
-        return f"needs a GPU of compute capability 10.0 (Blackwell), this is '{device.type}'"
-    return why_too_old(device, (10, 0), " (Blackwell)")
-
-
-def why_too_old(device: torch.device, wanted: tuple[int, int], known_as: str = "") -> str | None:
-    """That a GPU's compute capability is below the one that is wanted, as the end of a sentence; None: it is not."""
-    found = torch.cuda.get_device_capability(device)
-    if found >= wanted:
-        return None
-    needs, has = (".".join(map(str, capability)) for capability in (wanted, found))
-    return f"needs a GPU of compute capability {needs}{known_as}, this one has {has}"
+TILE_ROWS, TILE_COLUMNS = 128, 4
 
 
 def multiply(a: NVFP4Tensor, b: NVFP4Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`A B^T`, `[M, K]` and `[N, K]` -> `[M, N]` in `dtype`: in hardware where there is one, else emulated."""
-    if why_not_in_hardware(a.codes.device, a.shape[1], b.shape[0]) is None:
+    if hardware_unsupported_reason(a.codes.device, a.shape[1], b.shape[0]) is None:
         return multiply_in_hardware(a, b, swizzle(b.scales)).to(dtype)
     return emulate(a, b, dtype)
 
@@ -57,3 +45,96 @@ def emulate(a: NVFP4Tensor, b: NVFP4Tensor, dtype: torch.dtype) -> torch.Tensor:
     product = left @ right.T
     scale = global_scale(a.amax, a.scale_rule) * global_scale(b.amax, b.scale_rule)
     return (product.float() * scale).to(dtype)
+
+
+@torch.library.custom_op("longlive_diffusers::nvfp4_matmul", mutates_args=())
+def nvfp4_matmul(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    other_codes: torch.Tensor,
+    other_scales: torch.Tensor,
+    other_tensor_scale: torch.Tensor,
+) -> torch.Tensor:
+    """
+    torch's own product `A B^T` of two matrices in NVFP4, on a GPU that multiplies them. It is an operator of its own
+    because `torch.compile` cannot lower the plain call (torch 2.13: "does not yet support non-trivial swizzles"), and
+    what it does not know it leaves as it is.
+
+    Args:
+        codes, other_codes: uint8 `[M, K / 2]` and `[N, K / 2]`; K is a multiple of 32, N of 16.
+        scales, other_scales: float8_e4m3fn, swizzled, 1-D.
+        tensor_scale, other_tensor_scale: float32 `[1]`: `amax / span`.
+
+    Returns:
+        bfloat16 `[M, N]`.
+    """
+    recipe = [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise]
+    layout = [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
+    return F.scaled_mm(
+        codes.view(torch.float4_e2m1fn_x2),
+        other_codes.view(torch.float4_e2m1fn_x2).t(),
+        [scales, tensor_scale],
+        recipe,
+        [other_scales, other_tensor_scale],
+        recipe,
+        swizzle_a=layout,
+        swizzle_b=layout,
+        output_dtype=torch.bfloat16,
+    )
+
+
+@nvfp4_matmul.register_fake
+def _(codes, scales, tensor_scale, other_codes, other_scales, other_tensor_scale) -> torch.Tensor:
+    return codes.new_empty((codes.shape[0], other_codes.shape[0]), dtype=torch.bfloat16)
+
+
+def hardware_unsupported_reason(device: torch.device, inner: int, columns: int) -> str | None:
+    """Why tensor cores cannot compute a product that sums over `inner` and has `columns` columns, as the end of a
+    sentence; None if they can."""
+    if inner % 32 or columns % 16:
+        return f"needs inputs in multiples of 32 and outputs of 16, this layer is {inner} -> {columns}"
+    if device.type != "cuda":
+        return f"needs a GPU of compute capability 10.0 (Blackwell), this is '{device.type}'"
+    return capability_unsupported_reason(device, (10, 0), " (Blackwell)")
+
+
+def capability_unsupported_reason(device: torch.device, needed: tuple[int, int], known_as: str = "") -> str | None:
+    """That a GPU's compute capability is below the one that is needed, as the end of a sentence; None if it is not."""
+    found = torch.cuda.get_device_capability(device)
+    if found >= needed:
+        return None
+    needs, has = (".".join(map(str, capability)) for capability in (needed, found))
+    return f"needs a GPU of compute capability {needs}{known_as}, this one has {has}"
+
+
+def padded_shape(rows: int, columns: int) -> tuple[int, int]:
+    """The shape of `rows` by `columns` scales when they are padded to whole tiles."""
+    return -(-rows // TILE_ROWS) * TILE_ROWS, -(-columns // TILE_COLUMNS) * TILE_COLUMNS
+
+
+def swizzle(scales: torch.Tensor) -> torch.Tensor:
+    """Scales `[rows, cols / 16]` -> 1-D, in tiles."""
+    rows, columns = scales.shape
+    padded_rows, padded_columns = padded_shape(rows, columns)
+    # As bytes: few operations know this dtype.
+    padded = F.pad(scales.view(torch.uint8), (0, padded_columns - columns, 0, padded_rows - rows))
+    tiles = padded.reshape(padded_rows // TILE_ROWS, 4, 32, padded_columns // TILE_COLUMNS, TILE_COLUMNS)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(scales.dtype)
+
+
+def unswizzle(scales: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """
+    Scales in tiles, 1-D -> `[rows, columns]`.
+
+    Raises:
+        ValueError: If their number is not that of the tiles.
+    """
+    padded_rows, padded_columns = padded_shape(rows, columns)
+    if scales.numel() != padded_rows * padded_columns:
+        raise ValueError(
+            f"{rows} x {columns} scales in tiles of 128 x 4 are {padded_rows * padded_columns}, got {scales.numel()}."
+        )
+    tiles = scales.view(torch.uint8).reshape(padded_rows // TILE_ROWS, padded_columns // TILE_COLUMNS, 32, 4, 4)
+    linear = tiles.permute(0, 3, 2, 1, 4).reshape(padded_rows, padded_columns)
+    return linear[:rows, :columns].contiguous().view(scales.dtype)

@@ -182,7 +182,7 @@ def check_layers(model: nn.Module) -> None:
             check_stored(layer.weight_nvfp4)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        layer.settle()
+        layer.select_backend()
 
 
 class NVFP4Quantizer(DiffusersQuantizer):

@@ -8,7 +8,7 @@ from .format import BLOCK, NVFP4Tensor, quantize_unchecked
 from .hadamard import random_hadamard
 from .matmul import multiply
 from .recipes import NVFP4Recipe
-from .te_training import TETrainingLinear, check_te_recipe
+from .transformer_engine import TETrainingLinear, check_te_recipe
 
 
 class NVFP4TrainingLinear(nn.Linear):
@@ -61,13 +61,13 @@ class _NVFP4Product(torch.autograd.Function):
         input_gradient = weight_gradient = None
         if ctx.needs_input_grad[0]:
             gradient_rounded = quantize_unchecked(gradient, recipe.gradient_rule, rounding="stochastic")
-            turned = NVFP4Tensor(*weight, recipe.weight_rule, (BLOCK, BLOCK)).transpose()
-            input_gradient = multiply(gradient_rounded, turned, ctx.dtype)
+            transposed = NVFP4Tensor(*weight, recipe.weight_rule, (BLOCK, BLOCK)).transpose()
+            input_gradient = multiply(gradient_rounded, transposed, ctx.dtype)
         if ctx.needs_input_grad[1]:
             x = kept[0]
             if recipe.rounds_input_twice:
                 x = NVFP4Tensor(*kept, recipe.activation_rule).dequantize(ctx.dtype)
-            # Both are turned, so that blocks lie along the tokens, which this product sums over.
+            # Both are transposed, so that blocks lie along the tokens, which this product sums over.
             gradient_rounded = quantize_unchecked(over_tokens(gradient), recipe.gradient_rule, rounding="stochastic")
             x_rounded = quantize_unchecked(over_tokens(x), recipe.activation_rule)
             weight_gradient = multiply(gradient_rounded, x_rounded, ctx.dtype).to(ctx.weight_dtype)

@@ -25,27 +25,21 @@ The gathered tokens come in *natural order*, `[r0 clean, r0 noisy, r1 clean, r1 
 every query and every key of its heads, so attention itself is balanced exactly, in spite of the causal rule.
 
 A data loader does not need the clip on every rank either: `raw_window` says which frames of the video a rank has to
-read, and `encode_shard` encodes just these. `group_mean` is the loss whose gradients, averaged over ranks as DDP and
-FSDP do, are those of the whole clip on one device.
+read, and `encode_shard` encodes just these. DDP and FSDP average gradients over ranks, so what a rank back-propagates
+is its part of the summed loss, times N, over the loss-bearing frames of all ranks (`update` in `training/train_ar.py`).
 """
 
 from .all_to_all import gather_heads, scatter_heads
-from .layout import FrameLayout, RankWork, balanced_work, check_heads, imbalance, plain_work
-from .loss import group_mean
+from .layout import FrameLayout, check_heads
 from .vae_encode import RawWindow, encode_shard, raw_window
 
 
 __all__ = [
     "FrameLayout",
-    "RankWork",
     "RawWindow",
-    "balanced_work",
     "check_heads",
     "encode_shard",
     "gather_heads",
-    "group_mean",
-    "imbalance",
-    "plain_work",
     "raw_window",
     "scatter_heads",
 ]

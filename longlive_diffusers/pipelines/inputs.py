@@ -1,28 +1,72 @@
-"""What the caller asks for, checked and brought to one form before any long work begins."""
+"""What the caller asks for, checked and brought to one form, a [`Request`], before any long work begins."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 from diffusers.video_processor import VideoProcessor
 
-from ..models.kv_cache import check_cache_dtype
+from ..models.kv_cache import check_window
+from ..models.latent_frames import chunks_to_cover, latent_frames, pixel_frames
+from ..models.layer_kv_cache import resolve_kv_cache_dtype
+from .conditions import check_conditions, image_to_pixels, video_to_pixels
 from .shots import ShotPlan, is_count
 
 
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+CALLBACK_TENSOR_INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """
+    The sizes of a pipeline's networks that a request has to fit; configurations on disk are enough to know them.
+
+    Args:
+        latent_channels: Channels of the latents.
+        text_dim: Channels of the text embeddings.
+        head_dim: Channels of an attention head.
+        chunk_size: Latent frames of a chunk.
+        patch_size: Latents of a token's sides.
+        sample_size: Default height and width of a video, in latents.
+        spatial_scale, temporal_scale: Pixels of a latent's side, and pixel frames of a latent frame.
+    """
+
+    latent_channels: int
+    text_dim: int
+    head_dim: int
+    chunk_size: int
+    patch_size: tuple[int, int]
+    sample_size: tuple[int, int]
+    spatial_scale: int
+    temporal_scale: int
+
+    @classmethod
+    def of_configs(cls, transformer: Mapping[str, Any], spatial_scale: int, temporal_scale: int) -> "ModelSizes":
+        """The sizes of a transformer's configuration, with the scales of a VAE."""
+        _, patch_height, patch_width = transformer["patch_size"]
+        return cls(
+            latent_channels=transformer["in_channels"],
+            text_dim=transformer["text_dim"],
+            head_dim=transformer["attention_head_dim"],
+            chunk_size=transformer["chunk_size"],
+            patch_size=(patch_height, patch_width),
+            sample_size=(transformer["sample_height"], transformer["sample_width"]),
+            spatial_scale=spatial_scale,
+            temporal_scale=temporal_scale,
+        )
 
 
 @dataclass(frozen=True)
 class VideoSize:
-    """Of one video: pixels, latents, and how one becomes the other."""
+    """The size of one video in pixels and in latents."""
 
     height: int
     width: int
@@ -39,7 +83,7 @@ class Prompts:
     is_single: bool
 
     def plans(self, num_chunks: int | None, num_videos_per_prompt: int) -> list[ShotPlan]:
-        """A plan for each row of the batch, the videos of one prompt next to each other."""
+        """A plan for each sample of the batch, the videos of one prompt next to each other."""
         plans = [
             ShotPlan.from_prompts(shots, durations, num_chunks)
             for shots, durations in zip(self.videos, self.durations, strict=True)
@@ -47,6 +91,224 @@ class Prompts:
         return [plan for plan in plans for _ in range(num_videos_per_prompt)]
 
 
+@dataclass(frozen=True)
+class Request:
+    """
+    One checked request: everything that a session is made from, but for the networks.
+
+    Sizes are counted in latent frames. Tensors are those of the samples of the batch, `[B, ...]`, where
+    `B = num_prompts * num_videos_per_prompt`.
+
+    Args:
+        latent_shape: The shape of one chunk, `[B, C, chunk_size, h, w]`.
+        num_chunks: Chunks of the whole result; None for an endless one.
+        num_condition_chunks: How many of them are those of a video that is continued.
+        plans: A shot plan for each sample; None where `prompt_embeds` are given.
+        is_single: Whether the caller asked for one video, not for a batch.
+        num_prompts, num_videos_per_prompt: Their product is the size of the batch.
+        prompt_embeds, negative_prompt_embeds, negative_prompt: As the caller gave them.
+        noise: Initial noise of all new frames, or None.
+        image, video: Pixels in [-1, 1] to begin with, or None.
+        image_latents, video_latents: Normalized latents to begin with, or None.
+        callback: Called after every solver step as `callback(pipe, step, timestep, tensors)`, or None.
+        callback_tensor_inputs: The tensors that it gets, by name.
+
+    The other fields are arguments of `LongLivePipeline.stream`, completed with the pipeline's settings.
+    """
+
+    latent_shape: tuple[int, int, int, int, int]
+    num_chunks: int | None
+    num_condition_chunks: int
+    plans: list[ShotPlan] | None
+    is_single: bool
+    num_prompts: int
+    num_videos_per_prompt: int
+    prompt_embeds: torch.Tensor | None
+    negative_prompt: str | list[str] | None
+    negative_prompt_embeds: torch.Tensor | None
+    max_sequence_length: int
+    noise: torch.Tensor | None
+    image: torch.Tensor | None
+    video: torch.Tensor | None
+    image_latents: torch.Tensor | None
+    video_latents: torch.Tensor | None
+    num_inference_steps: int
+    guidance_scale: float
+    generator: torch.Generator | list[torch.Generator] | None
+    window_size: int
+    sink_size: int
+    multi_shot_sink: bool
+    multi_shot_rope_offset: float
+    relative_rope: bool
+    kv_cache_dtype: torch.dtype | str | None
+    attention_kwargs: dict[str, Any] | None
+    callback: Callable | PipelineCallback | MultiPipelineCallbacks | None
+    callback_tensor_inputs: tuple[str, ...]
+    output_type: str
+    async_decode: bool
+
+    @property
+    def batch_size(self) -> int:
+        return self.latent_shape[0]
+
+    @property
+    def chunk_size(self) -> int:
+        return self.latent_shape[2]
+
+    @property
+    def num_new_chunks(self) -> int | None:
+        """Chunks to be made; None for an endless video."""
+        return None if self.num_chunks is None else self.num_chunks - self.num_condition_chunks
+
+    def for_each_sample(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """As [`for_each_sample`], for this request's batch."""
+        return for_each_sample(name, tensor, self.num_prompts, self.num_videos_per_prompt)
+
+
+def resolve_request(
+    sizes: ModelSizes,
+    settings: Mapping[str, Any],
+    processor: VideoProcessor,
+    *,
+    is_offloaded: bool,
+    prompt,
+    shot_prompts,
+    chunks_per_shot,
+    image,
+    video,
+    negative_prompt,
+    height,
+    width,
+    num_frames,
+    num_inference_steps,
+    guidance_scale,
+    num_videos_per_prompt,
+    generator,
+    latents,
+    image_latents,
+    video_latents,
+    prompt_embeds,
+    negative_prompt_embeds,
+    window_size,
+    sink_size,
+    multi_shot_sink,
+    multi_shot_rope_offset,
+    relative_rope,
+    kv_cache_dtype,
+    output_type,
+    attention_kwargs,
+    callback_on_step_end,
+    callback_on_step_end_tensor_inputs,
+    max_sequence_length,
+    async_decode,
+) -> Request:
+    """
+    Check the arguments of `LongLivePipeline.stream`, and complete them with the pipeline's settings.
+
+    Args:
+        sizes: The sizes of the networks.
+        settings: The pipeline's configuration (`window_size`, ...), for what is None here.
+        processor: Brings images to the video's size.
+        is_offloaded: Whether the models are moved to the device one at a time.
+
+    All other arguments are those of `LongLivePipeline.stream`.
+
+    Raises:
+        ValueError: For anything malformed, stating the numbers.
+    """
+    # 1. Settings, by themselves.
+    window_size, sink_size, multi_shot_sink, multi_shot_rope_offset = (
+        settings[name] if value is None else value
+        for name, value in (
+            ("window_size", window_size),
+            ("sink_size", sink_size),
+            ("multi_shot_sink", multi_shot_sink),
+            ("multi_shot_rope_offset", multi_shot_rope_offset),
+        )
+    )
+    if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+        callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+    check_counts(
+        num_inference_steps=num_inference_steps,
+        num_videos_per_prompt=num_videos_per_prompt,
+        max_sequence_length=max_sequence_length,
+    )
+    check_non_negative(guidance_scale=guidance_scale, multi_shot_rope_offset=multi_shot_rope_offset)
+    check_output_type(output_type)
+    check_attention_kwargs(attention_kwargs)
+    check_callback_inputs(callback_on_step_end_tensor_inputs)
+    if kv_cache_dtype is not None:
+        kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, sizes.head_dim)
+    check_window(window_size, sink_size, sizes.chunk_size, multi_shot_sink)
+    if async_decode and is_offloaded:
+        raise ValueError("`async_decode` runs two models at once; offloading keeps one on the device. Choose one.")
+
+    # 2. What the videos show.
+    prompts = resolve_prompts(
+        prompt, shot_prompts, chunks_per_shot, prompt_embeds, negative_prompt, negative_prompt_embeds, sizes.text_dim
+    )
+    num_prompts = prompt_embeds.shape[0] if prompts is None else len(prompts.videos)
+    batch_size = num_prompts * num_videos_per_prompt
+    check_generator(generator, batch_size)
+
+    # 3. What they begin with, and their size.
+    check_conditions(image=image, video=video, image_latents=image_latents, video_latents=video_latents)
+    check_latents("latents", latents, sizes.latent_channels, sizes.chunk_size)
+    check_latents("image_latents", image_latents, sizes.latent_channels, None)
+    check_latents("video_latents", video_latents, sizes.latent_channels, sizes.chunk_size)
+    given = {"latents": latents, "image_latents": image_latents, "video_latents": video_latents}
+    size = resolve_size(height, width, given, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)
+    if image is not None:
+        image = image_to_pixels(image, processor, size.height, size.width)
+    if video is not None:
+        video = video_to_pixels(video, processor, size.height, size.width, sizes.chunk_size, sizes.temporal_scale)
+    tensors = {
+        name: None if tensor is None else for_each_sample(name, tensor, num_prompts, num_videos_per_prompt)
+        for name, tensor in {**given, "image": image, "video": video}.items()
+    }
+
+    # 4. Their length.
+    num_condition_frames = 0 if video_latents is None else video_latents.shape[2]
+    if video is not None:
+        num_condition_frames = latent_frames(video.shape[2], temporal_scale=sizes.temporal_scale)
+    num_condition_chunks = num_condition_frames // sizes.chunk_size
+    num_chunks = resolve_num_chunks(num_frames, latents, num_condition_frames, sizes.chunk_size, sizes.temporal_scale)
+    num_new_chunks = None if num_chunks is None else num_chunks - num_condition_chunks
+    return Request(
+        latent_shape=(batch_size, sizes.latent_channels, sizes.chunk_size, size.latent_height, size.latent_width),
+        num_chunks=num_chunks,
+        num_condition_chunks=num_condition_chunks,
+        plans=None if prompts is None else prompts.plans(num_new_chunks, num_videos_per_prompt),
+        is_single=batch_size == 1 and (prompts is None or prompts.is_single),
+        num_prompts=num_prompts,
+        num_videos_per_prompt=num_videos_per_prompt,
+        prompt_embeds=prompt_embeds,
+        negative_prompt=negative_prompt,
+        negative_prompt_embeds=negative_prompt_embeds,
+        max_sequence_length=max_sequence_length,
+        noise=tensors["latents"],
+        image=tensors["image"],
+        video=tensors["video"],
+        image_latents=tensors["image_latents"],
+        video_latents=tensors["video_latents"],
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=generator,
+        window_size=window_size,
+        sink_size=sink_size,
+        multi_shot_sink=multi_shot_sink,
+        multi_shot_rope_offset=multi_shot_rope_offset,
+        relative_rope=num_chunks is None if relative_rope is None else relative_rope,
+        kv_cache_dtype=kv_cache_dtype,
+        attention_kwargs=attention_kwargs,
+        callback=callback_on_step_end,
+        callback_tensor_inputs=tuple(callback_on_step_end_tensor_inputs or ()),
+        output_type=output_type,
+        async_decode=async_decode,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
 def resolve_prompts(
     prompt, shot_prompts, chunks_per_shot, prompt_embeds, negative_prompt, negative_prompt_embeds, text_dim: int
 ) -> Prompts | None:
@@ -126,6 +388,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"`{name}` has {int((~torch.isfinite(tensor)).sum())} values that are not finite.")
 
 
+# ----------------------------------------------------------------------------------------------------- size and length
 def check_latents(name: str, latents: torch.Tensor | None, channels: int, chunk_size: int | None) -> None:
     """`chunk_size` None: a single frame; otherwise a positive multiple of it."""
     if latents is None:
@@ -157,6 +420,9 @@ def resolve_size(
         default: Latent height and width.
         scale: Pixels of a latent's side.
         patch: Latents of a token's sides.
+
+    Raises:
+        ValueError: For a size that is no multiple of a token's, or latents of other sizes than asked for.
     """
     sizes = {name: tuple(latents.shape[-2:]) for name, latents in given.items() if latents is not None}
     if len(set(sizes.values())) > 1:
@@ -186,6 +452,8 @@ def resolve_num_chunks(
         num_frames: Pixel frames asked for; rounded up to whole chunks, with a warning. None: endless.
         latents: Initial noise of the new frames; decides, where given.
         condition_frames: Latent frames of the video that is continued.
+        chunk_size: Latent frames of a chunk.
+        temporal_scale: Pixel frames of a latent frame.
     """
     if latents is not None:
         return (latents.shape[2] + condition_frames) // chunk_size
@@ -193,13 +461,12 @@ def resolve_num_chunks(
         return None
     if not is_count(num_frames) or num_frames < 1:
         raise ValueError(f"`num_frames` must be at least 1, got {num_frames!r}.")
-    latent_frames = 1 + math.ceil((num_frames - 1) / temporal_scale)
-    num_chunks = math.ceil(latent_frames / chunk_size)
-    rounded = 1 + temporal_scale * (num_chunks * chunk_size - 1)
+    num_chunks = chunks_to_cover(num_frames, chunk_size, temporal_scale=temporal_scale)
+    rounded = pixel_frames(num_chunks * chunk_size, temporal_scale=temporal_scale)
     if num_chunks * chunk_size <= condition_frames:
         raise ValueError(
             f"`num_frames` counts the whole result: {num_frames} frames leave nothing to add to a video of "
-            f"{1 + temporal_scale * (condition_frames - 1)} frames."
+            f"{pixel_frames(condition_frames, temporal_scale=temporal_scale)} frames."
         )
     if rounded != num_frames:
         logger.warning(
@@ -209,64 +476,43 @@ def resolve_num_chunks(
     return num_chunks
 
 
-def check_options(
-    *,
-    num_inference_steps,
-    guidance_scale,
-    num_videos_per_prompt,
-    multi_shot_rope_offset,
-    output_type,
-    attention_kwargs,
-    max_sequence_length,
-    kv_cache_dtype,
-    head_dim,
-    callback_inputs,
-    allowed_callback_inputs,
-) -> None:
-    """Raise a ValueError that states the value, for options outside their range."""
-    counts = {
-        "num_inference_steps": num_inference_steps,
-        "num_videos_per_prompt": num_videos_per_prompt,
-        "max_sequence_length": max_sequence_length,
-    }
+def for_each_sample(name: str, tensor: torch.Tensor, num_prompts: int, num_videos_per_prompt: int) -> torch.Tensor:
+    """`[1, num_prompts or B, ...]` -> `[B, ...]`: one value may serve all prompts, or a prompt's one all of its videos."""
+    batch_size = num_prompts * num_videos_per_prompt
+    if tensor.shape[0] == batch_size:
+        return tensor
+    if tensor.shape[0] == num_prompts:
+        return tensor.repeat_interleave(num_videos_per_prompt, dim=0)
+    if tensor.shape[0] == 1:
+        return tensor.expand(batch_size, *tensor.shape[1:])
+    raise ValueError(
+        f"`{name}` has batch size {tensor.shape[0]}; {num_prompts} prompts of {num_videos_per_prompt} videos need "
+        f"1, {num_prompts} or {batch_size}."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+def check_counts(**counts: object) -> None:
+    """Raise a ValueError unless all are integers of at least 1."""
     for name, value in counts.items():
         if not is_count(value) or value < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-    for name, value in {"guidance_scale": guidance_scale, "multi_shot_rope_offset": multi_shot_rope_offset}.items():
+
+
+def check_non_negative(**numbers: object) -> None:
+    """Raise a ValueError unless all are finite numbers of at least 0."""
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
             raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
-    check_output_type(output_type)
-    if kv_cache_dtype is not None:
-        check_cache_dtype(kv_cache_dtype, head_dim)
-    if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
-        raise ValueError(f"`attention_kwargs` must be a dict, got {type(attention_kwargs).__name__}.")
-    unknown = [name for name in callback_inputs or [] if name not in allowed_callback_inputs]
-    if unknown:
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` must be in {allowed_callback_inputs}, got {unknown}.")
 
 
-def check_generator(generator: torch.Generator | list[torch.Generator] | None, rows: int) -> None:
+def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
     generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
     for item in generators:
         if not isinstance(item, torch.Generator):
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {type(item).__name__}.")
-    if isinstance(generator, list) and len(generator) != rows:
-        raise ValueError(f"`generator` has {len(generator)} generators for a batch of {rows} videos.")
-
-
-def for_each_video(name: str, tensor: torch.Tensor, batch: int, num_videos_per_prompt: int) -> torch.Tensor:
-    """`[1, B or rows, ...]` -> `[rows, ...]`: one value may serve all prompts, or a prompt's one all of its videos."""
-    rows = batch * num_videos_per_prompt
-    if tensor.shape[0] == rows:
-        return tensor
-    if tensor.shape[0] == batch:
-        return tensor.repeat_interleave(num_videos_per_prompt, dim=0)
-    if tensor.shape[0] == 1:
-        return tensor.expand(rows, *tensor.shape[1:])
-    raise ValueError(
-        f"`{name}` has batch size {tensor.shape[0]}; {batch} prompts of {num_videos_per_prompt} videos need "
-        f"1, {batch} or {rows}."
-    )
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"`generator` has {len(generator)} generators for a batch of {batch_size} videos.")
 
 
 def check_output_type(output_type: str) -> None:
@@ -274,82 +520,15 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
 
 
-def check_conditions(image, video, image_latents, video_latents) -> None:
-    """At most one of the four: a video either begins with an image or continues another one."""
-    given = {"image": image, "video": video, "image_latents": image_latents, "video_latents": video_latents}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ValueError(f"Pass at most one of `image`, `video`, `image_latents` and `video_latents`, got {names}.")
+def check_attention_kwargs(attention_kwargs: object) -> None:
+    """Raise a ValueError unless it is a dict, or None."""
+    if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
+        raise ValueError(f"`attention_kwargs` must be a dict, got {type(attention_kwargs).__name__}.")
 
 
-def image_to_pixels(image, processor: VideoProcessor, size: VideoSize) -> torch.Tensor:
-    """A PIL image, array `[H, W, 3]` or tensor `[3, H, W]`, or a batch of them -> `[B, 3, 1, height, width]` in
-    [-1, 1]; resized."""
-    images = image if isinstance(image, list) else [image]
-    if not images:
-        raise ValueError("`image` is an empty list.")
-    pixels = [processor.preprocess(_as_pixels("image", item, (3, 4)), size.height, size.width) for item in images]
-    return torch.cat(pixels).unsqueeze(2)
-
-
-def video_to_pixels(
-    video, processor: VideoProcessor, size: VideoSize, chunk_size: int, temporal_scale: int
-) -> torch.Tensor:
-    """A list of PIL images, array `[F, H, W, 3]` or tensor `[F, 3, H, W]`, or a batch of them ->
-    `[B, 3, F, height, width]` in [-1, 1]; resized, and cut to whole chunks."""
-    if isinstance(video, list) and video and isinstance(video[0], PIL.Image.Image):
-        video = [video]
-    videos = video if isinstance(video, list) else list(video) if _ndim(video) == 5 else [video]
-    if not videos:
-        raise ValueError("`video` is an empty list.")
-    pixels = []
-    for item in videos:
-        frames = item if isinstance(item, list) else [item]
-        parts = [processor.preprocess(_as_pixels("video", part, (3, 4)), size.height, size.width) for part in frames]
-        pixels.append(torch.cat(parts).transpose(0, 1))
-    lengths = {item.shape[1] for item in pixels}
-    if len(lengths) > 1:
-        raise ValueError(f"The videos of a batch must have the same number of frames, got {sorted(lengths)}.")
-    total = lengths.pop()
-    num_chunks = (1 + (total - 1) // temporal_scale) // chunk_size
-    kept = 1 + temporal_scale * (num_chunks * chunk_size - 1)
-    if num_chunks == 0:
-        needed = 1 + temporal_scale * (chunk_size - 1)
-        raise ValueError(f"`video` has {total} frames; a chunk of {chunk_size} latent frames needs {needed}.")
-    if kept != total:
-        logger.warning(f"`video` has {total} frames; continuing its last {kept} ({num_chunks} whole chunks).")
-    return torch.stack([item[:, total - kept :] for item in pixels])
-
-
-def condition_frames(video: torch.Tensor | None, video_latents: torch.Tensor | None, temporal_scale: int) -> int:
-    """Latent frames of the video that is continued; 0 without one."""
-    if video is not None:
-        return 1 + (video.shape[2] - 1) // temporal_scale
-    return 0 if video_latents is None else video_latents.shape[2]
-
-
-def _ndim(value) -> int | None:
-    return value.ndim if isinstance(value, np.ndarray | torch.Tensor) else None
-
-
-def _as_pixels(name: str, value, allowed_ndim: tuple[int, ...]):
-    """What `VideoProcessor.preprocess` understands; integers become fractions of 255."""
-    if isinstance(value, PIL.Image.Image):
-        return value.convert("RGB")
-    if not isinstance(value, np.ndarray | torch.Tensor):
-        raise ValueError(f"`{name}` must hold PIL images, arrays or tensors, got {type(value).__name__}.")
-    channels = value.shape[-1] if isinstance(value, np.ndarray) else value.shape[-3] if value.ndim >= 3 else 0
-    if value.ndim not in allowed_ndim or channels != 3 or 0 in value.shape:
-        expected = "[(F,) H, W, 3]" if isinstance(value, np.ndarray) else "[(F,) 3, H, W]"
-        raise ValueError(f"`{name}` must be {expected}, got shape {tuple(value.shape)}.")
-    if isinstance(value, np.ndarray):
-        value = value.astype(np.float32) / 255 if value.dtype == np.uint8 else value.astype(np.float32)
-        finite = bool(np.isfinite(value).all())
-        value = value[None] if value.ndim == 3 else value
-    else:
-        value = value.float() / 255 if value.dtype == torch.uint8 else value.float()
-        finite = bool(torch.isfinite(value).all())
-        value = value[None] if value.ndim == 3 else value
-    if not finite:
-        raise ValueError(f"`{name}` has values that are not finite.")
-    return value
+def check_callback_inputs(names: Sequence[str] | None) -> None:
+    """Raise a ValueError for a tensor that callbacks cannot get."""
+    unknown = [name for name in names or [] if name not in CALLBACK_TENSOR_INPUTS]
+    if unknown:
+        allowed = list(CALLBACK_TENSOR_INPUTS)
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` must be in {allowed}, got {unknown}.")

@@ -1,9 +1,8 @@
 """LongLivePipeline: text, shots, images or video in; a video out, whole or chunk by chunk while it is made."""
 
-import html
 import os
-import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,19 @@ from diffusers.video_processor import VideoProcessor
 from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ..loaders.hub import load_model_card, render_model_card
 from ..loaders.lora import is_original_lora, read_original_lora
-from ..loaders.saved_configs import forget_origin
-from ..models.kv_cache import check_window
-from ..models.streaming_vae import StreamingDecoder, StreamingEncoder, denormalize_latents, normalize_latents
+from ..models.streaming_vae import encode_video
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..schedulers.scheduling_longlive import LongLiveScheduler
-from . import inputs
-from .denoiser import ChunkDenoiser, DenoiseSettings, RunState, is_guided
+from .chunk_step import is_guided
+from .decoder import ChunkDecoder
+from .denoiser import ChunkDenoiser, RunState
+from .inputs import CALLBACK_TENSOR_INPUTS, ModelSizes, Request, check_output_type, resolve_request
 from .pipeline_output import Frames, LongLivePipelineOutput, join_frames
+from .prompt_cleaning import clean_prompt
 from .prompt_source import PromptSource
 from .session import StreamingSession
+from .sharing import load_model_card, render_model_card, strip_local_paths
 
 
 logger = logging.get_logger(__name__)
@@ -68,20 +68,20 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     Real-time, multi-shot, endless video with LongLive-2.0 (arXiv 2605.18739).
 
     Args:
-        tokenizer, text_encoder: UMT5.
-        vae: Wan2.2's VAE.
+        tokenizer, text_encoder: UMT5, for prompts; None where only embeddings are passed.
+        vae: Wan2.2's VAE; None where only latents are wanted.
         transformer: The chunk-causal network; a `WanTransformer3DModel` is taken as one.
-        scheduler: [`LongLiveScheduler`]; Wan's UniPC is taken as one with its shift, others as they are.
+        scheduler: A [`LongLiveScheduler`]; Wan's UniPC is taken as one with its shift, others as they are.
         window_size: Latent frames that the KV cache holds.
-        sink_size: First frames of the video that it never forgets.
-        multi_shot_sink: Also keep the frames that opened the current shot.
+        sink_size: How many of the video's first latent frames it never forgets.
+        multi_shot_sink: Whether the frames that opened the current shot are kept as well.
         multi_shot_rope_offset: Distance in time positions between two shots, on top of the frames between them.
-        scene_cut_prefix: Put before the prompt of the chunk that opens a shot, but for the first.
+        scene_cut_prefix: Put before the prompt of the chunk that opens a shot, except for the first shot.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["tokenizer", "text_encoder", "vae"]  # embeddings in, latents out
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _callback_tensor_inputs = list(CALLBACK_TENSOR_INPUTS)
 
     def __init__(
         self,
@@ -172,6 +172,13 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         offloaded = self.is_offloaded or _is_group_offload_enabled(self.vae)
         return self._execution_device if offloaded else self.vae.device
 
+    @property
+    def sizes(self) -> ModelSizes:
+        """What a request has to fit."""
+        return ModelSizes.of_configs(
+            self.transformer.config, self.vae_scale_factor_spatial, self.vae_scale_factor_temporal
+        )
+
     # -- generation --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -214,34 +221,34 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Make a video.
 
         Args:
-            prompt: What it shows; a list makes a batch.
-            shot_prompts: Instead of `prompt`: one prompt for each shot; a list of such lists makes a batch.
+            prompt: What the video shows; a list makes a batch.
+            shot_prompts: In place of `prompt`: one prompt for each shot; a list of such lists makes a batch.
             chunks_per_shot: How long each shot lasts, in chunks: one number, one for each shot, or a list for each
                 video. Without it, the video is divided evenly.
-            image: Its first frame (image to video).
+            image: The first frame of the video (image to video).
             video: A video to continue; the result begins with it. Frames that do not fill whole chunks are dropped
                 from its beginning, with a warning.
-            negative_prompt: What it should not show; used where `guidance_scale` is neither 1 nor 0.
-            height, width: In pixels; the model's own by default.
-            num_frames: Of the whole result; rounded up to whole chunks, with a warning.
+            negative_prompt: What the video should not show; used where `guidance_scale` is neither 1 nor 0.
+            height, width: The size of the video in pixels; the model's own by default.
+            num_frames: Frames of the whole result; rounded up to whole chunks, with a warning.
             num_inference_steps: Solver steps of each chunk: 4 or 2 for distilled models, 30 to 50 for others.
-            guidance_scale: 1 (or 0: none) for distilled models, about 3 for others.
-            num_videos_per_prompt: Videos made for each prompt.
-            generator: Random state; a list has one for each video.
+            guidance_scale: Scale of classifier-free guidance: 1 (or 0: none) for distilled models, about 3 for others.
+            num_videos_per_prompt: How many videos are made for each prompt.
+            generator: Random state of the initial noise; a list has one for each video.
             latents: Initial noise of all new frames `[B, C, F, h, w]`; its F decides the length.
-            image_latents, video_latents: Normalised latents `[B, C, 1, h, w]`, `[B, C, F0, h, w]` in place of `image`
+            image_latents, video_latents: Normalized latents `[B, C, 1, h, w]`, `[B, C, F0, h, w]` in place of `image`
                 and `video`.
-            prompt_embeds, negative_prompt_embeds: `[B, L, D]`, in place of prompts.
-            window_size, sink_size, multi_shot_sink, multi_shot_rope_offset: In place of the pipeline's.
-            relative_rope: Count time positions from the cached frames.
-            kv_cache_dtype: How keys and values are stored: a dtype, "nvfp4" or "fp8"; the transformer's dtype by
+            prompt_embeds, negative_prompt_embeds: Text embeddings `[B, L, D]` in place of prompts.
+            window_size, sink_size, multi_shot_sink, multi_shot_rope_offset: In place of the pipeline's own settings.
+            relative_rope: Whether time positions are counted from the cached frames.
+            kv_cache_dtype: What keys and values are stored as: a dtype, "nvfp4" or "fp8"; the transformer's dtype by
                 default.
-            output_type: "np", "pt", "pil", or "latent" (normalised latents).
-            return_dict: Return a `LongLivePipelineOutput` instead of a tuple.
+            output_type: "np", "pt", "pil", or "latent" (normalized latents).
+            return_dict: Whether to return a `LongLivePipelineOutput` instead of a tuple.
             attention_kwargs: `{"scale": s}` scales the LoRA.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after every solver step, with
                 steps counted over all chunks; may return changed tensors.
-            callback_on_step_end_tensor_inputs: Which tensors it gets.
+            callback_on_step_end_tensor_inputs: The tensors that the callback gets, by name.
             max_sequence_length: Tokens that a prompt is padded or cut to, at most the tokenizer's `model_max_length`.
 
         Examples:
@@ -259,7 +266,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         # With offloading, decoding each chunk as it comes would move the transformer in and out for every one.
         decode_later = self.is_offloaded and output_type != "latent"
         if decode_later:
-            inputs.check_output_type(output_type)
+            check_output_type(output_type)
             options["output_type"] = "latent"
         with self.stream(**options) as session:
             frames = join_frames([chunk.frames for chunk in session], options["output_type"])
@@ -303,145 +310,61 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         async_decode: bool = False,
     ) -> StreamingSession:
         r"""
-        Begin a video that is handed over chunk by chunk, as it is made. Arguments are those of `__call__`, but for:
+        Begin a video that is handed over chunk by chunk, as it is made. Arguments are those of `__call__`, except for:
 
         Args:
-            num_frames: None: the video has no end.
-            relative_rope: None: with an endless video only.
-            async_decode: Denoise the next chunk in a thread of its own while this one is decoded (on a GPU on a stream
-                of its own, or on the device that the VAE was moved to). The frames are the same; prompt switches
-                take effect a chunk or two later.
+            num_frames: Frames of the whole result; None for a video without end.
+            relative_rope: Whether time positions are counted from the cached frames; None: in an endless video only.
+            async_decode: Whether the next chunk is denoised in a thread of its own while this one is decoded (on a GPU
+                on a stream of its own, or on the device that the VAE was moved to). The frames are the same; prompt
+                switches take effect a chunk or two later.
 
         Returns:
             A [`StreamingSession`]: iterate it, change its `prompt`, `cut()` to a new shot, and close it.
         """
+        options = {name: value for name, value in locals().items() if name != "self"}
+
         # 1. Check everything that can be checked without work.
-        config = self.config
-        window_size = config.window_size if window_size is None else window_size
-        sink_size = config.sink_size if sink_size is None else sink_size
-        multi_shot_sink = config.multi_shot_sink if multi_shot_sink is None else multi_shot_sink
-        if multi_shot_rope_offset is None:
-            multi_shot_rope_offset = config.multi_shot_rope_offset
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        inputs.check_options(
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_videos_per_prompt=num_videos_per_prompt,
-            max_sequence_length=max_sequence_length,
-            multi_shot_rope_offset=multi_shot_rope_offset,
-            output_type=output_type,
-            attention_kwargs=attention_kwargs,
-            kv_cache_dtype=kv_cache_dtype,
-            head_dim=self.transformer.config.attention_head_dim,
-            callback_inputs=callback_on_step_end_tensor_inputs,
-            allowed_callback_inputs=self._callback_tensor_inputs,
+        self._check_vae(is_needed=output_type != "latent" or image is not None or video is not None)
+        request = resolve_request(
+            self.sizes, self.config, self.video_processor, is_offloaded=self.is_offloaded, **options
         )
-        chunk_size, channels = self.transformer.config.chunk_size, self.transformer.config.in_channels
-        check_window(window_size, sink_size, chunk_size, multi_shot_sink)
-        if self.vae is not None and self.vae.config.z_dim != channels:
-            raise ValueError(f"The transformer's latents have {channels} channels, the VAE's {self.vae.config.z_dim}.")
-        prompts = inputs.resolve_prompts(
-            prompt,
-            shot_prompts,
-            chunks_per_shot,
-            prompt_embeds,
-            negative_prompt,
-            negative_prompt_embeds,
-            self.transformer.config.text_dim,
-        )
-        batch = prompt_embeds.shape[0] if prompts is None else len(prompts.videos)
-        rows = batch * num_videos_per_prompt
-        inputs.check_generator(generator, rows)
-        inputs.check_conditions(image, video, image_latents, video_latents)
-        inputs.check_latents("latents", latents, channels, chunk_size)
-        inputs.check_latents("image_latents", image_latents, channels, None)
-        inputs.check_latents("video_latents", video_latents, channels, chunk_size)
-        size = inputs.resolve_size(
-            height,
-            width,
-            {"latents": latents, "image_latents": image_latents, "video_latents": video_latents},
-            (self.transformer.config.sample_height, self.transformer.config.sample_width),
-            self.vae_scale_factor_spatial,
-            self.transformer.config.patch_size[1:],
-        )
-        if async_decode and self.is_offloaded:
-            raise ValueError("`async_decode` runs two models at once; offloading keeps one on the device. Choose one.")
-        if image is not None:
-            image = inputs.image_to_pixels(image, self.video_processor, size)
-        if video is not None:
-            video = inputs.video_to_pixels(
-                video, self.video_processor, size, chunk_size, self.vae_scale_factor_temporal
-            )
-        condition_frames = inputs.condition_frames(video, video_latents, self.vae_scale_factor_temporal)
-        num_chunks = inputs.resolve_num_chunks(
-            num_frames, latents, condition_frames, chunk_size, self.vae_scale_factor_temporal
-        )
-        num_new_chunks = None if num_chunks is None else num_chunks - condition_frames // chunk_size
-        plans = None if prompts is None else prompts.plans(num_new_chunks, num_videos_per_prompt)
-        for_rows = lambda name, tensor: inputs.for_each_video(name, tensor, batch, num_videos_per_prompt)  # noqa: E731
-        given = {"latents": latents, "image": image, "video": video, "image_latents": image_latents}
-        given |= {"video_latents": video_latents}
-        given = {name: for_rows(name, tensor) for name, tensor in given.items() if tensor is not None}
 
         # 2. Encode the prompts.
-        device = self._execution_device
-        if prompt_embeds is not None:
-            prompt_embeds = for_rows("prompt_embeds", prompt_embeds).to(device, self.transformer.dtype)
-        if is_guided(guidance_scale):
-            if negative_prompt_embeds is None:
-                negative_prompt_embeds = self._embed_negative_prompts(negative_prompt, batch, max_sequence_length)
-            negative_prompt_embeds = for_rows("negative_prompt_embeds", negative_prompt_embeds)
-            negative_prompt_embeds = negative_prompt_embeds.to(device, self.transformer.dtype)
-        else:
-            negative_prompt_embeds = None
-        source = PromptSource(
-            plans,
-            lambda texts: self._embed_prompts(texts, max_sequence_length),
-            fixed=prompt_embeds,
-            negative=negative_prompt_embeds,
-            rows=rows,
-            scene_cut_prefix=config.scene_cut_prefix,
-            num_new_chunks=num_new_chunks,
-            continues=condition_frames > 0,
-        )
+        prompts = self._encode_prompts(request)
 
         # 3. Encode the image, or the video to continue.
-        image_latents, video_latents = given.get("image_latents"), given.get("video_latents")
-        if image is not None:
-            image_latents = self.encode_video(given["image"])
-        if video is not None:
-            video_latents = self.encode_video(given["video"])
-        if image_latents is not None:
-            image_latents = image_latents.to(device, torch.float32)
+        image_latents, video_latents = request.image_latents, request.video_latents
+        if request.image is not None:
+            image_latents = self.encode_video(request.image)
+        if request.video is not None:
+            video_latents = self.encode_video(request.video)
 
         # 4. The session does the rest.
+        device = self._execution_device
         denoiser = ChunkDenoiser(
-            self,
-            DenoiseSettings(
-                latent_shape=(rows, channels, chunk_size, size.latent_height, size.latent_width),
-                num_chunks=num_chunks,
-                num_inference_steps=num_inference_steps,
-                window_size=window_size,
-                sink_size=sink_size,
-                multi_shot_sink=multi_shot_sink,
-                multi_shot_rope_offset=multi_shot_rope_offset,
-                relative_rope=num_chunks is None if relative_rope is None else relative_rope,
-                kv_cache_dtype=kv_cache_dtype,
-                callback=callback_on_step_end,
-                callback_inputs=tuple(callback_on_step_end_tensor_inputs or ()),
-            ),
-            source,
-            guidance_scale=guidance_scale,
-            attention_kwargs=attention_kwargs,
-            generator=generator,
-            noise=given.get("latents"),
-            image_latents=image_latents,
+            self.transformer,
+            self.scheduler,
+            request,
+            prompts,
+            image_latents=None if image_latents is None else image_latents.to(device, torch.float32),
             video_latents=video_latents,
+            device=device,
+            progress_bar=self.progress_bar,
+            show_run=self._show_run,
+            callback=None if request.callback is None else partial(request.callback, self),
         )
-        is_single = rows == 1 and (prompts is None or prompts.is_single)
+        decoder = None
+        if output_type != "latent":
+            shares_device = async_decode and device.type == "cuda" and self.vae_device == device
+            decoder = self._chunk_decoder(output_type, own_stream=shares_device)
         return StreamingSession(
-            self, denoiser, output_type=output_type, is_single=is_single, async_decode=async_decode
+            denoiser,
+            decoder,
+            is_single=request.is_single,
+            async_decode=async_decode,
+            temporal_scale=self.vae_scale_factor_temporal,
+            on_close=self.maybe_free_model_hooks,
         )
 
     # -- parts that are useful by themselves -------------------------------------------------------------------------
@@ -479,25 +402,59 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @torch.no_grad()
     def encode_video(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `[B, 3, 1 + 4 n, H, W]` in [-1, 1] -> normalised latents `[B, C, 1 + n, h, w]`, float32."""
-        encoder = StreamingEncoder(self.vae)
-        groups = [pixels[:, :, :1], *pixels[:, :, 1:].split(self.vae_scale_factor_temporal, dim=2)]
-        latents = [encoder.encode(group.to(self.vae_device, self.vae.dtype)) for group in groups if group.shape[2]]
-        return normalize_latents(self.vae, torch.cat(latents, dim=2).float())
+        """Pixels `[B, 3, 1 + 4 n, H, W]` in [-1, 1] -> normalized latents `[B, C, 1 + n, h, w]`, float32."""
+        return encode_video(self.vae, pixels, self.vae_device)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "np") -> Frames:
-        """Normalised latents `[B, C, F, h, w]` of whole videos -> frames; in memory that does not depend on F."""
-        inputs.check_output_type(output_type)
-        decoder, chunk_size = StreamingDecoder(self.vae), self.transformer.config.chunk_size
-        frames = [self.decode_chunk(decoder, chunk, output_type) for chunk in latents.split(chunk_size, dim=2)]
+        """Normalized latents `[B, C, F, h, w]` of whole videos -> frames; in memory that does not depend on F."""
+        check_output_type(output_type)
+        decoder, chunk_size = self._chunk_decoder(output_type), self.transformer.config.chunk_size
+        frames = [decoder.decode(chunk) for chunk in latents.split(chunk_size, dim=2)]
         self.maybe_free_model_hooks()
         return join_frames(frames, output_type)
 
-    def decode_chunk(self, decoder: StreamingDecoder, latents: torch.Tensor, output_type: str) -> Frames:
-        """The next chunk of normalised latents -> frames, where the VAE is (or is brought to)."""
-        latents = denormalize_latents(self.vae, latents).to(self.vae_device, self.vae.dtype)
-        return self.video_processor.postprocess_video(decoder.decode(latents), output_type=output_type)
+    def _chunk_decoder(self, output_type: str, *, own_stream: bool = False) -> ChunkDecoder:
+        return ChunkDecoder(self.vae, self.video_processor, output_type, self.vae_device, own_stream=own_stream)
+
+    def _encode_prompts(self, request: Request) -> PromptSource:
+        """The embeddings of the prompts that the first shots need, and a way to those that come later."""
+        prompt_embeds, negative_embeds = request.prompt_embeds, None
+        if prompt_embeds is not None:
+            prompt_embeds = self._for_transformer(request.for_each_sample("prompt_embeds", prompt_embeds))
+        if is_guided(request.guidance_scale):
+            negative_embeds = request.negative_prompt_embeds
+            if negative_embeds is None:
+                negative_embeds = self._embed_negative_prompts(
+                    request.negative_prompt, request.num_prompts, request.max_sequence_length
+                )
+            negative_embeds = self._for_transformer(request.for_each_sample("negative_prompt_embeds", negative_embeds))
+        return PromptSource(
+            request.plans,
+            lambda prompts: self._embed_prompts(prompts, request.max_sequence_length),
+            prompt_embeds=prompt_embeds,
+            negative_embeds=negative_embeds,
+            batch_size=request.batch_size,
+            scene_cut_prefix=self.config.scene_cut_prefix,
+            num_new_chunks=request.num_new_chunks,
+            continues=request.num_condition_chunks > 0,
+        )
+
+    def _for_transformer(self, embeds: torch.Tensor) -> torch.Tensor:
+        return embeds.to(self._execution_device, self.transformer.dtype)
+
+    def _show_run(self, run: RunState) -> None:
+        self._run = run
+
+    def _check_vae(self, *, is_needed: bool) -> None:
+        channels = self.transformer.config.in_channels
+        if is_needed and not isinstance(self.vae, AutoencoderKLWan):
+            raise ValueError(
+                f"Pixels need an AutoencoderKLWan, this pipeline's VAE is {type(self.vae).__name__}: pass latents, and "
+                '`output_type="latent"`.'
+            )
+        if self.vae is not None and self.vae.config.z_dim != channels:
+            raise ValueError(f"The transformer's latents have {channels} channels, the VAE's {self.vae.config.z_dim}.")
 
     def _embed_prompts(
         self,
@@ -541,7 +498,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         Args:
             repo_id: Where it will be; `user/name`.
-            details: Of `loaders.hub.render_model_card`, for instance `base_model`, `license`, `tags`.
+            details: Arguments of `pipelines.sharing.render_model_card`, for instance `base_model`, `license`, `tags`.
         """
         scale, config = self.vae_scale_factor_spatial, self.transformer.config
         sizes = {"height": config.sample_height * scale, "width": config.sample_width * scale}
@@ -551,7 +508,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """As in diffusers, but nothing that is written names a folder of this machine; a folder without a README.md
         also gets one, which says which package loads it."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        forget_origin(save_directory, self.components)
+        strip_local_paths(save_directory, self.components)
         readme = Path(save_directory) / "README.md"
         if not readme.exists() and self.transformer is not None:
             self.model_card(Path(save_directory).name).save(readme)
@@ -561,7 +518,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         diffusers' placeholder of a card; a card that is on the Hub already is the owner's, and kept."""
         if load_model_card(repo_id, token=token) is None:
             self.model_card(repo_id).save(Path(working_dir) / "README.md")
-        forget_origin(working_dir, self.components)
+        strip_local_paths(working_dir, self.components)
         return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     @classmethod
@@ -576,8 +533,3 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if is_original_lora(source):
             source = read_original_lora(source)
         return super().lora_state_dict(source, **kwargs)
-
-
-def clean_prompt(prompt: str) -> str:
-    """Undo HTML escapes and collapse white space, as the model's captions were."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()

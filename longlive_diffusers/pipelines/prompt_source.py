@@ -10,15 +10,15 @@ from .shots import ChunkPrompt, ShotPlan
 
 class PromptSource:
     """
-    Gives each chunk its prompts and its embeddings, `[rows, L, D]`: the same tensor for as long as no row's text
-    changes, by which the transformer recognises that its text keys and values still hold.
+    Gives each chunk its prompts and its embeddings, `[B, L, D]`: the same tensor for as long as no sample's text
+    changes, by which the transformer recognizes that its text keys and values still hold.
 
     Args:
-        plans: A shot plan for each row; None where `fixed` embeddings are given.
-        encode: Text embeddings `[n, L, D]` of n prompts.
-        fixed: Embeddings `[rows, L, D]` for the whole video.
-        negative: Embeddings `[rows, L, D]` of the negative prompt, with guidance.
-        rows: Size of the batch.
+        plans: A shot plan for each sample; None where `prompt_embeds` are given.
+        encode: Makes text embeddings `[n, L, D]` of n prompts.
+        prompt_embeds: Embeddings `[B, L, D]` for the whole video, or None.
+        negative_embeds: Embeddings `[B, L, D]` of the negative prompt, with guidance.
+        batch_size: B.
         scene_cut_prefix: Put before the prompt of the first chunk of every shot but the first.
         num_new_chunks: Length of the video, so that only texts that will be used are encoded; None: endless.
         continues: Whether another video comes before; then the first chunk can begin with a cut.
@@ -29,18 +29,18 @@ class PromptSource:
         plans: list[ShotPlan] | None,
         encode: Callable[[list[str]], torch.Tensor],
         *,
-        fixed: torch.Tensor | None = None,
-        negative: torch.Tensor | None,
-        rows: int,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_embeds: torch.Tensor | None,
+        batch_size: int,
         scene_cut_prefix: str,
         num_new_chunks: int | None,
         continues: bool = False,
     ):
-        self.negative, self.rows = negative, rows
+        self.negative_embeds, self.batch_size = negative_embeds, batch_size
         self._plans, self._encode, self._prefix = plans, encode, scene_cut_prefix
         self._num_new_chunks, self._continues = num_new_chunks, continues
-        self._texts: tuple[str, ...] | None = None  # of the rows, for `_embeds`
-        self._embeds = fixed
+        self._texts: tuple[str, ...] | None = None  # of the samples, for `_embeds`
+        self._embeds = prompt_embeds
         self._encoded: dict[str, torch.Tensor] = {}
         self._next_chunk = 0
         self._redirection: tuple[list[str], bool] | None = None  # prompts and whether they cut
@@ -53,7 +53,7 @@ class PromptSource:
         Begin chunk `index` of the new video (negative: of the video that is continued, under the first prompts).
 
         Returns:
-            Each row's prompt, the embeddings, and whether the prompt was switched within a shot.
+            Each sample's prompt, the embeddings, and whether the prompt was switched within a shot.
         """
         redirection = None
         with self._lock:
@@ -67,7 +67,7 @@ class PromptSource:
             self._redirect(prompts, max(index, 0), cut)
             switched = not cut
         if self._plans is None:
-            return [ChunkPrompt(None, 0, False)] * self.rows, self._embeds, False
+            return [ChunkPrompt(None, 0, False)] * self.batch_size, self._embeds, False
         prompts = [plan.chunk(max(index, 0)) for plan in self._plans]
         texts = tuple(prompt.conditioning(self._prefix) for prompt in prompts)
         if texts != self._texts:
@@ -76,16 +76,16 @@ class PromptSource:
         return prompts, self._embeds, switched
 
     def redirect(self, prompt: str | list[str], *, cut: bool) -> None:
-        """From the next chunk on, `prompt` for all rows or one for each, within the shot or as a new one (`cut`).
+        """From the next chunk on, `prompt` for all samples or one for each, within the shot or as a new one (`cut`).
 
         Raises:
-            ValueError: For another type, or another number of prompts than rows.
+            ValueError: For another type, or another number of prompts than samples.
         """
-        prompts = [prompt] * self.rows if isinstance(prompt, str) else prompt
+        prompts = [prompt] * self.batch_size if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"A prompt must be a string or a list of {self.rows} strings, got {prompt!r}.")
-        if len(prompts) != self.rows:
-            raise ValueError(f"Got {len(prompts)} prompts for a batch of {self.rows} videos.")
+            raise ValueError(f"A prompt must be a string or a list of {self.batch_size} strings, got {prompt!r}.")
+        if len(prompts) != self.batch_size:
+            raise ValueError(f"Got {len(prompts)} prompts for a batch of {self.batch_size} videos.")
         with self._lock:
             still_cut = self._redirection is not None and self._redirection[1]
             self._redirection = (prompts, cut or still_cut)
@@ -96,16 +96,16 @@ class PromptSource:
             if self._redirection is not None:
                 return list(self._redirection[0])
             if self._plans is None:
-                return [None] * self.rows
+                return [None] * self.batch_size
             return [plan.chunk(self._next_chunk).prompt for plan in self._plans]
 
-    def replace_text(self, embeds: torch.Tensor) -> None:
+    def replace_embeds(self, prompt_embeds: torch.Tensor) -> None:
         """Use other embeddings until the text changes (a callback's doing)."""
-        self._embeds = embeds
+        self._embeds = prompt_embeds
 
     def _redirect(self, prompts: Sequence[str], index: int, cut: bool) -> None:
         if self._plans is None:
-            self._plans = [ShotPlan.from_prompts([""], None, None)] * self.rows
+            self._plans = [ShotPlan.from_prompts([""], None, None)] * self.batch_size
         pairs = zip(self._plans, prompts, strict=True)
         self._plans = [plan.redirected(index, prompt, cut=cut, continues=self._continues) for plan, prompt in pairs]
         self._encode_upcoming()

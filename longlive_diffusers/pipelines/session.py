@@ -1,23 +1,18 @@
 """StreamingSession: one video (or batch of videos) being made, handed over chunk by chunk.
 
-The session and its denoiser hold all that changes while a video is made, so that a pipeline can serve any number of
-sessions, advanced in any order.
+The session, its denoiser and its decoder hold all that changes while a video is made, so that a pipeline can serve any
+number of sessions, advanced in any order.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 import torch
 
-from ..models.streaming_vae import StreamingDecoder
+from ..models.latent_frames import TEMPORAL_SCALE, pixel_frames
+from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser, DenoisedChunk
-from .pipeline_output import Frames, VideoChunk
+from .pipeline_output import VideoChunk
 from .prefetch import Prefetcher
-
-
-if TYPE_CHECKING:
-    from .pipeline_longlive import LongLivePipeline
 
 
 class StreamingSession:
@@ -30,35 +25,32 @@ class StreamingSession:
     asynchronous decoding, denoising is ahead of what has been yielded: the next chunk is the next to be denoised.
 
     Args:
-        pipeline: Whose VAE decodes.
         denoiser: Makes the latents.
-        output_type: Layout of the frames.
+        decoder: Makes frames of them; None: chunks have latents only.
         is_single: Whether a chunk's prompt and shot are one video's, or lists.
-        async_decode: Denoise in a thread of its own, ahead of decoding.
+        async_decode: Whether to denoise in a thread of its own, ahead of decoding.
+        temporal_scale: Pixel frames of a latent frame.
+        on_close: Called once, when the session is closed.
     """
 
     def __init__(
         self,
-        pipeline: "LongLivePipeline",
         denoiser: ChunkDenoiser,
+        decoder: ChunkDecoder | None,
         *,
-        output_type: str,
         is_single: bool,
-        async_decode: bool,
+        async_decode: bool = False,
+        temporal_scale: int = TEMPORAL_SCALE,
+        on_close: Callable[[], object] | None = None,
     ):
-        self.pipeline, self.output_type = pipeline, output_type
-        self._denoiser, self._is_single = denoiser, is_single
-        self._decoder = None if output_type == "latent" else StreamingDecoder(pipeline.vae)
-        self._decode_stream = None
+        self._denoiser, self._decoder, self._is_single = denoiser, decoder, is_single
+        self._temporal_scale, self._on_close = temporal_scale, on_close
         self._closed = False
-        self._source: Iterator[DenoisedChunk] = denoiser.chunks()
-        if async_decode:
-            if denoiser.device.type == "cuda":
-                # Neither model works on the default stream: what waits there for frames would hold up the other.
-                self._source = _on_stream(self._source, torch.cuda.Stream(denoiser.device))
-                if self._decoder is not None and pipeline.vae_device == denoiser.device:
-                    self._decode_stream = torch.cuda.Stream(denoiser.device)
-            self._source = Prefetcher(self._source)
+        chunks = denoiser.chunks()
+        if async_decode and denoiser.device.type == "cuda":
+            # Neither model works on the default stream: what waits there for frames would hold up the other.
+            chunks = _on_stream(chunks, torch.cuda.Stream(denoiser.device))
+        self._source = Prefetcher(chunks) if async_decode else chunks
 
     def __iter__(self) -> "StreamingSession":
         return self
@@ -68,15 +60,18 @@ class StreamingSession:
             raise StopIteration
         try:
             chunk = next(self._source)
-            frames = self._decode(chunk)
+            frames = chunk.latents if self._decoder is None else self._decoder.decode(chunk.latents, chunk.ready)
         except BaseException:  # the end of the stream included: nothing is left half-open
             self.close()
             raise
-        # The video's first latent frame is a single frame, every later one as many as the VAE makes of it.
-        start = max(0, 1 + self.pipeline.vae_scale_factor_temporal * (chunk.index * chunk.latents.shape[2] - 1))
-        shots = self._one_or_all([prompt.shot_index for prompt in chunk.prompts])
-        prompts = self._one_or_all([prompt.prompt for prompt in chunk.prompts])
-        return VideoChunk(frames, chunk.latents, chunk.index, shots, prompts, start)
+        return VideoChunk(
+            frames=frames,
+            latents=chunk.latents,
+            index=chunk.index,
+            shot_index=self._one_or_all([prompt.shot_index for prompt in chunk.prompts]),
+            prompt=self._one_or_all([prompt.prompt for prompt in chunk.prompts]),
+            start_frame=pixel_frames(chunk.index * chunk.latents.shape[2], temporal_scale=self._temporal_scale),
+        )
 
     @property
     def prompt(self) -> str | list[str | None] | None:
@@ -100,7 +95,7 @@ class StreamingSession:
     @property
     def kv_cache_bytes(self) -> int:
         """Memory of the KV caches."""
-        return sum(cache.num_bytes for cache in self._denoiser.caches)
+        return sum(kv_cache.num_bytes for kv_cache in self._denoiser.kv_caches)
 
     def close(self) -> None:
         """Stop, and free the caches. Further iteration ends at once."""
@@ -108,32 +103,16 @@ class StreamingSession:
             return
         self._closed = True
         self._source.close()
-        self._denoiser.caches = []
+        self._denoiser.kv_caches = []
         self._decoder = None
-        self.pipeline.maybe_free_model_hooks()
+        if self._on_close is not None:
+            self._on_close()
 
     def __enter__(self) -> "StreamingSession":
         return self
 
     def __exit__(self, *error) -> None:
         self.close()
-
-    def _decode(self, chunk: DenoisedChunk) -> Frames:
-        """The chunk's frames, in the output layout."""
-        if self._decoder is None:
-            return chunk.latents
-        stream = self._decode_stream
-        if stream is not None:
-            stream.wait_event(chunk.ready)
-            chunk.latents.record_stream(stream)
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
-            frames = self.pipeline.decode_chunk(self._decoder, chunk.latents, self.output_type)
-        if stream is not None:
-            consumer = torch.cuda.current_stream(chunk.latents.device)
-            consumer.wait_stream(stream)
-            if isinstance(frames, torch.Tensor):
-                frames.record_stream(consumer)
-        return frames
 
     def _one_or_all(self, values: list):
         """A single video's value by itself, a batch's as a list."""

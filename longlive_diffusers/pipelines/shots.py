@@ -13,7 +13,7 @@ class Shot:
     Args:
         prompt: What it shows.
         num_chunks: How long it lasts; None for as long as the video goes on.
-        index: Number of the shot in the video, from 0.
+        index: Index of the shot in the video, from 0.
         opens: Whether it begins with a cut. False for a new prompt in the middle of a shot.
     """
 
@@ -31,9 +31,10 @@ class Shot:
 
 @dataclass(frozen=True)
 class ChunkPrompt:
-    """What conditions one chunk of one video: its shot's prompt and number, and whether this chunk opens the shot."""
+    """What conditions one chunk of one video: its shot's prompt (None where embeddings were passed instead of prompts)
+    and index, and whether this chunk opens the shot."""
 
-    prompt: str
+    prompt: str | None
     shot_index: int
     opens_shot: bool
 
@@ -44,7 +45,8 @@ class ChunkPrompt:
 
     def conditioning(self, scene_cut_prefix: str) -> str:
         """The text to encode."""
-        return scene_cut_prefix + self.prompt if self.cuts else self.prompt
+        prompt = self.prompt or ""
+        return scene_cut_prefix + prompt if self.cuts else prompt
 
 
 class ShotPlan:
@@ -117,7 +119,7 @@ class ShotPlan:
 
 def _spread(num_chunks: int, num_shots: int) -> list[int]:
     base, remainder = divmod(num_chunks, num_shots)
-    durations = [base + (number < remainder) for number in range(num_shots)]
+    durations = [base + (index < remainder) for index in range(num_shots)]
     return [duration for duration in durations if duration]
 
 

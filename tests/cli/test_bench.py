@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from longlive_diffusers import LongLiveTransformer3DModel
+from longlive_diffusers.benchmark.models import random_model, random_pipeline
+from longlive_diffusers.benchmark.runs import kind_of, measure_denoise, measure_whole
+from longlive_diffusers.benchmark.sizes import SIZES, BenchSize, forward_flops
 from longlive_diffusers.cli import main
-from longlive_diffusers.cli.bench_models import random_model, random_pipeline
-from longlive_diffusers.cli.bench_runs import kind_of, measure_denoise, measure_whole
-from longlive_diffusers.cli.bench_sizes import SIZES, BenchSize, forward_flops, frames_in
 
 
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def test_the_table_and_the_file_say_the_same(tmp_path, capsys):
     assert min(forward.values()) > 0
     size = replace(SIZES["toy"](), width=16, window_size=6)
     assert results["forward_flops"] == forward_flops(size)
-    assert frames_in(5, size) == 37
+    assert size.num_frames(5) == 37
     assert results["forward_to_matmul"] == pytest.approx(
         results["forward_flops"] / forward["seconds"] / results["matmul_flops_per_second"]["float32"]
     )
@@ -181,7 +181,7 @@ def test_backend_and_compilation_reach_the_transformer(monkeypatch, tmp_path):
         (["--window", "4"], "`window_size` 4 is too small"),
         (["--chunks", "3"], "3 chunks of 2 do not fill the window of 16 latent frames: at least 8 are needed"),
         (["--json", "missing/bench.json"], "there is no folder 'missing'"),
-        (["--kv-caches", "fp8", "nvfp4", "fp8"], "names a kind twice: fp8 nvfp4 fp8"),
+        (["--kv-cache-dtype", "fp8", "nvfp4", "fp8"], "names one twice: fp8 nvfp4 fp8"),
         (["--attention-backend", "abacus"], "no attention backend 'abacus': there are "),
     ],
 )
@@ -191,7 +191,7 @@ def test_what_cannot_be_measured_is_one_line(tmp_path, monkeypatch, capsys, argu
     def must_not_measure(*args, **kwargs):
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr("longlive_diffusers.cli.bench.measure", must_not_measure)
+    monkeypatch.setattr("longlive_diffusers.cli.bench.make_report", must_not_measure)
     assert main(["bench", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("longlive: error: ") and message in line

@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline
 from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.cli import main
-from longlive_diffusers.cli.video_reader import read_video
-from tests.toy_checkpoints import save_original_checkpoint, save_original_lora
+from longlive_diffusers.video.reader import read_video
+from tests.support.toy_checkpoints import save_original_checkpoint, save_original_lora
 
 
 BASE = str(toy_pipeline_path())
@@ -77,7 +77,7 @@ def test_ema_is_taken_on_request(tmp_path, checkpoint):
     [
         ({"checkpoint": "missing.pt"}, "There is no checkpoint file missing.pt"),
         ({"checkpoint": "empty.pt"}, "empty.pt (0 bytes) is not a checkpoint: it is empty"),
-        ({"--base": "full"}, "The base full has no"),
+        ({"--base": "full"}, "'full' is not a pipeline: it has no model_index.json"),
         ({"--output": "full"}, "The output full already holds 1 files or folders"),
         ({"--lora": "missing.pt"}, "There is no LoRA file missing.pt"),
         ({"--lora": "empty.pt"}, "empty.pt (0 bytes)"),

@@ -20,17 +20,15 @@ from transformers.utils import logging as transformers_logging
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.cli import generate, main
 from longlive_diffusers.cli.generation_request import at_frame_rate
-from longlive_diffusers.cli.pipeline_folder import PipelineFolder, stored_dtype
-from longlive_diffusers.cli.video_reader import read_video
-from longlive_diffusers.cli.video_writer import VideoWriter
-from tests.toy_checkpoints import save_original_lora
+from longlive_diffusers.conversion.pipeline_folder import PipelineFolder, stored_dtype
+from longlive_diffusers.video.reader import read_video
+from longlive_diffusers.video.writer import VideoWriter
+from tests.support.paths import ROOT
+from tests.support.toy_checkpoints import save_original_lora
 
 
 if TYPE_CHECKING:
-    from hub_fixture import Hub
-
-pytest_plugins = ["hub_fixture"]
-ROOT = Path(__file__).parents[2]
+    from tests.support.hub import Hub
 
 
 @pytest.fixture(autouse=True)

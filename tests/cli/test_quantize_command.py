@@ -9,12 +9,12 @@ from diffusers import DiffusionPipeline
 
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.cli import main
-from longlive_diffusers.cli.pipeline_folder import stored_dtype
-from longlive_diffusers.cli.video_reader import read_video
+from longlive_diffusers.conversion.pipeline_folder import stored_dtype
 from longlive_diffusers.nvfp4 import nvfp4_layers
 from longlive_diffusers.nvfp4.recipes import RECIPES
 from longlive_diffusers.nvfp4.training import train_in_nvfp4
-from tests.toy_checkpoints import save_original_lora
+from longlive_diffusers.video.reader import read_video
+from tests.support.toy_checkpoints import save_original_lora
 
 
 TOY = str(toy_pipeline_path())
@@ -100,7 +100,7 @@ def test_it_does_not_write_over_anything_nor_quantise_twice(tmp_path, capsys):
 
 
 def test_four_bits_need_heads_that_divide(tmp_path, capsys, monkeypatch):
-    from longlive_diffusers.cli.pipeline_folder import PipelineFolder
+    from longlive_diffusers.conversion.pipeline_folder import PipelineFolder
 
     find = PipelineFolder.find
 

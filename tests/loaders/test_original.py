@@ -5,8 +5,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
+from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.loaders import infer_transformer_config, load_original_transformer, read_original_state_dict
-from longlive_diffusers.models.transformer_longlive import LongLiveTransformer3DModel
 
 
 FIVE_B = {
@@ -99,7 +99,7 @@ def test_weights_under_diffusers_names_stay(converted):
 def test_the_given_dictionary_is_not_modified(original, heads):
     wrapped = {"generator": {f"model.{name}": tensor for name, tensor in original.items()}, "step": 1}
     names = list(wrapped["generator"])
-    load_original_transformer(wrapped, **heads)
+    load_original_transformer(wrapped, LongLiveTransformer3DModel, **heads)
     assert list(wrapped["generator"]) == names and list(wrapped) == ["generator", "step"]
 
 
@@ -112,7 +112,9 @@ def test_the_same_parameter_twice(original):
 
 
 def test_published_file_equals_the_reference_in_bfloat16(golden, converted, reference_config):
-    model = load_original_transformer(golden / "model_bf16.pt", num_attention_heads=reference_config["num_heads"])
+    model = load_original_transformer(
+        golden / "model_bf16.pt", LongLiveTransformer3DModel, num_attention_heads=reference_config["num_heads"]
+    )
     assert isinstance(model, LongLiveTransformer3DModel)
     assert not model.training
     assert_equal(model.state_dict(), {name: t.bfloat16().float() for name, t in converted.items()})
@@ -126,7 +128,7 @@ def test_published_file_equals_the_reference_in_bfloat16(golden, converted, refe
 @pytest.mark.parametrize("model_class", [LongLiveTransformer3DModel, WanTransformer3DModel])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, None])
 def test_dtypes_equal_from_pretrained(tmp_path, original, heads, model_class, dtype):
-    loaded = load_original_transformer(original, torch_dtype=dtype, model_class=model_class, **heads)
+    loaded = load_original_transformer(original, model_class, torch_dtype=dtype, **heads)
     loaded.save_pretrained(tmp_path)
     again = model_class.from_pretrained(tmp_path, dtype=dtype)
     assert {n: p.dtype for n, p in loaded.named_parameters()} == {n: p.dtype for n, p in again.named_parameters()}
@@ -138,7 +140,7 @@ def test_dtypes_equal_from_pretrained(tmp_path, original, heads, model_class, dt
 
 @pytest.mark.parametrize("model_class", [LongLiveTransformer3DModel, WanTransformer3DModel])
 def test_nothing_stays_on_meta(original, heads, model_class):
-    model = load_original_transformer(original, device="cpu", model_class=model_class, **heads)
+    model = load_original_transformer(original, model_class, device="cpu", **heads)
     tensors = [*model.parameters(), *model.buffers()]
     assert {tensor.device.type for tensor in tensors} == {"cpu"}
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -153,20 +155,20 @@ def test_from_original_runs_like_the_model_it_came_from(tmp_path, original, head
     with torch.no_grad():
         found = model(latents, torch.full((1, 2), 500.0), text, return_dict=False)[0]
         # One chunk, all frames at one time: exactly what Wan's own network computes.
-        wan = load_original_transformer(original, model_class=WanTransformer3DModel, **heads)
+        wan = load_original_transformer(original, WanTransformer3DModel, **heads)
         expected = wan(latents, torch.tensor([500.0]), text, return_dict=False)[0]
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
 def test_the_model_owns_its_memory(tmp_path, original, heads):
-    model = load_original_transformer(original, **heads)
+    model = load_original_transformer(original, LongLiveTransformer3DModel, **heads)
     with torch.no_grad():
         model.proj_out.bias.add_(1)
     assert torch.equal(model.proj_out.bias, original["head.head.bias"] + 1)
 
     path = tmp_path / "model.pt"
     torch.save(original, path)
-    model = load_original_transformer(path, **heads)
+    model = load_original_transformer(path, LongLiveTransformer3DModel, **heads)
     path.write_bytes(b"")  # would be a bus error if the weights were still mapped
     assert torch.equal(model.proj_out.bias, original["head.head.bias"])
 
@@ -174,7 +176,7 @@ def test_the_model_owns_its_memory(tmp_path, original, heads):
 def test_transposed_weights_can_be_saved(tmp_path, original, heads):
     name = "blocks.0.ffn.0.weight"
     state = {**original, name: original[name].T.contiguous().T}
-    load_original_transformer(state, **heads).save_pretrained(tmp_path)
+    load_original_transformer(state, LongLiveTransformer3DModel, **heads).save_pretrained(tmp_path)
     assert_equal(LongLiveTransformer3DModel.from_pretrained(tmp_path).state_dict(), read_original_state_dict(original))
 
 
@@ -211,27 +213,31 @@ def test_heads(converted):
 def test_contradicting_config(original, converted, name, value):
     shown = infer_transformer_config(converted)[name]
     with pytest.raises(ValueError) as error:
-        load_original_transformer(original, **{name: value})
+        load_original_transformer(original, LongLiveTransformer3DModel, **{name: value})
     assert f"{name}={shown}" in str(error.value)
     assert f"{name}={tuple(value) if name == 'patch_size' else value}" in str(error.value)
 
 
 def test_agreeing_config_and_settings(original, heads):
-    model = load_original_transformer(original, in_channels=8, patch_size=[1, 2, 2], eps=1e-5, chunk_size=4, **heads)
+    model = load_original_transformer(
+        original, LongLiveTransformer3DModel, in_channels=8, patch_size=[1, 2, 2], eps=1e-5, chunk_size=4, **heads
+    )
     assert (model.config.eps, model.config.chunk_size) == (1e-5, 4)
 
 
 def test_unknown_setting(original):
     with pytest.raises(ValueError, match=r"no setting chunksize; it has .*chunk_size"):
-        load_original_transformer(original, chunksize=4)
+        load_original_transformer(original, LongLiveTransformer3DModel, chunksize=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_unusable_dtype(original, dtype):
     with pytest.raises(ValueError, match="torch_dtype"):
-        load_original_transformer(original, torch_dtype=dtype)
+        load_original_transformer(original, LongLiveTransformer3DModel, torch_dtype=dtype)
     with pytest.raises(ValueError, match=rf"head\.head\.weight is {dtype}"):
-        load_original_transformer({**original, "head.head.weight": original["head.head.weight"].to(dtype)})
+        load_original_transformer(
+            {**original, "head.head.weight": original["head.head.weight"].to(dtype)}, LongLiveTransformer3DModel
+        )
 
 
 # Refusals
@@ -244,7 +250,7 @@ def test_missing_unexpected_and_misshapen_are_one_error(original, heads):
     state["extra.weight"] = torch.zeros(3)
     state["blocks.0.ffn.2.weight"] = torch.zeros(128, 255)
     with pytest.raises(ValueError) as error:
-        load_original_transformer(state, **heads)
+        load_original_transformer(state, LongLiveTransformer3DModel, **heads)
     message = str(error.value)
     assert "62 tensors are not the 69" in message
     assert "8 missing: blocks.1.attn1.to_q.weight" in message
@@ -255,7 +261,7 @@ def test_missing_unexpected_and_misshapen_are_one_error(original, heads):
 def test_a_lost_block(original, heads):
     state = {name: tensor for name, tensor in original.items() if not name.startswith("blocks.0.")}
     with pytest.raises(ValueError, match=r"no blocks\.0\.ffn"):
-        load_original_transformer(state, **heads)
+        load_original_transformer(state, LongLiveTransformer3DModel, **heads)
 
 
 def test_refused_before_any_weight_is_touched():
@@ -263,12 +269,14 @@ def test_refused_before_any_weight_is_touched():
         state = dict(WanTransformer3DModel(**FIVE_B).state_dict())  # has no data: copying would raise another error
     del state["blocks.29.scale_shift_table"]
     with pytest.raises(ValueError, match=r"824 tensors are not the 825.* 1 missing: blocks\.29\.scale_shift_table"):
-        load_original_transformer(state)
+        load_original_transformer(state, LongLiveTransformer3DModel)
 
 
 def test_legacy_packed_format(original):
     with pytest.raises(ValueError, match=r"legacy NVFP4 format.*model_4o6\.pt"):
-        load_original_transformer({"generator": original, "checkpoint_format": "longlive_generator_te_nvfp4"})
+        load_original_transformer(
+            {"generator": original, "checkpoint_format": "longlive_generator_te_nvfp4"}, LongLiveTransformer3DModel
+        )
 
 
 def tensors(*names):
@@ -295,21 +303,21 @@ def test_checkpoints_of_other_models(tmp_path, content, message):
     path = tmp_path / "other.pt"
     torch.save(content, path)
     with pytest.raises(ValueError, match=message) as error:
-        load_original_transformer(path)
+        load_original_transformer(path, LongLiveTransformer3DModel)
     assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["blocks.0.cross_attn.k_img.weight", "img_emb.proj.0.weight"])
 def test_image_to_video_model(original, name):
     with pytest.raises(ValueError, match="image-to-video"):
-        load_original_transformer({**original, name: torch.zeros(4)})
+        load_original_transformer({**original, name: torch.zeros(4)}, LongLiveTransformer3DModel)
 
 
 def test_vae_and_lora_files_of_this_project(tmp_path, golden, wan_base):
     with pytest.raises(ValueError, match="is a VAE"):
-        load_original_transformer(wan_base / "vae" / "diffusion_pytorch_model.safetensors")
+        load_original_transformer(wan_base / "vae" / "diffusion_pytorch_model.safetensors", LongLiveTransformer3DModel)
     with pytest.raises(ValueError, match="It is a LoRA"):
-        load_original_transformer(golden / "lora.pt")
+        load_original_transformer(golden / "lora.pt", LongLiveTransformer3DModel)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.01, 0.2, 0.5, 0.9, 0.9999])
@@ -318,4 +326,4 @@ def test_truncated_checkpoint(tmp_path, golden, part):
     path = tmp_path / "model.pt"
     path.write_bytes(whole[: int(part * len(whole))])
     with pytest.raises(ValueError, match=r"model\.pt \(\d+ bytes\)"):
-        load_original_transformer(path)
+        load_original_transformer(path, LongLiveTransformer3DModel)

@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from longlive_diffusers import LongLiveTransformer3DModel
-from longlive_diffusers.loaders.convert import convert_checkpoint
+from longlive_diffusers.conversion.convert import convert_checkpoint
 from longlive_diffusers.loaders.original import rename_to_diffusers
 from longlive_diffusers.nvfp4 import nvfp4_layers
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from longlive_diffusers.models import attention
-from longlive_diffusers.models.attention import ChunkMask, LongLiveAttnProcessor, attend
+from longlive_diffusers.models.attend import attend
+from longlive_diffusers.models.attention import LongLiveAttnProcessor
+from longlive_diffusers.models.chunk_mask import ChunkMask
 from longlive_diffusers.models.layer_kv_cache import LayerKVCache
 
 
@@ -141,7 +142,7 @@ def test_flex_attention_computes_the_same(mask):
     query, key, value = random_states(num_tokens(mask))
     block_mask = mask.block_mask(torch.device("cpu"))
     with torch.no_grad():
-        flex = attention.dispatch_attention_fn(query, key, value, attn_mask=block_mask, backend="flex")
+        flex = dispatch_attention_fn(query, key, value, attn_mask=block_mask, backend="flex")
     torch.testing.assert_close(flex, mask.dense(query, key, value, None), atol=1e-6, rtol=0)
 
 
@@ -152,13 +153,12 @@ def test_flex_attention_computes_the_same(mask):
 def dispatched(monkeypatch) -> list:
     """The backend of every call that went to diffusers' dispatcher instead of to plain matrix products."""
     calls = []
-    dispatch = attention.dispatch_attention_fn
 
     def count(*args, backend=None, **kwargs):
         calls.append(backend)
-        return dispatch(*args, backend=backend, **kwargs)
+        return dispatch_attention_fn(*args, backend=backend, **kwargs)
 
-    monkeypatch.setattr(attention, "dispatch_attention_fn", count)
+    monkeypatch.setattr("longlive_diffusers.models.attend.dispatch_attention_fn", count)
     return calls
 
 
@@ -183,7 +183,7 @@ def test_blocks_of_scores_make_no_difference(monkeypatch, score_bytes, num_keys)
     key, value = key[:, :num_keys], value[:, :num_keys]
     with torch.no_grad():
         at_once = attend(query, key, value)
-        monkeypatch.setattr(attention, "_SCORE_BYTES", score_bytes)
+        monkeypatch.setattr("longlive_diffusers.models.attend._SCORE_BYTES", score_bytes)
         in_blocks = attend(query, key, value)
     torch.testing.assert_close(in_blocks.float(), at_once.float(), atol=2**-7, rtol=0)
 

@@ -6,7 +6,8 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file
 
 from longlive_diffusers import KVCache, LongLiveTransformer3DModel
-from tests.golden_models import CHUNK_SIZE, GOLDEN, TEXT_LENGTH, golden_transformer
+from tests.support.golden_models import CHUNK_SIZE, TEXT_LENGTH, golden_transformer
+from tests.support.paths import GOLDEN
 
 
 TENSORS = load_file(GOLDEN / "training_forward.safetensors")

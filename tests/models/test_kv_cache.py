@@ -367,7 +367,7 @@ def test_recaching_in_mid_stream_changes_nothing_but_what_is_written(scenario, r
         numbers = torch.tensor(frames).float()[:, :, None, None, None].expand_as(raw)
         raw, numbers = raw.flatten(1, 2), numbers.flatten(1, 2)
         with torch.no_grad():
-            keys, values = cache[0].update(apply_rotary(raw, cache.plan.rotary), numbers, raw, cache.plan)
+            keys, values = cache[0].update(apply_rotary(raw, cache.chunk.rotary), numbers, raw, cache.chunk)
         order = values[:, :, 0, 0].argsort(dim=1, stable=True)
         return keys.take_along_dim(order[:, :, None, None], dim=1)
 
@@ -481,7 +481,7 @@ def test_an_endless_relative_stream_does_not_pile_up_rounding():
         raw_keys = {frame: raw_keys[frame] for frame in held(cache)}
     assert held(cache) == [0, 1, 6, 7, 3998, 3999]
     assert positions(cache) == [3994.0, 3995.0, 3996.0, 3997.0, 3998.0, 3999.0]
-    by_slot = dict(zip((frame.index for frame in cache._rows[0].slots), keys.split(TOKENS, dim=1), strict=True))
+    by_slot = dict(zip((frame.index for frame in cache._samples[0].slots), keys.split(TOKENS, dim=1), strict=True))
     for frame, position in zip(held(cache), positions(cache), strict=True):
         rotary = rotary_embedding(torch.tensor([position], dtype=torch.float64), HEIGHT, WIDTH, HEAD_DIM)
         assert torch.equal(by_slot[frame], apply_rotary(raw_keys[frame], rotary))
@@ -495,7 +495,7 @@ def test_recache_goes_through_the_cached_frames_oldest_first():
     for opens_shot in (False, False, True, False, False):
         cache.begin_chunk(2, opens_shot=opens_shot)
     assert held(cache) == [0, 1, 4, 5, 8, 9]
-    steps = [(frames, cache.plan.num_frames, cache.plan.length) for frames in cache.recache()]
+    steps = [(frames, cache.chunk.num_frames, cache.chunk.length) for frames in cache.recache()]
     assert steps == [([[0, 1]], 2, 2), ([[4, 5]], 2, 4), ([[8, 9]], 2, 6)]
 
 
@@ -508,8 +508,8 @@ def test_recache_keeps_positions_and_rewrites_slots_in_order():
     seen = []
     for frames in cache.recache():
         rotary = rotary_embedding(torch.tensor([before[held(cache).index(i)].position for i in frames[0]]), 1, 2, 12)
-        assert torch.equal(cache.plan.rotary, rotary)
-        seen += cache.plan.slots[0].tolist()
+        assert torch.equal(cache.chunk.rotary, rotary)
+        seen += cache.chunk.slots[0].tolist()
     assert seen == [0, 1, 2, 3, 4, 5]
     assert cache.cached_frames() == before
 
@@ -548,22 +548,22 @@ def test_eviction_goes_on_after_a_recache_as_before():
 
 def test_text_is_known_by_the_tensor_it_came_from():
     cache, text = make_cache(num_layers=2), torch.zeros(1, 4, 8)
-    assert not cache.holds_text(text)
-    cache.remember_text(text)
-    assert cache.holds_text(text)
-    assert not cache.holds_text(text.clone()), "equal, but another tensor"
+    assert not cache.has_text(text)
+    cache.cache_text(text)
+    assert cache.has_text(text)
+    assert not cache.has_text(text.clone()), "equal, but another tensor"
     text += 1
-    assert not cache.holds_text(text), "changed in place"
+    assert not cache.has_text(text), "changed in place"
 
 
 def test_recache_and_reset_forget_the_text():
     text = torch.zeros(1, 4, 8)
-    for forget in (lambda cache: list(cache.recache()), KVCache.reset, KVCache.forget_text):
+    for forget in (lambda cache: list(cache.recache()), KVCache.reset, KVCache.clear_text):
         cache = make_cache(num_layers=2)
-        cache.remember_text(text)
+        cache.cache_text(text)
         cache[0].text = cache[1].text = (text, text)
         forget(cache)
-        assert not cache.holds_text(text)
+        assert not cache.has_text(text)
         assert cache[0].text is None and cache[1].text is None
 
 
@@ -579,7 +579,7 @@ def test_after_a_reset_the_next_video_begins_in_the_same_memory(relative_rope):
     cache.reset()
     assert (cache.num_cached_frames, cache.num_frames_seen, held(cache)) == (0, 0, [])
     with pytest.raises(ValueError, match="No chunk is open"):
-        _ = cache.plan
+        _ = cache.chunk
     cache.begin_chunk(2)
     assert cache.cached_frames() == [CachedFrame(0, 0.0), CachedFrame(1, 1.0)]
     assert [buffer.data_ptr() for buffer in (cache[0].key, cache[0].value)] == buffers
@@ -587,7 +587,7 @@ def test_after_a_reset_the_next_video_begins_in_the_same_memory(relative_rope):
 
 def test_a_forward_without_an_open_chunk_says_what_to_call():
     with pytest.raises(ValueError, match=r"call `begin_chunk\(num_frames\)` before"):
-        _ = make_cache().plan
+        _ = make_cache().chunk
 
 
 @pytest.mark.parametrize("num_frames", [0, -1, 3])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 
-from longlive_diffusers.models.attention import ChunkMask, LongLiveAttnProcessor
+from longlive_diffusers.models.attention import LongLiveAttnProcessor
+from longlive_diffusers.models.chunk_mask import ChunkMask
 from longlive_diffusers.models.rotary import apply_rotary, axis_frequencies, rotary_embedding
 
 

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from longlive_diffusers import StreamingDecoder, StreamingEncoder
 from longlive_diffusers.models.streaming_vae import denormalize_latents, normalize_latents
-from tests.golden_models import tiny_vae
+from tests.support.tiny_vae import tiny_vae
 
 
 Z_DIM = 8

@@ -8,11 +8,11 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 
 from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.models.attention import LongLiveAttnProcessor
-from tests.tiny_pipeline import (
+from tests.support.checks import logged_by
+from tests.support.tiny_pipeline import (
     CHUNK_SIZE,
     FORWARDS,
     every_forward,
-    logged_by,
     random_inputs,
     stream_chunks,
     tiny_cache,

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlive_diffusers import KVCache, LongLiveScheduler, LongLiveTransformer3DModel
-from tests.tiny_pipeline import (
+from tests.support.checks import assert_raises
+from tests.support.tiny_pipeline import (
     CHANNELS,
     CHUNK_SIZE,
     SIDE,
     TEXT_DIM,
     TEXT_LENGTH,
-    assert_raises,
     random_inputs,
     teacher_forcing_inputs,
     tiny_cache,
@@ -209,10 +209,10 @@ def test_a_chunk_has_a_setting_for_each_video(model, name):
 def test_a_refused_chunk_leaves_the_cache_as_it_was(model):
     cache = tiny_cache(model, batch=2)
     cache.begin_chunk(CHUNK_SIZE)
-    before = cache.plan
+    before = cache.chunk
     assert_raises(lambda: cache.begin_chunk(3), 3)
     assert_raises(lambda: cache.begin_chunk(CHUNK_SIZE, rope_offset=[0.0]), 1, 2)
-    assert cache.plan is before and cache.num_frames_seen == CHUNK_SIZE
+    assert cache.chunk is before and cache.num_frames_seen == CHUNK_SIZE
 
 
 @settings(max_examples=60, deadline=None)

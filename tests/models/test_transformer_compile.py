@@ -6,7 +6,7 @@ from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from longlive_diffusers import LongLiveTransformer3DModel
-from tests.tiny_pipeline import (
+from tests.support.tiny_pipeline import (
     CHUNK_SIZE,
     FORWARDS,
     every_forward,

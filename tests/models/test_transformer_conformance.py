@@ -26,14 +26,14 @@ from diffusers.models import modeling_utils
 from safetensors.torch import load_file
 
 from longlive_diffusers import LongLiveTransformer3DModel
-from tests.tiny_pipeline import (
+from tests.support.checks import logged_by
+from tests.support.tiny_pipeline import (
     CONFIG,
     FORWARDS,
     SIDE,
     WAN_CONFIG,
     every_forward,
     like,
-    logged_by,
     random_inputs,
     stream_chunks,
     tiny_cache,
@@ -282,6 +282,6 @@ def test_one_chunk_at_one_time_is_what_wan_computes(model):
 def test_streaming_clean_latents_is_one_block_causal_forward(model):
     inputs = random_inputs(frames=8)
     cache = tiny_cache(model, window_size=8, sink_size=2)
-    assert (cache.height, cache.width) == (SIDE // 2, SIDE // 2)
+    assert (cache.grid_height, cache.grid_width) == (SIDE // 2, SIDE // 2)
     expected = model(**like(model, inputs)).sample
     torch.testing.assert_close(stream_chunks(model, cache=cache), expected, atol=1e-5, rtol=1e-5)

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from longlive_diffusers import LongLiveTransformer3DModel
-from tests.tiny_pipeline import FORWARDS, every_forward, like, logged_by, random_inputs, tiny_cache, tiny_transformer
+from tests.support.checks import logged_by
+from tests.support.tiny_pipeline import FORWARDS, every_forward, like, random_inputs, tiny_cache, tiny_transformer
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longlive_diffusers import LongLiveTransformer3DModel
-from tests.tiny_pipeline import (
+from tests.support.checks import needs_gpu
+from tests.support.tiny_pipeline import (
     CHUNK_SIZE,
     FORWARDS,
     every_forward,
     like,
-    needs_gpu,
     random_inputs,
     stream_chunks,
     tiny_cache,

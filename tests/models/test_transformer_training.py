@@ -7,7 +7,7 @@ from peft import LoraConfig
 from torch.nn.functional import mse_loss
 
 from longlive_diffusers import LongLiveScheduler, LongLiveTransformer3DModel
-from tests.tiny_pipeline import (
+from tests.support.tiny_pipeline import (
     CHUNK_SIZE,
     FORWARDS,
     random_inputs,

@@ -6,9 +6,9 @@ import torch
 from longlive_diffusers import NVFP4Config
 from longlive_diffusers.nvfp4 import NVFP4Linear, nvfp4_layers, quantize_model
 from longlive_diffusers.nvfp4.backends import BACKENDS
-from tests.nvfp4.models import small_pipeline, small_transformer
 from tests.nvfp4.test_linear import inputs, plain_linear, relative
-from tests.tiny_pipeline import tiny_arguments
+from tests.support.nvfp4_models import small_pipeline, small_transformer
+from tests.support.tiny_pipeline import tiny_arguments
 
 
 pytestmark = [

@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from longlive_diffusers import LongLiveTransformer3DModel
+from longlive_diffusers.models.frame_store import FP8Frames, NVFP4Frames
 from longlive_diffusers.models.rotary import apply_rotary, rotary_embedding
-from longlive_diffusers.nvfp4.frame_store import FP8Frames, NVFP4Frames
-from tests.nvfp4.models import small_pipeline, small_transformer
-from tests.tiny_pipeline import tiny_arguments
+from tests.support.nvfp4_models import small_pipeline, small_transformer
+from tests.support.tiny_pipeline import tiny_arguments
 
 
 PACKED = ("nvfp4", "fp8")
@@ -40,13 +40,13 @@ def test_attention_over_four_bits(bias, outliers):
     key = key + bias * torch.randn(4, 1, 1, 128, generator=generator)
     if outliers:
         key[..., :4] += 10
-    packed_key = stored(NVFP4Frames(shape, CPU, centred=True), key)
-    packed_value = stored(NVFP4Frames(shape, CPU, centred=False), value)
+    packed_key = stored(NVFP4Frames(shape, CPU, for_keys=True), key)
+    packed_value = stored(NVFP4Frames(shape, CPU, for_keys=False), value)
     exact = F.scaled_dot_product_attention(query[:, :, 0], key[:, :, 0], value[:, :, 0])
     result = F.scaled_dot_product_attention(query[:, :, 0], packed_key[:, :, 0], packed_value[:, :, 0])
     assert relative(result, exact) < 0.13
-    uncentred = stored(NVFP4Frames(shape, CPU, centred=False), key)
-    without = F.scaled_dot_product_attention(query[:, :, 0], uncentred[:, :, 0], packed_value[:, :, 0])
+    uncentered = stored(NVFP4Frames(shape, CPU, for_keys=False), key)
+    without = F.scaled_dot_product_attention(query[:, :, 0], uncentered[:, :, 0], packed_value[:, :, 0])
     if bias or outliers:
         assert relative(without, exact) > 1.4 * relative(result, exact)
 
@@ -54,9 +54,9 @@ def test_attention_over_four_bits(bias, outliers):
 @pytest.mark.parametrize(
     ("make", "gate"),
     [
-        (lambda shape: NVFP4Frames(shape, CPU, centred=True), 0.0885),
-        (lambda shape: NVFP4Frames(shape, CPU, centred=True, scale_rule="static_6"), 0.0965),
-        (lambda shape: FP8Frames(shape, CPU), 0.03),
+        (lambda shape: NVFP4Frames(shape, CPU, for_keys=True), 0.0885),
+        (lambda shape: NVFP4Frames(shape, CPU, for_keys=True, scale_rule="static_6"), 0.0965),
+        (lambda shape: FP8Frames(shape, CPU, for_keys=True), 0.03),
     ],
 )
 def test_a_frame_is_read_as_it_was_written_and_alone(make, gate):
@@ -75,8 +75,8 @@ def test_a_frame_is_read_as_it_was_written_and_alone(make, gate):
 
 
 def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="multiples of 16, this is 24"):
-        NVFP4Frames((1, 1, 1, 4, 24), CPU, centred=True)
+    with pytest.raises(ValueError, match="multiples of 16, this network's is 24"):
+        NVFP4Frames((1, 1, 1, 4, 24), CPU, for_keys=True)
 
 
 # -------------------------------------------------------------------------------------------------------- generation
@@ -219,9 +219,9 @@ def test_relative_rope_rotates_unrounded_keys():
         with torch.no_grad():
             model(torch.randn(1, 8, 2, 4, 4), torch.zeros(1), torch.randn(1, 8, 16), kv_cache=cache)
     layer = cache[0]
-    (slot,) = [slot for slot, frame in enumerate(cache._rows[0].slots) if frame.index == 0]
-    position = cache._rows[0].slots[slot].position
-    raw = layer.raw_key[:, :, cache._rows[0].raw_slots[0]].transpose(1, 2)
+    (slot,) = [slot for slot, frame in enumerate(cache._samples[0].slots) if frame.index == 0]
+    position = cache._samples[0].slots[slot].position
+    raw = layer.raw_key[:, :, cache._samples[0].raw_slots[0]].transpose(1, 2)
     exact = apply_rotary(raw, rotary_embedding(torch.tensor([[position]]).double(), 2, 2, 16, theta=10000.0))
     key, _ = layer.get(6)
     assert relative(key[:, slot * 4 : slot * 4 + 4], exact) < 0.11

@@ -8,9 +8,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longlive_diffusers.nvfp4 import NVFP4Linear, quantize
-from longlive_diffusers.nvfp4.backends import BACKENDS, choose_backend
+from longlive_diffusers.nvfp4.backends import BACKENDS, LayerShape, choose_backend
 from longlive_diffusers.nvfp4.linear import weights_of
-from longlive_diffusers.nvfp4.scaled_matmul import nvfp4_matmul
+from longlive_diffusers.nvfp4.matmul import nvfp4_matmul
 
 
 RUNS_HERE = ("emulate", "w4a16", "fp8")
@@ -104,14 +104,14 @@ def test_it_is_a_linear_layer_that_says_how_it_computes():
     layer = NVFP4Linear.from_linear(plain_linear(), activation_scale_rule="static_6", backend="w4a16")
     assert isinstance(layer, nn.Linear)
     assert "weight=mse, activation=static_6, backend=w4a16" in repr(layer)
-    assert "not chosen yet" in repr(NVFP4Linear(16, 16, device="meta"))
+    assert "not selected yet" in repr(NVFP4Linear(16, 16, device="meta"))
     assert layer.weight.data_ptr() == layer.weight_codes.data_ptr()
 
 
 def test_a_wish_that_cannot_be_met_is_told():
     with pytest.warns(UserWarning, match=r"'scaled_mm' needs a GPU of compute capability 10\.0 .*'cpu'; 'emulate'"):
         layer = NVFP4Linear.from_linear(plain_linear(), backend="scaled_mm")
-    assert layer.backend.name == "emulate" and layer.wished_backend == "scaled_mm"
+    assert layer.backend.name == "emulate" and layer.requested_backend == "scaled_mm"
     with pytest.warns(UserWarning, match="'te' .*; 'emulate' is used"):
         layer.set_backend("te")
     with pytest.raises(ValueError, match="scaled_mm, te, fp8, w4a16, emulate; got 'fp4'"):
@@ -132,17 +132,16 @@ def test_a_wish_that_cannot_be_met_is_told():
 )
 def test_what_auto_takes_on_gpus(monkeypatch, capability, sizes, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    layer = NVFP4Linear(*sizes, device="meta")
-    backend, why_not = choose_backend(layer, "auto", torch.device("cuda"))
-    assert (backend.name, why_not) == (expected, None)
+    backend, unmet = choose_backend("auto", LayerShape(*sizes, "mse", "mse"), torch.device("cuda"))
+    assert (backend.name, unmet) == (expected, None)
 
 
 def test_backends_that_do_not_suit_a_layer_say_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
-    layer = NVFP4Linear(48, 32, device="meta")
-    assert "48 -> 32" in BACKENDS["scaled_mm"].why_not(layer, torch.device("cuda"))
+    layer = LayerShape(48, 32, "mse", "mse")
+    assert "48 -> 32" in BACKENDS["scaled_mm"].unsupported_reason(layer, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert "8.9, this one has 8.0" in BACKENDS["fp8"].why_not(layer, torch.device("cuda"))
+    assert "8.9, this one has 8.0" in BACKENDS["fp8"].unsupported_reason(layer, torch.device("cuda"))
 
 
 def test_the_hardware_product_is_called_as_torch_wants_it():

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from longlive_diffusers import LongLiveTransformer3DModel, NVFP4Config
 from longlive_diffusers.nvfp4 import NVFP4Linear, nvfp4_layers, quantize_model
-from tests.nvfp4.models import NUM_LAYERS, small_pipeline, small_transformer
-from tests.tiny_pipeline import random_inputs, tiny_arguments
+from tests.support.nvfp4_models import NUM_LAYERS, small_pipeline, small_transformer
+from tests.support.paths import ROOT
+from tests.support.tiny_pipeline import random_inputs, tiny_arguments
 
 
-pytest_plugins = ["hub_fixture"]
-
-ROOT = Path(__file__).parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -95,7 +92,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from diffusers import DiffusionPipeline
 import longlive_diffusers
-from tests.tiny_pipeline import tiny_arguments
+from tests.support.tiny_pipeline import tiny_arguments
 pipe = DiffusionPipeline.from_pretrained("someone/quantized")
 torch.save((pipe.transformer.state_dict(), pipe(**tiny_arguments()).frames), "pulled.pt")
 """
@@ -259,8 +256,8 @@ sys.path.insert(0, sys.argv[1])
 sys.modules["triton"] = sys.modules["transformer_engine"] = None  # as if they were not installed
 from longlive_diffusers import NVFP4Config
 from longlive_diffusers.nvfp4 import quantize_model
-from tests.nvfp4.models import small_pipeline, small_transformer
-from tests.tiny_pipeline import tiny_arguments
+from tests.support.nvfp4_models import small_pipeline, small_transformer
+from tests.support.tiny_pipeline import tiny_arguments
 pipe = small_pipeline(transformer=quantize_model(small_transformer(), NVFP4Config()))
 print(pipe(**tiny_arguments(kv_cache_dtype="nvfp4")).frames.shape)
 """

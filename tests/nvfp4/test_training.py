@@ -7,8 +7,8 @@ from torch import nn
 from longlive_diffusers.nvfp4 import quantize
 from longlive_diffusers.nvfp4.recipes import RECIPES, NVFP4Recipe, recipe_named
 from longlive_diffusers.nvfp4.training import NVFP4TrainingLinear, over_tokens, train_in_nvfp4
-from tests.nvfp4.models import small_transformer
-from tests.tiny_pipeline import random_inputs
+from tests.support.nvfp4_models import small_transformer
+from tests.support.tiny_pipeline import random_inputs
 
 
 def relative(result: torch.Tensor, expected: torch.Tensor) -> float:

@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from longlive_diffusers.models import attention
-from longlive_diffusers.models.attention import ChunkMask
+from longlive_diffusers.models.chunk_mask import ChunkMask
 
 
 CHUNK_TOKENS, HEADS, HEAD_DIM = 4, 2, 8
@@ -44,7 +43,7 @@ class StorageWatch(TorchDispatchMode):
 @pytest.fixture
 def keep_concatenations(monkeypatch):
     def switch():
-        monkeypatch.setattr(attention, "_save_parts_of", lambda parts: nullcontext())
+        monkeypatch.setattr("longlive_diffusers.models.attend._save_parts_of", lambda parts: nullcontext())
 
     return switch
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from longlive_diffusers.models.attention import ChunkMask
-from longlive_diffusers.parallel import FrameLayout, RankWork, balanced_work, check_heads, imbalance, plain_work
-from tests.tiny_pipeline import assert_raises
+from longlive_diffusers.models.chunk_mask import ChunkMask
+from longlive_diffusers.parallel import FrameLayout, check_heads
+from tests.support.checks import assert_raises
+from tests.support.rank_work import RankWork, balanced_work, imbalance, plain_work
 
 
 # frames, ranks, chunk size

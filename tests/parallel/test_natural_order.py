@@ -8,16 +8,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from longlive_diffusers.models.attention import ChunkMask
-from longlive_diffusers.parallel import gather_heads, group_mean, scatter_heads
-from tests.tiny_pipeline import (
-    CHUNK_SIZE,
-    assert_raises,
-    random_inputs,
-    teacher_forcing_inputs,
-    tiny_cache,
-    tiny_transformer,
-)
+from longlive_diffusers.models.chunk_mask import ChunkMask
+from longlive_diffusers.parallel import gather_heads, scatter_heads
+from tests.support.checks import assert_raises
+from tests.support.group_mean import group_mean
+from tests.support.tiny_pipeline import CHUNK_SIZE, random_inputs, teacher_forcing_inputs, tiny_cache, tiny_transformer
 
 
 MASKS = [

@@ -1,5 +1,5 @@
 """Several gloo ranks compute what one process does. They are started once, by `accelerate launch`, as a user would
-start them; `sp_program.py` is what they run, and it writes an error for each case."""
+start them; `programs/sequence_parallel.py` is what they run, and it writes an error for each case."""
 
 import json
 import math
@@ -7,14 +7,13 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.parallel.sp_program import CHECKPOINTED, CLIPS
+from tests.programs.sequence_parallel import CHECKPOINTED, CLIPS
+from tests.support.paths import PROGRAMS, ROOT
 
 
-ROOT = Path(__file__).parents[2]
 NUM_RANKS = 4
 CASES = [*CLIPS, *(f"{name}, checkpointed" for name in CHECKPOINTED)]
 every_group = pytest.mark.parametrize("group", [2, 4], ids=["2 ranks", "4 ranks"])
@@ -32,7 +31,7 @@ def errors(tmp_path_factory) -> dict[str, dict[str, float]]:
     results = tmp_path_factory.mktemp("ranks") / "errors.json"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     launch += ["--num_processes", str(NUM_RANKS), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(free_port()), str(Path(__file__).with_name("sp_program.py")), str(results)]
+    launch += ["--main_process_port", str(free_port()), str(PROGRAMS / "sequence_parallel.py"), str(results)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -8,8 +8,8 @@ from diffusers import AutoencoderKLWan
 
 from longlive_diffusers import StreamingEncoder
 from longlive_diffusers.parallel import FrameLayout, RawWindow, encode_shard, raw_window
-from tests.golden_models import tiny_vae
-from tests.tiny_pipeline import assert_raises
+from tests.support.checks import assert_raises
+from tests.support.tiny_vae import tiny_vae
 
 
 FRAMES = 24  # latent

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from longlive_diffusers import LongLivePipeline
-from tests.golden_models import tiny_vae
-from tests.tiny_pipeline import TEXT_DIM, TEXT_LENGTH, assert_raises, tiny_arguments, tiny_pipeline
+from tests.support.checks import assert_raises
+from tests.support.tiny_pipeline import TEXT_DIM, TEXT_LENGTH, tiny_arguments, tiny_pipeline
+from tests.support.tiny_vae import tiny_vae
 
 
 IMAGE = PIL.Image.new("RGB", (64, 64))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from longlive_diffusers import StreamingSession
-from tests.tiny_pipeline import CHUNK_SIZE, tiny_arguments, tiny_pipeline, tiny_transformer
+from tests.support.tiny_pipeline import CHUNK_SIZE, tiny_arguments, tiny_pipeline, tiny_transformer
 
 
 NUM_CHUNKS, WARM_UP = 600, 50
@@ -61,7 +61,7 @@ def test_memory_stays_flat_past_1024_latent_frames():
     with endless_stream(**LARGE) as session:
         consume_in_flat_memory(session, NUM_CHUNKS)
         assert NUM_CHUNKS * CHUNK_SIZE > 1024
-        cache = session._denoiser.caches[0]
+        cache = session._denoiser.kv_caches[0]
         assert cache.num_frames_seen == NUM_CHUNKS * CHUNK_SIZE
         assert [frame.index for frame in cache.cached_frames()] == [0, 1, 1196, 1197, 1198, 1199]
         assert sorted(session._denoiser._clean_latents) == [0, 598, 599], "of what is cached, for a prompt switch"

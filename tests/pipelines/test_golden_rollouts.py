@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.golden_models import CHUNK_SIZE, TEXT_LENGTH, golden_pipeline, golden_rollouts, load_rollout
+from tests.support.golden_models import CHUNK_SIZE, TEXT_LENGTH, golden_pipeline, golden_rollouts, load_rollout
 
 
 ROLLOUTS = golden_rollouts()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.models.kv_cache import check_window
-from tests.tiny_pipeline import CHUNK_SIZE, assert_raises, logged_by, tiny_arguments, tiny_pipeline
+from tests.support.checks import assert_raises, logged_by
+from tests.support.tiny_pipeline import CHUNK_SIZE, tiny_arguments, tiny_pipeline
 
 
 IMAGE = PIL.Image.new("RGB", (64, 64))
@@ -71,7 +72,7 @@ def test_sizes_are_positive_multiples_of_32(pipe, size, side):
 @given(st.integers(1, 5000))
 def test_frames_are_rounded_up_to_whole_chunks_and_a_warning_names_the_number(pipe, num_frames):
     with logged_by("longlive_diffusers") as messages, pipe.stream(**tiny_arguments(num_frames=num_frames)) as session:
-        chunks = session._denoiser.settings.num_chunks
+        chunks = session._denoiser.request.num_chunks
     used = 1 + 4 * (CHUNK_SIZE * chunks - 1)
     assert 0 <= used - num_frames < 4 * CHUNK_SIZE
     assert len(messages) == (used != num_frames)

@@ -7,7 +7,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 
 from longlive_diffusers import LongLivePipeline
-from tests.tiny_pipeline import CHUNK_SIZE, TEXT_DIM, TEXT_LENGTH, tiny_arguments, tiny_pipeline
+from tests.support.tiny_pipeline import CHUNK_SIZE, TEXT_DIM, TEXT_LENGTH, tiny_arguments, tiny_pipeline
 
 
 CHUNKS, STEPS = 2, 2  # of `tiny_arguments`

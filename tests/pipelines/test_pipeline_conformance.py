@@ -27,8 +27,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from longlive_diffusers import LongLivePipeline, LongLivePipelineOutput
-from tests.golden_models import tiny_vae
-from tests.tiny_pipeline import TEXT_DIM, TEXT_LENGTH, tiny_arguments, tiny_pipeline, tiny_transformer
+from tests.support.tiny_pipeline import TEXT_DIM, TEXT_LENGTH, tiny_arguments, tiny_pipeline, tiny_transformer
+from tests.support.tiny_vae import tiny_vae
 
 
 PROMPT = "a cat runs on the grass"

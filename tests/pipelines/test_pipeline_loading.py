@@ -9,7 +9,7 @@ from diffusers import AutoModel, DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
-from tests.tiny_pipeline import TEXT_LENGTH, tiny_arguments, tiny_pipeline, tiny_transformer
+from tests.support.tiny_pipeline import TEXT_LENGTH, tiny_arguments, tiny_pipeline, tiny_transformer
 
 
 PROMPT = "a cat runs on the grass"

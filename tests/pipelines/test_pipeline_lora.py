@@ -12,9 +12,11 @@ from safetensors import safe_open
 
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.loaders import read_original_lora
-from tests.golden_models import GOLDEN, golden_pipeline, golden_transformer, load_rollout
-from tests.golden_models import TEXT_LENGTH as GOLDEN_TEXT_LENGTH
-from tests.tiny_pipeline import logged_by, tiny_arguments, tiny_pipeline, tiny_transformer
+from tests.support.checks import logged_by
+from tests.support.golden_models import TEXT_LENGTH as GOLDEN_TEXT_LENGTH
+from tests.support.golden_models import golden_pipeline, golden_transformer, load_rollout
+from tests.support.paths import GOLDEN
+from tests.support.tiny_pipeline import tiny_arguments, tiny_pipeline, tiny_transformer
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

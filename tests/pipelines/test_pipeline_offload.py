@@ -14,7 +14,8 @@ import torch
 from diffusers.hooks import apply_group_offloading
 
 from longlive_diffusers import LongLivePipeline
-from tests.tiny_pipeline import needs_gpu, tiny_arguments, tiny_pipeline
+from tests.support.checks import needs_gpu
+from tests.support.tiny_pipeline import tiny_arguments, tiny_pipeline
 
 
 CPU = torch.device("cpu")

@@ -195,7 +195,12 @@ def encoder() -> Encoder:
 
 def source_of(encoder: Encoder, *plans: ShotPlan, num_chunks: int | None = None) -> PromptSource:
     return PromptSource(
-        list(plans), encoder, negative=None, rows=len(plans), scene_cut_prefix=PREFIX, num_new_chunks=num_chunks
+        list(plans),
+        encoder,
+        negative_embeds=None,
+        batch_size=len(plans),
+        scene_cut_prefix=PREFIX,
+        num_new_chunks=num_chunks,
     )
 
 
@@ -327,7 +332,7 @@ def test_replaced_embeddings_serve_until_the_text_changes(encoder):
     source = source_of(encoder, plan_of(["a", "b"], 2))
     source.advance(0)
     own = torch.zeros(1, 1, 2)
-    source.replace_text(own)
+    source.replace_embeds(own)
     assert source.advance(1)[1] is own
     assert encoder.prompts_of(source.advance(2)[1]) == ["Cut. b"]
 
@@ -335,7 +340,13 @@ def test_replaced_embeddings_serve_until_the_text_changes(encoder):
 def test_embeddings_that_are_given_need_no_prompt_until_one_is_set(encoder):
     fixed = torch.full((1, 1, 2), 7.0)
     source = PromptSource(
-        None, encoder, fixed=fixed, negative=None, rows=1, scene_cut_prefix=PREFIX, num_new_chunks=None
+        None,
+        encoder,
+        prompt_embeds=fixed,
+        negative_embeds=None,
+        batch_size=1,
+        scene_cut_prefix=PREFIX,
+        num_new_chunks=None,
     )
     assert source.upcoming() == [None]
     for index in range(2):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longlive_diffusers import LongLivePipeline
-from tests.golden_models import TEXT_LENGTH, golden_pipeline, load_rollout
+from tests.support.golden_models import TEXT_LENGTH, golden_pipeline, load_rollout
 
 
 KEYS = ["<negative>", "The scene transitions. b", "The scene transitions. c", "a", "b", "c"]
@@ -36,7 +36,7 @@ def drain(session) -> torch.Tensor:
 
 def values_by_age(cache) -> torch.Tensor:
     """What the last layer holds of each frame, oldest first. Values of a deep layer depend on all that came before."""
-    slots = [frame.index for frame in cache._rows[0].slots]
+    slots = [frame.index for frame in cache._samples[0].slots]
     order = torch.tensor(sorted(range(len(slots)), key=slots.__getitem__))
     _, values = cache[len(cache) - 1].get(len(slots))
     return values.unflatten(1, (len(slots), -1))[:, order]
@@ -134,7 +134,7 @@ def test_a_prompt_switch_rewrites_the_history_under_the_new_prompt(pipe):
             assert session.prompt == "b"
             chunk = next(session)
             assert (chunk.prompt, chunk.shot_index) == ("b", 0)
-            cache = session._denoiser.caches[0]
+            cache = session._denoiser.kv_caches[0]
             held = {frame.index: frame.position for frame in cache.cached_frames()}
             assert sorted(held) == [0, 1, 8, 9, 10, 11]
 

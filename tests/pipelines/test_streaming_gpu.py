@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from tests.tiny_pipeline import needs_gpu, tiny_arguments, tiny_pipeline
+from tests.support.checks import needs_gpu
+from tests.support.tiny_pipeline import tiny_arguments, tiny_pipeline
 
 
 def frames_of(session) -> np.ndarray:

@@ -10,8 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file
 
 from longlive_diffusers import LongLiveScheduler
-from tests.golden_models import GOLDEN
-from tests.tiny_pipeline import logged_by
+from tests.support.checks import logged_by
+from tests.support.paths import GOLDEN
 
 
 GOLDEN_SCHEDULES = load_file(GOLDEN / "schedules.safetensors")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tiny_run import LONG_RUN, options, run_script, save_pipeline, write_videos
+from tests.support.training_run import LONG_RUN, options, run_script, save_pipeline, write_videos
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import torch
 import train_ar
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, WanTransformer3DModel
+from run.arguments import parse_arguments
+from run.log import read_log
 from safetensors.torch import load_file
-from train_arguments import parse_arguments
-from training_log import read_log
 
 from longlive_diffusers import LongLivePipeline
-from longlive_diffusers.cli.video_reader import read_video
+from longlive_diffusers.video.reader import read_video
 
 
 CURVE = Path(__file__).with_name("loss_curve.json")

@@ -1,9 +1,7 @@
 """A trained pipeline on the Hub (a local stand-in): what is uploaded, what is not, and that it loads from there."""
 
-from tests.training.tiny_run import SCRIPT
+from tests.support.training_run import SCRIPT
 
-
-pytest_plugins = ["hub_fixture"]
 
 TRAIN = """
 import os, runpy, sys

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from run.arguments import parse_arguments
+from run.log import read_log
 from safetensors.torch import load_file
-from train_arguments import parse_arguments
-from training_log import read_log
 
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.nvfp4 import NVFP4Config, nvfp4_layers, quantize_model
 from longlive_diffusers.nvfp4.recipes import recipe_named
-from tests.training.tiny_run import options, run_script
+from tests.support.training_run import options, run_script
 
 
 CURVE = Path(__file__).with_name("nvfp4_loss_curve.json")

@@ -13,11 +13,11 @@ import pytest
 import torch
 import train_ar
 from accelerate.state import AcceleratorState
+from run.arguments import parse_arguments
+from run.log import read_log
 from safetensors.torch import load_file
-from train_arguments import parse_arguments
-from training_log import read_log
 
-from tests.training.tiny_run import LONG_RUN, SCRIPT, environment
+from tests.support.training_run import LONG_RUN, SCRIPT, environment
 
 
 LOG = "training_log.jsonl"

@@ -1,0 +1,73 @@
+"""Files and folders that appear complete or not at all.
+
+Whatever is written under a name that somebody else may read - a cached latent, a pipeline of many gigabytes - is written
+under a temporary name beside it first, and renamed when it is complete. A program that fails removes what it had
+written; one that is killed leaves a file whose name begins with a dot and ends in `.partial`, which nothing here reads.
+Temporary names are unique, so several processes may write the same file: the last one to finish wins.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file in UTF-8; an existing one is replaced."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Give a temporary path to write to; when the block ends without an error, the file takes the name `path`.
+
+    Args:
+        path: The file to create or to replace.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:  # KeyboardInterrupt too
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
+    """
+    Give an empty temporary folder to fill; when the block ends without an error, it takes the name `path`.
+
+    Args:
+        path: The folder to create. Its parents are created, too.
+        replace: Whether an existing folder gives way, with all that is in it. Otherwise it has to be empty.
+
+    Raises:
+        OSError: `path` has something in it that is not to be replaced.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.is_dir() and not replace:
+            path.rmdir()  # where it is not empty, this raises rather than overwrites
+        if path.exists():
+            replaced = _temporary(path)
+            path.rename(replaced)
+            temporary.rename(path)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(path)
+    except BaseException:  # KeyboardInterrupt too: gigabytes must not stay behind under a hidden name
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")

@@ -1,0 +1,1 @@
+"""What `longlive bench` measures, and the memory and device facts that other commands report."""

@@ -1,0 +1,168 @@
+"""The sizes that `longlive bench` knows by name, and how much work a forward of each is.
+
+Only sizes matter to time, not what the weights have learnt; so the networks here have random weights, and can be built
+anywhere without a download.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..assets import toy_pipeline_path
+from ..conversion.pipeline_folder import PipelineFolder
+from ..models.latent_frames import pixel_frames
+
+
+# Wan2.2's VAE, 16 times smaller in space and 4 times in time.
+_WAN22_VAE = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "scale_factor_temporal": 4,
+}
+_SMALL_VAE = {**_WAN22_VAE, "base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+
+
+@dataclass(frozen=True)
+class BenchSize:
+    """
+    What is measured. Sizes in latents and latent frames.
+
+    Args:
+        transformer, vae: The configurations of networks with random weights.
+        height, width: The size of the latents.
+        window_size, sink_size: Latent frames that the KV cache holds, and that it never forgets.
+        num_chunks: The length of the video that is made.
+        num_inference_steps: Solver steps of a chunk; the clean pass comes on top.
+        text_tokens: The length of the (random) text embeddings.
+        threads: Threads of the CPU; None: as many as torch uses.
+    """
+
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    height: int
+    width: int
+    window_size: int
+    sink_size: int
+    num_chunks: int
+    num_inference_steps: int = 4
+    text_tokens: int = 512
+    threads: int | None = None
+
+    @property
+    def chunk_size(self) -> int:
+        return self.transformer["chunk_size"]
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Latents of a token's sides."""
+        return tuple(self.transformer["patch_size"][1:])
+
+    def num_frames(self, num_chunks: int) -> int:
+        """Pixel frames of so many chunks from the beginning of a video."""
+        return pixel_frames(num_chunks * self.chunk_size, temporal_scale=self.vae["scale_factor_temporal"])
+
+    @property
+    def chunks_to_fill(self) -> int:
+        """Chunks until attention is over the full window."""
+        return self.window_size // self.chunk_size
+
+
+def _with_latent_statistics(vae: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    return {**vae, "z_dim": channels, "latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+
+
+def _toy() -> BenchSize:
+    folder = PipelineFolder.find(toy_pipeline_path())
+    window_size, transformer = folder.settings["window_size"], folder.transformer
+    return BenchSize(
+        transformer,
+        folder.vae,
+        height=transformer["sample_height"],
+        width=transformer["sample_width"],
+        window_size=window_size,
+        sink_size=folder.settings["sink_size"],
+        num_chunks=window_size // transformer["chunk_size"] + 4,
+    )
+
+
+def _five_b() -> BenchSize:
+    """LongLive-2.0 at 704x1280 pixels."""
+    transformer = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "in_channels": 48,
+        "out_channels": 48,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": 14336,
+        "num_layers": 30,
+        "chunk_size": 8,
+    }
+    vae = _with_latent_statistics(_WAN22_VAE, 48)
+    return BenchSize(transformer, vae, height=44, width=80, window_size=32, sink_size=8, num_chunks=8)
+
+
+def _cpu_reference() -> BenchSize:
+    """A fixed, middling size for comparing CPUs and revisions; 256x384 pixels, two threads."""
+    transformer = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 8,
+        "attention_head_dim": 64,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 512,
+        "freq_dim": 256,
+        "ffn_dim": 2048,
+        "num_layers": 8,
+        "chunk_size": 4,
+    }
+    vae = _with_latent_statistics(_SMALL_VAE, 16)
+    return BenchSize(transformer, vae, height=16, width=24, window_size=16, sink_size=4, num_chunks=10, threads=2)
+
+
+SIZES = {"toy": _toy, "cpu-reference": _cpu_reference, "5b": _five_b}
+
+
+def forward_flops(size: BenchSize) -> int:
+    """Floating point operations of one forward of the transformer on a chunk, at the full window.
+
+    Matrix products only, a multiplication and an addition counting as two. The text's keys and values are not among
+    them: they are cached, and made once for each prompt.
+    """
+    config = size.transformer
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    patch_height, patch_width = size.patch_size
+    frame_tokens = (size.height // patch_height) * (size.width // patch_width)
+    tokens, keys = size.chunk_size * frame_tokens, size.window_size * frame_tokens
+    patch = patch_height * patch_width
+
+    projections = 2 * tokens * dim * dim * (4 + 2)  # query, key, value, output; query and output of the text's
+    feed_forward = 2 * tokens * dim * config["ffn_dim"] * 2
+    attention = 4 * tokens * dim * (keys + size.text_tokens)
+    ends = 2 * tokens * dim * patch * (config["in_channels"] + config["out_channels"])
+    time = 2 * size.chunk_size * dim * (config["freq_dim"] + dim + 6 * dim)
+    return config["num_layers"] * (projections + feed_forward + attention) + ends + time
+
+
+def check_bench_size(size: BenchSize) -> None:
+    """Raise a ValueError that states the numbers, unless the window is filled and something is left to measure."""
+    if size.window_size % size.chunk_size:
+        raise ValueError(
+            f"the window of {size.window_size} latent frames is not filled by whole chunks of {size.chunk_size}, so "
+            "there is no steady state to measure"
+        )
+    if size.num_chunks < size.chunks_to_fill:
+        raise ValueError(
+            f"{size.num_chunks} chunks of {size.chunk_size} do not fill the window of {size.window_size} latent "
+            f"frames: at least {size.chunks_to_fill} are needed"
+        )

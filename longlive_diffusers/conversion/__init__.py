@@ -1,0 +1,1 @@
+"""Whole pipelines on disk: found, loaded, converted and saved."""

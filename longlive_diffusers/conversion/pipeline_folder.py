@@ -1,0 +1,247 @@
+"""A pipeline on disk or on the Hub: what its small files say, how it is loaded, and how it is written whole."""
+
+import inspect
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import safe_open
+from transformers.utils import logging as transformers_logging
+
+from ..atomic_write import new_folder
+from ..dtypes import DTYPES
+from ..loaders.checkpoint_file import read_checkpoint_file
+from ..loaders.lora import LORA_SUFFIXES, check_lora_fits
+from ..models.transformer_longlive import LongLiveTransformer3DModel
+from ..nvfp4.linear import weights_of
+from ..pipelines.inputs import ModelSizes
+from ..pipelines.pipeline_longlive import LongLivePipeline
+
+
+_CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json")
+# Conversions by other people have the layout of a Wan pipeline; LongLivePipeline takes them too.
+_PIPELINES = ("LongLivePipeline", "WanPipeline")
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """
+    Args:
+        source: A folder, or a repository of the Hub, as `from_pretrained` takes it.
+        settings: The settings of the pipeline, by name (`window_size`, ...).
+        transformer, vae: The configurations of the two networks, complete.
+    """
+
+    source: str
+    settings: dict[str, Any]
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+
+    @classmethod
+    def find(cls, source: str | os.PathLike) -> "PipelineFolder":
+        """Look at the settings of a pipeline; nothing large is downloaded or read.
+
+        Raises:
+            ValueError: If there is no such folder or repository, or it is not a pipeline that this package can run.
+        """
+        folder = find_folder(source, _CONFIGS)
+        index, transformer, vae = (read_json(folder, name, source) for name in _CONFIGS)
+        if index.get("_class_name") not in _PIPELINES:
+            raise ValueError(f"'{source}' is a {index.get('_class_name')}, not a LongLivePipeline")
+        defaults = default_settings(LongLivePipeline)
+        return cls(
+            source=str(folder if Path(source).expanduser().is_dir() else source),
+            settings={name: index.get(name, default) for name, default in defaults.items()},
+            transformer=_complete(LongLiveTransformer3DModel, transformer),
+            vae=_complete(AutoencoderKLWan, vae),
+        )
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """What a request to this pipeline has to fit."""
+        scales = (self.vae["scale_factor_spatial"], self.vae["scale_factor_temporal"])
+        return ModelSizes.of_configs(self.transformer, *scales)
+
+    def load(
+        self,
+        *,
+        device: torch.device,
+        dtype: str = "auto",
+        offload: str = "none",
+        lora: str | None = None,
+        show_progress: bool = True,
+    ) -> LongLivePipeline:
+        """Load the models and bring them to the device.
+
+        Args:
+            device: Where they run.
+            dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on a GPU; on a CPU what is stored, but float32
+                for float16, in which a CPU hardly computes.
+            offload: "none", or what is kept on the GPU only while it is needed: a "model" or, "sequential", a layer.
+            lora: File, folder or repository of a LoRA.
+            show_progress: Whether to show progress bars while loading and generating.
+        """
+        if not show_progress:
+            diffusers_logging.disable_progress_bar()
+            transformers_logging.disable_progress_bar()
+        folder = self._folder()
+        if dtype == "auto":
+            wanted = torch.bfloat16 if device.type == "cuda" else cpu_dtype(folder / "transformer")
+        else:
+            wanted = DTYPES[dtype]
+        pipe = LongLivePipeline.from_pretrained(folder, dtype=wanted)
+        pipe.set_progress_bar_config(disable=not show_progress)
+        if lora is not None:
+            self._load_lora(pipe, lora)
+        if offload == "model":
+            pipe.enable_model_cpu_offload(device=device)
+        elif offload == "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+        return pipe
+
+    def load_stored(self, *, dtype: str = "auto", lora: str | None = None) -> LongLivePipeline:
+        """Load the models on the CPU in order to write them again.
+
+        Args:
+            dtype: The dtype of the transformer: "float32", "bfloat16", "float16", or "auto": as stored, like all else.
+            lora: File, folder or repository of a LoRA to add for good.
+        """
+        folder = self._folder()
+        dtypes = {name: stored_dtype(folder / name) for name in ("transformer", "vae", "text_encoder")}
+        if dtype != "auto":
+            dtypes["transformer"] = DTYPES[dtype]
+        pipe = LongLivePipeline.from_pretrained(folder, dtype=dtypes)
+        if lora is not None:
+            self._load_lora(pipe, lora)
+            fuse_lora(pipe)
+        return pipe
+
+    def _folder(self) -> Path:
+        return Path(self.source) if Path(self.source).is_dir() else Path(DiffusionPipeline.download(self.source))
+
+    @staticmethod
+    def _load_lora(pipe: LongLivePipeline, lora: str) -> None:
+        weights = pipe.lora_state_dict(lora)
+        check_lora_fits(weights, weights_of(pipe.transformer))
+        pipe.load_lora_weights(weights)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+def find_folder(
+    source: str | os.PathLike, patterns: tuple[str, ...], *, ignore_patterns: tuple[str, ...] = ()
+) -> Path:
+    """
+    A folder as it is; of a repository of the Hub, the files that match are downloaded.
+
+    Raises:
+        ValueError: If there is neither a folder nor a repository that can be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        found = snapshot_download(
+            str(source), allow_patterns=list(patterns), ignore_patterns=list(ignore_patterns) or None
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ValueError(f"'{source}' is no folder, and no Hub repository that can be reached: {error}") from error
+    return Path(found)
+
+
+def read_json(folder: Path, name: str, source: str | os.PathLike) -> dict[str, Any]:
+    """
+    One configuration file of a pipeline.
+
+    Args:
+        folder: Where the pipeline lies.
+        name: The file in it, for instance `vae/config.json`.
+        source: What the user calls the pipeline.
+
+    Raises:
+        ValueError: If there is no such file, or it is not a JSON object.
+    """
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"'{source}' is not a pipeline: it has no {name}") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{name} of '{source}' is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} of '{source}' holds a {type(content).__name__}, not an object")
+    return content
+
+
+def default_settings(component_class: type) -> dict[str, Any]:
+    """The constructor's arguments that are settings, not components, and their values: those that have a default."""
+    parameters = inspect.signature(component_class.__init__).parameters.values()
+    return {entry.name: entry.default for entry in parameters if entry.default is not inspect.Parameter.empty}
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that most of a model's stored weights have, those in few bits left aside; float32 where that cannot be
+    seen."""
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    counts: Counter[str] = Counter()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                tensor = file.get_slice(name)
+                if tensor.get_dtype() in names:
+                    counts[tensor.get_dtype()] += torch.Size(tensor.get_shape()).numel()
+    return names[counts.most_common(1)[0][0]] if counts else torch.float32
+
+
+def cpu_dtype(folder: Path) -> torch.dtype:
+    """What a model that is stored like this should run in on a CPU."""
+    stored = stored_dtype(folder)
+    return torch.float32 if stored == torch.float16 else stored
+
+
+def check_lora_file(lora: str) -> None:
+    """Refuse, before any model is loaded, a LoRA that is named as a file and is none."""
+    if Path(lora).suffix in LORA_SUFFIXES and not Path(lora).is_file():
+        raise ValueError(f"there is no LoRA file '{lora}'")
+    if Path(lora).is_file():
+        read_checkpoint_file(lora)
+
+
+def fuse_lora(pipe: LongLivePipeline) -> None:
+    """Add the LoRA that is loaded to the transformer's weights for good."""
+    pipe.fuse_lora(components=["transformer"])
+    pipe.unload_lora_weights()
+
+
+def _complete(model: type, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as the model itself understands it, what it adds included; on no device, so for nothing."""
+    known = {name: value for name, value in config.items() if name in default_settings(model)}
+    with init_empty_weights():
+        return dict(model(**known).config)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+def check_output(output: Path) -> None:
+    """
+    Raises:
+        ValueError: If the folder to write is a file, or holds something.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"The output {output} is a file; give a folder that does not exist yet.")
+    if output.is_dir() and (found := len(list(output.iterdir()))):
+        raise ValueError(f"The output {output} already holds {found} files or folders; give a new or an empty folder.")
+
+
+def save_atomically(pipeline: DiffusionPipeline, output: Path) -> None:
+    """Write a pipeline so that a folder of its name is always a complete one."""
+    with new_folder(output) as unfinished:
+        pipeline.save_pretrained(unfinished)

@@ -1,0 +1,139 @@
+"""Keys or values of latent frames in few bits: NVFP4, or FP8 for those who want more of them.
+
+What is cached is read by every later chunk and written once, so it pays to write it small. The stores have one
+interface (`write`, `read_into`, `num_bytes`, `unsupported_reason`) and stand in one registry, `FRAME_STORES`, from
+which `kv_cache_dtype`, the command line's choices and the checks take their names. One frame of one head has scales of
+its own, so that frames can be replaced one by one.
+
+Keys in NVFP4 are *centered* first: from the keys of a frame their mean over tokens is taken, for each head and channel,
+kept in float32, and added again when they are read. Channels of keys have large offsets that all tokens share; with
+them, the 4 bits are spent on the offset and little is left for the differences between tokens, which are all that
+attention looks at. It cannot see what all keys share: a vector m added to every key adds q.m to every score of a query
+q, and softmax cancels what is added to all. (Frames have different means, so these are kept, not dropped. The mean over
+*channels*, which LongLive-2.0's code takes, is another thing: it differs from token to token, so attention sees it.)
+"""
+
+import torch
+
+from ..nvfp4.format import BLOCK, in_block_scales, quantize_unchecked
+from ..nvfp4.load_kernels import load_kernels
+from ..nvfp4.rules import MAX_SCALE, scale_rule_named
+
+
+Shape = tuple[int, int, int, int, int]  # batch, heads, slots, tokens of a frame, head_dim
+
+
+class NVFP4Frames:
+    """
+    Frames in NVFP4, with linear scales.
+
+    Args:
+        shape: `[B, heads, slots, tokens, head_dim]`; head_dim is a multiple of 16.
+        device: Where they are kept.
+        for_keys: Whether these are keys, whose mean over tokens is kept apart.
+        scale_rule: How the scales are chosen, see `nvfp4/rules.py`.
+
+    Raises:
+        ValueError: If head_dim is not a multiple of 16.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device, *, for_keys: bool, scale_rule: str = "mse"):
+        *frames, tokens, head_dim = shape
+        if reason := self.unsupported_reason(head_dim):
+            raise ValueError(f"A KV cache in NVFP4 {reason}.")
+        self.scale_rule = scale_rule
+        self.codes = torch.zeros(*frames, tokens, head_dim // 2, dtype=torch.uint8, device=device)
+        # float8_e4m3fn, as bytes: that dtype cannot be written by index everywhere.
+        self.scales = torch.zeros(*frames, tokens, head_dim // BLOCK, dtype=torch.uint8, device=device)
+        self.amax = torch.zeros(*frames, 1, 1, device=device)
+        self.mean = torch.zeros(*frames, 1, head_dim, device=device) if for_keys else None
+
+    @staticmethod
+    def unsupported_reason(head_dim: int) -> str | None:
+        """Why heads of this size cannot be stored, as the end of a sentence; None if they can."""
+        if head_dim % BLOCK:
+            return f"needs a head_dim in multiples of {BLOCK}, this network's is {head_dim}"
+        return None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of everything that is stored."""
+        buffers = (self.codes, self.scales, self.amax, self.mean)
+        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+
+    def write(self, samples: torch.Tensor, slots: torch.Tensor, frames: torch.Tensor) -> None:
+        """Quantize frames `[..., heads, tokens, head_dim]` into `slots` of `samples` (int64, broadcasting to
+        `[...]`)."""
+        states = frames.float()
+        if self.mean is not None:
+            mean = states.mean(dim=-2, keepdim=True)
+            states = states - mean
+            self.mean[samples, :, slots] = mean
+        amax = states.abs().amax(dim=(-2, -1), keepdim=True)
+        packed = quantize_unchecked(states, self.scale_rule, amax=amax)
+        self.codes[samples, :, slots] = packed.codes
+        self.scales[samples, :, slots] = packed.scales.view(torch.uint8)
+        self.amax[samples, :, slots] = amax
+
+    def read_into(self, target: torch.Tensor, length: int) -> None:
+        """Dequantize the first `length` slots into those of `target` `[B, heads, slots, tokens, head_dim]`."""
+        if not length:
+            return
+        rule, head_dim = scale_rule_named(self.scale_rule), target.shape[-1]
+        kernels = load_kernels() if target.is_cuda else None
+        fits = head_dim & (head_dim - 1) == 0 and target.dtype in (torch.float32, torch.bfloat16)
+        if kernels is not None and fits:
+            kernels.read_frames(self.codes, self.scales, self.amax, self.mean, rule, target, length)
+            return
+        codes, scales, amax = (part[:, :, :length] for part in (self.codes, self.scales, self.amax))
+        # Scales are few, so they take the global one along; what is large is touched once.
+        scales = scales.view(torch.float8_e4m3fn).float() * (amax / rule.span)
+        values = in_block_scales(codes, scales)
+        if self.mean is not None:
+            values += self.mean[:, :, :length]
+        target[:, :, :length] = values
+
+
+class FP8Frames:
+    """
+    Frames in float8_e4m3fn, with one scale for each frame of each head.
+
+    Args:
+        shape: `[B, heads, slots, tokens, head_dim]`.
+        device: Where they are kept.
+        for_keys: Keys are stored as values are: 8 bits have room for their offsets.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device, *, for_keys: bool):
+        self.codes = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.scale = torch.zeros(*shape[:3], 1, 1, device=device)
+
+    @staticmethod
+    def unsupported_reason(head_dim: int) -> str | None:
+        """None: heads of any size can be stored."""
+        return None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of everything that is stored."""
+        return self.codes.nbytes + self.scale.nbytes
+
+    def write(self, samples: torch.Tensor, slots: torch.Tensor, frames: torch.Tensor) -> None:
+        """As `NVFP4Frames.write`."""
+        states = frames.float()
+        scale = states.abs().amax(dim=(-2, -1), keepdim=True) / MAX_SCALE
+        codes = (states / scale.clamp(min=1e-30)).clamp(-MAX_SCALE, MAX_SCALE).to(torch.float8_e4m3fn)
+        self.codes[samples, :, slots] = codes.view(torch.uint8)
+        self.scale[samples, :, slots] = scale
+
+    def read_into(self, target: torch.Tensor, length: int) -> None:
+        """As `NVFP4Frames.read_into`."""
+        if length:
+            codes = self.codes[:, :, :length].view(torch.float8_e4m3fn)
+            target[:, :, :length] = codes.float().mul_(self.scale[:, :, :length])
+
+
+FrameStore = NVFP4Frames | FP8Frames
+
+FRAME_STORES: dict[str, type[NVFP4Frames] | type[FP8Frames]] = {"nvfp4": NVFP4Frames, "fp8": FP8Frames}
+"""The stores in few bits, by the names that `kv_cache_dtype` and the command line call them."""

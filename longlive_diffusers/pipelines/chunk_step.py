@@ -1,0 +1,174 @@
+"""One chunk of a video: a few solver steps from noise to clean latents, then the pass that the cache remembers.
+
+Plain functions over a transformer, a scheduler, KV caches and text embeddings. A streaming session runs them
+(`denoiser.py`), and whatever else makes chunks can call them as they are: they hold no pipeline and keep nothing.
+
+    chunk_step = solve (noise -> clean latents), then write_clean (clean latents -> the cache)
+
+LongLive-2.0 (arXiv 2605.18739), streaming inference.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+
+from ..models.kv_cache import KVCache
+from ..models.transformer_longlive import LongLiveTransformer3DModel
+
+
+OnStepEnd = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Called with a step's index, its timestep and the latents after it; returns the latents to go on with."""
+
+
+@dataclass
+class Conditioning:
+    """
+    What a chunk is made under. It may be changed between two steps.
+
+    Args:
+        prompt_embeds: Text embeddings `[B, L, D]`. The same tensor means the same text: its keys and values are cached.
+        negative_prompt_embeds: The same of the negative prompt; needed with guidance only.
+        guidance_scale: Scale of classifier-free guidance; 1 and 0 are none.
+        first_frame: Latents `[B, C, 1, h, w]` that the chunk begins with (image to video), or None.
+        attention_kwargs: Handed to the transformer: `{"scale": s}` scales its LoRA.
+    """
+
+    prompt_embeds: torch.Tensor
+    negative_prompt_embeds: torch.Tensor | None = None
+    guidance_scale: float = 1.0
+    first_frame: torch.Tensor | None = None
+    attention_kwargs: dict[str, Any] | None = None
+
+
+def chunk_step(
+    transformer: LongLiveTransformer3DModel,
+    scheduler: SchedulerMixin,
+    noise: torch.Tensor,
+    kv_caches: list[KVCache],
+    conditioning: Conditioning,
+    *,
+    num_inference_steps: int,
+    iterate: Callable[[torch.Tensor], Iterable[torch.Tensor]] = iter,
+    on_step_end: OnStepEnd | None = None,
+) -> torch.Tensor:
+    """
+    Make a chunk and let the caches remember it. Their `begin_chunk` has been called.
+
+    Args:
+        transformer: The network, possibly wrapped or compiled.
+        scheduler: The solver; its state is overwritten, so give every stream its own copy.
+        noise: `[B, C, F, h, w]`, float32, where the transformer runs.
+        kv_caches: The cache of the prompt and, with guidance, that of the negative prompt.
+        conditioning: What the chunk is made under.
+        num_inference_steps: Solver steps.
+        iterate: Wraps the timesteps, as a progress bar does. It may end before them; the latents are then as far as
+            the steps that were taken.
+        on_step_end: Called after every step, see [`OnStepEnd`].
+
+    Returns:
+        The chunk's latents, float32 `[B, C, F, h, w]`.
+    """
+    latents = solve(
+        transformer,
+        scheduler,
+        noise,
+        kv_caches,
+        conditioning,
+        num_inference_steps=num_inference_steps,
+        iterate=iterate,
+        on_step_end=on_step_end,
+    )
+    write_clean(transformer, latents, kv_caches, conditioning)
+    return latents
+
+
+def solve(
+    transformer: LongLiveTransformer3DModel,
+    scheduler: SchedulerMixin,
+    noise: torch.Tensor,
+    kv_caches: list[KVCache],
+    conditioning: Conditioning,
+    *,
+    num_inference_steps: int,
+    iterate: Callable[[torch.Tensor], Iterable[torch.Tensor]] = iter,
+    on_step_end: OnStepEnd | None = None,
+) -> torch.Tensor:
+    """From noise to clean latents, float32; arguments as of [`chunk_step`]. Each network call writes the chunk's keys
+    and values into the caches and attends over them."""
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    latents = noise
+    for step, timestep in enumerate(iterate(scheduler.timesteps)):
+        latents = with_first_frame(latents, conditioning.first_frame)
+        velocity = predict_velocity(transformer, latents, timestep, kv_caches, conditioning)
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        latents = with_first_frame(latents, conditioning.first_frame)
+        if on_step_end is not None:
+            latents = on_step_end(step, timestep, latents)
+    return latents
+
+
+def predict_velocity(
+    transformer: LongLiveTransformer3DModel,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    kv_caches: list[KVCache],
+    conditioning: Conditioning,
+) -> torch.Tensor:
+    """
+    The velocity of a chunk, float32; guided where there is a negative prompt: `v_neg + s (v_pos - v_neg)`.
+
+    Args:
+        latents: `[B, C, F, h, w]`.
+        timestep: One number; a first frame that is given has timestep 0 instead.
+        transformer, kv_caches, conditioning: As of [`chunk_step`].
+    """
+    per_frame = timestep.to(latents.device, torch.float32).expand(latents.shape[0], latents.shape[2]).clone()
+    if conditioning.first_frame is not None:
+        per_frame[:, 0] = 0
+    velocity = _forward(transformer, latents, per_frame, conditioning.prompt_embeds, kv_caches[0], conditioning)
+    # Guidance may be switched off on the way; a second cache that there is not cannot be switched on.
+    if len(kv_caches) > 1 and is_guided(conditioning.guidance_scale):
+        negative_embeds = conditioning.negative_prompt_embeds
+        negative = _forward(transformer, latents, per_frame, negative_embeds, kv_caches[1], conditioning)
+        velocity = negative + conditioning.guidance_scale * (velocity - negative)
+    return velocity
+
+
+def write_clean(
+    transformer: LongLiveTransformer3DModel,
+    latents: torch.Tensor,
+    kv_caches: list[KVCache],
+    conditioning: Conditioning,
+) -> None:
+    """One network call at timestep 0 for each cache: from now on they hold the chunk as it is, not as it was on its
+    way. Arguments as of [`chunk_step`]."""
+    # A timestep for each frame, like a step's, so that both are one graph when compiled.
+    timestep = torch.zeros(latents.shape[0], latents.shape[2], device=latents.device)
+    embeds = (conditioning.prompt_embeds, conditioning.negative_prompt_embeds)
+    for kv_cache, prompt_embeds in zip(kv_caches, embeds, strict=False):
+        kv_cache.finish_chunk()
+        _forward(transformer, latents, timestep, prompt_embeds, kv_cache, conditioning)
+
+
+def with_first_frame(latents: torch.Tensor, first_frame: torch.Tensor | None) -> torch.Tensor:
+    """The chunk with its first frame replaced by the given one (image to video)."""
+    return latents if first_frame is None else torch.cat([first_frame, latents[:, :, 1:]], dim=2)
+
+
+def is_guided(guidance_scale: float) -> bool:
+    """Whether there is classifier-free guidance: 1 is none, and so, by diffusers' custom, is 0."""
+    return guidance_scale not in (0, 1)
+
+
+def _forward(transformer, latents, timestep, prompt_embeds, kv_cache: KVCache, conditioning: Conditioning):
+    return transformer(
+        latents.to(prompt_embeds.dtype),  # the network's; a wrapped network does not say its own
+        timestep,
+        prompt_embeds,
+        kv_cache=kv_cache,
+        attention_kwargs=conditioning.attention_kwargs,
+        return_dict=False,
+    )[0].float()

@@ -1,0 +1,171 @@
+"""What a saved or pushed pipeline says about itself: its model card, and configurations without local paths.
+
+diffusers' own card is a placeholder ("This model card has been automatically generated"), and it cannot name the
+package that a reader must install to load these classes. The templates are the Markdown files in `hub_cards/`.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+from ..atomic_write import write_text
+
+
+TAGS = ("diffusers", "longlive", "text-to-video", "image-to-video", "streaming", "multi-shot")
+EXAMPLE_PROMPT = "A red fox runs along a snowy ridge at sunrise."
+# The reference's code and weights differ in license, and whoever tunes these weights passes their license on.
+LONGLIVE_WEIGHTS = "longlive-2"
+NVIDIA_OPEN_MODEL_LICENSE = {
+    "license": "other",
+    "license_name": "nvidia-open-model-license",
+    "license_link": "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license/",
+}
+
+
+def render_model_card(
+    repo_id: str,
+    *,
+    height: int,
+    width: int,
+    chunk_size: int,
+    num_inference_steps: int = 4,
+    guidance_scale: float = 1.0,
+    fps: int = 24,
+    dtype: str = "bfloat16",
+    prompt: str = EXAMPLE_PROMPT,
+    base_model: str | None = None,
+    license: str | None = None,
+    tags: Iterable[str] = (),
+) -> ModelCard:
+    """The card of a LongLive pipeline.
+
+    Args:
+        repo_id: the repository on the Hub, `user/name`.
+        height, width: the size in pixels the pipeline was trained for.
+        chunk_size: latent frames made at a time.
+        num_inference_steps, guidance_scale: what the pipeline was distilled for, used in the example.
+        fps: frames per second.
+        dtype: the name of the dtype the example loads the weights in.
+        prompt: the example's prompt.
+        base_model: the repository these weights come from, if any.
+        license: the weights' license, by its Hub identifier. Unset, it is the NVIDIA Open Model License for weights
+            that come from LongLive-2.0's, and is left open for all others.
+        tags: further tags.
+    """
+    return _render(
+        "pipeline.md",
+        repo_id,
+        base_model=base_model,
+        license=license,
+        tags=tags,
+        prompt=prompt,
+        height=height,
+        width=width,
+        chunk_size=chunk_size,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        fps=fps,
+        dtype=dtype,
+    )
+
+
+def render_lora_card(
+    repo_id: str,
+    *,
+    base_model: str,
+    rank: int | None = None,
+    num_inference_steps: int = 4,
+    guidance_scale: float = 1.0,
+    fps: int = 24,
+    dtype: str = "bfloat16",
+    prompt: str = EXAMPLE_PROMPT,
+    license: str | None = None,
+    tags: Iterable[str] = (),
+) -> ModelCard:
+    """The card of LoRA weights: as `render_model_card`; `base_model` is the pipeline they are loaded into."""
+    return _render(
+        "lora.md",
+        repo_id,
+        base_model=base_model,
+        license=license,
+        tags=("lora", *tags),
+        prompt=prompt,
+        rank=rank,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        fps=fps,
+        dtype=dtype,
+    )
+
+
+def strip_local_paths(folder: str | os.PathLike, components: Iterable[str]) -> None:
+    """Remove from a saved pipeline the folders that its components were loaded from, before it is shared.
+
+    diffusers writes them into `model_index.json` and each component's configuration as `_name_or_path`. Only the
+    pipeline's own files are touched: the folder may hold others'.
+
+    Args:
+        folder: Where the pipeline was saved.
+        components: The names of its subfolders.
+    """
+    folder = Path(folder)
+    configs = (path for component in components for path in folder.glob(f"{component}/*config.json"))
+    for path in (*folder.glob("model_index.json"), *configs):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load_model_card(repo_id: str, *, token: str | None = None) -> ModelCard | None:
+    """The card that is on the Hub, or `None` where the repository has none. What its owner wrote is to be kept."""
+    try:
+        return ModelCard.load(repo_id, token=token)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+
+
+def _render(
+    template: str,
+    repo_id: str,
+    *,
+    base_model: str | None,
+    license: str | None,
+    tags: Iterable[str],
+    prompt: str,
+    **values: str | int | float | None,
+) -> ModelCard:
+    license_fields = {"license": license}
+    if license is None and base_model is not None and LONGLIVE_WEIGHTS in base_model.lower():
+        license_fields = NVIDIA_OPEN_MODEL_LICENSE
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-video",
+        base_model=base_model,
+        tags=list(dict.fromkeys([*TAGS, *tags])),  # each once, in order
+        **license_fields,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=(files("longlive_diffusers.hub_cards") / template).read_text(encoding="utf-8"),
+        repo_id=repo_id,
+        model_name=repo_id.split("/")[-1],
+        prompt_literal=json.dumps(prompt, ensure_ascii=False),
+        license_remark=_license_remark(data),
+        **values,
+    )
+
+
+def _license_remark(data: ModelCardData) -> str:
+    if data.license_name == NVIDIA_OPEN_MODEL_LICENSE["license_name"]:
+        return (
+            "The weights are not: they come from LongLive-2.0's, which are under the "
+            f"[NVIDIA Open Model License]({data.license_link})."
+        )
+    if data.license is None:
+        return "The weights' license is not stated here; ask their owner."
+    return f"The weights' license is `{data.license}`."

@@ -1,0 +1,1 @@
+"""Reading and writing video files, frame by frame, in constant memory."""

@@ -1,0 +1,101 @@
+"""A card's front matter is what the Hub reads, and its program is one that a reader can run."""
+
+import ast
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from longlive_diffusers.pipelines.sharing import render_lora_card, render_model_card
+
+
+LONGLIVE = "Efficient-Large-Model/LongLive-2.0-5B"
+WAN = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+
+
+def pipeline_card(**changes) -> ModelCard:
+    return render_model_card("someone/foxes", **{"height": 704, "width": 1280, "chunk_size": 8, **changes})
+
+
+def programs(card: ModelCard) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card.content, flags=re.DOTALL)
+
+
+def arguments(program: str, function: str) -> dict[str, object]:
+    """The literal keyword arguments of the one call of `function` in `program`."""
+    calls = [node for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Call)]
+    (call,) = [call for call in calls if ast.unparse(call.func) == function]
+    literal = [keyword for keyword in call.keywords if isinstance(keyword.value, ast.Constant)]
+    return {keyword.arg: keyword.value.value for keyword in literal}
+
+
+def test_front_matter():
+    card = pipeline_card(base_model=WAN, license="apache-2.0", tags=["foxes", "longlive"])
+    front_matter = yaml.safe_load(card.content.split("---")[1])
+    tags = front_matter.pop("tags")
+    assert front_matter == {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-video",
+        "base_model": WAN,
+        "license": "apache-2.0",
+    }
+    assert {"diffusers", "longlive", "text-to-video", "foxes"} <= set(tags)
+    assert len(tags) == len(set(tags))
+    assert card.data.to_dict()["pipeline_tag"] == "text-to-video"
+
+
+def test_the_values_reach_table_and_program():
+    prompt = "He said: \"C'est l'été\".\n\\o/ {{ 7 * 7 }}"
+    card = pipeline_card(
+        height=64, width=96, chunk_size=5, num_inference_steps=2, guidance_scale=3.0, fps=12, prompt=prompt
+    )
+    expected = {"prompt": prompt, "height": 64, "width": 96, "num_inference_steps": 2, "guidance_scale": 3.0}
+    call, stream = programs(card)
+    assert arguments(call, "pipe") == expected
+    assert arguments(stream, "pipe.stream") == expected
+    assert arguments(call, "encode_video") == {"fps": 12, "output_path": "video.mp4"}
+    assert 'from_pretrained("someone/foxes", dtype=torch.bfloat16)' in call
+    assert call.index("import longlive_diffusers") < call.index("from_pretrained")
+    assert "pip install longlive-diffusers" in card.content
+    assert "| resolution | 96x64 (width x height), 12 frames per second |" in card.content
+    assert "| chunk | 5 latent frames |" in card.content
+    assert card.content.startswith("---\n") and "# foxes\n" in card.content
+
+
+@pytest.mark.parametrize(
+    ("base_model", "license", "fields", "remark"),
+    [
+        (LONGLIVE, None, ("other", "nvidia-open-model-license"), "NVIDIA Open Model License"),
+        ("someone/longlive-2.0-tuned", None, ("other", "nvidia-open-model-license"), "NVIDIA Open Model License"),
+        (LONGLIVE, "mit", ("mit", None), "license is `mit`"),
+        (WAN, None, (None, None), "not stated"),
+        (WAN, "apache-2.0", ("apache-2.0", None), "license is `apache-2.0`"),
+        (None, None, (None, None), "not stated"),
+    ],
+)
+def test_the_weights_license_is_not_the_codes(base_model, license, fields, remark):
+    card = pipeline_card(base_model=base_model, license=license)
+    assert (card.data.license, card.data.license_name) == fields
+    section = card.content.split("## License")[1]
+    assert "`longlive-diffusers`, is under Apache-2.0" in section
+    assert remark in section
+    assert (f"huggingface.co/{base_model}" in card.content) == (base_model is not None)
+
+
+def test_no_blank_is_left_open():
+    for card in (pipeline_card(), render_lora_card("someone/foxes-lora", base_model=LONGLIVE)):
+        assert "None" not in card.content
+        assert "{{" not in card.content and "{%" not in card.content
+        for program in programs(card):
+            compile(program, "card", "exec")
+
+
+def test_lora_card():
+    card = render_lora_card("someone/foxes-lora", base_model=LONGLIVE, rank=128, num_inference_steps=2, tags=["foxes"])
+    (program,) = programs(card)
+    assert program.index(f'from_pretrained("{LONGLIVE}"') < program.index('load_lora_weights("someone/foxes-lora")')
+    assert arguments(program, "pipe")["num_inference_steps"] == 2
+    assert "of rank 128" in card.content
+    assert {"lora", "foxes", "longlive"} <= set(card.data.tags)
+    assert (card.data.base_model, card.data.license_name) == (LONGLIVE, "nvidia-open-model-license")

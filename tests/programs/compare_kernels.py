@@ -1,0 +1,111 @@
+"""Compares the Triton kernels with the reference: TRITON_INTERPRET=1 python -m tests.programs.compare_kernels"""
+
+import itertools
+
+import torch
+
+from longlive_diffusers.models.frame_store import NVFP4Frames
+from longlive_diffusers.nvfp4 import e2m1, kernels
+from longlive_diffusers.nvfp4.format import NVFP4Tensor, encode_matrix
+from longlive_diffusers.nvfp4.hadamard import random_hadamard
+from longlive_diffusers.nvfp4.noise import uniform_noise
+from longlive_diffusers.nvfp4.rules import RULES
+
+
+def sample(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of all sizes, zeros of both signs, a row of zeros, ties."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    x = torch.randn(rows, columns, generator=generator)
+    x *= torch.exp(3 * torch.randn(rows, columns, generator=generator))
+    x[3] = 0
+    x[5, ::2] = -0.0
+    x[7] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(columns // 8)
+    return x.to(dtype)
+
+
+def equal(codes: torch.Tensor, scales: torch.Tensor, expected: NVFP4Tensor) -> bool:
+    return torch.equal(codes.cpu(), expected.codes) and torch.equal(
+        scales.cpu().view(torch.uint8), expected.scales.view(torch.uint8)
+    )
+
+
+def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
+    """Names of the cases that differ, and the number of all."""
+    differing, total = [], 0
+
+    def check(name: str, same: bool) -> None:
+        nonlocal total
+        total += 1
+        if not same:
+            differing.append(name)
+
+    shapes = [((16, 160), torch.float32), ((16, 1040), torch.bfloat16)]  # an interpreted program takes a while
+    if large:
+        shapes += [((256, 2048), torch.float32), ((7040, 3072), torch.bfloat16)]
+    seed = torch.tensor([3_000_000_001, 987_654_321])
+    for shape, dtype in shapes:
+        x = sample(*shape, dtype)
+        there, amax = x.to(device), x.abs().amax().float().reshape(1)
+        for rule, block, noise_seed in itertools.product(RULES.values(), ((1, 16), (16, 16)), (None, seed)):
+            noise = None if noise_seed is None else uniform_noise(noise_seed, x.shape)
+            expected = encode_matrix(x, amax, rule, block, noise)
+            found = kernels.quantize_matrix(
+                there, amax.to(device), rule, block, None if noise_seed is None else noise_seed.to(device)
+            )
+            name = f"{rule.name} {block} {shape} {dtype} {'nearest' if noise_seed is None else 'stochastic'}"
+            check(name, equal(*found, expected))
+        for dtype_out in (torch.float32, torch.bfloat16):
+            back = kernels.dequantize_matrix(*found, amax.to(device), rule, dtype_out).cpu()
+            values = e2m1.unpack_values(expected.codes).unflatten(-1, (-1, 16))
+            values = (values * expected.scales.float().unsqueeze(-1)).flatten(-2) * amax / rule.span
+            check(f"dequantize {shape} {dtype_out}", torch.equal(back, values.to(dtype_out)))
+
+        several = sample(48, 32, dtype).reshape(3, 16, 32)  # matrices with scales of their own
+        amax = several.abs().amax(dim=(1, 2), keepdim=True).float()
+        expected = encode_matrix(several, amax, RULES["mse"])
+        codes, scales = kernels.quantize_matrix(
+            several.flatten(0, 1).to(device), amax.flatten().to(device), RULES["mse"], (1, 16), None
+        )
+        check(f"several matrices {dtype}", equal(codes.reshape(3, 16, 16), scales.reshape(3, 16, 2), expected))
+
+        rows = x[:, :32]
+        transposed = rows.T  # of other strides
+        for name, matrix in (("Hadamard", rows), ("transposed", transposed), ("transposed, Hadamard", transposed)):
+            hadamard = "Hadamard" in name
+            plain = random_hadamard(matrix.contiguous()) if hadamard else matrix.contiguous()
+            amax = plain.abs().amax().float().reshape(1)
+            on_device = matrix.to(device) if name == "Hadamard" else rows.to(device).T
+            for rule, noise_seed in itertools.product((RULES["static_6"], RULES["mse"]), (None, seed)):
+                noise = None if noise_seed is None else uniform_noise(noise_seed, plain.shape)
+                expected = encode_matrix(plain, amax, rule, (1, 16), noise)
+                found = kernels.quantize_matrix(
+                    on_device,
+                    amax.to(device),
+                    rule,
+                    (1, 16),
+                    None if noise_seed is None else noise_seed.to(device),
+                    hadamard,
+                )
+                check(f"{name}, {rule.name} {shape} {dtype} {noise_seed is not None}", equal(*found, expected))
+    for dtype, centered in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        shape = (2, 2, 3, 20, 32)
+        store = NVFP4Frames(shape, torch.device("cpu"), for_keys=centered)
+        batch = torch.arange(2)[:, None]
+        for slot in range(3):
+            frames = torch.randn(2, 1, 2, 20, 32, generator=torch.Generator().manual_seed(slot))
+            store.write(batch, torch.full((2, 1), slot), frames)
+        expected = torch.zeros(shape, dtype=dtype)
+        store.read_into(expected, 2)
+        parts = [
+            None if part is None else part.to(device) for part in (store.codes, store.scales, store.amax, store.mean)
+        ]
+        found = torch.zeros(shape, dtype=dtype, device=device)
+        kernels.read_frames(*parts, RULES["mse"], found, 2)
+        check(f"frames {dtype} {'centered' if centered else ''}", torch.equal(found.cpu(), expected))
+    return differing, total
+
+
+if __name__ == "__main__":
+    differing, total = compare(torch.device("cpu"))
+    print(f"{len(differing)} of {total} cases differ", *differing, sep="\n")
+    raise SystemExit(bool(differing))

@@ -1,0 +1,141 @@
+"""A training set of a few toy videos, a pipeline of a few thousand parameters, and runs of `train_ar.py` on them."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from assemble import initialize
+from train_vae import build_vae
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, draw_sample, write_sample
+
+from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
+from tests.support.paths import ROOT
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+
+SCRIPT = ROOT / "training" / "train_ar.py"
+NUM_CHUNKS = 4
+LONG_RUN = {
+    "max_train_steps": 30,
+    "learning_rate": 3e-4,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 3,
+    "checkpointing_steps": 4,
+    "checkpoints_total_limit": 2,
+    "error_recycling": True,
+    "error_warmup_steps": 3,
+    "error_update_probability": 1.0,
+    "error_bucket_size": 3,
+}
+
+
+def write_videos(folder: Path, count: int = 6) -> Path:
+    """Videos of 8 latent frames, some with cuts, and one that is a chunk short, thus padded."""
+    chance = random.Random(0)
+    for index in range(count):
+        length = NUM_CHUNKS - 1 if index == count - 1 else NUM_CHUNKS
+        write_sample(folder, f"{index:03d}", draw_sample(chance, length, 2), 2)
+    return folder
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word of the toy world."""
+    words = (
+        f"{' '.join([*COLOURS, *SHAPES, *SIZES, *MOTIONS, *BACKGROUNDS])} a and that over above below moves".split()
+    )
+    return tiny_tokenizer(words, lowercase=True)
+
+
+def save_pipeline(folder: Path) -> Path:
+    """An untrained pipeline of the toy's kind, for 64x64 pixels, with 4 heads."""
+    torch.manual_seed(0)
+    tokenizer = toy_tokenizer()
+    config = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformer = LongLiveTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=16,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=128,
+        num_layers=2,
+        chunk_size=2,
+        sample_height=8,
+        sample_width=8,
+    )
+    initialize(transformer)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)  # as zero, it would hide all other gradients
+    pipe = LongLivePipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(config).eval(),
+        vae=build_vae(8).eval(),
+        transformer=transformer.eval(),
+        scheduler=LongLiveScheduler(),
+        window_size=8,
+        sink_size=2,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def options(pipeline: Path, videos: Path, cache: Path, output: Path, **changed: object) -> list[str]:
+    """The command line of a short run; `changed` options replace these, and None leaves one out."""
+    settings = {
+        "pretrained_model_name_or_path": pipeline,
+        "train_data_dir": videos,
+        "data_cache_dir": cache,
+        "output_dir": output,
+        "num_latent_frames": 2 * NUM_CHUNKS,
+        "max_sequence_length": 32,
+        "train_batch_size": 2,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "adam_beta1": 0.9,
+        "image_probability": 0.5,
+        "prompt_dropout": 0.2,
+        "history_noise_probability": 0.5,
+        "ema_decay": 0.9,
+        "ema_start_step": 2,
+    } | changed
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def environment() -> dict[str, str]:
+    """One thread, so that sums are made in one order; and the package from this checkout."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def run_script(words: list[str], num_processes: int = 1, script: Path = SCRIPT) -> subprocess.CompletedProcess:
+    """A run to its end; with several processes, under `accelerate launch`."""
+    command = [sys.executable, str(script), *words]
+    if num_processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launch = (
+            f"--multi_gpu --num_processes {num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+        )
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.launch", *launch.split()),
+            *("--main_process_port", str(port), str(script), *words),
+        ]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)

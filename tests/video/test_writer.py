@@ -1,0 +1,256 @@
+"""A video can be watched while it is written, and outlives the process that writes it."""
+
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from longlive_diffusers.video.reader import read_video
+from longlive_diffusers.video.writer import VideoWriter, check_output
+from tests.support.paths import ROOT
+
+
+SUFFIXES = (".mp4", ".mov", ".mkv")
+
+
+def numbered_frames(start: int, count: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """Grey ramps, each frame shifted on from the last: [count, height, width, 3], float in [0, 1]."""
+    ramp = np.sin(np.linspace(0, 2 * np.pi, width, endpoint=False)) / 2 + 0.5
+    rows = np.stack([np.roll(ramp, 3 * (start + index)) for index in range(count)])
+    return np.broadcast_to(rows[:, None, :, None], (count, height, width, 3))
+
+
+def decode(path: Path) -> tuple[list[float], list[np.ndarray]]:
+    """Times in seconds and pixels of every frame that can be read, up to the first damage."""
+    times, frames = [], []
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                times.append(float(frame.pts * frame.time_base))
+                frames.append(frame.to_ndarray(format="rgb24"))
+    except av.error.FFmpegError:
+        pass
+    return times, frames
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_frames_sizes_times_and_rate_come_back(tmp_path, suffix):
+    path = tmp_path / f"video{suffix}"
+    chunks = [numbered_frames(0, 5), numbered_frames(5, 8), numbered_frames(13, 1)]
+    with VideoWriter(path, fps=16) as writer:
+        for chunk in chunks:
+            writer.write(chunk)
+    assert writer.frames_written == 14
+
+    frames, fps = read_video(path)
+    expected = np.rint(np.concatenate(chunks) * 255)
+    assert frames.shape == (14, 64, 96, 3) and frames.dtype == np.uint8
+    assert fps == 16
+    assert np.abs(frames - expected).mean() < 2
+    assert decode(path)[0] == pytest.approx([index / 16 for index in range(14)], abs=1e-3)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        key_frames = [index for index, frame in enumerate(container.decode(stream)) if frame.key_frame]
+    assert key_frames == [0, 5, 13]  # every chunk can be seeked to
+
+
+@pytest.mark.parametrize("color", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 0, 0), (0.5, 0.25, 0.75)])
+def test_colors_come_back(tmp_path, color):
+    with VideoWriter(tmp_path / "video.mp4") as writer:
+        writer.write(np.broadcast_to(np.array(color, np.float32), (2, 32, 32, 3)))
+    frames, _ = read_video(tmp_path / "video.mp4")
+    assert np.abs(frames.astype(float) - np.array(color) * 255).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["float64", "float16", "uint8", "torch.float32", "torch.bfloat16", "torch.uint8"])
+def test_every_kind_of_frames_gives_the_same_video(tmp_path, kind):
+    levels = np.linspace(0, 255, 32).round()  # 8-bit levels, which every kind but the half precisions holds exactly
+    frames = np.broadcast_to(levels[None, None, :, None], (3, 32, 32, 3))
+    frames = frames if kind.endswith("uint8") else frames / 255
+    if kind.startswith("torch."):
+        frames = torch.tensor(frames.copy()).to(getattr(torch, kind.removeprefix("torch.")))
+    else:
+        frames = frames.astype(kind)
+    with VideoWriter(tmp_path / "video.mp4") as writer:
+        writer.write(frames)
+    assert np.abs(read_video(tmp_path / "video.mp4")[0] - levels[None, None, :, None]).max() <= 4
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_after_each_write_all_its_frames_but_one_are_on_the_disk(tmp_path, suffix):
+    path = tmp_path / f"video{suffix}"
+    with VideoWriter(path) as writer:
+        for index in range(4):
+            writer.write(numbered_frames(8 * index, 8))
+            times, frames = decode(path)
+            assert len(frames) >= 8 * (index + 1) - 1
+            assert times == pytest.approx([index / 24 for index in range(len(times))], abs=1e-3)
+            assert np.abs(frames[-1] - numbered_frames(len(frames) - 1, 1)[0] * 255).mean() < 2
+
+
+WRITE_FOREVER = """
+import itertools, sys
+import numpy as np
+from longlive_diffusers.video.writer import VideoWriter
+
+with VideoWriter(sys.argv[1], fps=12) as writer:
+    for index in itertools.count():
+        writer.write(np.random.default_rng(index).random((8, 64, 96, 3)))
+        print(index, flush=True)
+"""
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_killed_process_leaves_a_playable_video(tmp_path, suffix):
+    path = tmp_path / f"video{suffix}"
+    command = [sys.executable, "-c", WRITE_FOREVER, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            written = [int(process.stdout.readline()) for _ in range(5)]
+        finally:
+            process.kill()  # SIGKILL: no handler, no finally, no trailer
+        written += [int(line) for line in process.stdout]
+    frames_in_finished_writes = 8 * len(written)
+
+    times, frames = decode(path)
+    assert len(frames) >= frames_in_finished_writes - 1
+    assert times == pytest.approx([index / 12 for index in range(len(times))], abs=1e-3)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate == 12
+
+
+def boxes(data: bytes) -> list[tuple[bytes, int, int]]:
+    """The top-level boxes of an mp4: kind, start, end."""
+    found, start = [], 0
+    while start < len(data):
+        end = start + int.from_bytes(data[start : start + 4], "big")
+        found.append((data[start + 4 : start + 8], start, end))
+        start = end
+    return found
+
+
+def test_a_file_cut_within_a_frame_keeps_every_frame_before_it(tmp_path):
+    """A frame reaches the disk as one `write` of its index and (the beginning of) its data, then the rest of its data.
+
+    So these are the places where a file can end. What was written before the cut is neither lost nor altered.
+    """
+    path, cut = tmp_path / "video.mp4", tmp_path / "cut.mp4"
+    with VideoWriter(path) as writer:
+        for index in range(3):
+            writer.write(numbered_frames(8 * index, 8))
+    data, (_, whole) = path.read_bytes(), decode(path)
+    assert len(whole) == 24
+    data_boxes = [(start, end) for kind, start, end in boxes(data) if kind == b"mdat"]
+    assert len(data_boxes) == 24
+    for count, (start, end) in enumerate(data_boxes):
+        for size in range(start, end, 41):
+            cut.write_bytes(data[:size])
+            _, frames = decode(cut)
+            assert len(frames) == count
+            assert all(np.array_equal(frame, full) for frame, full in zip(frames, whole, strict=False))
+
+
+def test_an_error_in_the_loop_leaves_a_finished_video(tmp_path):
+    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "video.mp4") as writer:
+        writer.write(numbered_frames(0, 8))
+        raise KeyboardInterrupt
+    assert len(read_video(tmp_path / "video.mp4")[0]) == 8
+
+
+def test_memory_does_not_grow_with_the_length_of_the_video(tmp_path):
+    process, chunk = psutil.Process(), np.random.default_rng(0).random((8, 128, 128, 3), np.float32)
+    with VideoWriter(tmp_path / "video.mp4") as writer:
+        for _ in range(10):
+            writer.write(chunk)
+        before = process.memory_info().rss
+        for _ in range(60):  # 94 MB of frames as float, 24 MB as 8-bit
+            writer.write(chunk)
+        assert process.memory_info().rss - before < 12e6
+
+
+def test_no_file_before_the_first_frame(tmp_path):
+    (tmp_path / "old.mp4").write_bytes(b"kept until there is something to put in its place")
+    for name in ("new.mp4", "old.mp4"):
+        with VideoWriter(tmp_path / name):
+            pass
+    assert not (tmp_path / "new.mp4").exists()
+    assert (tmp_path / "old.mp4").stat().st_size == 49
+    with VideoWriter(tmp_path / "old.mp4") as writer:
+        writer.write(numbered_frames(0, 2))
+    assert len(read_video(tmp_path / "old.mp4")[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (np.zeros((4, 64, 96)), r"\[F, H, W, 3\].*\(4, 64, 96\)"),
+        (np.zeros((4, 3, 64, 96)), r"\[F, H, W, 3\].*\(4, 3, 64, 96\)"),
+        (np.zeros((0, 64, 96, 3)), r"at least one frame.*\(0, 64, 96, 3\)"),
+        (np.zeros((1, 63, 96, 3)), "even height and width.*63x96"),
+        (np.zeros((1, 64, 97, 3)), "even height and width.*64x97"),
+        (np.zeros((1, 64, 96, 3), np.int64), "uint8.*int64"),
+        (np.full((1, 64, 96, 3), 255.0), r"in \[0, 1\].*\[255, 255\]"),
+        (np.full((1, 64, 96, 3), -1.0), r"in \[0, 1\].*\[-1, -1\]"),
+        (np.full((1, 64, 96, 3), np.nan), r"in \[0, 1\].*nan"),
+        (np.zeros((1, 32, 96, 3)), "the first were 64x96.*these are 32x96"),
+    ],
+)
+def test_wrong_frames_are_refused_and_the_video_goes_on(tmp_path, frames, message):
+    with VideoWriter(tmp_path / "video.mp4") as writer:
+        writer.write(numbered_frames(0, 4))
+        with pytest.raises(ValueError, match=message):
+            writer.write(frames)
+        writer.write(numbered_frames(4, 4))
+    assert len(read_video(tmp_path / "video.mp4")[0]) == 8
+    with pytest.raises(ValueError, match="closed after 8 frames"):
+        writer.write(numbered_frames(8, 4))
+
+
+def test_frame_rates(tmp_path):
+    with VideoWriter(tmp_path / "video.mp4", fps=30000 / 1001) as writer:
+        writer.write(numbered_frames(0, 8))
+    assert writer.fps == Fraction(30000, 1001)
+    assert read_video(tmp_path / "video.mp4")[1] == pytest.approx(30000 / 1001)
+    for fps in (0, -24, 1e6, float("nan")):
+        with pytest.raises(ValueError, match=r"fps must be in \(0, 1000\]"):
+            VideoWriter(tmp_path / "video.mp4", fps=fps)
+    with pytest.raises(ValueError, match=r"crf must be in \[0, 51\].*52"):
+        VideoWriter(tmp_path / "video.mp4", crf=52)
+
+
+def test_check_output_refuses_early(tmp_path):
+    (tmp_path / "folder.mp4").mkdir()
+    for name, message in [
+        ("video.gif", r"'\.gif'.*\.mp4, \.mov, \.mkv"),
+        ("video", "suffix is ''"),
+        ("folder.mp4", "is a folder"),
+        ("missing/video.mp4", "missing' does not exist"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_output(tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            VideoWriter(tmp_path / name)
+    assert check_output(str(tmp_path / "video.MP4")) == tmp_path / "video.MP4"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder.mp4"]
+
+
+def test_check_output_refuses_what_may_not_be_written(tmp_path, monkeypatch):
+    # os.access is asked, and not a read-only folder made, because the superuser may write to those.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match="permission denied"):
+        check_output(tmp_path / "video.mp4")
+
+
+def test_a_build_without_the_encoder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("longlive_diffusers.video.writer.ENCODER", "libx264_left_out")
+    with pytest.raises(ValueError, match=r"'libx264_left_out'.*pip install"):
+        check_output(tmp_path / "video.mp4")

@@ -1,0 +1,275 @@
+"""Videos with captions, as training takes them: whole chunks of pixels, a prompt and a shot number for each chunk.
+
+`data_samples` says how a training set lies on the disk, `data_video` how frames are read, `data_layout` how chunks are
+conditioned; here they come together.
+
+Image-to-video needs no data of its own. The VAE is causal, so latent frame 0 of any video is the encoding of its first
+image alone: training keeps that frame clean, and the video is a sample of how to go on from an image.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from data.conditioning import Layout, frames_of_chunks, lay_out, whole_chunks
+from data.clip_index import ClipIndex
+from data.samples import Clip, Sample, SampleError, describe_skipped, scan
+from data.videos import ClipError, read_frames
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from longlive_diffusers.pipelines.shots import ShotPlan
+
+
+__all__ = ["Clip", "Sample", "VideoDataset", "scan"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A sample that can be used: its clips, as far as they are, and how many chunks each of them gives."""
+
+    name: str
+    clips: tuple[Clip, ...]
+    chunks_per_clip: tuple[int, ...]
+    layout: Layout
+
+
+class VideoDataset(Dataset):
+    """
+    The videos of a folder (see `data_samples`), each `num_latent_frames` latent frames long.
+
+    Every clip gives whole chunks only: as many as its frames allow, at most its entry in `shot_durations.txt`, at most
+    `max_chunks_per_shot`; and none after the video is full. When the dataset is made, every clip is decoded as far as
+    it can be needed. A sample with a clip that cannot be read, or is too short for one chunk, is left out, with its
+    reason in `skipped` and in a warning; so the length is exact, and the same in every process.
+
+    An item is a dict:
+        pixels: float32 [3, 1 + 4 (num_latent_frames - 1), height, width], in [-1, 1].
+        prompts: The text of each chunk, list[str].
+        shot_index: The shot of each chunk, int64 [chunks].
+        loss_mask: Which latent frames bear loss, bool [num_latent_frames].
+        name: Of the sample.
+
+    Args:
+        root: The folder.
+        num_latent_frames: A multiple of `chunk_size`.
+        chunk_size: Latent frames of a chunk.
+        height, width: Of the frames, in pixels.
+        fps: Frames per second. A clip of another rate gives its nearest frames.
+        max_chunks_per_shot: Upper limit for each clip (each by itself, also where it goes on with the one before).
+        scene_cut_prefix: Put before the prompt of the first chunk of every shot but the first.
+        pad: Repeat the last frame and prompt of a video that is too short; what is added bears no loss. Otherwise such
+            a sample is left out.
+        text_only: Read captions alone, for distillation; there need be no videos, and items have no `pixels` and no
+            `loss_mask`. Shots last as `shot_durations.txt` says, the last of them to the end; without it, chunks are
+            spread evenly and the first shots take the remainder. Each chunk has its own prompt, also at switches.
+        recache_switches: Train prompt switches within a shot as they are generated, with history under the new prompt
+            and without loss (see `data_layout`). False: each chunk keeps its own prompt and bears loss.
+        index_folder: Where to remember what was found out about the clips; None to find it out at every start. Where
+            several processes share it, make the dataset in one first (`accelerator.main_process_first()`): the others
+            then read what it found.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: A size out of range; no such folder; or nothing in it can be used.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        *,
+        num_latent_frames: int,
+        chunk_size: int,
+        height: int,
+        width: int,
+        fps: float = 24,
+        max_chunks_per_shot: int | None = None,
+        scene_cut_prefix: str = "The scene transitions. ",
+        pad: bool = True,
+        text_only: bool = False,
+        recache_switches: bool = True,
+        index_folder: str | os.PathLike | None = None,
+        progress: bool = True,
+    ) -> None:
+        if chunk_size < 1 or num_latent_frames < chunk_size or num_latent_frames % chunk_size:
+            raise ValueError(f"num_latent_frames must be a multiple of {chunk_size} (chunks), got {num_latent_frames}")
+        if height < 1 or width < 1:
+            raise ValueError(f"height and width must be at least 1, got {height}x{width}")
+        if not 0 < fps <= 1000:
+            raise ValueError(f"fps must be in (0, 1000], got {fps}")
+        if max_chunks_per_shot is not None and max_chunks_per_shot < 1:
+            raise ValueError(f"max_chunks_per_shot must be at least 1, got {max_chunks_per_shot}")
+        if text_only and max_chunks_per_shot is not None:
+            raise ValueError(f"text_only has no clips that max_chunks_per_shot={max_chunks_per_shot} could limit")
+        self.root = Path(root).expanduser()
+        self.num_latent_frames, self.chunk_size = num_latent_frames, chunk_size
+        self.height, self.width = height, width
+        self.fps = Fraction(fps).limit_denominator(1001)
+        self.max_chunks_per_shot, self.pad = max_chunks_per_shot, pad
+        self.scene_cut_prefix, self.recache_switches = scene_cut_prefix, recache_switches
+        self.text_only = text_only
+
+        samples, skipped = scan(self.root, text_only=text_only)
+        most_chunks = min(self.num_chunks, max_chunks_per_shot or self.num_chunks)
+        limit = frames_of_chunks(most_chunks, chunk_size, opens_video=False)
+        self._index = ClipIndex(None if text_only else index_folder, self.fps, limit)
+        self.skipped: dict[str, str] = skipped
+        """Why each sample that is not used is not, by name."""
+        self._entries = self._look_at(samples, progress)
+        if skipped:
+            logger.warning("'%s': %s", self.root, describe_skipped(skipped, len(skipped) + len(self)))
+
+    @property
+    def num_chunks(self) -> int:
+        """Of each video."""
+        return self.num_latent_frames // self.chunk_size
+
+    @property
+    def num_frames(self) -> int:
+        """Pixel frames of each video."""
+        return 1 + 4 * (self.num_latent_frames - 1)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the samples, in order."""
+        return [entry.name for entry in self._entries]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> dict:
+        """
+        Raises:
+            ValueError: A clip was changed since the dataset was made, and cannot be read any more.
+        """
+        if self.text_only:
+            item = self.conditioning(index)
+            del item["loss_mask"]
+            return item
+        return {"pixels": self._pixels(self._entries[index]), **self.conditioning(index)}
+
+    def conditioning(self, index: int) -> dict:
+        """An item without its pixels; no video is read."""
+        entry = self._entries[index]
+        bears_loss = torch.tensor(entry.layout.bears_loss, dtype=torch.bool)
+        return {
+            "prompts": list(entry.layout.prompts),
+            "shot_index": torch.tensor(entry.layout.shot_index, dtype=torch.int64),
+            "loss_mask": bears_loss.repeat_interleave(self.chunk_size),
+            "name": entry.name,
+        }
+
+    def distinct_prompts(self) -> list[str]:
+        """Every text that a chunk of any sample is conditioned on, once, in order of appearance."""
+        return list(dict.fromkeys(prompt for entry in self._entries for prompt in entry.layout.prompts))
+
+    def settings(self) -> dict[str, str | int | float | bool | None]:
+        """Everything that items depend on: the arguments, and a digest of the samples (names, captions, sizes of the
+        files); what a cache of them is checked against."""
+        return {
+            "num_latent_frames": self.num_latent_frames,
+            "chunk_size": self.chunk_size,
+            "height": self.height,
+            "width": self.width,
+            "fps": str(self.fps),
+            "max_chunks_per_shot": self.max_chunks_per_shot,
+            "scene_cut_prefix": self.scene_cut_prefix,
+            "pad": self.pad,
+            "text_only": self.text_only,
+            "recache_switches": self.recache_switches,
+            "num_samples": len(self),
+            "samples": self._digest(),
+        }
+
+    def _digest(self) -> str:
+        described = [
+            [
+                entry.name,
+                [
+                    [clip.caption, clip.cut, clip.path and clip.path.name, clip.path and clip.path.stat().st_size]
+                    for clip in entry.clips
+                ],
+                entry.chunks_per_clip,
+            ]
+            for entry in self._entries
+        ]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def _look_at(self, samples: Iterable[Sample], progress: bool) -> list[_Entry]:
+        entries = []
+        try:
+            for sample in tqdm(samples, desc="Looking at the samples", disable=not progress, leave=False):
+                try:
+                    entries.append(self._entry(sample))
+                except (SampleError, ClipError) as error:
+                    self.skipped[sample.name] = str(error)
+        finally:  # also when interrupted: what is known need not be found out again
+            self._index.save()
+        if not entries:
+            reasons = describe_skipped(self.skipped, len(self.skipped))
+            raise ValueError(f"'{self.root}' has no sample that can be used; {reasons}")
+        return entries
+
+    def _entry(self, sample: Sample) -> _Entry:
+        counts = self._chunks_of_texts(sample) if self.text_only else self._chunks_of_clips(sample)
+        clips = sample.clips[: len(counts)]
+        if sum(counts) < self.num_chunks and not self.pad:
+            raise SampleError(
+                f"its {len(clips)} clip(s) give {sum(counts)} chunks of {self.chunk_size} latent frames, but a video "
+                f"has {self.num_chunks}"
+            )
+        layout = lay_out(
+            clips,
+            counts,
+            self.num_chunks,
+            scene_cut_prefix=self.scene_cut_prefix,
+            recache_switches=self.recache_switches and not self.text_only,
+        )
+        return _Entry(sample.name, clips, tuple(counts), layout)
+
+    def _chunks_of_texts(self, sample: Sample) -> list[int]:
+        plan = ShotPlan.from_prompts([clip.caption for clip in sample.clips], sample.durations, self.num_chunks)
+        shots = [plan.chunk(index).shot_index for index in range(self.num_chunks)]
+        return [shots.count(number) for number in range(shots[-1] + 1)]
+
+    def _chunks_of_clips(self, sample: Sample) -> list[int]:
+        counts: list[int] = []
+        for number, clip in enumerate(sample.clips):
+            left = self.num_chunks - sum(counts)
+            if not left:
+                break
+            frames = self._index.count(clip.path)
+            count = whole_chunks(frames, self.chunk_size, opens_video=number == 0)
+            if count == 0:
+                needed = frames_of_chunks(1, self.chunk_size, opens_video=number == 0)
+                raise SampleError(
+                    f"'{clip.path}' has {frames} frames at {float(self.fps):g} a second, but its first chunk of "
+                    f"{self.chunk_size} latent frames needs {needed}"
+                )
+            limits = [left, count, self.max_chunks_per_shot or left]
+            if sample.durations is not None:
+                limits.append(sample.durations[number])
+            counts.append(min(limits))
+        return counts
+
+    def _pixels(self, entry: _Entry) -> torch.Tensor:
+        pixels = torch.empty(3, self.num_frames, self.height, self.width)
+        end = 0
+        for number, (clip, chunks) in enumerate(zip(entry.clips, entry.chunks_per_clip, strict=True)):
+            count = frames_of_chunks(chunks, self.chunk_size, opens_video=number == 0)
+            # Closed at once where reading fails, not when the generator happens to be collected.
+            with contextlib.closing(read_frames(clip.path, self.fps, count, self.height, self.width)) as frames:
+                for frame in frames:
+                    pixels[:, end] = frame.float().div_(255).mul_(2).sub_(1)
+                    end += 1
+        pixels[:, end:] = pixels[:, end - 1 : end]
+        return pixels

@@ -1,0 +1,288 @@
+"""Latents of a training set on the disk: every video is decoded and encoded once, not once an epoch.
+
+    FOLDER/settings.json            what the latents depend on
+    FOLDER/samples.json             the samples' names, prompts, shots and which chunks bear loss
+    FOLDER/00000000.safetensors     normalised latents [C, F, h, w] of sample 0, and so on
+
+With the text cache beside it (`data_text_cache`), training needs neither the videos nor the VAE nor the text encoder.
+A sample is a file of its own: a build that was killed goes on with the next one, ranks share the work without a word
+to each other, and reading one costs a fraction of a millisecond and its bytes. Samples that were read stay in memory
+up to a limit, so a small training set is read once.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from data.clips import VideoDataset
+from data.cache_files import (
+    DamagedFileError,
+    Settings,
+    check_settings,
+    claim,
+    is_whole,
+    load_tensor,
+    module_settings,
+    read_json,
+    save_tensor,
+    write_json,
+)
+from data.text_cache import TextCache, build_text_cache
+from diffusers import AutoencoderKLWan
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+from longlive_diffusers.models.streaming_vae import StreamingEncoder, normalize_latents
+
+
+__all__ = [
+    "LatentDataset",
+    "TextCache",
+    "build_latent_cache",
+    "build_text_cache",
+    "cache_settings",
+    "collate",
+    "encode_pixels",
+    "module_settings",
+]
+
+LATENT_FORMAT = 1
+SAMPLES_FILE = "samples.json"
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def encode_pixels(vae: AutoencoderKLWan, pixels: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Pixels [B, 3, 1 + 4 n, H, W] in [-1, 1] on any device -> normalised latents [B, C, 1 + n, h, w], float32; in
+    memory that does not depend on n. The same as `LongLivePipeline.encode_video`."""
+    encoder = StreamingEncoder(vae)
+    groups = [pixels[:, :, :1], *pixels[:, :, 1:].split(4, dim=2)]
+    latents = [encoder.encode(group.to(device, vae.dtype)) for group in groups if group.shape[2]]
+    return normalize_latents(vae, torch.cat(latents, dim=2).float())
+
+
+def cache_settings(dataset: VideoDataset, vae: AutoencoderKLWan, dtype: torch.dtype = torch.float32) -> Settings:
+    """What the latents of `dataset` depend on: the format, the data, and the VAE's configuration and weights."""
+    return {
+        "latent_format": LATENT_FORMAT,
+        "latent_dtype": str(dtype),
+        **dataset.settings(),
+        **module_settings("vae", vae),
+    }
+
+
+def build_latent_cache(
+    dataset: VideoDataset,
+    vae: AutoencoderKLWan,
+    folder: str | os.PathLike,
+    *,
+    device: torch.device | str,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    num_workers: int = 0,
+    rank: int = 0,
+    num_ranks: int = 1,
+    verify: bool = False,
+    progress: bool = True,
+) -> None:
+    """
+    Encode those samples that are not in the cache yet. A build that was interrupted goes on; files that are damaged
+    are named and made again. With several ranks, each encodes its part; wait for all before reading.
+
+    Args:
+        dataset: Of videos; the same in every rank.
+        vae: It is moved to `device`, and runs in the dtype it has.
+        folder: Of the cache; made if there is none.
+        device: Where to encode.
+        batch_size: Videos that are encoded at a time. (Another one may change the last bit of a latent.)
+        dtype: Of the latents on the disk. bfloat16 halves the cache and rounds latents to 3 significant digits.
+        num_workers: Processes that decode videos meanwhile.
+        rank, num_ranks: The part of this process.
+        verify: Check the content of the files that are already there, not only that they are complete.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: The folder is a cache made with other settings (they are named); the dataset is one of texts; its
+            size is not one the VAE takes; a video cannot be read any more; or its latents are not finite.
+    """
+    if dtype not in STORED_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, STORED_DTYPES))}, got {dtype}")
+    if batch_size < 1 or not 0 <= rank < num_ranks:
+        raise ValueError(f"batch_size must be at least 1 and rank in [0, {num_ranks}), got {batch_size} and {rank}")
+    if dataset.text_only:
+        raise ValueError(f"The dataset '{dataset.root}' has text_only=True: there are no videos to encode")
+    scale = vae.config.scale_factor_spatial
+    if dataset.height % scale or dataset.width % scale:
+        raise ValueError(f"The VAE takes multiples of {scale} pixels, but videos are {dataset.height}x{dataset.width}")
+    folder = Path(folder).expanduser()
+    claim(folder, cache_settings(dataset, vae, dtype))
+    _write_samples(folder / SAMPLES_FILE, _describe(dataset))
+
+    todo = [i for i in range(rank, len(dataset), num_ranks) if not is_whole(_latents_path(folder, i), verify=verify)]
+    vae = vae.to(device)
+    loader = DataLoader(Subset(dataset, todo), batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+    done = 0
+    with tqdm(total=len(todo), desc="Encoding videos", disable=not progress or not todo) as bar:
+        for batch in loader:
+            for name, latents in zip(batch["name"], encode_pixels(vae, batch["pixels"], device), strict=True):
+                if not torch.isfinite(latents).all():
+                    raise ValueError(f"The latents of '{name}' have values that are not finite")
+                save_tensor(_latents_path(folder, todo[done]), latents.to(dtype))
+                done += 1
+                bar.update()
+
+
+class LatentDataset(Dataset):
+    """
+    A training set that was encoded by `build_latent_cache` and `build_text_cache`; the videos are not needed.
+
+    An item is a dict:
+        latents: Normalised, float32 [C, F, h, w].
+        prompt_embeds: Of each chunk, [chunks, L, D], zero beyond each prompt's end; in the dtype of the text cache.
+        shot_index: The shot of each chunk, int64 [chunks].
+        loss_mask: Which latent frames bear loss, bool [F].
+        name: Of the sample.
+
+    Args:
+        folder: Of the latents.
+        text_folder: Of the text embeddings.
+        max_sequence_length: L; a text cache of another one is refused. None to take whichever it has.
+        settings: Refuse latents that were made with others, for example `{"height": 704}`; None to take them as
+            they are. (`build_latent_cache` checks all of them.)
+        text_settings: The same for the text cache.
+        memory_limit: Bytes of samples that are kept in memory once they were read; in each process that reads.
+
+    Raises:
+        ValueError: A folder is no cache, or one of other settings, or not complete (the message says what is missing).
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        text_folder: str | os.PathLike,
+        max_sequence_length: int | None = None,
+        *,
+        settings: Settings | None = None,
+        text_settings: Settings | None = None,
+        memory_limit: int = 2**30,
+    ) -> None:
+        self.folder = Path(folder).expanduser()
+        self.settings = check_settings(self.folder, {"latent_format": LATENT_FORMAT, **(settings or {})})
+        self.text = TextCache(text_folder, max_sequence_length=max_sequence_length, settings=text_settings)
+        content = read_json(self.folder / SAMPLES_FILE)
+        self.prompts: list[str] = content["prompts"]
+        self._samples: list[dict] = content["samples"]
+        self.memory_limit = memory_limit
+        self._kept: dict[Path | str, torch.Tensor] = {}
+        self._kept_bytes = 0
+        there = {path.name for path in self.folder.iterdir()}
+        missing = [i for i in range(len(self)) if _latents_path(self.folder, i).name not in there]
+        if missing:
+            raise ValueError(
+                f"The cache '{self.folder}' is not complete: {len(missing)} of {len(self)} samples are missing, first "
+                f"'{self._samples[missing[0]]['name']}'; build it again to go on"
+            )
+        self.text.check(self.prompts)
+
+    @property
+    def num_latent_frames(self) -> int:
+        """F."""
+        return self.settings["num_latent_frames"]
+
+    @property
+    def chunk_size(self) -> int:
+        """Latent frames of a chunk."""
+        return self.settings["chunk_size"]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the samples, in order."""
+        return [sample["name"] for sample in self._samples]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict:
+        """
+        Raises:
+            ValueError: A file is damaged.
+        """
+        sample = self._samples[index]
+        bears_loss = torch.tensor(sample["bears_loss"], dtype=torch.bool)
+        return {
+            "latents": self._latents(index).float(),
+            "prompt_embeds": torch.stack([self._embeds(self.prompts[number]) for number in sample["prompts"]]),
+            "shot_index": torch.tensor(sample["shot_index"], dtype=torch.int64),
+            "loss_mask": bears_loss.repeat_interleave(self.chunk_size),
+            "name": sample["name"],
+        }
+
+    def _latents(self, index: int) -> torch.Tensor:
+        path = _latents_path(self.folder, index)
+        if path not in self._kept:
+            try:
+                return self._keep(path, load_tensor(path))
+            except DamagedFileError as error:
+                raise ValueError(f"{error}; delete it and build the cache again") from error
+        return self._kept[path].clone()  # an item is its receiver's, who may change it
+
+    def _embeds(self, prompt: str) -> torch.Tensor:
+        return self._kept[prompt] if prompt in self._kept else self._keep(prompt, self.text.load(prompt))
+
+    def _keep(self, key: Path | str, tensor: torch.Tensor) -> torch.Tensor:
+        """Those read first are kept: with a new order every epoch, no other choice is read less often."""
+        size = tensor.numel() * tensor.element_size()
+        if self._kept_bytes + size <= self.memory_limit:
+            self._kept[key] = tensor.clone()
+            self._kept_bytes += size
+        return tensor
+
+
+def collate(items: Sequence[dict]) -> dict:
+    """Items -> one batch: tensors are stacked, numbers become int64 [B], anything else a list."""
+    batch = {}
+    for key, first in items[0].items():
+        values = [item[key] for item in items]
+        if isinstance(first, torch.Tensor):
+            batch[key] = torch.stack(values)
+        elif isinstance(first, int):
+            batch[key] = torch.tensor(values, dtype=torch.int64)
+        else:
+            batch[key] = values
+    return batch
+
+
+def _describe(dataset: VideoDataset) -> dict:
+    """Everything about the samples but their pixels. Prompts, which chunks repeat, are listed once."""
+    prompts = dataset.distinct_prompts()
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    samples = []
+    for i in range(len(dataset)):
+        item = dataset.conditioning(i)
+        samples.append(
+            {
+                "name": item["name"],
+                "prompts": [number[prompt] for prompt in item["prompts"]],
+                "shot_index": item["shot_index"].tolist(),
+                "bears_loss": item["loss_mask"][:: dataset.chunk_size].tolist(),
+            }
+        )
+    return {"prompts": prompts, "samples": samples}
+
+
+def _write_samples(path: Path, described: dict) -> None:
+    """Unless it is there already."""
+    try:
+        if path.exists() and read_json(path) == described:
+            return
+    except DamagedFileError as error:
+        logger.warning("%s, and is made again", error)
+    write_json(path, described)
+
+
+def _latents_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:08d}.safetensors"

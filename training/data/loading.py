@@ -1,0 +1,157 @@
+"""From a folder of videos to batches: the caches are built where they are incomplete, then read."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from data.clips import VideoDataset
+from data.latent_cache import (
+    LatentDataset,
+    TextCache,
+    build_latent_cache,
+    build_text_cache,
+    collate,
+    module_settings,
+)
+from run.process_mesh import ProcessMesh
+from data.sampler import EpochSampler, Numbered
+from torch.utils.data import DataLoader, Dataset
+from run.arguments import DataArguments
+
+from longlive_diffusers import LongLivePipeline
+from longlive_diffusers.models.streaming_vae import normalize_latents
+from longlive_diffusers.parallel import FrameLayout, encode_shard
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """Of the training clips: pixels, latent frames, latent frames of a chunk."""
+
+    height: int
+    width: int
+    num_latent_frames: int
+    chunk_size: int
+
+
+def open_dataset(
+    accelerator: Accelerator,
+    arguments: DataArguments,
+    shape: ClipShape,
+    pipe: LongLivePipeline,
+    cache: Path,
+    output: Path,
+) -> tuple[Dataset, TextCache]:
+    """
+    Scan the videos, encode what is not in the caches, and give the training set and its text embeddings, among them
+    that of the empty prompt. Without `train_data_dir` the caches alone are used.
+
+    Raises:
+        ValueError: There is neither a folder nor a complete cache; nothing in the folder can be used; or a cache is of
+            other settings.
+    """
+    latents, text = cache / "latents", cache / "text"
+    if arguments.train_data_dir is None:
+        if not arguments.cache_latents:
+            raise ValueError("--cache_latents false encodes videos as they are needed: it needs --train_data_dir")
+        dataset = LatentDataset(latents, text, arguments.max_sequence_length, settings=asdict(shape))
+        return dataset, dataset.text
+    with accelerator.main_process_first():
+        videos = VideoDataset(
+            arguments.train_data_dir,
+            **asdict(shape),
+            fps=arguments.fps,
+            max_chunks_per_shot=arguments.max_chunks_per_shot,
+            scene_cut_prefix=pipe.config.scene_cut_prefix,
+            pad=arguments.pad_short_videos,
+            recache_switches=arguments.recache_switches,
+            index_folder=cache / "index",
+            progress=accelerator.is_main_process,
+        )
+    if accelerator.is_main_process and videos.skipped:
+        reasons = [f"  {name}: {reason}" for name, reason in videos.skipped.items()]
+        (output / "skipped_samples.txt").write_text("\n".join(reasons) + "\n", encoding="utf-8")
+    part = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
+    device = accelerator.device
+
+    pipe.text_encoder.to(device)
+    build_text_cache(
+        ["", *videos.distinct_prompts()],
+        lambda prompts: pipe.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=arguments.max_sequence_length,
+            device=device,
+        )[0],
+        text,
+        max_sequence_length=arguments.max_sequence_length,
+        settings=module_settings("text_encoder", pipe.text_encoder),
+        progress=accelerator.is_main_process,
+        **part,
+    )
+    pipe.text_encoder.to("cpu")
+    if arguments.cache_latents:
+        build_latent_cache(
+            videos,
+            pipe.vae,
+            latents,
+            device=device,
+            batch_size=arguments.vae_batch_size,
+            num_workers=arguments.dataloader_num_workers,
+            progress=accelerator.is_main_process,
+            **part,
+        )
+        pipe.vae.to("cpu")
+    accelerator.wait_for_everyone()
+    if not arguments.cache_latents:
+        texts = TextCache(text, max_sequence_length=arguments.max_sequence_length)
+        return TextPrompts(videos, texts), texts
+    dataset = LatentDataset(latents, text, arguments.max_sequence_length, settings=asdict(shape))
+    return dataset, dataset.text
+
+
+class TextPrompts(Dataset):
+    """Videos whose prompts are already embedded: items as of a `LatentDataset`, with `pixels` in place of latents."""
+
+    def __init__(self, videos: VideoDataset, texts: TextCache):
+        self.videos, self.texts = videos, texts
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> dict:
+        item = self.videos[index]
+        item["prompt_embeds"] = torch.stack([self.texts.load(prompt) for prompt in item.pop("prompts")])
+        return item
+
+
+def batches(
+    dataset: Dataset,
+    mesh: ProcessMesh,
+    *,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    start_batch: int,
+) -> Iterator[dict]:
+    """The collated batches of this process's data-parallel group, without end, from `start_batch` on."""
+    sampler = EpochSampler(
+        len(dataset),
+        batch_size=batch_size,
+        seed=seed,
+        num_groups=mesh.dp_size,
+        group=mesh.dp_rank,
+        start_batch=start_batch,
+    )
+    return iter(DataLoader(Numbered(dataset), batch_sampler=sampler, collate_fn=collate, num_workers=num_workers))
+
+
+@torch.no_grad()
+def encode_batch(
+    items: dict, vae: torch.nn.Module, layout: FrameLayout, rank: int, halo: int, device: torch.device
+) -> dict:
+    """Items with the normalised latents of this rank's frames, in place of the pixels of the clip."""
+    pixels = items.pop("pixels").to(device, vae.dtype)
+    latents = normalize_latents(vae, encode_shard(vae, pixels, layout, rank, halo).float())
+    return items | {"latents": latents.cpu()}

@@ -1,0 +1,128 @@
+"""Frames of a clip at a given rate and size, in memory that does not depend on its length.
+
+A clip's own frames may come at any times (23.976 or 60 a second, or whenever a screen recorder had a new picture). At
+the times 0, 1/fps, 2/fps, ... after its first frame, the nearest of them in time is taken; the last is taken to last
+as long as the one before it. Whole seconds at the rate asked for are thus given back frame by frame.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import TypeVar
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+
+from longlive_diffusers.video.reader import BreaksOffError, decode_frames, open_video, upright
+
+
+Frame = TypeVar("Frame")
+
+
+class ClipError(ValueError):
+    """A clip cannot be read, or not as far as it has to be. The message names the file."""
+
+
+def count_frames(path: str | os.PathLike, fps: Fraction, limit: int) -> int:
+    """
+    How many frames [`read_frames`] can give, at most `limit`; found by decoding that far.
+
+    Raises:
+        ClipError: It is no video, or it is damaged before that.
+    """
+    with contextlib.closing(_decode(path)) as frames:
+        count = sum(1 for _ in at_rate(((None, time) for _, time, _ in frames), fps, limit))
+    if not count:
+        raise ClipError(f"'{path}' has no frame that can be decoded")
+    return count
+
+
+def read_frames(path: str | os.PathLike, fps: Fraction, count: int, height: int, width: int) -> Iterator[torch.Tensor]:
+    """
+    The first `count` frames at `fps` a second, each uint8 [3, height, width]: turned upright, made as large as is
+    needed to cover that size (antialiased; pixels that are not square are allowed for), and cropped at the centre.
+
+    Raises:
+        ClipError: It cannot be read so far.
+    """
+    number, last, pixels = 0, None, None
+    with contextlib.closing(_decode(path)) as frames:
+        for frame, pixel_aspect in at_rate((((frame, aspect), time) for frame, time, aspect in frames), fps, count):
+            if frame is not last:  # a slow clip gives one frame several times
+                last, pixels = frame, _fit(frame, pixel_aspect, height, width)
+            number += 1
+            yield pixels
+    if number < count:
+        raise ClipError(f"'{path}' has {number} frames at {float(fps):g} a second, but {count} are needed")
+
+
+def at_rate(frames: Iterable[tuple[Frame, Fraction]], fps: Fraction, limit: int) -> Iterator[Frame]:
+    """
+    At most `limit` of `frames`, one for each time 0, 1/fps, 2/fps, ... after the first: the nearest, of two that are
+    as near the earlier. No more of `frames` are asked for than these need. A frame that is not later than the one
+    before it is passed over.
+
+    Args:
+        frames: Each with its time in seconds.
+    """
+    number, start, last_time, gap = 0, None, Fraction(0), Fraction(0)
+    last: Frame | None = None
+    for frame, time in frames:
+        if start is None:
+            start, last = time, frame
+        elif time - start > last_time:
+            gap = time - start - last_time
+            middle = last_time + gap / 2
+            while number < limit and number / fps <= middle:
+                yield last
+                number += 1
+            last, last_time = frame, time - start
+        # Up to its own time nothing later can be nearer.
+        while number < limit and number / fps <= last_time:
+            yield last
+            number += 1
+        if number >= limit:
+            return
+    if start is None:
+        return
+    total = max(1, math.floor((last_time + gap) * fps + Fraction(1, 2)))
+    for _ in range(number, min(total, limit)):
+        yield last
+
+
+def _decode(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, Fraction, Fraction]]:
+    """Every frame, its time in seconds, and the width of its pixels over their height."""
+    number, time = 0, Fraction(0)
+    try:
+        with open_video(path) as (container, stream):
+            rate = stream.average_rate or stream.guessed_rate
+            for frame in decode_frames(container, stream):
+                if frame.pts is not None:
+                    time = frame.pts * (frame.time_base or stream.time_base)  # those held back have none of their own
+                elif not rate:
+                    raise ClipError(f"'{path}' says neither its frame rate nor the times of its frames")
+                elif number:
+                    time += 1 / rate
+                yield frame, time, stream.sample_aspect_ratio or Fraction(1)
+                number += 1
+    except BreaksOffError as error:
+        raise ClipError(f"'{path}' is damaged or incomplete: it breaks off after {number} frames") from error
+    except ValueError as error:
+        raise ClipError(str(error)) from error
+
+
+def _fit(frame: av.VideoFrame, pixel_aspect: Fraction, height: int, width: int) -> torch.Tensor:
+    """uint8 [3, height, width]: the largest centred part of the frame that has this shape, resized."""
+    image = Image.fromarray(np.ascontiguousarray(upright(frame)))
+    if round(frame.rotation / 90) % 2:
+        pixel_aspect = 1 / pixel_aspect
+    shape = float(Fraction(width, height) / pixel_aspect)  # of the part, counted in the frame's pixels
+    part_width, part_height = min(image.width, image.height * shape), min(image.height, image.width / shape)
+    left, top = (image.width - part_width) / 2, (image.height - part_height) / 2
+    box = (left, top, left + part_width, top + part_height)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

@@ -1,0 +1,238 @@
+"""Teacher forcing: what the network is shown, and what it is to predict (LongLive-2.0, arXiv 2605.18739).
+
+The network sees a clip twice: clean, as the history that generation will have in its cache, and noised, every chunk to
+a level of its own. A noisy chunk sees the clean chunks before it and itself, so one forward trains all chunks at once.
+
+All that is random about a sample is a function of the run's seed and of the sample's number in the run, and is drawn
+for the whole clip: a run can be taken up again, spread over more processes, or have a clip split over several of them,
+and the samples are shown in the same way.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from objectives.error_recycling import ErrorRecycler, RecyclingPlan
+
+from longlive_diffusers import LongLiveScheduler
+from longlive_diffusers.parallel import FrameLayout
+
+
+WEIGHTINGS = ("longlive", "none")
+
+
+@dataclass(frozen=True)
+class TeacherForcingSettings:
+    """
+    Args:
+        weighting_scheme: Of the loss by time: "longlive" (a bell around t = 500) or "none".
+        image_probability: Of a clip whose first frame is given, as in image-to-video: at time 0, and without loss.
+        prompt_dropout: Probability of the empty prompt in place of a clip's prompts, for guidance.
+        history_noise_probability: Of a clip whose clean half is noised a little, at a time that the network is told.
+        history_noise_max_timestep: That time is drawn uniformly below this, in [0, 1000].
+        multi_shot_rope_offset: Added to the time positions at each cut, as in generation.
+    """
+
+    weighting_scheme: str = "longlive"
+    image_probability: float = 0.0
+    prompt_dropout: float = 0.0
+    history_noise_probability: float = 0.0
+    history_noise_max_timestep: float = 100.0
+    multi_shot_rope_offset: float = 8.0
+
+    def __post_init__(self):
+        if self.weighting_scheme not in WEIGHTINGS:
+            raise ValueError(f"weighting_scheme is one of {', '.join(WEIGHTINGS)}, got {self.weighting_scheme!r}")
+        for name in ("image_probability", "prompt_dropout", "history_noise_probability"):
+            value = vars(self)[name]
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is a probability in [0, 1], got {value}")
+        if not 0 <= self.history_noise_max_timestep <= 1000:
+            raise ValueError(f"history_noise_max_timestep is in [0, 1000], got {self.history_noise_max_timestep}")
+
+
+@dataclass(frozen=True)
+class SampleDraws:
+    """The randomness of one clip of F frames: `timestep` `[F]`, `noise` and `history_noise` `[C, F, h, w]`."""
+
+    timestep: torch.Tensor
+    noise: torch.Tensor
+    history_noise: torch.Tensor
+    history_timestep: float
+    given_image: bool
+    drops_prompt: bool
+    recycling: RecyclingPlan
+
+
+@dataclass
+class Batch:
+    """
+    What a process works on: its frames (all of them without sequence parallelism) of its clips.
+
+    Args:
+        arguments: Of the transformer's forward.
+        latents: The clean video, `[B, C, F, h, w]`.
+        noise, target: As the latents.
+        frame_weight: Weight of each frame in the loss, `[B, F]`; 0 where it bears none.
+        bears_loss: Which frames count, bool `[B, F]`.
+        plans, draws: Of each clip.
+    """
+
+    arguments: dict[str, torch.Tensor]
+    latents: torch.Tensor
+    noise: torch.Tensor
+    target: torch.Tensor
+    frame_weight: torch.Tensor
+    bears_loss: torch.Tensor
+    plans: list[RecyclingPlan]
+
+
+class TeacherForcing:
+    """
+    Args:
+        scheduler: Its noise process, velocity and weights.
+        settings: Of the objective.
+        seed: Of the run.
+        layout: How clips are split over the ranks of a sequence-parallel group (of 1 without).
+        rank: In that group.
+        empty_prompt: Embedding of the empty prompt, `[L, D]`.
+        recycler: Adds and keeps errors; None: no error recycling.
+    """
+
+    def __init__(
+        self,
+        scheduler: LongLiveScheduler,
+        settings: TeacherForcingSettings,
+        *,
+        seed: int,
+        layout: FrameLayout,
+        rank: int,
+        empty_prompt: torch.Tensor,
+        recycler: ErrorRecycler | None = None,
+    ):
+        self.scheduler, self.settings, self.seed = scheduler, settings, seed
+        self.layout, self.rank = layout, rank
+        self.empty_prompt, self.recycler = empty_prompt, recycler
+
+    def draw(self, number: int, step: int, shape: torch.Size) -> SampleDraws:
+        """
+        Args:
+            number: Of the sample in the run.
+            step: Of the run; error recycling begins after some.
+            shape: Of the clip's latents, `[C, F, h, w]`; all frames, also where this rank has but some.
+        """
+        settings, chance = self.settings, np.random.default_rng([self.seed, number])
+        # All that might be needed is drawn, in one order, so that no setting changes what another one draws.
+        image, dropout, history, level = chance.random(4)
+        index = torch.from_numpy(chance.integers(len(self.scheduler.training_timesteps), size=self.layout.num_chunks))
+        recycling = np.random.default_rng([self.seed, number, 1])
+        plan = RecyclingPlan() if self.recycler is None else self.recycler.plan(recycling, step)
+        noise, history_noise = (
+            torch.from_numpy(chance.standard_normal(tuple(shape), dtype=np.float32)) for _ in range(2)
+        )
+        noised_history = history < settings.history_noise_probability
+        return SampleDraws(
+            timestep=self.scheduler.training_timesteps[index].repeat_interleave(self.layout.chunk_size),
+            noise=noise,
+            history_noise=history_noise,
+            history_timestep=float(level * settings.history_noise_max_timestep) if noised_history else 0.0,
+            given_image=bool(image < settings.image_probability),
+            drops_prompt=bool(dropout < settings.prompt_dropout),
+            recycling=plan,
+        )
+
+    def prepare(self, items: dict, step: int, device: torch.device) -> Batch:
+        """
+        Args:
+            items: A collated batch of a `LatentDataset` through `Numbered`; `latents` may also be this rank's frames
+                alone, `[B, C, F / N, h, w]`.
+            step: Of the run.
+            device: Where the result is.
+        """
+        layout, rank, settings, scheduler = self.layout, self.rank, self.settings, self.scheduler
+        latents, numbers = items["latents"], items["sample_number"].tolist()
+        whole = (latents.shape[1], layout.num_frames, *latents.shape[3:])
+        draws = [self.draw(number, step, whole) for number in numbers]
+        if latents.shape[2] == layout.num_frames:
+            latents = layout.shard_latents(latents, rank)
+        noise, history_noise = (
+            layout.shard_latents(torch.stack(states), rank)
+            for states in zip(*((draw.noise, draw.history_noise) for draw in draws), strict=True)
+        )
+        timestep = layout.shard_frames(torch.stack([draw.timestep for draw in draws]), rank).clone()
+        history_timestep = torch.tensor([draw.history_timestep for draw in draws])[:, None].expand_as(timestep)
+        bears_loss = layout.shard_frames(items["loss_mask"], rank).clone()
+        embeds = layout.shard_chunks(items["prompt_embeds"], rank).clone()
+        for row, draw in enumerate(draws):
+            if draw.drops_prompt:
+                embeds[row] = self.empty_prompt.to(embeds)
+
+        clean, before_noise, noise = self._recycle(latents, noise, timestep, draws, numbers)
+        clean = scheduler.add_noise(clean, history_noise, history_timestep)
+        noisy = scheduler.add_noise(before_noise, noise, timestep)
+        if rank == 0:  # which holds the first frame
+            for row, draw in enumerate(draws):
+                if draw.given_image:
+                    noisy[row, :, 0] = latents[row, :, 0]
+                    timestep[row, 0], bears_loss[row, 0] = 0, False
+
+        weight = scheduler.weight(timestep) if settings.weighting_scheme == "longlive" else torch.ones_like(timestep)
+        shots = items["shot_index"].repeat_interleave(layout.chunk_size, dim=1)
+        positions = torch.arange(layout.num_frames) + settings.multi_shot_rope_offset * shots
+        arguments = {
+            "hidden_states": noisy,
+            "timestep": timestep,
+            "encoder_hidden_states": embeds,
+        }
+        if layout.num_chunks > 1:  # a single chunk has no history
+            arguments |= {"clean_hidden_states": clean, "clean_timestep": history_timestep}
+        return Batch(
+            arguments={name: tensor.to(device) for name, tensor in arguments.items()}
+            | {"frame_positions": layout.shard_frames(positions, rank)},
+            latents=latents,
+            noise=noise,
+            target=scheduler.velocity(latents, noise).to(device),
+            frame_weight=(weight * bears_loss).to(device),
+            bears_loss=bears_loss,
+            plans=[draw.recycling for draw in draws],
+        )
+
+    def error_sum(self, velocity: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The weighted squared errors of all frames that bear loss, summed: divide by their number for the loss.
+
+        Args:
+            velocity: Prediction of the network, `[B, C, F, h, w]`.
+        """
+        per_frame = (velocity.float() - batch.target).square().mean(dim=(1, 3, 4))  # [B, F]
+        return (per_frame * batch.frame_weight).sum()
+
+    @torch.no_grad()
+    def keep_errors(self, velocity: torch.Tensor, batch: Batch) -> None:
+        """Hand the errors of those clips that the recycling plan chose to the buffer."""
+        if self.recycler is None or not any(plan.update for plan in batch.plans):
+            return
+        velocity, timestep = velocity.float().cpu(), batch.arguments["timestep"].cpu()
+        noisy = batch.arguments["hidden_states"].cpu()
+        x0 = self.scheduler.x0(noisy, velocity, timestep)
+        sigma = self.scheduler.sigmas_at(timestep)[:, None, :, None, None]
+        noise = noisy + (1 - sigma) * velocity  # the other end of the path that the velocity points along
+        for row, plan in enumerate(batch.plans):
+            if plan.update:
+                which = (timestep[row], batch.bears_loss[row])
+                self.recycler.keep_errors("latent", x0[row], batch.latents[row], *which)
+                self.recycler.keep_errors("noise", noise[row], batch.noise[row], *which)
+
+    def _recycle(self, latents, noise, timestep, draws: list[SampleDraws], numbers: list[int]):
+        """The clean history, the latents before noising and the noise, with errors of past steps where planned."""
+        if self.recycler is None:
+            return latents, latents, noise
+        clean, before_noise, noise = latents.clone(), latents.clone(), noise.clone()
+        for row, (draw, number) in enumerate(zip(draws, numbers, strict=True)):
+            chance = np.random.default_rng([self.seed, number, 2, self.rank])
+            if draw.recycling.context:
+                clean[row] = self.recycler.add_errors(clean[row], "latent", None, chance)
+            if draw.recycling.latent:
+                before_noise[row] = self.recycler.add_errors(before_noise[row], "latent", timestep[row], chance)
+            if draw.recycling.noise:
+                noise[row] = self.recycler.add_errors(noise[row], "noise", timestep[row], chance)
+        return clean, before_noise, noise

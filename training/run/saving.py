@@ -1,0 +1,171 @@
+"""What training starts from, and what it leaves: a pipeline in diffusers' format, or a LoRA, with its model card."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel, _collate_lora_metadata
+from huggingface_hub import HfApi, ModelCard
+from peft import get_peft_model_state_dict
+from run.arguments import Arguments, ModelArguments, RunArguments
+
+from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
+from longlive_diffusers.pipelines.sharing import render_lora_card
+from longlive_diffusers.nvfp4 import nvfp4_layers
+
+
+def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTransformer3DModel]:
+    """
+    The pipeline that training starts from, without its transformer, and that in float32, the precision of the weights
+    that are trained. Wan pipelines are taken as LongLive's.
+
+    Raises:
+        ValueError: The folder has no transformer that this package can train.
+    """
+    options = {"revision": arguments.revision, "variant": arguments.variant}
+    source = arguments.pretrained_model_name_or_path
+    overrides = {} if arguments.chunk_size is None else {"chunk_size": arguments.chunk_size}
+    try:
+        transformer = LongLiveTransformer3DModel.from_pretrained(
+            source, subfolder="transformer", dtype=torch.float32, **options, **overrides
+        )
+    except OSError as error:
+        raise ValueError(f"'{source}' has no transformer to start from: {error}") from error
+    if nvfp4_layers(transformer) and arguments.rank is None:
+        transformer.dequantize()  # all weights are to move; under a LoRA they stay in 4 bits
+    pipe = LongLivePipeline.from_pretrained(source, transformer=None, dtype=torch.float32, **options)
+    pipe.set_progress_bar_config(disable=True)
+    for model in (pipe.vae, pipe.text_encoder):
+        model.requires_grad_(False).eval()
+    return pipe, transformer
+
+
+def trained_weights(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None) -> dict[str, torch.Tensor]:
+    """The whole state dict of the network, averaged where an average was kept. Every process has to call it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if ema is not None:
+        ema.store(trained)
+        ema.copy_to(trained)
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    if ema is not None:
+        ema.restore(trained)
+    return weights
+
+
+def save_result(
+    weights: dict[str, torch.Tensor], transformer: LongLiveTransformer3DModel, arguments: Arguments, output: Path
+) -> list[str]:
+    """
+    Write the trained pipeline, or LoRA, into the run's folder: all of it under another name first.
+
+    Returns:
+        Names of what was written there.
+    """
+    partial = output / "result.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    repo_id = arguments.run.hub_model_id or output.name
+    if arguments.model.rank is not None:
+        LongLivePipeline.save_lora_weights(
+            partial,
+            transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=weights),
+            **_collate_lora_metadata({"transformer": transformer}),
+        )
+        card = lora_card(arguments, repo_id)
+    else:
+        source = arguments.model.pretrained_model_name_or_path
+        with torch.device("meta"):
+            trained = LongLiveTransformer3DModel.from_config(dict(transformer.config))
+        trained.load_state_dict({_plain(name): tensor for name, tensor in weights.items()}, assign=True)
+        options = {"revision": arguments.model.revision, "variant": arguments.model.variant}
+        pipe = LongLivePipeline.from_pretrained(source, transformer=trained, dtype=torch.float32, **options)
+        pipe.save_pretrained(partial)
+        card = pipe.model_card(repo_id, **card_details(arguments))
+    card.text += training_section(arguments, repo_id)
+    card.save(partial / "README.md")
+    # The index comes last: without it, the folder does not pass for a pipeline.
+    names = sorted((path.name for path in partial.iterdir()), key=lambda name: name == "model_index.json")
+    for name in names:
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
+        os.replace(partial / name, output / name)
+    partial.rmdir()
+    return names
+
+
+def lora_card(arguments: Arguments, repo_id: str) -> ModelCard:
+    details = card_details(arguments)
+    base = details["base_model"] or arguments.model.pretrained_model_name_or_path
+    return render_lora_card(repo_id, **details | {"base_model": base}, rank=arguments.model.rank)
+
+
+def card_details(arguments: Arguments) -> dict[str, str | int | float | None]:
+    """What a card says of how the result is used: as it was in validation."""
+    run, source = arguments.run, arguments.model.pretrained_model_name_or_path
+    details = {
+        "num_inference_steps": run.validation_num_inference_steps,
+        "guidance_scale": run.validation_guidance_scale,
+        "base_model": None if Path(source).exists() else source,  # a folder here means nothing to others
+    }
+    if run.validation_prompts:
+        details["prompt"] = run.validation_prompts[0].split(" | ")[0]
+    return details
+
+
+def training_section(arguments: Arguments, repo_id: str) -> str:
+    """The part of a card that says how the result was trained."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in training_facts(arguments).items())
+    intro = "Teacher forcing, with `training/train_ar.py` of longlive-diffusers."
+    text = f"\n## Training\n\n{intro}\n\n| | |\n|---|---|\n{rows}\n"
+    if trains_in_nvfp4(arguments):
+        recipe = arguments.optimization.nvfp4_recipe
+        text += (
+            "\nThese weights are in float32. Rounded to 4 bits as in training: "
+            f"`longlive quantize {repo_id} --output FOLDER --recipe {recipe}`\n"
+        )
+    return text
+
+
+def training_facts(arguments: Arguments) -> dict[str, str | int | float]:
+    optimization, data = arguments.optimization, arguments.data
+    return {
+        "updates": optimization.max_train_steps,
+        "clips of an update, each data-parallel group": (
+            optimization.train_batch_size * optimization.gradient_accumulation_steps
+        ),
+        "latent frames of a clip": data.num_latent_frames,
+        "precision": f"NVFP4, recipe {optimization.nvfp4_recipe}" if trains_in_nvfp4(arguments) else "as accelerate's",
+        "optimiser": optimization.optimizer,
+        "learning rate": optimization.learning_rate,
+        "schedule": optimization.lr_scheduler,
+        "weight average": optimization.ema_decay if optimization.ema_decay is not None else "none",
+        "error recycling": "yes" if arguments.objective.error_recycling else "no",
+        "image conditioning, share of clips": arguments.objective.image_probability,
+        "seed": optimization.seed,
+    }
+
+
+def trains_in_nvfp4(arguments: Arguments) -> bool:
+    return arguments.optimization.precision == "nvfp4" and arguments.model.rank is None
+
+
+def publish(names: list[str], output: Path, run: RunArguments) -> str:
+    """Upload what was written, and the validation videos; nothing else of the run's folder.
+
+    Returns:
+        The repository's id.
+    """
+    api = HfApi(token=run.hub_token)
+    repo_id = api.create_repo(run.hub_model_id or output.name, exist_ok=True).repo_id
+    patterns = [pattern for name in names for pattern in (name, f"{name}/*")] + ["validation/*"]
+    api.upload_folder(
+        repo_id=repo_id, folder_path=output, allow_patterns=patterns, commit_message="Result of training"
+    )
+    return repo_id
+
+
+def _plain(name: str) -> str:
+    """Of a compiled or wrapped module, the name without the wrapper."""
+    return name.removeprefix("module.").replace("_orig_mod.", "")

@@ -1,0 +1,154 @@
+"""Evaluate a model of the toy world: python training/evaluate_toy.py --model FOLDER --output DIR
+
+The model makes videos from captions, and a judge that does not know them (`toy_judge.py`) reads what is there. Tables
+are printed, and written to DIR/report.md and DIR/results.json; next to them are curves and a strip of frames, as PNG.
+
+Sections: `accuracy` (seen and held-out combinations), `steps` (by number of solver steps), `time` (up to 8 times the
+training length, with and without sinks, either RoPE), `events` (shots, prompt switches, cuts, images), `vae` (what it
+loses), `strip` (frames to look at).
+
+Finished parts are kept in DIR/parts: an evaluation that was interrupted goes on where it was, and one with other
+settings needs another folder. About 15 minutes on two CPU cores, two with --quick. The same seed, the same videos.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from evaluation.sections import Evaluation, Settings, accuracy, events, steps, time
+from evaluation.store import Store, fingerprint
+from evaluation.strip import strip
+from evaluation.tables import Table
+from evaluation.vae import vae
+from world import SIDE
+from whole_file import write_whole
+
+import longlive_diffusers  # noqa: F401  (registers the pipeline's classes with diffusers)
+from longlive_diffusers import LongLivePipeline
+from longlive_diffusers.conversion.convert import DTYPES
+from longlive_diffusers.models.kv_cache import PACKED_DTYPES
+
+
+SECTIONS = {"accuracy": accuracy, "steps": steps, "time": time, "events": events, "vae": vae, "strip": strip}
+FULL = Settings()
+QUICK = Settings(num_prompts=6, num_inference_steps=8, step_counts=(4, 8), long_steps=4, long_factor=2)
+
+
+def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> LongLivePipeline:
+    """The pipeline in a folder, silent.
+
+    Raises:
+        ValueError: The folder holds no pipeline, or one that does not make videos of the toy world's size.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"'{folder}' holds no pipeline: there is no model_index.json in it.")
+    pipe = LongLivePipeline.from_pretrained(folder, dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    check_pipeline(pipe)
+    return pipe
+
+
+def check_pipeline(pipe: LongLivePipeline) -> None:
+    config, scale = pipe.transformer.config, pipe.vae_scale_factor_spatial
+    size = config.sample_height * scale, config.sample_width * scale
+    if size != (SIDE, SIDE):
+        raise ValueError(f"The model makes videos of {size[0]}x{size[1]} pixels, the toy world's are {SIDE}x{SIDE}.")
+
+
+def evaluate(
+    pipe: LongLivePipeline, output: Path, settings: Settings, sections: list[str], *, model: str
+) -> dict[str, list[Table]]:
+    """Run sections, or take from `output` what was finished, print their tables and write the reports.
+
+    Args:
+        pipe: The model.
+        sections: Names among `SECTIONS`.
+        model: What tells the model from others, for instance its `fingerprint`.
+
+    Raises:
+        ValueError: An unknown section, or a folder with results of another model or other settings.
+    """
+    unknown = [name for name in sections if name not in SECTIONS]
+    if unknown:
+        raise ValueError(f"There is no section {', '.join(unknown)}, only {', '.join(SECTIONS)}.")
+    evaluation = Evaluation(pipe, settings, Store(output, model))
+    tables: dict[str, list[Table]] = {}
+    for name in sections:
+        tables[name] = SECTIONS[name](evaluation)
+        for table in tables[name]:
+            print("\n" + table.as_text(), flush=True)
+        write_reports(output, settings, tables, model)
+    return tables
+
+
+def write_reports(output: Path, settings: Settings, tables: dict[str, list[Table]], model: str) -> None:
+    """`results.json` and `report.md`, of the sections of this call."""
+    results = {name: [asdict(table) for table in of_section] for name, of_section in tables.items()}
+    content = {"model": model, "settings": asdict(settings), "sections": results}
+    write_whole(output / "results.json", json.dumps(content, indent=1) + "\n")
+    lines = ["# The toy world: what the judge saw", "", f"Model `{model}`, seed {settings.seed}."]
+    pictures = {"steps": "steps.png", "time": "time.png", "strip": "strip.png"}
+    for name, of_section in tables.items():
+        lines += ["", f"## {name.capitalize()}"]
+        for table in of_section:
+            lines += ["", table.as_markdown()]
+        if name in pictures:
+            lines += ["", f"![{name}]({pictures[name]})"]
+    write_whole(output / "report.md", "\n".join(lines) + "\n")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `settings` None stands for what is to be taken from the preset or the model."""
+    parser = argparse.ArgumentParser(description="Evaluate a model of the toy world.")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a pipeline")
+    parser.add_argument("--output", type=Path, required=True, help="folder for results; finished parts in it are kept")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), metavar="SECTION", default=list(SECTIONS))
+    parser.add_argument("--quick", action="store_true", help="few prompts, few steps, videos of twice the length")
+    for name, kind, text in (
+        ("num_prompts", int, "prompts of each kind; half as many for long videos (default 24)"),
+        ("num_inference_steps", int, "solver steps (default 30)"),
+        ("long_steps", int, "solver steps of long videos (default 8)"),
+        ("num_chunks", int, "length of the training videos (default 8)"),
+        ("long_factor", int, "how many times as long the long videos are (default 8)"),
+        ("guidance_scale", float, "1 is no guidance (default 1)"),
+        ("max_sequence_length", int, "tokens of a prompt, as in training (default: the tokenizer's limit)"),
+        ("batch_size", int, "videos made at a time (default 24)"),
+        ("seed", int, "of prompts and noise (default 0)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument("--dtype", choices=DTYPES, help="to load the model in (default float32)")
+    parser.add_argument("--kv_cache_dtype", choices=PACKED_DTYPES, help="store keys and values in few bits")
+    parser.add_argument("--step_counts", type=int, nargs="+", help="compared by `steps` (default 4 8 16 30 50)")
+    parsed = parser.parse_args(arguments)
+    preset = asdict(QUICK if parsed.quick else FULL)
+    given = {field.name: vars(parsed)[field.name] for field in fields(Settings)}
+    if given["step_counts"] is not None:
+        given["step_counts"] = tuple(given["step_counts"])
+    parsed.takes_tokenizers_length = given["max_sequence_length"] is None
+    try:
+        parsed.settings = Settings(**{name: preset[name] if given[name] is None else given[name] for name in given})
+        torch.device(parsed.device)
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    if not (parsed.model / "model_index.json").is_file():
+        parser.error(f"'{parsed.model}' holds no pipeline: there is no model_index.json in it")
+    return parsed
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    settings = arguments.settings
+    pipe = load(arguments.model, arguments.device, DTYPES[settings.dtype])
+    if arguments.takes_tokenizers_length:
+        # Padding is attended to: prompts have to be padded as they were in training.
+        settings = Settings(**(asdict(settings) | {"max_sequence_length": pipe.tokenizer.model_max_length}))
+    print(f"{arguments.model}: {settings}", flush=True)
+    evaluate(pipe, arguments.output, settings, arguments.only, model=fingerprint(arguments.model))
+    print(f"\n{arguments.output / 'report.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Shares of right marks, and tables of them, as aligned text and as Markdown."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from evaluation.marks import ATTRIBUTES, STEADY, Marks, judge_shot
+from evaluation.videos import JudgedChunk
+
+
+COLUMNS = ("all", *ATTRIBUTES, STEADY)
+Cell = str | float | int | None
+Videos = Sequence[Sequence[JudgedChunk]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """`note` explains, below the title. Floating cells are shown with one decimal, None as a dash."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[Cell]] = field(default_factory=list)
+    note: str = ""
+
+    def as_text(self) -> str:
+        cells = [list(self.columns), *([_shown(cell) for cell in row] for row in self.rows)]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(self.columns))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+            for row in cells
+        ]
+        return "\n".join([self.title, *([self.note] if self.note else []), *(line.rstrip() for line in lines)])
+
+    def as_markdown(self) -> str:
+        lines = [
+            f"| {' | '.join(self.columns)} |",
+            f"| --- |{' ---: |' * (len(self.columns) - 1)}",
+            *(f"| {' | '.join(_shown(cell) for cell in row)} |" for row in self.rows),
+        ]
+        return "\n".join([f"### {self.title}", "", *([self.note, ""] if self.note else []), *lines])
+
+
+def _shown(cell: Cell) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.1f}" if isinstance(cell, float) else str(cell)
+
+
+def percent(marks: Sequence[bool]) -> float | None:
+    return 100.0 * sum(marks) / len(marks) if marks else None
+
+
+def chunk_shares(videos: Videos, is_wanted: Callable[[int], bool] = lambda index: True) -> list[Cell]:
+    """In how many chunks, of those whose index in the video is wanted, each of `COLUMNS` is right, in percent. "all":
+    everything that was asked for, at once."""
+    chunks = [chunk.marks for video in videos for index, chunk in enumerate(video) if is_wanted(index)]
+    return _shares([{"all": is_right(marks)} | marks for marks in chunks])
+
+
+def shot_shares(videos: Videos, segment: int | None = None) -> list[Cell]:
+    """In how many shots each of `COLUMNS` is right in every chunk, in percent; "all" asks for steadiness as well.
+
+    Args:
+        segment: Count the chunks of this segment only.
+    """
+    shots = [[chunk.marks for chunk in video if segment in (None, chunk.segment)] for video in videos]
+    return _shares([judge_shot(shot) for shot in shots])
+
+
+def is_right(marks: Marks) -> bool:
+    """Whether a chunk shows everything that was asked for."""
+    return all(right for name, right in marks.items() if name != STEADY)
+
+
+def _shares(marks: Sequence[Marks]) -> list[Cell]:
+    return [percent([one[name] for one in marks if name in one]) for name in COLUMNS]

@@ -1,0 +1,264 @@
+"""Train the small VAE of the embedded pipeline on the toy world: python training/train_vae.py --output DIR
+
+It has the structure of Wan2.2's VAE (pictures enter as 2x2 patches, 4 times smaller in time, causal), a thousandth of
+its size, and makes latents 8 times smaller in space.
+
+What takes long is learning to draw sharp edges, and that takes many small steps. So it first learns from single
+pictures, which cost a fifth of the shortest clip: of a causal kernel only the last slice meets a picture, and the
+others begin as zeros, which makes the network for clips one that repeats pictures. Then come clips, longer and longer:
+a causal VAE decodes frame 60 from features of the frames before it, which a clip of a few frames never builds up;
+trained on those alone it looks well on short clips and fails on long ones.
+
+The loss is the squared error, higher where there is more than background (most of a picture is not), and a little of
+the KL divergence, with latents drawn from the posterior. A killed run goes on from its last checkpoint; the result
+appears only when it is complete. `--start DIR` trains a finished VAE further, on clips from the first step.
+"""
+
+import argparse
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MethodType
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, unpatchify
+from torch.nn import functional as F
+from world import draw_sample, num_frames, render
+from tqdm import tqdm
+
+from longlive_diffusers.models.streaming_vae import StreamingDecoder, StreamingEncoder
+
+
+LATENT_CHANNELS = 16
+OBJECT_WEIGHT = 4.0
+# Up to this part of training: frames of a clip, clips of a step.
+STAGES = ((0.48, 1, 8), (0.88, 5, 2), (0.97, 29, 1), (1.0, 61, 1))
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int
+    learning_rate: float
+    kl_weight: float
+    width: int
+    seed: int
+    start: str | None = None
+
+
+def build_vae(width: int) -> AutoencoderKLWan:
+    vae = AutoencoderKLWan(
+        base_dim=width,
+        decoder_base_dim=width,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=8,
+        scale_factor_temporal=4,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+    # A posterior that begins narrow: at its usual width of 1 it drowns what the first steps could learn from.
+    with torch.no_grad():
+        vae.quant_conv.bias[LATENT_CHANNELS:] = -6
+        vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.1
+    inflate(vae)
+    return vae
+
+
+@torch.no_grad()
+def inflate(vae: AutoencoderKLWan) -> None:
+    """Begin as a network for pictures that repeats them: kernels see the newest frame alone, and what halves or
+    doubles the frames passes it on."""
+    for module in vae.modules():
+        if isinstance(module, WanCausalConv3d) and module.kernel_size[0] > 1:
+            module.weight[:, :, :-1] = 0
+        if isinstance(module, WanResample) and module.mode in ("upsample3d", "downsample3d"):
+            weight = module.time_conv.weight.zero_()
+            module.time_conv.bias.zero_()
+            channels = weight.shape[1]
+            for copy in weight.split(channels):
+                copy[range(channels), range(channels), -1, 0, 0] = 1
+
+
+@contextmanager
+def for_pictures(vae: AutoencoderKLWan) -> Iterator[None]:
+    """Within it the VAE takes single frames, and convolves them in two dimensions with the last slices of its kernels:
+    the same, at a third of the cost."""
+    convolutions = [module for module in vae.modules() if isinstance(module, WanCausalConv3d)]
+    for module in convolutions:
+        module.forward = MethodType(convolve_picture, module)
+    try:
+        yield
+    finally:
+        for module in convolutions:
+            del module.forward
+
+
+def convolve_picture(self: WanCausalConv3d, x: torch.Tensor, cache_x: None = None) -> torch.Tensor:
+    left, _, top, _, _, _ = self._padding
+    picture = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, stride=self.stride[1:], padding=(top, left))
+    return picture.unsqueeze(2)
+
+
+def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """As `vae.decode`, but not clamped to [-1, 1], where there would be no gradient."""
+    cache = [None] * vae._cached_conv_counts["decoder"]
+    frames = [
+        vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
+        for index, frame in enumerate(vae.post_quant_conv(latents).split(1, dim=2))
+    ]
+    return unpatchify(torch.cat(frames, dim=2), patch_size=vae.config.patch_size)
+
+
+def draw_clips(seed: str, batch: int, frames: int) -> torch.Tensor:
+    """Clips of the toy world from random moments, some with cuts and prompt switches; `[batch, 3, frames, 64, 64]`."""
+    chance = random.Random(seed)
+    clips = []
+    for _ in range(batch):
+        parts = draw_sample(chance, 8, 2)
+        lengths = [num_frames(part.num_chunks, 2, opens_video=index == 0) for index, part in enumerate(parts)]
+        # A cut falls between two latent frames, as it does in the dataset: the clip begins 4 n frames into the video.
+        start = 4 * chance.randint(0, (sum(lengths) - frames) // 4)
+        pictures = []
+        for part, length in zip(parts, lengths, strict=True):
+            first, last = max(start, 0), min(start + frames, length)
+            if first < last:
+                pictures.append(torch.from_numpy(render(part.scene.after(first), last - first)))
+            start -= length
+        clips.append(torch.cat(pictures))
+        assert len(clips[-1]) == frames
+    return torch.stack(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def stage_at(progress: float, further: bool = False) -> tuple[int, int]:
+    """Frames of a clip, and clips of a step, after a part of training in [0, 1). What is trained further has seen
+    its pictures."""
+    if further:
+        progress = STAGES[0][0] + progress * (1 - STAGES[0][0])
+    return next((frames, clips) for end, frames, clips in STAGES if progress < end)
+
+
+def train_step(vae: AutoencoderKLWan, clips: torch.Tensor, generator: torch.Generator, kl_weight: float):
+    """Loss and mean squared error (of pixels in [-1, 1])."""
+    posterior = vae.encode(clips).latent_dist
+    errors = (decode(vae, posterior.sample(generator)) - clips).square()
+    background = clips.flatten(2).median(dim=2).values[:, :, None, None, None]
+    is_object = ((clips - background).abs().amax(dim=1, keepdim=True) > 0.1).float()
+    divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    return (errors * (1 + OBJECT_WEIGHT * is_object)).mean() + kl_weight * divergence, errors.mean()
+
+
+@torch.no_grad()
+def measure_statistics(vae: AutoencoderKLWan, seed: int) -> None:
+    """`latents_mean` and `latents_std`. A channel that is hardly used is not blown up to the scale of the others."""
+    latents = torch.cat([vae.encode(draw_clips(f"{seed} statistics {i}", 8, 61)).latent_dist.mean for i in range(8)])
+    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+    std = std.clamp(min=0.25 * std.max().item())
+    rounded = {name: [round(x, 4) for x in x.tolist()] for name, x in (("latents_mean", mean), ("latents_std", std))}
+    vae.register_to_config(**rounded)
+
+
+@torch.no_grad()
+def streamed_psnr(vae: AutoencoderKLWan, seed: str, clips: int, frames: int) -> float:
+    """Decibels over whole clips, encoded and decoded chunk by chunk, as pipelines do it."""
+    pixels = draw_clips(seed, clips, frames)
+    encoder, decoder = StreamingEncoder(vae), StreamingDecoder(vae)
+    chunks = [pixels[:, :, :5], *pixels[:, :, 5:].split(8, dim=2)]
+    decoded = torch.cat([decoder.decode(encoder.encode(chunk)) for chunk in chunks], dim=2)
+    return -10 * torch.log10(((decoded - pixels) / 2).square().mean()).item()
+
+
+def train(vae: AutoencoderKLWan, settings: Settings, device: str, checkpoint: Path) -> None:
+    """
+    Train, from the checkpoint if there is one.
+
+    Raises:
+        ValueError: The checkpoint is that of a run with other settings.
+    """
+    steps, learning_rate = settings.steps, settings.learning_rate
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.02)
+    parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule}
+    first_step = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["settings"] != asdict(settings):
+            raise ValueError(f"'{checkpoint}' is of a run with {state['settings']}, this one has {asdict(settings)}.")
+        first_step = state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+
+    bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc="VAE", unit="step", mininterval=1)
+    for step in bar:
+        frames, count = stage_at(step / steps, further=settings.start is not None)
+        clips = draw_clips(f"{settings.seed} {step}", count, frames).to(device)
+        generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + step)
+        with for_pictures(vae) if frames == 1 else nullcontext():
+            loss, error = train_step(vae, clips, generator, settings.kl_weight)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(frames=frames, dB=f"{-10 * torch.log10(error.detach() / 4).item():.1f}", refresh=False)
+        if (step + 1) % 200 == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            partial = checkpoint.with_suffix(".partial")
+            torch.save({**state, "step": step + 1, "settings": asdict(settings)}, partial)
+            partial.rename(checkpoint)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the VAE of the embedded pipeline on the toy world.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the VAE, in diffusers' format")
+    parser.add_argument("--start", help="folder of a VAE to train further")
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--kl_weight", type=float, default=2e-5)
+    parser.add_argument("--width", type=int, help="channels of the first level (default 16)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = vars(parser.parse_args())
+    output, device = arguments.pop("output"), arguments.pop("device")
+    if arguments["start"] is not None:
+        if arguments["width"] is not None:
+            parser.error(f"--width {arguments['width']} is of a new VAE: one to --start from has its own")
+        if not (Path(arguments["start"]) / "config.json").is_file():
+            parser.error(f"--start: there is no VAE in '{arguments['start']}'")
+    if arguments["width"] is None:
+        arguments["width"] = 16
+    settings = Settings(**arguments)
+    if min(settings.steps, settings.width) < 1:
+        parser.error(f"--steps and --width must be at least 1, got {settings.steps} and {settings.width}")
+
+    torch.manual_seed(settings.seed)
+    if settings.start is None:
+        vae = build_vae(settings.width)
+    else:
+        vae = AutoencoderKLWan.from_pretrained(settings.start, torch_dtype=torch.float32)
+    vae.to(device)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = output.with_name(f"{output.name}.checkpoint.pt")
+    train(vae, settings, device, checkpoint)
+
+    vae.requires_grad_(False).eval().to("cpu")
+    measure_statistics(vae, settings.seed)
+    for frames in (13, 29, 61):
+        print(f"streamed clips of {frames} frames: {streamed_psnr(vae, f'test {frames}', 16, frames):.2f} dB")
+    partial = output.with_name(output.name + ".partial")
+    vae.save_pretrained(partial)
+    partial.rename(output)
+    checkpoint.unlink(missing_ok=True)
+    print(f"{output}: {sum(parameter.numel() for parameter in vae.parameters()) / 1e6:.2f} M parameters")
+
+
+if __name__ == "__main__":
+    main()
