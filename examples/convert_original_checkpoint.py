@@ -10,7 +10,7 @@ import argparse
 import torch
 from diffusers import DiffusionPipeline
 
-from longlive_diffusers.loaders import convert_checkpoint
+from longlive_diffusers import convert_checkpoint
 
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import encode_video
 
-import longlive_diffusers  # noqa: F401 - registers its classes with diffusers
+from longlive_diffusers import pixel_frames
 from longlive_diffusers.assets import toy_pipeline_path
 
 
@@ -33,14 +33,13 @@ on_gpu = torch.cuda.is_available()
 pipe = DiffusionPipeline.from_pretrained(args.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
 pipe.to("cuda" if on_gpu else "cpu")
 
-# A chunk is so many latent frames; the video's first latent frame is one frame, every other four.
-latent_frames = sum(SHOTS.values()) * pipe.transformer.config.chunk_size
+num_latent_frames = sum(SHOTS.values()) * pipe.transformer.config.chunk_size
 video = pipe(
     shot_prompts=list(SHOTS),
     chunks_per_shot=list(SHOTS.values()),
     num_inference_steps=args.steps,
     guidance_scale=args.guidance,
-    num_frames=1 + pipe.vae_scale_factor_temporal * (latent_frames - 1),
+    num_frames=pixel_frames(num_latent_frames),
     generator=torch.Generator().manual_seed(0),
 )
 encode_video(video.frames[0], fps=24, output_path=args.output)

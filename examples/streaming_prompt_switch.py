@@ -11,9 +11,8 @@ import argparse
 import torch
 from diffusers import DiffusionPipeline
 
-import longlive_diffusers  # noqa: F401 - registers its classes with diffusers
+from longlive_diffusers import VideoWriter
 from longlive_diffusers.assets import toy_pipeline_path
-from longlive_diffusers.video.writer import VideoWriter
 
 
 parser = argparse.ArgumentParser(description=__doc__)

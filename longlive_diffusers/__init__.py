@@ -6,8 +6,8 @@ Importing this package registers its classes, so that `DiffusionPipeline.from_pr
 from diffusers import ModelMixin, SchedulerMixin  # looked up here by diffusers when it loads our components
 
 from .conversion.convert import convert_checkpoint
+from .frame_counts import chunks_to_cover, latent_frames, pixel_frames, whole_chunks
 from .models.kv_cache import KVCache
-from .models.latent_frames import chunks_to_cover, latent_frames, pixel_frames, whole_chunks
 from .models.layer_kv_cache import LayerKVCache
 from .models.streaming_vae import StreamingDecoder, StreamingEncoder
 from .models.transformer_longlive import LongLiveTransformer3DModel

@@ -1,9 +1,9 @@
 """Files and folders that appear complete or not at all.
 
-Whatever is written under a name that somebody else may read - a cached latent, a pipeline of many gigabytes - is written
-under a temporary name beside it first, and renamed when it is complete. A program that fails removes what it had
-written; one that is killed leaves a file whose name begins with a dot and ends in `.partial`, which nothing here reads.
-Temporary names are unique, so several processes may write the same file: the last one to finish wins.
+Whatever is written under a name that somebody else may read - a cached latent, a pipeline of many gigabytes - is
+written under a temporary name beside it first, and renamed when it is complete. A program that fails removes what it
+had written; one that is killed leaves a file whose name begins with a dot and ends in `.partial`, which nothing here
+reads. Temporary names are unique, so several processes may write the same file: the last one to finish wins.
 """
 
 import os

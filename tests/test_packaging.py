@@ -18,15 +18,21 @@ from tests.support.paths import ROOT
 
 
 PACKAGE = ROOT / "longlive_diffusers"
+CARDS = ROOT / "hub_cards"
 
 
 def package_files() -> set[str]:
-    """The files of the package, relative to the repository."""
-    return {
-        path.relative_to(ROOT).as_posix()
-        for path in PACKAGE.rglob("*")
+    """The files of the package as they are installed: the cards have a folder of their own in the repository."""
+    cards = {f"longlive_diffusers/{path.relative_to(ROOT).as_posix()}" for path in files_below(CARDS)}
+    return cards | {path.relative_to(ROOT).as_posix() for path in files_below(PACKAGE)}
+
+
+def files_below(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
-    }
+    ]
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -44,7 +50,8 @@ def distributions(tmp_path_factory) -> Path:
     """A folder with the sdist, and the wheel that is built from it."""
     source = tmp_path_factory.mktemp("source") / "repository"  # a copy: a build leaves folders in its source
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    shutil.copytree(PACKAGE, source / "longlive_diffusers", ignore=ignore)
+    for folder in (PACKAGE, CARDS):
+        shutil.copytree(folder, source / folder.name, ignore=ignore)
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, source)
@@ -77,22 +84,26 @@ def test_the_version_is_written_in_one_place(wheel):
 def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel):
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert files == package_files()
-    assert {f"longlive_diffusers/loaders/hub_cards/{card}.md" for card in ("pipeline", "lora")} <= files
+    assert {f"longlive_diffusers/hub_cards/{card}.md" for card in ("pipeline", "lora")} <= files
+    assert "longlive_diffusers/py.typed" in files, "without it, type checkers ignore the annotations"
     info = {name.split("/", 1)[1] for name in wheel.namelist() if ".dist-info/" in name}
     assert {"METADATA", "entry_points.txt", "licenses/LICENSE"} <= info
 
 
-def test_the_sdist_holds_the_whole_package_and_the_licence(distributions):
+def test_the_sdist_holds_the_whole_package_and_the_license(distributions):
     (path,) = distributions.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert package_files() | {"LICENSE", "setup.cfg", "pyproject.toml"} <= names
+    in_repository = {name.replace("longlive_diffusers/hub_cards/", "hub_cards/") for name in package_files()}
+    assert in_repository | {"LICENSE", "setup.cfg", "pyproject.toml"} <= names
 
 
 def test_every_folder_with_modules_is_a_package():
-    """`packages = find:` leaves a folder without __init__.py out, and says nothing."""
+    """setup.cfg names the packages one by one, and leaves out what it does not name without a word."""
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+    expected = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"longlive_diffusers.hub_cards"}
+    assert set(setup_cfg()["options"]["packages"].split()) == expected
 
 
 def test_the_installed_package_finds_its_cards(wheel, tmp_path):
@@ -110,11 +121,18 @@ def test_the_installed_package_finds_its_cards(wheel, tmp_path):
     assert library == "diffusers"
 
 
+def test_an_editable_install_finds_its_cards():
+    """As README's test line installs it; the cards are not below the package's own folder then."""
+    import longlive_diffusers.hub_cards
+
+    assert Path(longlive_diffusers.hub_cards.__file__).with_name("pipeline.md").is_file()
+
+
 def test_requirements_are_lower_bounds(wheel):
     """A plugin must never make pip replace a user's torch."""
     required = [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist")]
     base = {requirement.name.lower(): requirement for requirement in required if requirement.marker is None}
-    assert {"torch", "diffusers", "transformers", "peft", "accelerate", "av", "jinja2"} <= set(base)
+    assert {"torch", "diffusers", "transformers", "peft", "accelerate", "av", "ftfy", "jinja2"} <= set(base)
     assert all(specifier.operator == ">=" for requirement in required for specifier in requirement.specifier)
     assert all(len(requirement.specifier) == 1 for requirement in required)
     assert "torchvision" not in {requirement.name for requirement in required}

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
 from evaluation.scenarios import single_shots
 from evaluation.videos import Sampling, judge_stories
 from judge import Reading, read_chunk
-from train_text import MAX_LENGTH
-from train_vae import draw_clips, streamed_psnr
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
-from world import SIDE, Scene, Thing, render
-
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.models.streaming_vae import normalize_latents
+from train_text import MAX_LENGTH
+from train_vae import draw_clips, streamed_psnr
+from world import SIDE, Scene, Thing, render
 
 
 GUIDANCE = 2.0  # as its card recommends
@@ -100,8 +100,8 @@ def test_the_text_encoder_tells_who_is_where(toy):
     tokens = toy.tokenizer(texts, return_tensors="pt", padding=True)
     with torch.no_grad():
         embeds = toy.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-    for colour in ("red", "blue"):
-        word = toy.tokenizer(colour).input_ids[0]
+    for color in ("red", "blue"):
+        word = toy.tokenizer(color).input_ids[0]
         above, below = (embeds[row, tokens.input_ids[row].tolist().index(word)] for row in range(2))
         assert (above - below).norm() > 0.3 * above.norm()
 
@@ -111,7 +111,7 @@ def test_it_draws_what_the_readmes_first_command_asks_for(toy):
     for reading in chunks_of(make(toy, "a large red circle moves right on a black background", num_frames=61)):
         (thing,) = reading.things
         assert reading.background == "black"
-        assert (thing.size, thing.colour, thing.shape, thing.motion) == ("large", "red", "circle", "right")
+        assert (thing.size, thing.color, thing.shape, thing.motion) == ("large", "red", "circle", "right")
 
 
 @pytest.mark.parametrize(("held_out", "num_things", "percent"), [(False, 1, 90), (True, 1, 85), (False, 2, 60)])
@@ -134,7 +134,7 @@ def test_shots_follow_their_prompts(toy):
         num_frames=45,
     )
     readings = chunks_of(frames)
-    seen = [(reading.background, *((thing.colour, thing.shape) for thing in reading.things)) for reading in readings]
+    seen = [(reading.background, *((thing.color, thing.shape) for thing in reading.things)) for reading in readings]
     assert seen == [("teal", ("red", "circle"))] * 3 + [("brown", ("white", "square"))] * 3
     # A motion is what the judge is least sure of in a single chunk.
     asked, moves = ["right"] * 3 + ["up"] * 3, [reading.things[0].motion for reading in readings]
@@ -149,7 +149,7 @@ def test_an_image_is_gone_on_from(toy):
     for reading in chunks_of(frames):
         (seen,) = reading.things
         assert reading.background == "grey"
-        assert (seen.colour, seen.shape, seen.motion) == ("blue", "square", "left")
+        assert (seen.color, seen.shape, seen.motion) == ("blue", "square", "left")
 
 
 def test_prompt_and_seed_matter(toy):

@@ -4,8 +4,8 @@
         --config training/configs/longlive2_ar.yaml \\
         --pretrained_model_name_or_path Wan-AI/Wan2.2-TI2V-5B-Diffusers --train_data_dir videos --output_dir runs/ar
 
-Read `main` from top to bottom. The parts that it names are beside it: the data in `data.py` and `training_data.py`,
-what the network is shown in `objectives.py`, checkpoints in `checkpoints.py`, options in `train_arguments.py`.
+Read `main` from top to bottom. The parts that it names are in the rooms beside it: `data/` reads and caches the
+videos, `objectives/` says what the network is shown, `run/` holds what every run needs: options, checkpoints, results.
 
 The loss of an update is the mean over all frames that bear loss in the whole batch - of all processes, whether they
 share clips or have clips of their own, and of all batches that are accumulated. So the same run gives the same numbers
@@ -19,27 +19,23 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
-from run.checkpoints import Checkpoints, remove_partial, resolve_checkpoint
-from diffusers.optimization import get_scheduler
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
-from objectives.error_recycling import ErrorRecycler, RecyclingSettings
-from run.muon import Muon
-from objectives.teacher_forcing import Batch, TeacherForcing, TeacherForcingSettings
-from peft import LoraConfig
+from tqdm.auto import tqdm
+
+from data.loading import ClipShape, batches, encode_batch, open_dataset
+from longlive_diffusers import LongLiveTransformer3DModel
+from longlive_diffusers.parallel import FrameLayout, check_heads
+from objectives.error_recycling import ErrorRecycler
+from objectives.teacher_forcing import PreparedBatch, TeacherForcing
+from run.arguments import Arguments, parse_arguments
+from run.checkpoints import Checkpoints, EMAState, remove_partial, resolve_checkpoint
+from run.log import TrainingLog
+from run.network import prepare_transformer
+from run.optimizers import build_optimizers, build_schedules
 from run.process_mesh import ProcessMesh, build_process_mesh
 from run.saving import load_start, publish, save_result, trained_weights
-from tqdm.auto import tqdm
-from run.arguments import Arguments, ObjectiveArguments, OptimizationArguments, parse_arguments
-from data.loading import ClipShape, batches, encode_batch, open_dataset
-from run.log import TrainingLog
 from run.validation import Validation
-
-from longlive_diffusers import LongLiveTransformer3DModel
-from longlive_diffusers.nvfp4 import NVFP4Config, nvfp4_layers, quantize_model
-from longlive_diffusers.nvfp4.recipes import recipe_named
-from longlive_diffusers.nvfp4.training import train_in_nvfp4
-from longlive_diffusers.parallel import FrameLayout, check_heads
 
 
 logger = logging.getLogger("train_ar")
@@ -69,7 +65,6 @@ def main(arguments: Arguments) -> None:
     shape = clip_shape(arguments, pipe, transformer)
     layout = FrameLayout(shape.num_latent_frames, mesh.sp_size, shape.chunk_size)
     check_heads(transformer.config.num_attention_heads, mesh.sp_size)
-    settings = objective_settings(arguments.objective, pipe.config.multi_shot_rope_offset)
     resumed = resolve_checkpoint(output, run_args.resume_from_checkpoint)
 
     # 3. Data: encoded once, then read.
@@ -77,28 +72,12 @@ def main(arguments: Arguments) -> None:
     dataset, texts = open_dataset(accelerator, data_args, shape, pipe, cache, output)
     logger.info("%d clips of %d latent frames", len(dataset), shape.num_latent_frames)
 
-    # 4. Network and optimiser.
-    transformer.train()
-    if optimization.precision == "nvfp4":
-        use_nvfp4(transformer, arguments)
-    if model_args.rank is not None:
-        add_lora(transformer, arguments)
-    if optimization.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if optimization.attention_backend is not None:
-        transformer.set_attention_backend(optimization.attention_backend)
-    if optimization.compile:
-        transformer.compile_repeated_blocks()
+    # 4. Network and optimizers.
+    prepare_transformer(transformer, model_args, optimization)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(trained, accelerator, optimization)
-    model, optimizer = accelerator.prepare(transformer, optimizer)
-    # Not prepared: accelerate would step it once for each process, and a step here is an update.
-    lr_scheduler = get_scheduler(
-        optimization.lr_scheduler,
-        optimizer,
-        num_warmup_steps=optimization.lr_warmup_steps,
-        num_training_steps=optimization.max_train_steps,
-    )
+    model, *optimizers = accelerator.prepare(transformer, *build_optimizers(trained, accelerator, optimization))
+    # Not prepared: accelerate would step them once for each process, and a step here is an update.
+    schedules = build_schedules(optimizers, optimization)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ema = None
     if optimization.ema_decay is not None:
@@ -106,10 +85,13 @@ def main(arguments: Arguments) -> None:
         ema = EMAModel(trained, decay=decay, min_decay=decay, update_after_step=optimization.ema_start_step)
 
     # 5. The objective.
-    recycler = error_recycler(arguments.objective, shape.chunk_size) if arguments.objective.error_recycling else None
+    recycling = arguments.recycling
+    recycler = ErrorRecycler(recycling, shape.chunk_size) if recycling.error_recycling else None
+    rope_offset = arguments.objective.multi_shot_rope_offset
     objective = TeacherForcing(
         pipe.scheduler,
-        settings,
+        arguments.objective,
+        multi_shot_rope_offset=pipe.config.multi_shot_rope_offset if rope_offset is None else rope_offset,
         seed=optimization.seed,
         layout=layout,
         rank=mesh.sp_rank,
@@ -118,12 +100,12 @@ def main(arguments: Arguments) -> None:
     )
 
     # 6. Where the run stands.
+    states, shared_states = checkpoint_states(schedules, recycler, ema)
     checkpoints = Checkpoints(
         accelerator,
         output,
-        lr_scheduler=lr_scheduler,
-        ema=ema,
-        errors=recycler.buffer if recycler is not None else None,
+        states=states,
+        shared_states=shared_states,
         total_limit=run_args.checkpoints_total_limit,
         identity=run_identity(arguments, shape, mesh, len(dataset)),
     )
@@ -158,18 +140,19 @@ def main(arguments: Arguments) -> None:
         torch.manual_seed(step_seed * accelerator.num_processes + accelerator.process_index)
         prepared = []
         for _ in range(accumulation):
-            items = next(loader)
+            batch = next(loader)
             if vae is not None:
-                items = encode_batch(items, vae, layout, mesh.sp_rank, data_args.vae_halo, accelerator.device)
-            prepared.append(objective.prepare(items, step, accelerator.device))
+                batch = encode_batch(batch, vae, layout, mesh.sp_rank, data_args.vae_halo, accelerator.device)
+            prepared.append(objective.prepare(batch, step, accelerator.device))
         loss, gradient_norm = update(
-            accelerator, model, optimizer, objective, prepared, mesh, optimization.max_grad_norm
+            accelerator, model, optimizers, objective, prepared, mesh, optimization.max_grad_norm
         )
-        lr_scheduler.step()
+        for schedule in schedules:
+            schedule.step()
         if ema is not None:
             ema.step(trained)
 
-        entry = {"loss": loss, "gradient_norm": gradient_norm, "learning_rate": lr_scheduler.get_last_lr()[0]}
+        entry = {"loss": loss, "gradient_norm": gradient_norm, "learning_rate": schedules[0].get_last_lr()[0]}
         accelerator.log(entry, step=step + 1)
         if log is not None:
             log.write({"step": step + 1, **entry})
@@ -194,9 +177,9 @@ def main(arguments: Arguments) -> None:
 def update(
     accelerator: Accelerator,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     objective: TeacherForcing,
-    prepared: list[Batch],
+    prepared: list[PreparedBatch],
     mesh: ProcessMesh,
     max_grad_norm: float,
 ) -> tuple[float, float]:
@@ -208,7 +191,7 @@ def update(
     """
     # DDP and FSDP average gradients over all processes, and accelerate divides by the number of batches: times both,
     # over the frames that count anywhere, the sums of squared errors become their mean.
-    count = sum(batch.bears_loss.sum() for batch in prepared).to(accelerator.device, torch.float32)
+    count = sum(batch.loss_mask.sum() for batch in prepared).to(accelerator.device, torch.float32)
     count = accelerator.reduce(count, "sum").clamp(min=1)
     scale = accelerator.num_processes * len(prepared) / count
     total, norm = torch.zeros((), device=accelerator.device), None
@@ -219,8 +202,9 @@ def update(
             accelerator.backward(error_sum * scale)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         total += error_sum.detach()
         objective.keep_errors(velocity.detach(), batch)
     loss = (accelerator.reduce(total, "sum") / count).item()
@@ -232,7 +216,7 @@ def update(
 def clip_shape(arguments: Arguments, pipe, transformer: LongLiveTransformer3DModel) -> ClipShape:
     """
     Raises:
-        ValueError: Sizes that the VAE or the network does not take, or clips that are not whole chunks.
+        ValueError: For sizes that the VAE or the network does not take, or clips that are not whole chunks.
     """
     data, config = arguments.data, transformer.config
     scale = pipe.vae_scale_factor_spatial
@@ -248,77 +232,15 @@ def clip_shape(arguments: Arguments, pipe, transformer: LongLiveTransformer3DMod
     return ClipShape(height, width, data.num_latent_frames, config.chunk_size)
 
 
-def build_optimizer(
-    parameters: list[torch.nn.Parameter], accelerator: Accelerator, options: OptimizationArguments
-) -> torch.optim.Optimizer:
-    """
-    Raises:
-        ValueError: Muon with FSDP, which gives no process a whole matrix.
-    """
-    settings = {
-        "lr": options.learning_rate,
-        "betas": (options.adam_beta1, options.adam_beta2),
-        "eps": options.adam_epsilon,
-        "weight_decay": options.adam_weight_decay,
-    }
-    if options.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("--optimizer muon needs whole matrices, and FSDP shards them: use adamw")
-    return Muon(parameters, **settings)
-
-
-def use_nvfp4(transformer: LongLiveTransformer3DModel, arguments: Arguments) -> None:
-    """Bring the linear layers of the blocks to 4 bits: in training, all three products of each; under a LoRA, the
-    frozen weights."""
-    optimization = arguments.optimization
-    if arguments.model.rank is None:
-        recipe = recipe_named(optimization.nvfp4_recipe)
-        layers = train_in_nvfp4(transformer, recipe, optimization.nvfp4_backend)
-        logger.info("%d linear layers train in NVFP4, recipe '%s'", len(layers), recipe.name)
-    elif not nvfp4_layers(transformer):
-        quantize_model(transformer, NVFP4Config())
-
-
-def add_lora(transformer: LongLiveTransformer3DModel, arguments: Arguments) -> None:
-    """Freeze the network, and add a LoRA that is trained in its stead."""
-    options = arguments.model
-    transformer.requires_grad_(False)
-    transformer.add_adapter(
-        LoraConfig(
-            r=options.rank,
-            lora_alpha=options.lora_alpha or options.rank,
-            lora_dropout=options.lora_dropout,
-            target_modules=options.lora_layers,
-            init_lora_weights="gaussian",
-        )
-    )
-
-
-def objective_settings(options: ObjectiveArguments, default_offset: float) -> TeacherForcingSettings:
-    offset = default_offset if options.multi_shot_rope_offset is None else options.multi_shot_rope_offset
-    return TeacherForcingSettings(
-        weighting_scheme=options.weighting_scheme,
-        image_probability=options.image_probability,
-        prompt_dropout=options.prompt_dropout,
-        history_noise_probability=options.history_noise_probability,
-        history_noise_max_timestep=options.history_noise_max_timestep,
-        multi_shot_rope_offset=offset,
-    )
-
-
-def error_recycler(options: ObjectiveArguments, chunk_size: int) -> ErrorRecycler:
-    settings = RecyclingSettings(
-        clean_probability=options.error_clean_probability,
-        context_probability=options.error_context_probability,
-        latent_probability=options.error_latent_probability,
-        noise_probability=options.error_noise_probability,
-        update_probability=options.error_update_probability,
-        num_buckets=options.error_num_buckets,
-        bucket_size=options.error_bucket_size,
-        warmup_steps=options.error_warmup_steps,
-    )
-    return ErrorRecycler(settings, chunk_size)
+def checkpoint_states(schedules: list, recycler: ErrorRecycler | None, ema: EMAModel | None) -> tuple[dict, dict]:
+    """What is saved beside weights and optimizers, by name: each process's own, and what is alike in all."""
+    states = {f"lr_scheduler_{index}" if index else "lr_scheduler": state for index, state in enumerate(schedules)}
+    if recycler is not None:
+        states["errors"] = recycler.buffer
+    if ema is None:
+        return states, {}
+    average = EMAState(ema)
+    return (states | {"ema": average}, {}) if average.is_sharded else (states, {"ema": average})
 
 
 def run_identity(arguments: Arguments, shape: ClipShape, mesh: ProcessMesh, num_samples: int) -> dict:
@@ -332,11 +254,11 @@ def run_identity(arguments: Arguments, shape: ClipShape, mesh: ProcessMesh, num_
         "num_latent_frames": shape.num_latent_frames,
         "num_samples": num_samples,
         "rank": arguments.model.rank,
-        "optimizer": optimization.optimizer,
+        "optimizer": optimization.optimizer if optimization.optimizer == "adamw" else "torch.optim.Muon",
         "precision": optimization.precision,
         "nvfp4_recipe": optimization.nvfp4_recipe if optimization.precision == "nvfp4" else None,
         "ema_decay": optimization.ema_decay,
-        "error_recycling": arguments.objective.error_recycling,
+        "error_recycling": arguments.recycling.error_recycling,
         "processes": mesh.dp_size * mesh.sp_size,
     }
 

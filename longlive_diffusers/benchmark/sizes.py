@@ -1,7 +1,7 @@
 """The sizes that `longlive bench` knows by name, and how much work a forward of each is.
 
-Only sizes matter to time, not what the weights have learnt; so the networks here have random weights, and can be built
-anywhere without a download.
+Only sizes matter to time, not what the weights have learned; so the networks here have random weights, and can be
+built anywhere without a download.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..assets import toy_pipeline_path
 from ..conversion.pipeline_folder import PipelineFolder
-from ..models.latent_frames import pixel_frames
+from ..frame_counts import pixel_frames
 
 
 # Wan2.2's VAE, 16 times smaller in space and 4 times in time.

@@ -20,8 +20,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--base",
         required=True,
         metavar="DIR_OR_REPO",
-        help="A Wan or LongLive pipeline that gives tokenizer, text encoder and VAE; for the published 5B checkpoints, "
-        "Wan-AI/Wan2.2-TI2V-5B-Diffusers.",
+        help="A Wan or LongLive pipeline that gives tokenizer, text encoder and VAE; for the published 5B "
+        "checkpoints, Wan-AI/Wan2.2-TI2V-5B-Diffusers.",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="The folder to write; new or empty.")
     parser.add_argument("--lora", metavar="FILE", help="A LoRA to add to the transformer for good.")

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from ..conversion.pipeline_folder import PipelineFolder, check_lora_file
+from ..frame_counts import chunks_to_cover, pixel_frames, whole_chunks
 from ..models.kv_cache import check_window
-from ..models.latent_frames import chunks_to_cover, pixel_frames, whole_chunks
 from ..models.layer_kv_cache import resolve_kv_cache_dtype
 from ..pipelines.inputs import ModelSizes, resolve_size
 from ..video.reader import read_image, read_video

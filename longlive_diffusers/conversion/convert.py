@@ -73,7 +73,8 @@ def convert_checkpoint(
         lora: A LoRA (the reference's or a diffusers file) to add to the transformer for good.
         use_ema: Whether to take the checkpoint's averaged weights.
         dtype: The dtype of the transformer and the text encoder: float32, bfloat16 or float16. In both, the modules
-            that their classes keep in float32 stay so. The VAE stays as the base stores it: it is small, and sensitive.
+            that their classes keep in float32 stay so. The VAE stays as the base stores it: it is small, and
+            sensitive.
         report: Called with a line for every stage, such as `print`.
         **pipeline_config: Settings of `LongLivePipeline` (`window_size`, ...) or of the transformer (`chunk_size`,
             `attention_head_dim`, ...).
@@ -82,7 +83,8 @@ def convert_checkpoint(
         The path of the folder.
 
     Raises:
-        ValueError: If anything about checkpoint, base, LoRA, settings or output is wrong; nothing has been written then.
+        ValueError: If anything about checkpoint, base, LoRA, settings or output is wrong; nothing has been written
+            then.
     """
     started = time.monotonic()
     output = Path(output)

@@ -201,7 +201,7 @@ def _scale(
     alpha = given if stored is None else stored
     if alpha is None:
         return 1.0
-    # Rank-stabilised LoRA (arXiv 2312.03732) divides by the root of the rank.
+    # Rank-stabilized LoRA (arXiv 2312.03732) divides by the root of the rank.
     return alpha / (math.sqrt(rank) if settings.get("use_rslora", False) else rank)
 
 

@@ -63,7 +63,7 @@ def load_original_transformer(
 ) -> ModelMixin:
     """Build the transformer from a checkpoint of the reference implementation.
 
-    One that is packed in NVFP4 stays so: its layers are `NVFP4Linear`, and it is saved as a quantised model.
+    One that is packed in NVFP4 stays so: its layers are `NVFP4Linear`, and it is saved as a quantized model.
 
     Args:
         checkpoint: path of a `.pt`/`.pth`/`.safetensors` file, or a state dict, wrapped or not. It is not modified,
@@ -73,7 +73,7 @@ def load_original_transformer(
         device: where the weights go; the CPU by default.
         torch_dtype: as in `from_pretrained`: float32 by default; with float16 and bfloat16 the modules in the class's
             `_keep_in_fp32_modules` stay in float32.
-        weight_scale_rule: of a packed checkpoint that does not say by which rule it was quantised.
+        weight_scale_rule: of a packed checkpoint that does not say by which rule it was quantized.
         **config: values of the model's configuration that shapes do not show, such as `attention_head_dim` (128 unless
             given), `chunk_size` or `eps`. Those that shapes do show may be given, and have to agree.
 
@@ -109,7 +109,7 @@ def load_original_transformer(
 
 
 def _put_packed(model: ModelMixin, packed: Mapping[str, NVFP4Tensor], device: str | torch.device | None) -> None:
-    """Replace the layers whose weights are packed, and make diffusers know the model as quantised."""
+    """Replace the layers whose weights are packed, and make diffusers know the model as quantized."""
     rule = next(iter(packed.values())).scale_rule
     config = NVFP4Config(weight_scale_rule=rule, activation_scale_rule=rule)
     layers = {name.removesuffix(".weight"): weight for name, weight in packed.items()}
@@ -132,7 +132,7 @@ def read_original_state_dict(
     Args:
         checkpoint: path or (wrapped) state dict, see `load_original_transformer`.
         use_ema: prefer "generator_ema" to "generator"; where only one is there, it is taken.
-        weight_scale_rule: of a packed checkpoint that does not say by which rule it was quantised.
+        weight_scale_rule: of a packed checkpoint that does not say by which rule it was quantized.
 
     Returns:
         `{diffusers name: tensor}`, an `NVFP4Tensor` for a weight that is packed; the others are the caller's own or

@@ -1,11 +1,11 @@
-"""The reference's packed NVFP4 checkpoints: each quantised layer as four tensors in place of its weight.
+"""The reference's packed NVFP4 checkpoints: each quantized layer as four tensors in place of its weight.
 
     <layer>.quantized_weight_values          uint8 [out, in / 2]
     <layer>.quantized_weight_scale_factors   float8_e4m3fn, 1-D, in the tiles that tensor cores want
     <layer>.quantized_weight_amax            float32 [1], or [] where it was written on a CPU
     <layer>.quantized_weight_metadata        int32 (out, in, padded out, padded in)
 
-By which rule they were quantised stands beside the weights, under "quantization"; without it `amax` has no meaning.
+By which rule they were quantized stands beside the weights, under "quantization"; without it `amax` has no meaning.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ def packed_rule(content: Mapping[str, Any], given: str | None, source: str) -> s
             "its scales cannot be read without. Give weight_scale_rule, 'mse' for LongLive-2.0's inference models."
         )
     if None not in (stored, given) and stored != given:
-        raise ValueError(f"{source} was quantised by the rule {stored!r}, weight_scale_rule={given!r} was given.")
+        raise ValueError(f"{source} was quantized by the rule {stored!r}, weight_scale_rule={given!r} was given.")
     return scale_rule_named(stored or given).name
 
 

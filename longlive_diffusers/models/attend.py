@@ -1,5 +1,5 @@
-"""One unmasked attention call: by any backend of diffusers, over a history in parts that the backward does not copy, and
-by matrix products where these are the fastest way on a CPU.
+"""One unmasked attention call: by any backend of diffusers, over a history in parts that the backward does not copy,
+and by matrix products where these are the fastest way on a CPU.
 """
 
 import math

@@ -1,4 +1,5 @@
-"""How tokens attend: over the cache when streaming, over allowed chunks when training, over the text of their chunk."""
+"""How tokens attend: over the cache when streaming, over allowed chunks when training, over the text of their
+chunk."""
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn

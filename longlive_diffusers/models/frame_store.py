@@ -5,11 +5,12 @@ interface (`write`, `read_into`, `num_bytes`, `unsupported_reason`) and stand in
 which `kv_cache_dtype`, the command line's choices and the checks take their names. One frame of one head has scales of
 its own, so that frames can be replaced one by one.
 
-Keys in NVFP4 are *centered* first: from the keys of a frame their mean over tokens is taken, for each head and channel,
-kept in float32, and added again when they are read. Channels of keys have large offsets that all tokens share; with
-them, the 4 bits are spent on the offset and little is left for the differences between tokens, which are all that
-attention looks at. It cannot see what all keys share: a vector m added to every key adds q.m to every score of a query
-q, and softmax cancels what is added to all. (Frames have different means, so these are kept, not dropped. The mean over
+Keys in NVFP4 are *centered* first: from the keys of a frame their mean over tokens is taken, for each head and
+channel, kept in float32, and added again when they are read. Channels of keys have large offsets that all tokens
+share; with them, the 4 bits are spent on the offset and little is left for the differences between tokens, which are
+all that attention looks at. It cannot see what all keys share: a vector m added to every key adds q.m to every score
+of a query q, and softmax cancels what is added to all. (Frames have different means, so these are kept, not dropped.
+The mean over
 *channels*, which LongLive-2.0's code takes, is another thing: it differs from token to token, so attention sees it.)
 """
 

@@ -225,7 +225,8 @@ class KVCache:
         chronological = [self.cached_frames(sample) for sample in range(self.batch_size)]
         for sample in self._samples:
             sample.slots = []
-        # Samples may hold different shots, but they hold whole chunks, or all the same frames: groups have equal sizes.
+        # Samples may hold different shots, but they hold whole chunks, or all the same frames: groups have equal
+        # sizes.
         start, total = 0, len(chronological[0])
         while start < total:
             chunk = chronological[0][start].index // self.chunk_size

@@ -5,10 +5,14 @@ these in a feature cache, but clears it at the start and end of every call. Here
 that it lives from chunk to chunk. The first latent frame gives one frame, every later one four.
 """
 
+from itertools import pairwise
+
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from ..frame_counts import latent_frames, pixel_frames
 
 
 class StreamingDecoder:
@@ -34,7 +38,7 @@ class StreamingDecoder:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            latents: The next latent frames `[B, z_dim, F, h, w]`, as `vae.decode` takes them (not normalised).
+            latents: The next latent frames `[B, z_dim, F, h, w]`, as `vae.decode` takes them (not normalized).
 
         Returns:
             Pixels in [-1, 1], `[B, 3, frames, H, W]`; 1 + 4 (F - 1) frames for the first chunk, 4 F for later ones.
@@ -138,13 +142,13 @@ class StreamingEncoder:
             frames: Pixels in [-1, 1], `[B, 3, frames, H, W]`: 1 + 4 n frames at first, 4 n later.
 
         Returns:
-            Latents `[B, z_dim, F, h, w]`, not normalised; one for the first frame and one for each four after it.
+            Latents `[B, z_dim, F, h, w]`, not normalized; one for the first frame and one for each four after it.
 
         Raises:
             ValueError: For another number of frames, saying which would do; for pixels of another shape than the
                 network's, or than the frames before.
         """
-        vae, head = self.vae, 1 if self._shape is None else 0
+        vae, opens_video, scale = self.vae, self._shape is None, self.vae.config.scale_factor_temporal
         channels = vae.config.in_channels // (vae.config.patch_size or 1) ** 2
         if frames.ndim != 5 or frames.shape[1] != channels:
             raise ValueError(f"Expected pixels [B, {channels}, frames, H, W], got shape {tuple(frames.shape)}.")
@@ -153,17 +157,26 @@ class StreamingEncoder:
             raise ValueError(
                 f"The video so far has (batch, H, W) = {self._shape}, these frames {shape}: `reset()` first."
             )
-        if count < 1 or (count - head) % 4:
-            raise ValueError(f"Expected {'1 + 4 n' if head else '4 n'} frames, got {count}.")
+        num_latents = latent_frames(count, opens_video=opens_video, temporal_scale=scale)
+        if count < 1 or count != pixel_frames(num_latents, opens_video=opens_video, temporal_scale=scale):
+            raise ValueError(f"Expected {'1 + ' if opens_video else ''}{scale} n frames, got {count}.")
         if vae.config.patch_size is not None:
             frames = patchify(frames, patch_size=vae.config.patch_size)
-        groups = ([frames[:, :, :1]] if head else []) + list(
-            frames[:, :, head:].split(4, dim=2) if count > head else []
-        )
+        groups = groups_of_latents(frames, opens_video, scale)
         _bring_to_device(vae)
         encoded = [vae.encoder(group, feat_cache=self._cache, feat_idx=[0]) for group in groups]
         self._shape = shape
         return vae.quant_conv(torch.cat(encoded, dim=2)).chunk(2, dim=1)[0]
+
+
+def groups_of_latents(frames: torch.Tensor, opens_video: bool, temporal_scale: int) -> list[torch.Tensor]:
+    """The pixel frames `[B, 3, frames, H, W]` that each latent frame is made of: one for the first of a video,
+    `temporal_scale` for every other; views."""
+    num_latents = latent_frames(frames.shape[2], opens_video=opens_video, temporal_scale=temporal_scale)
+    borders = [
+        pixel_frames(index, opens_video=opens_video, temporal_scale=temporal_scale) for index in range(num_latents + 1)
+    ]
+    return [frames[:, :, start:stop] for start, stop in pairwise(borders)]
 
 
 @torch.no_grad()
@@ -181,9 +194,9 @@ def encode_video(
     Returns:
         Normalized latents `[B, z_dim, 1 + n, h, w]`, float32.
     """
-    encoder, scale = StreamingEncoder(vae), vae.config.scale_factor_temporal
-    groups = [pixels[:, :, :1], *pixels[:, :, 1:].split(scale, dim=2)]
-    latents = [encoder.encode(group.to(device or vae.device, vae.dtype)) for group in groups if group.shape[2]]
+    encoder = StreamingEncoder(vae)
+    groups = groups_of_latents(pixels, True, vae.config.scale_factor_temporal)
+    latents = [encoder.encode(group.to(device or vae.device, vae.dtype)) for group in groups]
     return normalize_latents(vae, torch.cat(latents, dim=2).float())
 
 

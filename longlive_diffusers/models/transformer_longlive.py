@@ -34,7 +34,8 @@ ROPE_THETA = 10000.0
 
 
 class LongLiveTransformerBlock(nn.Module):
-    """Self-attention over frames, cross-attention to the text, feed-forward; modulated by each frame's own timestep."""
+    """Self-attention over frames, cross-attention to the text, feed-forward; modulated by each frame's own
+    timestep."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float):
         super().__init__()
@@ -189,8 +190,9 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
                 cache decides.
             sp_mesh: One dimension of a device mesh, over whose N ranks the clip is split (Balanced SP, see
                 `longlive_diffusers.parallel`). All else is then this rank's own part of the clip: F of its N F frames,
-                with their timesteps, their chunks' texts and, where given, their positions; by default these are counted
-                from the start of the whole clip. Every rank of the mesh runs the forward, with the same shapes.
+                with their timesteps, their chunks' texts and, where given, their positions; by default these are
+                counted from the start of the whole clip. Every rank of the mesh runs the forward, with the same
+                shapes.
 
         Returns:
             The velocity of the noisy latents, `[B, C, F, h, w]`.
@@ -417,8 +419,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         got = (len(self.blocks), *heads, batch, frames, *grid)
         if expected != got:
             raise ValueError(
-                "The KV cache and its open chunk are for (layers, heads, head_dim, batch, frames, grid height, grid width) = "
-                f"{expected}, this forward has {got}."
+                "The KV cache and its open chunk are for (layers, heads, head_dim, batch, frames, grid height, grid "
+                f"width) = {expected}, this forward has {got}."
             )
         return chunk
 

@@ -11,10 +11,10 @@ def round_magnitudes(magnitudes: torch.Tensor, noise: torch.Tensor | None = None
     """Codes 0 to 7, still float32, of numbers that are not negative. What is above 6 becomes 6.
 
     Args:
-        noise: Uniform in [0, 1), as `magnitudes`: rounds up with the chance that makes the average right; None: rounds to
-            the nearest value, ties to the even code.
+        noise: Uniform in [0, 1), as `magnitudes`: rounds up with the chance that makes the average right; None: rounds
+            to the nearest value, ties to the even code.
     """
-    # Neighbours are 0.5 apart below 2, 1 apart below 4, 2 apart from there on; 2 and 4 are the codes 4 and 6. Of the
+    # Neighbors are 0.5 apart below 2, 1 apart below 4, 2 apart from there on; 2 and 4 are the codes 4 and 6. Of the
     # three rulers, the right one is that which gives least: the others are shifted up, by an even number of codes.
     if noise is None:
         codes = torch.minimum((magnitudes * 2).round(), magnitudes.round() + 2)  # ties to the even one

@@ -5,7 +5,7 @@ A 4-bit float (E2M1: a sign, two bits of exponent, one of mantissa) is one of si
     code   0    1    2    3    4    5    6    7        8 to 15: the same, negative
     value  0   0.5   1   1.5   2    3    4    6
 
-That is a poor ruler, so it is laid anew on every block of 16 neighbours: each block has a scale of its own, an 8-bit
+That is a poor ruler, so it is laid anew on every block of 16 neighbors: each block has a scale of its own, an 8-bit
 float (E4M3, positive, at most 448), and all blocks share one float32, the tensor's:
 
     x  =  value of its code  *  scale of its block  *  global scale
@@ -14,7 +14,7 @@ float (E4M3, positive, at most 448), and all blocks share one float32, the tenso
 which is the one that a matrix product sums over: hardware multiplies whole blocks and applies the scales in between.
 
 **How the scales are chosen** is the *rule*. The largest number of a block is made the value 6 ("static_6"), or 4
-("static_4"): 4 has finer neighbours (3, then 2), 6 a longer reach. "Four over six" tries both for every block and
+("static_4"): 4 has finer neighbors (3, then 2), 6 a longer reach. "Four over six" tries both for every block and
 keeps the one that loses less, by the squares of the errors ("mse"), their sizes ("mae") or the largest ("abs_max").
 The global scale is such that the block with the tensor's largest number gets the largest scale that the rule allows:
 448, or 256 where a scale may still have to grow by 6/4. So what is stored - codes, scales, and `amax`, the tensor's
@@ -29,7 +29,7 @@ rounding the block's scale may take away (16/17, as E4M3 keeps four digits).
 which the backward multiplies by, then has the same codes.
 
 Everything here is exact arithmetic in float32, in an order that is part of the format: other orders round differently
-somewhere. It is that of the quantiser which LongLive-2.0's checkpoints were written with (fouroversix; the
+somewhere. It is that of the quantizer which LongLive-2.0's checkpoints were written with (fouroversix; the
 training recipe is that of arXiv 2509.25149); `kernels.py` does the same on a GPU, bit for bit.
 """
 
@@ -236,14 +236,14 @@ def global_scale(amax: torch.Tensor, scale_rule: str) -> torch.Tensor:
 
 
 def check_quantizable(x: torch.Tensor, scale_rule: str, block: tuple[int, int], rounding: str) -> None:
-    """Raise a ValueError that states the numbers, unless `x` can be quantised so."""
+    """Raise a ValueError that states the numbers, unless `x` can be quantized so."""
     scale_rule_named(scale_rule)
     if tuple(block) not in BLOCKS:
         raise ValueError(f"`block` is (1, 16) or (16, 16), got {block}.")
     if rounding not in ROUNDINGS:
         raise ValueError(f"`rounding` is one of {', '.join(ROUNDINGS)}, got {rounding!r}.")
     if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"A floating-point matrix is quantised, got {x.dtype} of shape {tuple(x.shape)}.")
+        raise ValueError(f"A floating-point matrix is quantized, got {x.dtype} of shape {tuple(x.shape)}.")
     if x.shape[0] % block[0] or x.shape[1] % block[1]:
         raise ValueError(
             f"{x.shape[0]} rows and {x.shape[1]} columns do not divide into blocks of {block[0]}x{block[1]}."
@@ -270,7 +270,7 @@ def check_stored(tensor: NVFP4Tensor) -> None:
     Look at the numbers of a tensor that was read from somewhere (a GPU is waited for).
 
     Raises:
-        ValueError: Scales or `amax` that no quantiser writes, or those of another rule than the tensor's: its largest
+        ValueError: Scales or `amax` that no quantizer writes, or those of another rule than the tensor's: its largest
             scale tells how far the rule lets it go.
     """
     amax, scales = tensor.amax, tensor.scales.float()
@@ -296,7 +296,7 @@ def _encode(
     """
     Args:
         blocks: float32 `[n, ...]`, the numbers that share a scale along the first axis: what is done to one of them is
-            done to its neighbours in memory, which is what a CPU is fast at.
+            done to its neighbors in memory, which is what a CPU is fast at.
         amax: float32, broadcasts to the scales.
         noise: As `blocks`, uniform in [0, 1); None: round to nearest.
 

@@ -1,4 +1,4 @@
-"""The random Hadamard transform: spreads an outlier over its 16 neighbours before they share a scale.
+"""The random Hadamard transform: spreads an outlier over its 16 neighbors before they share a scale.
 
 Each 16 numbers are multiplied by an orthogonal matrix, a Hadamard matrix whose rows have random signs. Both factors of
 a matrix product are transformed along the axis that it sums over, so the product is the same:
@@ -14,7 +14,7 @@ SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 def random_hadamard(x: torch.Tensor) -> torch.Tensor:
     """
-    Transform each 16 neighbours along the last axis; the result is rounded to bfloat16, as kernels do, and returned in
+    Transform each 16 neighbors along the last axis; the result is rounded to bfloat16, as kernels do, and returned in
     the dtype of `x`.
 
     Raises:
@@ -23,7 +23,7 @@ def random_hadamard(x: torch.Tensor) -> torch.Tensor:
     if x.shape[-1] % SIZE:
         raise ValueError(f"The Hadamard transform takes {SIZE} numbers at a time, got {x.shape[-1]} columns.")
     blocks = x.float().unflatten(-1, (-1, SIZE)) * torch.tensor(SIGNS, dtype=torch.float32, device=x.device)
-    # The fast transform: sums and differences of neighbours, four times. As a matrix product it would have no order
+    # The fast transform: sums and differences of neighbors, four times. As a matrix product it would have no order
     # of summation, and so no last bit, of its own.
     for _ in range(SIZE.bit_length() - 1):
         even, odd = blocks[..., ::2], blocks[..., 1::2]

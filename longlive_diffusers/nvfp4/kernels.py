@@ -51,7 +51,7 @@ def _e4m3(x):
     """Bits of the nearest E4M3 number, ties to even, of float32 in [0, 448]; and that number."""
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
-    small = x < 0.015625  # below 2^-6 neighbours are 2^-9 apart; adding 2^23 rounds to whole numbers
+    small = x < 0.015625  # below 2^-6 neighbors are 2^-9 apart; adding 2^23 rounds to whole numbers
     steps = (x * 512.0 + 8388608.0) - 8388608.0
     value = tl.where(small, steps * 0.001953125, rounded.to(tl.float32, bitcast=True))
     code = tl.where(small, steps.to(tl.uint32), (rounded >> 20) - 960)
@@ -138,7 +138,7 @@ def _hadamard(x, N: tl.constexpr):
 
 @triton.jit
 def _sum_of_16(x, N: tl.constexpr):
-    """`[N, 16]` -> `[N]`, neighbours first."""
+    """`[N, 16]` -> `[N]`, neighbors first."""
     even, odd = tl.split(tl.reshape(x, (N, 8, 2)))
     even, odd = tl.split(tl.reshape(even + odd, (N, 4, 2)))
     even, odd = tl.split(tl.reshape(even + odd, (N, 2, 2)))

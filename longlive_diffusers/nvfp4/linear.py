@@ -18,8 +18,8 @@ class NVFP4Linear(nn.Linear):
     `y = x W^T + b` with W in NVFP4, frozen; gradients flow to `x` as through the dequantized W, so LoRA trains on it.
 
     The buffers `weight_codes`, `weight_scales` and `weight_amax` stand for the weight, and keep their dtypes whatever
-    `.to(dtype)` is called. How the product is computed is the backend (`backends.py`), selected for the device when the
-    layer is made and when it is moved, and named in its `repr`; `product` is what it made for this layer.
+    `.to(dtype)` is called. How the product is computed is the backend (`backends.py`), selected for the device when
+    the layer is made and when it is moved, and named in its `repr`; `product` is what it made for this layer.
 
     Args:
         in_features, out_features: As in `nn.Linear`; the first is a multiple of 16.
@@ -27,8 +27,8 @@ class NVFP4Linear(nn.Linear):
         weight_scale_rule: How `weight_amax` and the scales are to be read.
         weight_block: `(1, 16)`, or `(16, 16)` as in training: how a new weight is quantized.
         activation_scale_rule: The rule by which `x` is quantized, where the backend does that.
-        backend: "auto", "scaled_mm", "te", "fp8", "w4a16" or "emulate". One that cannot run on a device gives way, with
-            a warning, to what "auto" would take there.
+        backend: "auto", "scaled_mm", "te", "fp8", "w4a16" or "emulate". One that cannot run on a device gives way,
+            with a warning, to what "auto" would take there.
         device: Where the buffers and the bias are.
         dtype: The dtype of the bias.
 
@@ -81,7 +81,7 @@ class NVFP4Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> "NVFP4Linear":
-        """Quantise a layer; as `empty_like`, with its weight."""
+        """Quantize a layer; as `empty_like`, with its weight."""
         layer = cls.empty_like(linear, **options)
         layer.store(quantize(linear.weight.detach(), layer.weight_scale_rule, layer.weight_block))
         return layer
@@ -184,7 +184,7 @@ class NVFP4Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """The product's gradient to `x` is that of the dequantised weight: rounding is taken for the identity."""
+    """The product's gradient to `x` is that of the dequantized weight: rounding is taken for the identity."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, linear: NVFP4Linear) -> torch.Tensor:

@@ -13,7 +13,7 @@ class NVFP4LoraLinear(LoraLinear):
     """PEFT's LoRA layer around an `NVFP4Linear`."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Dequantise, add the adapters, quantise by the layer's rule: once, whatever the number of adapters.
+        """Dequantize, add the adapters, quantize by the layer's rule: once, whatever the number of adapters.
 
         Raises:
             ValueError: The sum has infinities or NaN.

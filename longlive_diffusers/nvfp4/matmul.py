@@ -1,8 +1,8 @@
 """The product of two matrices in NVFP4: in 4 bits where the hardware has it, and the same numbers where it has not.
 
-Tensor cores want the block scales of a matrix in tiles of 128 rows by 4 scales, of 512 bytes each ([`swizzle`]). Within
-a tile, 16 bytes hold four neighboring scales of rows r, r + 32, r + 64 and r + 96. Rows are padded to 128 and scales to
-4 with zeros. (This is cuBLASLt's layout for 1D block scaling; torch calls it `SWIZZLE_32_4_4`.)
+Tensor cores want the block scales of a matrix in tiles of 128 rows by 4 scales, of 512 bytes each ([`swizzle`]).
+Within a tile, 16 bytes hold four neighboring scales of rows r, r + 32, r + 64 and r + 96. Rows are padded to 128 and
+scales to 4 with zeros. (This is cuBLASLt's layout for 1D block scaling; torch calls it `SWIZZLE_32_4_4`.)
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""NVFP4 as a quantisation that diffusers knows: `from_pretrained(..., quantization_config=NVFP4Config())`.
+"""NVFP4 as a quantization that diffusers knows: `from_pretrained(..., quantization_config=NVFP4Config())`.
 
-Weights are quantised on the way in, tensor by tensor, so that a model is never in memory whole in its old precision. A
-quantised model is saved like any other: safetensors with the three stored tensors in place of each weight, and
+Weights are quantized on the way in, tensor by tensor, so that a model is never in memory whole in its old precision. A
+quantized model is saved like any other: safetensors with the three stored tensors in place of each weight, and
 `quantization_config` in `config.json`, by which it is known when it is loaded again.
 """
 
@@ -27,7 +27,7 @@ from .rules import scale_rule_named
 
 
 class NVFP4Method(StrEnum):
-    """What diffusers keeps its quantisers under; it reads `.value`."""
+    """What diffusers keeps its quantizers under; it reads `.value`."""
 
     NVFP4 = "longlive_nvfp4"
 
@@ -116,7 +116,7 @@ class NVFP4Config(QuantizationConfigMixin):
         try:
             return NVFP4Linear.from_linear(linear, **self._layer_options())
         except ValueError as error:
-            raise ValueError(f"{name} cannot be quantised: {error}") from error
+            raise ValueError(f"{name} cannot be quantized: {error}") from error
 
     def empty_layer(self, linear: nn.Linear) -> NVFP4Linear:
         """A layer of the same sizes, on the meta device, for stored tensors to be put into."""
@@ -140,22 +140,22 @@ def layers_to_convert(model: nn.Module, config: NVFP4Config) -> list[str]:
     names = [name for name, module in model.named_modules() if config.converts(name, module)]
     if not names:
         raise ValueError(
-            f"Nothing to quantise: {type(model).__name__} has no linear layer whose sizes are multiples of {BLOCK} "
+            f"Nothing to quantize: {type(model).__name__} has no linear layer whose sizes are multiples of {BLOCK} "
             f"and which is not kept by {config.modules_to_not_convert}."
         )
     return names
 
 
 def quantize_model(model: nn.Module, config: NVFP4Config) -> nn.Module:
-    """Store a loaded diffusers model's layers in NVFP4, in place; it is then saved and shared as a quantised one.
+    """Store a loaded diffusers model's layers in NVFP4, in place; it is then saved and shared as a quantized one.
 
     Raises:
-        ValueError: It is quantised already, or has LoRA layers (fuse or unload them first), or nothing to quantise.
+        ValueError: It is quantized already, or has LoRA layers (fuse or unload them first), or nothing to quantize.
     """
     if nvfp4_layers(model):
         raise ValueError(f"This {type(model).__name__} is stored in NVFP4 already.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("The model has LoRA layers: fuse and unload them, or unload them, before it is quantised.")
+        raise ValueError("The model has LoRA layers: fuse and unload them, or unload them, before it is quantized.")
     for name in layers_to_convert(model, config):
         model.set_submodule(name, config.quantize_layer(model.get_submodule(name), name))
     mark_quantized(model, config)
@@ -275,6 +275,6 @@ class NVFP4Quantizer(DiffusersQuantizer):
 
 
 def register_quantizer() -> None:
-    """Let diffusers find `NVFP4Config` and its quantiser by their method's name."""
+    """Let diffusers find `NVFP4Config` and its quantizer by their method's name."""
     AUTO_QUANTIZER_MAPPING[NVFP4Method.NVFP4.value] = NVFP4Quantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[NVFP4Method.NVFP4.value] = NVFP4Config

@@ -6,7 +6,7 @@ weight `dW = dy^T x`. In NVFP4 all six factors are rounded to 4 bits. What decid
 - Gradients are rounded stochastically: to nearest, what is small would always vanish.
 - `dW` sums over tokens, and outliers among them are spread first by a Hadamard transform of both factors.
 - Weights have 16 x 16 blocks, so that forward and backward see the same rounded weight.
-- The weights that the optimiser moves stay in float32, and everything that is not a linear layer in a block is left
+- The weights that the optimizer moves stay in float32, and everything that is not a linear layer in a block is left
   alone.
 """
 

@@ -31,7 +31,7 @@ class ScaleRule:
 
 
 def _sum(terms: torch.Tensor) -> torch.Tensor:
-    """Over the first axis, neighbours first: in an order of its own, a sum has the same last bit everywhere."""
+    """Over the first axis, neighbors first: in an order of its own, a sum has the same last bit everywhere."""
     while len(terms) > 1:
         terms = terms[::2] + terms[1::2]
     return terms[0]

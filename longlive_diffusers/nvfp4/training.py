@@ -13,7 +13,7 @@ from .transformer_engine import TETrainingLinear, check_te_recipe
 
 class NVFP4TrainingLinear(nn.Linear):
     """
-    A linear layer that computes in NVFP4 and keeps its weight as it is: the master weight, which the optimiser moves
+    A linear layer that computes in NVFP4 and keeps its weight as it is: the master weight, which the optimizer moves
     and `state_dict` holds, under the names of `nn.Linear`.
 
     Raises:

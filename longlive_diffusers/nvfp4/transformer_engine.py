@@ -16,8 +16,8 @@ from .recipes import NVFP4Recipe
 
 
 _ERRORS = {"mse": "MSE", "mae": "MAE"}  # of four-over-six, in its words
-# It has NVIDIA's training recipe. It leaves no room above the largest number ("unbiased"), and it refuses four-over-six
-# together with the Hadamard transform, which LongLive's recipe is.
+# It has NVIDIA's training recipe. It leaves no room above the largest number ("unbiased"), and it refuses
+# four-over-six together with the Hadamard transform, which LongLive's recipe is.
 EXPRESSIBLE_RECIPES = ("nvidia",)
 
 

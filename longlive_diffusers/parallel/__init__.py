@@ -26,7 +26,8 @@ every query and every key of its heads, so attention itself is balanced exactly,
 
 A data loader does not need the clip on every rank either: `raw_window` says which frames of the video a rank has to
 read, and `encode_shard` encodes just these. DDP and FSDP average gradients over ranks, so what a rank back-propagates
-is its part of the summed loss, times N, over the loss-bearing frames of all ranks (`update` in `training/train_ar.py`).
+is its part of the summed loss, times N, over the loss-bearing frames of all ranks (`update` in
+`training/train_ar.py`).
 """
 
 from .all_to_all import gather_heads, scatter_heads

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKLWan
 
+from ..frame_counts import pixel_frames
 from .layout import FrameLayout
 
 
@@ -28,8 +29,8 @@ class RawWindow:
     Raw frames `start` to `stop` of a video, whose encoding begins with `num_dropped` latents of no use.
 
     Args:
-        start, stop: Raw frames, of which there are 1 + 4 n.
-        num_dropped: Latents of the halo, and the pseudo latent before it.
+        start, stop: The first raw frame, and the one after the last; there are 1 + 4 n of them.
+        num_dropped: How many latents are dropped: those of the halo, and the pseudo latent before it.
     """
 
     start: int
@@ -45,7 +46,7 @@ class RawWindow:
             raise ValueError(f"A halo has at least 0 latents, got {halo}.")
         halo_start = max(first - halo, 0)
         pseudo = min(halo_start, 1)  # of latent 0 there is nothing before
-        return cls(4 * (halo_start - pseudo), 4 * (last - 1) + 1, first - halo_start + pseudo)
+        return cls(pixel_frames(halo_start) - pseudo, pixel_frames(last), first - halo_start + pseudo)
 
     @property
     def num_frames(self) -> int:
@@ -58,7 +59,7 @@ def raw_window(layout: FrameLayout, rank: int, halo: int = 28) -> RawWindow:
 
     Args:
         layout: The split of the clip's latent frames.
-        rank: Of the sequence-parallel group.
+        rank: The rank in the sequence-parallel group.
         halo: Latents before the rank's own (28 in the paper's implementation); none are before the first.
     """
     own = layout.frames_of(rank)
@@ -80,13 +81,13 @@ def encode_shard(
             reach of the encoder, and near to it with less.
 
     Returns:
-        Means `[B, z_dim, F / N, h, w]`, not normalised.
+        Means `[B, z_dim, F / N, h, w]`, not normalized.
 
     Raises:
         ValueError: For another number of frames.
     """
     window = raw_window(layout, rank, halo)
-    whole = 1 + 4 * (layout.num_frames - 1)
+    whole = pixel_frames(layout.num_frames)
     if frames.ndim != 5 or frames.shape[2] not in (window.num_frames, whole):
         raise ValueError(
             f"Rank {rank} of {layout.num_ranks} encodes raw frames {window.start} to {window.stop - 1} of {whole}: "

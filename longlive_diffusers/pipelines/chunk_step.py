@@ -29,7 +29,8 @@ class Conditioning:
     What a chunk is made under. It may be changed between two steps.
 
     Args:
-        prompt_embeds: Text embeddings `[B, L, D]`. The same tensor means the same text: its keys and values are cached.
+        prompt_embeds: Text embeddings `[B, L, D]`. The same tensor means the same text: its keys and values are
+            cached.
         negative_prompt_embeds: The same of the negative prompt; needed with guidance only.
         guidance_scale: Scale of classifier-free guidance; 1 and 0 are none.
         first_frame: Latents `[B, C, 1, h, w]` that the chunk begins with (image to video), or None.

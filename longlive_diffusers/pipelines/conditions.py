@@ -6,14 +6,15 @@ import torch
 from diffusers.utils import logging
 from diffusers.video_processor import VideoProcessor
 
-from ..models.latent_frames import pixel_frames, whole_chunks
+from ..frame_counts import pixel_frames, whole_chunks
 
 
 logger = logging.get_logger(__name__)
 
 
 def check_conditions(**conditions: object) -> None:
-    """Raise a ValueError unless at most one of them is given: a video begins with an image or continues another one."""
+    """Raise a ValueError unless at most one of them is given: a video begins with an image or continues another
+    one."""
     names = [name for name, value in conditions.items() if value is not None]
     if len(names) > 1:
         raise ValueError(f"Pass at most one of {', '.join(f'`{name}`' for name in conditions)}, got {names}.")

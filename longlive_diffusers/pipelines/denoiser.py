@@ -1,7 +1,7 @@
 """ChunkDenoiser: the latents of a video, chunk by chunk, under prompts that may change on the way.
 
-It owns what one stream needs - KV caches, solver, random state, clean latents for recaching - and makes each chunk with
-the plain functions of `chunk_step.py`.
+It owns what one stream needs - KV caches, solver, random state, clean latents for recaching - and makes each chunk
+with the plain functions of `chunk_step.py`.
 """
 
 import copy

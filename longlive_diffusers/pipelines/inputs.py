@@ -11,8 +11,8 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 from diffusers.video_processor import VideoProcessor
 
+from ..frame_counts import chunks_to_cover, latent_frames, pixel_frames
 from ..models.kv_cache import check_window
-from ..models.latent_frames import chunks_to_cover, latent_frames, pixel_frames
 from ..models.layer_kv_cache import resolve_kv_cache_dtype
 from .conditions import check_conditions, image_to_pixels, video_to_pixels
 from .shots import ShotPlan, is_count
@@ -477,7 +477,8 @@ def resolve_num_chunks(
 
 
 def for_each_sample(name: str, tensor: torch.Tensor, num_prompts: int, num_videos_per_prompt: int) -> torch.Tensor:
-    """`[1, num_prompts or B, ...]` -> `[B, ...]`: one value may serve all prompts, or a prompt's one all of its videos."""
+    """`[1, num_prompts or B, ...]` -> `[B, ...]`: one value may serve all prompts, or a prompt's one all of its
+    videos."""
     batch_size = num_prompts * num_videos_per_prompt
     if tensor.shape[0] == batch_size:
         return tensor

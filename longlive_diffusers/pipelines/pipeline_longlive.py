@@ -97,7 +97,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         scene_cut_prefix: str = "The scene transitions. ",
     ):
         super().__init__()
-        # Conversions by others have the layout of a Wan pipeline; UniPC's own grid is not the one this model learnt.
+        # Conversions by others have the layout of a Wan pipeline; UniPC's own grid is not the one this model learned.
         if isinstance(transformer, WanTransformer3DModel):
             transformer = LongLiveTransformer3DModel.from_wan(transformer)
         if type(scheduler) is UniPCMultistepScheduler:
@@ -450,8 +450,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         channels = self.transformer.config.in_channels
         if is_needed and not isinstance(self.vae, AutoencoderKLWan):
             raise ValueError(
-                f"Pixels need an AutoencoderKLWan, this pipeline's VAE is {type(self.vae).__name__}: pass latents, and "
-                '`output_type="latent"`.'
+                f"Pixels need an AutoencoderKLWan, this pipeline's VAE is {type(self.vae).__name__}: pass latents, "
+                'and `output_type="latent"`.'
             )
         if self.vae is not None and self.vae.config.z_dim != channels:
             raise ValueError(f"The transformer's latents have {channels} channels, the VAE's {self.vae.config.z_dim}.")

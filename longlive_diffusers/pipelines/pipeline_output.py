@@ -16,7 +16,7 @@ class LongLivePipelineOutput(BaseOutput):
     """
     Args:
         frames: The videos: `np.ndarray [B, frames, height, width, 3]` in [0, 1] (`output_type="np"`), tensor
-            `[B, frames, 3, height, width]` ("pt"), lists of images ("pil"), or normalised latents
+            `[B, frames, 3, height, width]` ("pt"), lists of images ("pil"), or normalized latents
             `[B, C, F, h, w]` ("latent").
     """
 
@@ -30,7 +30,7 @@ class VideoChunk:
 
     Args:
         frames: Its pixels, in the layout of the stream's `output_type`.
-        latents: Its normalised latents, `[B, C, chunk_size, h, w]`, float32.
+        latents: Its normalized latents, `[B, C, chunk_size, h, w]`, float32.
         index: Number of the chunk in the video, from 0.
         shot_index: Number of the shot; a list where a batch of videos is streamed.
         prompt: The shot's prompt, without the scene-cut prefix; a list where a batch is streamed. None where text

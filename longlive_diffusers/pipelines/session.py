@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..models.latent_frames import TEMPORAL_SCALE, pixel_frames
+from ..frame_counts import TEMPORAL_SCALE, pixel_frames
 from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser, DenoisedChunk
 from .pipeline_output import VideoChunk

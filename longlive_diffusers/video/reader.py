@@ -121,4 +121,4 @@ def decode_frames(container: av.container.InputContainer, stream: av.VideoStream
 
 def upright(frame: av.VideoFrame) -> np.ndarray:
     """A frame's pixels [H, W, 3], turned as its display matrix says (a telephone held upright films lying down)."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))  # both count anticlockwise
+    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))  # both count counterclockwise

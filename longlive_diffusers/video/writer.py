@@ -162,7 +162,7 @@ class VideoWriter:
         encoder_options = {"crf": str(self.crf), "preset": "medium", "tune": "zerolatency"}
         stream = self._container.add_stream(ENCODER, rate=self.fps, options=encoder_options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        # Untagged, players guess the colours from the size of the picture.
+        # Untagged, players guess the colors from the size of the picture.
         stream.codec_context.colorspace = Colorspace.ITU709
         stream.codec_context.color_range = ColorRange.MPEG
         stream.codec_context.color_primaries = ColorPrimaries.BT709

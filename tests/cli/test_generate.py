@@ -53,7 +53,7 @@ def make(output: Path, *arguments: object, seed: int = 0) -> np.ndarray:
 
 
 def coarse(frames: np.ndarray) -> np.ndarray:
-    """Means of 16x16 pixels: what a codec, which halves the resolution of colours, keeps."""
+    """Means of 16x16 pixels: what a codec, which halves the resolution of colors, keeps."""
     count, height, width, channels = frames.shape
     return frames.reshape(count, height // 16, 16, width // 16, 16, channels).mean(axis=(2, 4))
 

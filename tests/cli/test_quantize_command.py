@@ -30,7 +30,7 @@ def test_it_writes_a_pipeline_that_generates(tmp_path, capsys):
     layers = nvfp4_layers(pipe.transformer)
     assert len(layers) == 10 * pipe.transformer.config.num_layers
     assert smaller > 2
-    # What is not quantised is as it was stored.
+    # What is not quantized is as it was stored.
     assert stored_dtype(output / "transformer") == stored_dtype(toy_pipeline_path() / "transformer")
     assert torch.equal(pipe.transformer.proj_out.weight, plain.transformer.proj_out.weight)
     config = json.loads((output / "transformer" / "config.json").read_text())["quantization_config"]
@@ -82,7 +82,7 @@ def test_a_recipe_stores_what_it_trained(tmp_path, capsys, name):
         (["no/such/folder"], "is no folder"),
         ([TOY, "--recipe", "nvidia", "--block", "1x16", "--keep", "x"], "nvidia says what --block, --keep would"),
         ([TOY, "--lora", "none.pt"], "there is no LoRA file"),
-        ([TOY, "--keep", "blocks", "condition_embedder", "proj_out"], "Nothing to quantise"),
+        ([TOY, "--keep", "blocks", "condition_embedder", "proj_out"], "Nothing to quantize"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(tmp_path, capsys, arguments, message):

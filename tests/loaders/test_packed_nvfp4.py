@@ -21,7 +21,7 @@ def packed(golden) -> dict:
 
 @pytest.fixture(scope="module")
 def expected(golden) -> dict[str, torch.Tensor]:
-    """The dequantised weights that the reference makes of it."""
+    """The dequantized weights that the reference makes of it."""
     return rename_to_diffusers(load_file(golden / "model_4o6_dequantized.safetensors"))
 
 

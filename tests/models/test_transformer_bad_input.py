@@ -249,7 +249,7 @@ def test_every_cache_that_is_not_refused_works(chunk_size, sink_size, room, mult
 
 BAD_CONFIGS = {
     "tokens of two frames": ({"patch_size": (2, 2, 2)}, ["(2, 2, 2)"]),
-    "another normalisation": ({"qk_norm": "rms_norm"}, ["'rms_norm'"]),
+    "another normalization": ({"qk_norm": "rms_norm"}, ["'rms_norm'"]),
     "an image model": ({"image_dim": 1280}, [1280]),
     "no chunk": ({"chunk_size": 0}, [0]),
 }

@@ -1,7 +1,7 @@
 """LongLiveTransformer3DModel behaves as every model of diffusers does: saving, loading, dtypes, outputs.
 
 diffusers tests its models with mixins that it does not ship; the test_transformer_*.py files beside this one state the
-same behaviours for ours. Of the behaviours that those mixins know, these are not here, because:
+same behaviors for ours. Of the behaviors that those mixins know, these are not here, because:
 
     from_single_file            reads only classes that diffusers lists in its own table. Ours has `from_original` for
                                 the published files; tests/loaders covers it (config, dtype, parameters).

@@ -186,9 +186,9 @@ def test_models_that_cannot_be_quantised(plain_folder):
     with pytest.raises(ValueError, match="in NVFP4 already"):
         quantize_model(model, NVFP4Config())
     nothing = NVFP4Config(modules_to_not_convert=["blocks", "condition_embedder", "proj_out"])
-    with pytest.raises(ValueError, match="Nothing to quantise"):
+    with pytest.raises(ValueError, match="Nothing to quantize"):
         quantize_model(small_transformer(), nothing)
-    with pytest.raises(ValueError, match="Nothing to quantise"):
+    with pytest.raises(ValueError, match="Nothing to quantize"):
         LongLiveTransformer3DModel.from_pretrained(plain_folder, quantization_config=nothing)
     with_lora = small_transformer()
     with_lora.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
@@ -196,7 +196,7 @@ def test_models_that_cannot_be_quantised(plain_folder):
         quantize_model(with_lora, NVFP4Config())
     broken = small_transformer()
     broken.blocks[1].attn1.to_q.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"blocks\.1\.attn1\.to_q cannot be quantised: 1 of 1024"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn1\.to_q cannot be quantized: 1 of 1024"):
         quantize_model(broken, NVFP4Config())
 
 

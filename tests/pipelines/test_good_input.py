@@ -1,4 +1,4 @@
-"""The neighbours of bad input: what is nearly wrong is taken, and the border between the two is where it should be."""
+"""The neighbors of bad input: what is nearly wrong is taken, and the border between the two is where it should be."""
 
 import re
 

@@ -1,7 +1,7 @@
 """LongLivePipeline behaves as every pipeline of diffusers does: its call, its outputs, its batches, its text.
 
 diffusers tests its pipelines with mixins that it does not ship; the test_pipeline_*.py files here state the same
-behaviours for ours. Of the behaviours that those mixins know, these are not here, because:
+behaviors for ours. Of the behaviors that those mixins know, these are not here, because:
 
     num_images_per_prompt       a pipeline for video has `num_videos_per_prompt`; that is tested.
     callback, last step only    setting the latents to zero in the last step of all empties only the last chunk, since

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from data.clips import VideoDataset
-from data.latent_cache import build_latent_cache, build_text_cache
 
+from data.clips import VideoDataset
+from data.latent_cache import build_latent_cache
+from data.text_cache import build_text_cache
 from tests.support.tiny_pipeline import TEXT_DIM, TEXT_LENGTH
 from tests.support.training_sets import SIDE
 

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import torch
-from assemble import initialize
-from train_vae import build_vae
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-from world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, draw_sample, write_sample
 
+from assemble import initialize
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
 from tests.support.paths import ROOT
 from tests.support.tiny_tokenizer import tiny_tokenizer
+from train_vae import build_vae
+from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, draw_sample, write_sample
 
 
 SCRIPT = ROOT / "training" / "train_ar.py"
@@ -36,18 +36,16 @@ LONG_RUN = {
 
 def write_videos(folder: Path, count: int = 6) -> Path:
     """Videos of 8 latent frames, some with cuts, and one that is a chunk short, thus padded."""
-    chance = random.Random(0)
+    rng = random.Random(0)
     for index in range(count):
         length = NUM_CHUNKS - 1 if index == count - 1 else NUM_CHUNKS
-        write_sample(folder, f"{index:03d}", draw_sample(chance, length, 2), 2)
+        write_sample(folder, f"{index:03d}", draw_sample(rng, length, 2), 2)
     return folder
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word of the toy world."""
-    words = (
-        f"{' '.join([*COLOURS, *SHAPES, *SIZES, *MOTIONS, *BACKGROUNDS])} a and that over above below moves".split()
-    )
+    words = f"{' '.join([*COLORS, *SHAPES, *SIZES, *MOTIONS, *BACKGROUNDS])} a and that over above below moves".split()
     return tiny_tokenizer(words, lowercase=True)
 
 

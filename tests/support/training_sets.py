@@ -14,14 +14,14 @@ from longlive_diffusers.video.writer import VideoWriter
 SIDE = 32
 
 
-def grey_frames(count: int, start: int = 0, *, height: int = SIDE, width: int = SIDE) -> np.ndarray:
-    """Frame k of a video is grey of level 5 (start + k), so that a decoded frame says its number."""
+def gray_frames(count: int, start: int = 0, *, height: int = SIDE, width: int = SIDE) -> np.ndarray:
+    """Frame k of a video is gray of level 5 (start + k), so that a decoded frame says its number."""
     levels = (5 * (start + np.arange(count)) % 256).astype(np.uint8)
     return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3))
 
 
 def frame_numbers(pixels) -> list[int]:
-    """Of pixels [3, F, H, W] in [-1, 1] which show grey frames."""
+    """Of pixels [3, F, H, W] in [-1, 1] which show gray frames."""
     levels = (pixels.mean(dim=(0, 2, 3)) + 1) * 127.5
     return [round(level / 5) for level in levels.tolist()]
 
@@ -83,9 +83,9 @@ def write_sample(
     captions: Sequence[str | dict] | None = None,
     durations: str | None = None,
 ) -> None:
-    """One clip of so many grey frames for each of `lengths`; the second goes on counting where the first ended."""
+    """One clip of so many gray frames for each of `lengths`; the second goes on counting where the first ended."""
     for number, length in enumerate(lengths, start=1):
-        write_video(clip_path(root, name, number), grey_frames(length, sum(lengths[: number - 1])))
+        write_video(clip_path(root, name, number), gray_frames(length, sum(lengths[: number - 1])))
     write_captions(root, name, captions or [f"shot {number}" for number in range(len(lengths))], durations)
 
 

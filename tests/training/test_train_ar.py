@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_ar
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, WanTransformer3DModel
-from run.arguments import parse_arguments
-from run.log import read_log
 from safetensors.torch import load_file
 
+import train_ar
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.video.reader import read_video
+from run.arguments import parse_arguments
+from run.log import read_log
 
 
 CURVE = Path(__file__).with_name("loss_curve.json")

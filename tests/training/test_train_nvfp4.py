@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from run.arguments import parse_arguments
-from run.log import read_log
 from safetensors.torch import load_file
 
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.nvfp4 import NVFP4Config, nvfp4_layers, quantize_model
 from longlive_diffusers.nvfp4.recipes import recipe_named
+from run.arguments import parse_arguments
+from run.log import read_log
 from tests.support.training_run import options, run_script
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_ar
 from accelerate.state import AcceleratorState
-from run.arguments import parse_arguments
-from run.log import read_log
 from safetensors.torch import load_file
 
+import train_ar
+from run.arguments import parse_arguments
+from run.log import read_log
 from tests.support.training_run import LONG_RUN, SCRIPT, environment
 
 
@@ -54,7 +54,7 @@ def last_step(output: Path) -> int:
 
 
 def test_a_run_killed_five_times_gives_the_uninterrupted_one(workshop, long_run, tmp_path):
-    output, chance = tmp_path / "run", random.Random(time.time_ns())
+    output, rng = tmp_path / "run", random.Random(time.time_ns())
     resumed_at = []
     for number, after in enumerate((2, 7, 12, 17, 23)):
         run = start(workshop, output)
@@ -64,7 +64,7 @@ def test_a_run_killed_five_times_gives_the_uninterrupted_one(workshop, long_run,
             assert list(output.glob("checkpoint-*.partial"))
         else:
             wait_for(run, lambda after=after: last_step(output) >= after)
-            time.sleep(chance.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.3))
             kill(run)
         checkpoints = sorted(int(path.name[11:]) for path in output.glob("checkpoint-*") if path.suffix != ".partial")
         resumed_at.append(checkpoints[-1] if checkpoints else 0)

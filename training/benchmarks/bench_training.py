@@ -1,6 +1,8 @@
-"""Memory and time of a teacher-forcing step: python training/bench_training.py [--size tiny|block-5b] [--json FILE]
+"""Memory and time of a teacher-forcing step:
 
-A row is one step, forward and backward, of random weights on random latents: without an optimiser, whose cost does not
+    python training/benchmarks/bench_training.py [--size tiny|block-5b] [--json FILE]
+
+A row is one step, forward and backward, of random weights on random latents: without an optimizer, whose cost does not
 depend on the clip. *Kept* is what autograd holds between forward and backward, every storage counted once; on a GPU,
 *peak* is the most that was allocated at a time, weights and gradients included. Time is the median of the repeats,
 which take turns between the rows of a length, so that what else the machine does hits them alike.
@@ -17,15 +19,19 @@ from pathlib import Path
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from tqdm import tqdm
-from whole_file import write_whole
 
 from longlive_diffusers import LongLiveTransformer3DModel
+from longlive_diffusers.atomic_write import write_text
+from longlive_diffusers.benchmark.markdown import markdown_table
 from longlive_diffusers.benchmark.measure import peak_memory, reset_peak_memory, synchronize
+
+
+COLUMNS = ("latent frames", "tokens", "attention", "checkpointing", "kept", "peak", "step", "of dense, same memory")
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the network and its latents; `frames` are the clip lengths, in latent frames."""
+    """The sizes of the network and its latents; `frames` are the clip lengths, in latent frames."""
 
     config: dict
     height: int
@@ -133,25 +139,43 @@ def choose(model: LongLiveTransformer3DModel, backend: str, checkpointing: bool)
 
 
 def print_table(rows: list[Row]) -> None:
-    print("| latent frames | tokens | attention | checkpointing | kept | peak | step | of dense, same memory |")
-    print("|---|---|---|---|---|---|---|---|")
     dense = {(row.frames, row.checkpointing): row.seconds for row in rows if row.backend == "dense"}
+    cells = []
     for row in rows:
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
         ratio = row.seconds / dense[row.frames, row.checkpointing]
-        print(
-            f"| {row.frames} | {row.tokens} | {row.backend} | {'yes' if row.checkpointing else 'no'} "
-            f"| {row.kept_bytes / 2**20:.1f} MiB | {peak} | {1000 * row.seconds:.0f} ms | {ratio:.2f} |"
+        cells.append(
+            [
+                str(row.frames),
+                str(row.tokens),
+                row.backend,
+                "yes" if row.checkpointing else "no",
+                f"{row.kept_bytes / 2**20:.1f} MiB",
+                peak,
+                f"{1000 * row.seconds:.0f} ms",
+                f"{ratio:.2f}",
+            ]
         )
+    print(markdown_table(COLUMNS, cells))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and time of a teacher-forcing step.")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="network and latents")
-    parser.add_argument("--backends", nargs="+", choices=("dense", "flex"), default=["dense"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument(
+        "--size", choices=SIZES, default="tiny", help="The sizes of network and latents (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=("dense", "flex"),
+        default=["dense"],
+        help="Ways to compute attention (default: dense).",
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="Steps that are timed (default: %(default)s).")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run (default: %(default)s)."
+    )
+    parser.add_argument("--json", type=Path, help="Also write the rows to this file.")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if arguments.repeats < 1:
@@ -166,7 +190,7 @@ def main() -> None:
     print(f"{arguments.size}, {dtype}, batch 1, on {device} ({threads} threads), torch {torch.__version__}")
     print_table(rows)
     if arguments.json is not None:
-        write_whole(arguments.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_text(arguments.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How much NVFP4 loses, as tables: python training/nvfp4_errors.py [--size 1024] [--seed 0]
+"""How much NVFP4 loses, as tables: python training/benchmarks/nvfp4_errors.py [--size 1024] [--seed 0]
 
 Relative L2 errors on random numbers of several kinds: storing and reading again, a linear layer, attention over a KV
 cache, and the three matrix products of training. They say what the format and its rules can do; what it means for
-video, only video tells (`evaluate_toy.py`).
+video, only video tells (`training/toy/evaluate.py`).
 """
 
 import argparse
@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from longlive_diffusers.nvfp4 import NVFP4Linear, quantize
+from longlive_diffusers.benchmark.markdown import markdown_table
 from longlive_diffusers.models.frame_store import FP8Frames, NVFP4Frames
+from longlive_diffusers.nvfp4 import NVFP4Linear, quantize
 from longlive_diffusers.nvfp4.recipes import RECIPES
 from longlive_diffusers.nvfp4.rules import RULES
 from longlive_diffusers.nvfp4.training import NVFP4TrainingLinear
@@ -45,7 +46,7 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, int], torch.Generator], torch.Tens
 
 
 def round_trip(size: int, seed: int) -> Table:
-    """Quantise and dequantise."""
+    """Quantize and dequantize."""
     rows = []
     for name, draw in DISTRIBUTIONS.items():
         x = draw((size, size), torch.Generator().manual_seed(seed)).bfloat16()
@@ -87,9 +88,9 @@ def kv_cache(seed: int) -> Table:
         key[..., :4] += outliers
         exact = attend(query, key, value)
         stores = {
-            "nvfp4, as it is": (NVFP4Frames(shape, CPU, centred=False), NVFP4Frames(shape, CPU, centred=False)),
-            "nvfp4, centred": (NVFP4Frames(shape, CPU, centred=True), NVFP4Frames(shape, CPU, centred=False)),
-            "fp8": (FP8Frames(shape, CPU), FP8Frames(shape, CPU)),
+            "nvfp4, as it is": (NVFP4Frames(shape, CPU, for_keys=False), NVFP4Frames(shape, CPU, for_keys=False)),
+            "nvfp4, centered": (NVFP4Frames(shape, CPU, for_keys=True), NVFP4Frames(shape, CPU, for_keys=False)),
+            "fp8": (FP8Frames(shape, CPU, for_keys=True), FP8Frames(shape, CPU, for_keys=False)),
         }
         errors = [relative(attend(query, through(k, key), through(v, value)), exact) for k, v in stores.values()]
         rows.append([name, *errors])
@@ -131,14 +132,18 @@ def training(size: int, seed: int) -> Table:
 
 def as_markdown(table: Table) -> str:
     title, header, rows = table
-    lines = [f"**{title}**", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return f"**{title}**\n\n{markdown_table(header, rows)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print how much NVFP4 loses.")
-    parser.add_argument("--size", type=int, default=1024, help="of the matrices; a multiple of 32 (default 1024)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=1024,
+        help="Rows and columns of the matrices; a multiple of 32 (default: %(default)s).",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the random numbers (default: 0).")
     arguments = parser.parse_args()
     if arguments.size < 32 or arguments.size % 32:
         parser.error(f"--size must be a multiple of 32, got {arguments.size}")

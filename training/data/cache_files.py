@@ -1,6 +1,6 @@
 """Files of a cache that several processes may fill, and that may be killed at any moment.
 
-A file is written under a temporary name, then renamed: it is whole or not there. Its header says how long it is and
+A file is written under a temporary name, then renamed: it is complete or not there. Its header says how long it is and
 holds a checksum, so that damage done later is noticed. What the content of a cache depends on is written down in
 `settings.json`; a cache made with other settings is refused, never mixed.
 """
@@ -8,8 +8,6 @@ holds a checksum, so that damage done later is noticed. What the content of a ca
 import hashlib
 import json
 import logging
-import os
-import uuid
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from whole_file import write_whole
+
+from longlive_diffusers.atomic_write import new_file, write_text
 
 
 SETTINGS_FILE = "settings.json"
@@ -32,19 +31,17 @@ class DamagedFileError(ValueError):
 
 
 def save_tensor(path: Path, tensor: torch.Tensor) -> None:
-    """Write one tensor, with a checksum; whole or not at all."""
+    """Write one tensor, with a checksum; completely or not at all."""
     tensor = tensor.detach().cpu().contiguous()
-    # A name of its own: another process, maybe on another machine, may be writing the same file.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    save_file({"tensor": tensor}, temporary, metadata={"crc32": str(_checksum(tensor))})
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        save_file({"tensor": tensor}, temporary, metadata={"crc32": str(_checksum(tensor))})
 
 
 def load_tensor(path: Path) -> torch.Tensor:
     """
     Raises:
-        DamagedFileError: The file is truncated, or not what was written.
-        FileNotFoundError: There is no such file.
+        DamagedFileError: If the file is truncated, or not what was written.
+        FileNotFoundError: If there is no such file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -56,32 +53,29 @@ def load_tensor(path: Path) -> torch.Tensor:
     return tensor
 
 
-def is_whole(path: Path, *, verify: bool) -> bool:
-    """Whether `path` is there and was written to its end: by its header and length or, with `verify`, also by its
-    checksum. A warning names a file that is there, but is not."""
+def is_complete(path: Path) -> bool:
+    """Whether `path` is there and was written to its end, by its header and length. A warning names a file that is
+    there, but is not."""
     if not path.exists():
         return False
     try:
-        if verify:
-            load_tensor(path)
-        else:
-            with safe_open(path, framework="pt"):  # compares the length of the file with what the header says
-                pass
-    except (SafetensorError, DamagedFileError) as error:
+        with safe_open(path, framework="pt"):  # compares the length of the file with what the header says
+            pass
+    except SafetensorError as error:
         logger.warning("'%s' is damaged and is made again (%s)", path, error)
         return False
     return True
 
 
 def write_json(path: Path, content: object) -> None:
-    """Whole or not at all."""
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
+    """Write a JSON file, completely or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def read_json(path: Path) -> dict:
     """
     Raises:
-        ValueError: There is no such file, or it is no JSON.
+        ValueError: If there is no such file, or it is no JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -91,12 +85,12 @@ def read_json(path: Path) -> dict:
         raise DamagedFileError(f"'{path}' is damaged: {error}") from error
 
 
-def claim(folder: Path, settings: Settings) -> None:
+def open_cache(folder: Path, settings: Settings) -> None:
     """
     Make `folder` a cache of these settings, unless it already is.
 
     Raises:
-        ValueError: It is a cache of others; the message names those that differ, with both values.
+        ValueError: If it is a cache of others; the message names those that differ, with both values.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_FILE
@@ -111,7 +105,7 @@ def check_settings(folder: Path, expected: Mapping[str, str | int | float | bool
     The settings that a cache was made with.
 
     Raises:
-        ValueError: One of those `expected` is another there; the message names all that differ, with both values.
+        ValueError: If one of those `expected` is another there; the message names all that differ, with both values.
     """
     found = read_json(folder / SETTINGS_FILE)
     missing = object()

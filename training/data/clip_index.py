@@ -9,11 +9,11 @@ import json
 import logging
 import os
 import time
-import uuid
 from fractions import Fraction
 from pathlib import Path
 
 from data.videos import ClipError, count_frames
+from longlive_diffusers.atomic_write import write_text
 
 
 INDEX_FILE = "clips.json"
@@ -43,7 +43,7 @@ class ClipIndex:
         Frames of a clip, at most `limit`.
 
         Raises:
-            ClipError: As `count_frames`; or there is no such file.
+            ClipError: As `count_frames`; or if there is no such file.
         """
         path = path.absolute()
         try:
@@ -69,9 +69,7 @@ class ClipIndex:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._entries = {**self._load(), **self._entries}
-        temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.tmp")
-        temporary.write_text(json.dumps({"format": INDEX_FORMAT, "clips": self._entries}), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, json.dumps({"format": INDEX_FORMAT, "clips": self._entries}))
         self._saved_at, self._is_changed = time.monotonic(), False
 
     def _decode(self, path: Path) -> dict:

@@ -1,7 +1,7 @@
-"""Videos with captions, as training takes them: whole chunks of pixels, a prompt and a shot number for each chunk.
+"""Videos with captions, as training takes them: whole chunks of pixels, a prompt and a shot index for each chunk.
 
-`data_samples` says how a training set lies on the disk, `data_video` how frames are read, `data_layout` how chunks are
-conditioned; here they come together.
+`samples.py` says how a training set lies on the disk, `videos.py` how frames are read, `conditioning.py` how chunks
+are conditioned; here they come together.
 
 Image-to-video needs no data of its own. The VAE is causal, so latent frame 0 of any video is the encoding of its first
 image alone: training keeps that frame clean, and the video is a sample of how to go on from an image.
@@ -18,14 +18,14 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from data.conditioning import Layout, frames_of_chunks, lay_out, whole_chunks
-from data.clip_index import ClipIndex
-from data.samples import Clip, Sample, SampleError, describe_skipped, scan
-from data.videos import ClipError, read_frames
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from longlive_diffusers.pipelines.shots import ShotPlan
+from data.clip_index import ClipIndex
+from data.conditioning import ChunkConditioning, condition_chunks
+from data.samples import Clip, Sample, SampleError, describe_skipped, scan
+from data.videos import ClipError, read_frames
+from longlive_diffusers import ShotPlan, pixel_frames, whole_chunks
 
 
 __all__ = ["Clip", "Sample", "VideoDataset", "scan"]
@@ -40,12 +40,12 @@ class _Entry:
     name: str
     clips: tuple[Clip, ...]
     chunks_per_clip: tuple[int, ...]
-    layout: Layout
+    conditioning: ChunkConditioning
 
 
 class VideoDataset(Dataset):
     """
-    The videos of a folder (see `data_samples`), each `num_latent_frames` latent frames long.
+    The videos of a folder (see `samples.py`), each `num_latent_frames` latent frames long.
 
     Every clip gives whole chunks only: as many as its frames allow, at most its entry in `shot_durations.txt`, at most
     `max_chunks_per_shot`; and none after the video is full. When the dataset is made, every clip is decoded as far as
@@ -53,34 +53,36 @@ class VideoDataset(Dataset):
     reason in `skipped` and in a warning; so the length is exact, and the same in every process.
 
     An item is a dict:
-        pixels: float32 [3, 1 + 4 (num_latent_frames - 1), height, width], in [-1, 1].
+        pixels: float32 `[3, F, height, width]` in [-1, 1], F the pixel frames of `num_latent_frames`.
         prompts: The text of each chunk, list[str].
-        shot_index: The shot of each chunk, int64 [chunks].
-        loss_mask: Which latent frames bear loss, bool [num_latent_frames].
-        name: Of the sample.
+        shot_index: The index of each chunk's shot, int64 `[chunks]`.
+        loss_mask: Which chunks bear loss, bool `[chunks]`.
+        name: The name of the sample.
 
     Args:
         root: The folder.
-        num_latent_frames: A multiple of `chunk_size`.
+        num_latent_frames: Latent frames of each video, a multiple of `chunk_size`.
         chunk_size: Latent frames of a chunk.
-        height, width: Of the frames, in pixels.
+        height, width: The size of the frames in pixels.
         fps: Frames per second. A clip of another rate gives its nearest frames.
         max_chunks_per_shot: Upper limit for each clip (each by itself, also where it goes on with the one before).
         scene_cut_prefix: Put before the prompt of the first chunk of every shot but the first.
-        pad: Repeat the last frame and prompt of a video that is too short; what is added bears no loss. Otherwise such
-            a sample is left out.
-        text_only: Read captions alone, for distillation; there need be no videos, and items have no `pixels` and no
-            `loss_mask`. Shots last as `shot_durations.txt` says, the last of them to the end; without it, chunks are
-            spread evenly and the first shots take the remainder. Each chunk has its own prompt, also at switches.
-        recache_switches: Train prompt switches within a shot as they are generated, with history under the new prompt
-            and without loss (see `data_layout`). False: each chunk keeps its own prompt and bears loss.
+        pad: Whether the last frame and prompt of a video that is too short are repeated; what is added bears no loss.
+            Otherwise such a sample is left out.
+        text_only: Whether to read captions alone, for distillation; there need be no videos, and items have no
+            `pixels` and no `loss_mask`. Shots last as `shot_durations.txt` says, the last of them to the end; without
+            it, chunks are spread evenly and the first shots take the remainder. Each chunk has its own prompt, also at
+            switches.
+        recache_switches: Whether prompt switches within a shot are trained as they are generated, with history under
+            the new prompt and without loss (see `conditioning.py`). False: each chunk keeps its own prompt and bears
+            loss.
         index_folder: Where to remember what was found out about the clips; None to find it out at every start. Where
             several processes share it, make the dataset in one first (`accelerator.main_process_first()`): the others
             then read what it found.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: A size out of range; no such folder; or nothing in it can be used.
+        ValueError: If a size is out of range, there is no such folder, or nothing in it can be used.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class VideoDataset(Dataset):
 
         samples, skipped = scan(self.root, text_only=text_only)
         most_chunks = min(self.num_chunks, max_chunks_per_shot or self.num_chunks)
-        limit = frames_of_chunks(most_chunks, chunk_size, opens_video=False)
+        limit = pixel_frames(most_chunks * chunk_size, opens_video=False)
         self._index = ClipIndex(None if text_only else index_folder, self.fps, limit)
         self.skipped: dict[str, str] = skipped
         """Why each sample that is not used is not, by name."""
@@ -130,17 +132,17 @@ class VideoDataset(Dataset):
 
     @property
     def num_chunks(self) -> int:
-        """Of each video."""
+        """Chunks of each video."""
         return self.num_latent_frames // self.chunk_size
 
     @property
     def num_frames(self) -> int:
         """Pixel frames of each video."""
-        return 1 + 4 * (self.num_latent_frames - 1)
+        return pixel_frames(self.num_latent_frames)
 
     @property
     def names(self) -> list[str]:
-        """Of the samples, in order."""
+        """The names of the samples, in order."""
         return [entry.name for entry in self._entries]
 
     def __len__(self) -> int:
@@ -149,7 +151,7 @@ class VideoDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         """
         Raises:
-            ValueError: A clip was changed since the dataset was made, and cannot be read any more.
+            ValueError: If a clip was changed since the dataset was made, and cannot be read any more.
         """
         if self.text_only:
             item = self.conditioning(index)
@@ -160,17 +162,16 @@ class VideoDataset(Dataset):
     def conditioning(self, index: int) -> dict:
         """An item without its pixels; no video is read."""
         entry = self._entries[index]
-        bears_loss = torch.tensor(entry.layout.bears_loss, dtype=torch.bool)
         return {
-            "prompts": list(entry.layout.prompts),
-            "shot_index": torch.tensor(entry.layout.shot_index, dtype=torch.int64),
-            "loss_mask": bears_loss.repeat_interleave(self.chunk_size),
+            "prompts": list(entry.conditioning.prompts),
+            "shot_index": torch.tensor(entry.conditioning.shot_index, dtype=torch.int64),
+            "loss_mask": torch.tensor(entry.conditioning.loss_mask, dtype=torch.bool),
             "name": entry.name,
         }
 
     def distinct_prompts(self) -> list[str]:
         """Every text that a chunk of any sample is conditioned on, once, in order of appearance."""
-        return list(dict.fromkeys(prompt for entry in self._entries for prompt in entry.layout.prompts))
+        return list(dict.fromkeys(prompt for entry in self._entries for prompt in entry.conditioning.prompts))
 
     def settings(self) -> dict[str, str | int | float | bool | None]:
         """Everything that items depend on: the arguments, and a digest of the samples (names, captions, sizes of the
@@ -227,45 +228,45 @@ class VideoDataset(Dataset):
                 f"its {len(clips)} clip(s) give {sum(counts)} chunks of {self.chunk_size} latent frames, but a video "
                 f"has {self.num_chunks}"
             )
-        layout = lay_out(
+        conditioning = condition_chunks(
             clips,
             counts,
             self.num_chunks,
             scene_cut_prefix=self.scene_cut_prefix,
             recache_switches=self.recache_switches and not self.text_only,
         )
-        return _Entry(sample.name, clips, tuple(counts), layout)
+        return _Entry(sample.name, clips, tuple(counts), conditioning)
 
     def _chunks_of_texts(self, sample: Sample) -> list[int]:
         plan = ShotPlan.from_prompts([clip.caption for clip in sample.clips], sample.durations, self.num_chunks)
         shots = [plan.chunk(index).shot_index for index in range(self.num_chunks)]
-        return [shots.count(number) for number in range(shots[-1] + 1)]
+        return [shots.count(shot) for shot in range(shots[-1] + 1)]
 
     def _chunks_of_clips(self, sample: Sample) -> list[int]:
         counts: list[int] = []
-        for number, clip in enumerate(sample.clips):
+        for index, clip in enumerate(sample.clips):
             left = self.num_chunks - sum(counts)
             if not left:
                 break
             frames = self._index.count(clip.path)
-            count = whole_chunks(frames, self.chunk_size, opens_video=number == 0)
+            count = whole_chunks(frames, self.chunk_size, opens_video=index == 0)
             if count == 0:
-                needed = frames_of_chunks(1, self.chunk_size, opens_video=number == 0)
+                needed = pixel_frames(self.chunk_size, opens_video=index == 0)
                 raise SampleError(
                     f"'{clip.path}' has {frames} frames at {float(self.fps):g} a second, but its first chunk of "
                     f"{self.chunk_size} latent frames needs {needed}"
                 )
             limits = [left, count, self.max_chunks_per_shot or left]
             if sample.durations is not None:
-                limits.append(sample.durations[number])
+                limits.append(sample.durations[index])
             counts.append(min(limits))
         return counts
 
     def _pixels(self, entry: _Entry) -> torch.Tensor:
         pixels = torch.empty(3, self.num_frames, self.height, self.width)
         end = 0
-        for number, (clip, chunks) in enumerate(zip(entry.clips, entry.chunks_per_clip, strict=True)):
-            count = frames_of_chunks(chunks, self.chunk_size, opens_video=number == 0)
+        for index, (clip, chunks) in enumerate(zip(entry.clips, entry.chunks_per_clip, strict=True)):
+            count = pixel_frames(chunks * self.chunk_size, opens_video=index == 0)
             # Closed at once where reading fails, not when the generator happens to be collected.
             with contextlib.closing(read_frames(clip.path, self.fps, count, self.height, self.width)) as frames:
                 for frame in frames:

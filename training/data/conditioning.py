@@ -13,67 +13,56 @@ from data.samples import Clip
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChunkConditioning:
     """
     Args:
         prompts: The text to encode for each chunk.
-        shot_index: The number of each chunk's shot, from 0.
-        bears_loss: Of each chunk.
+        shot_index: The index of each chunk's shot, from 0.
+        loss_mask: Whether each chunk bears loss.
     """
 
     prompts: tuple[str, ...]
     shot_index: tuple[int, ...]
-    bears_loss: tuple[bool, ...]
+    loss_mask: tuple[bool, ...]
 
 
-def lay_out(
+def condition_chunks(
     clips: Sequence[Clip],
     chunks_per_clip: Sequence[int],
     num_chunks: int,
     *,
     scene_cut_prefix: str,
     recache_switches: bool,
-) -> Layout:
+) -> ChunkConditioning:
     """
     Args:
-        clips: Those that are used; the first opens the video whatever its `cut` says.
-        chunks_per_clip: Of each, at least 1; `num_chunks` in all or fewer. Chunks that are left go on with the last
-            clip's prompt and bear no loss.
-        recache_switches: Treat prompt switches within a shot as told above. Otherwise each chunk keeps its own prompt
-            and bears loss.
+        clips: The clips that are used; the first opens the video whatever its `cut` says.
+        chunks_per_clip: The chunks of each clip, at least 1; `num_chunks` in all or fewer. Chunks that are left go on
+            with the last clip's prompt and bear no loss.
+        num_chunks: Chunks of the video.
+        scene_cut_prefix: Put before the prompt of the first chunk of every shot but the first.
+        recache_switches: Whether prompt switches within a shot are treated as told above. Otherwise each chunk keeps
+            its own prompt and bears loss.
     """
     shot_of_clip: list[int] = []
     for clip in clips:
         shot_of_clip.append(shot_of_clip[-1] + clip.cut if shot_of_clip else 0)
-    last_of_shot = {shot: number for number, shot in enumerate(shot_of_clip)}
+    last_of_shot = {shot: index for index, shot in enumerate(shot_of_clip)}
 
     prompts: list[str] = []
     shots: list[int] = []
     loss: list[bool] = []
-    for number, (clip, count) in enumerate(zip(clips, chunks_per_clip, strict=True)):
-        shot = shot_of_clip[number]
-        shown = last_of_shot[shot] if recache_switches else number
+    for index, (clip, count) in enumerate(zip(clips, chunks_per_clip, strict=True)):
+        shot = shot_of_clip[index]
+        shown = last_of_shot[shot] if recache_switches else index
         own = [clips[shown].caption] * count
-        if clip.cut and number > 0:
+        if clip.cut and index > 0:
             own[0] = scene_cut_prefix + own[0]
         prompts += own
         shots += [shot] * count
-        loss += [shown == number] * count
+        loss += [shown == index] * count
     padding = num_chunks - len(prompts)
     prompts += [clips[-1].caption] * padding
     shots += [shots[-1]] * padding
     loss += [False] * padding
-    return Layout(tuple(prompts), tuple(shots), tuple(loss))
-
-
-def whole_chunks(num_frames: int, chunk_size: int, *, opens_video: bool) -> int:
-    """Chunks of `chunk_size` latent frames in `num_frames` pixel frames: the video's first latent frame takes one
-    pixel frame, every other four."""
-    if opens_video:
-        return (num_frames + 3) // (4 * chunk_size)
-    return num_frames // (4 * chunk_size)
-
-
-def frames_of_chunks(num_chunks: int, chunk_size: int, *, opens_video: bool) -> int:
-    """Pixel frames that `num_chunks` chunks take."""
-    return 4 * chunk_size * num_chunks - 3 * opens_video
+    return ChunkConditioning(tuple(prompts), tuple(shots), tuple(loss))

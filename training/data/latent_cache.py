@@ -2,9 +2,9 @@
 
     FOLDER/settings.json            what the latents depend on
     FOLDER/samples.json             the samples' names, prompts, shots and which chunks bear loss
-    FOLDER/00000000.safetensors     normalised latents [C, F, h, w] of sample 0, and so on
+    FOLDER/00000000.safetensors     normalized latents [C, F, h, w] of sample 0, and so on
 
-With the text cache beside it (`data_text_cache`), training needs neither the videos nor the VAE nor the text encoder.
+With the text cache beside it (`text_cache.py`), training needs neither the videos nor the VAE nor the text encoder.
 A sample is a file of its own: a build that was killed goes on with the next one, ranks share the work without a word
 to each other, and reading one costs a fraction of a millisecond and its bytes. Samples that were read stay in memory
 up to a limit, so a small training set is read once.
@@ -16,53 +16,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from data.clips import VideoDataset
-from data.cache_files import (
-    DamagedFileError,
-    Settings,
-    check_settings,
-    claim,
-    is_whole,
-    load_tensor,
-    module_settings,
-    read_json,
-    save_tensor,
-    write_json,
-)
-from data.text_cache import TextCache, build_text_cache
 from diffusers import AutoencoderKLWan
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from longlive_diffusers.models.streaming_vae import StreamingEncoder, normalize_latents
+from data.cache_files import (
+    DamagedFileError,
+    Settings,
+    check_settings,
+    is_complete,
+    load_tensor,
+    module_settings,
+    open_cache,
+    read_json,
+    save_tensor,
+    write_json,
+)
+from data.clips import VideoDataset
+from data.text_cache import TextCache
+from longlive_diffusers.models.streaming_vae import encode_video
 
-
-__all__ = [
-    "LatentDataset",
-    "TextCache",
-    "build_latent_cache",
-    "build_text_cache",
-    "cache_settings",
-    "collate",
-    "encode_pixels",
-    "module_settings",
-]
 
 LATENT_FORMAT = 1
 SAMPLES_FILE = "samples.json"
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 logger = logging.getLogger(__name__)
-
-
-@torch.no_grad()
-def encode_pixels(vae: AutoencoderKLWan, pixels: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Pixels [B, 3, 1 + 4 n, H, W] in [-1, 1] on any device -> normalised latents [B, C, 1 + n, h, w], float32; in
-    memory that does not depend on n. The same as `LongLivePipeline.encode_video`."""
-    encoder = StreamingEncoder(vae)
-    groups = [pixels[:, :, :1], *pixels[:, :, 1:].split(4, dim=2)]
-    latents = [encoder.encode(group.to(device, vae.dtype)) for group in groups if group.shape[2]]
-    return normalize_latents(vae, torch.cat(latents, dim=2).float())
 
 
 def cache_settings(dataset: VideoDataset, vae: AutoencoderKLWan, dtype: torch.dtype = torch.float32) -> Settings:
@@ -86,7 +65,6 @@ def build_latent_cache(
     num_workers: int = 0,
     rank: int = 0,
     num_ranks: int = 1,
-    verify: bool = False,
     progress: bool = True,
 ) -> None:
     """
@@ -94,20 +72,20 @@ def build_latent_cache(
     are named and made again. With several ranks, each encodes its part; wait for all before reading.
 
     Args:
-        dataset: Of videos; the same in every rank.
-        vae: It is moved to `device`, and runs in the dtype it has.
-        folder: Of the cache; made if there is none.
+        dataset: The videos; the same in every rank.
+        vae: Encodes; it is moved to `device`, and runs in the dtype it has.
+        folder: The folder of the cache; made if there is none.
         device: Where to encode.
         batch_size: Videos that are encoded at a time. (Another one may change the last bit of a latent.)
-        dtype: Of the latents on the disk. bfloat16 halves the cache and rounds latents to 3 significant digits.
+        dtype: The dtype of the latents on the disk. bfloat16 halves the cache and rounds latents to 3 significant
+            digits.
         num_workers: Processes that decode videos meanwhile.
         rank, num_ranks: The part of this process.
-        verify: Check the content of the files that are already there, not only that they are complete.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: The folder is a cache made with other settings (they are named); the dataset is one of texts; its
-            size is not one the VAE takes; a video cannot be read any more; or its latents are not finite.
+        ValueError: If the folder is a cache made with other settings (they are named); the dataset is one of texts;
+            its size is not one the VAE takes; a video cannot be read any more; or its latents are not finite.
     """
     if dtype not in STORED_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, STORED_DTYPES))}, got {dtype}")
@@ -119,16 +97,16 @@ def build_latent_cache(
     if dataset.height % scale or dataset.width % scale:
         raise ValueError(f"The VAE takes multiples of {scale} pixels, but videos are {dataset.height}x{dataset.width}")
     folder = Path(folder).expanduser()
-    claim(folder, cache_settings(dataset, vae, dtype))
+    open_cache(folder, cache_settings(dataset, vae, dtype))
     _write_samples(folder / SAMPLES_FILE, _describe(dataset))
 
-    todo = [i for i in range(rank, len(dataset), num_ranks) if not is_whole(_latents_path(folder, i), verify=verify)]
+    todo = [i for i in range(rank, len(dataset), num_ranks) if not is_complete(_latents_path(folder, i))]
     vae = vae.to(device)
     loader = DataLoader(Subset(dataset, todo), batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
     done = 0
     with tqdm(total=len(todo), desc="Encoding videos", disable=not progress or not todo) as bar:
         for batch in loader:
-            for name, latents in zip(batch["name"], encode_pixels(vae, batch["pixels"], device), strict=True):
+            for name, latents in zip(batch["name"], encode_video(vae, batch["pixels"], device), strict=True):
                 if not torch.isfinite(latents).all():
                     raise ValueError(f"The latents of '{name}' have values that are not finite")
                 save_tensor(_latents_path(folder, todo[done]), latents.to(dtype))
@@ -141,23 +119,24 @@ class LatentDataset(Dataset):
     A training set that was encoded by `build_latent_cache` and `build_text_cache`; the videos are not needed.
 
     An item is a dict:
-        latents: Normalised, float32 [C, F, h, w].
-        prompt_embeds: Of each chunk, [chunks, L, D], zero beyond each prompt's end; in the dtype of the text cache.
-        shot_index: The shot of each chunk, int64 [chunks].
-        loss_mask: Which latent frames bear loss, bool [F].
-        name: Of the sample.
+        latents: Normalized, float32 `[C, F, h, w]`.
+        prompt_embeds: The embeddings of each chunk's prompt, `[chunks, L, D]`, zero beyond each prompt's end; in the
+            dtype of the text cache.
+        shot_index: The index of each chunk's shot, int64 `[chunks]`.
+        loss_mask: Which chunks bear loss, bool `[chunks]`.
+        name: The name of the sample.
 
     Args:
-        folder: Of the latents.
-        text_folder: Of the text embeddings.
+        folder: The folder of the latents.
+        text_folder: The folder of the text embeddings.
         max_sequence_length: L; a text cache of another one is refused. None to take whichever it has.
         settings: Refuse latents that were made with others, for example `{"height": 704}`; None to take them as
             they are. (`build_latent_cache` checks all of them.)
-        text_settings: The same for the text cache.
         memory_limit: Bytes of samples that are kept in memory once they were read; in each process that reads.
 
     Raises:
-        ValueError: A folder is no cache, or one of other settings, or not complete (the message says what is missing).
+        ValueError: If a folder is no cache, or one of other settings, or not complete (the message says what is
+            missing).
     """
 
     def __init__(
@@ -167,15 +146,19 @@ class LatentDataset(Dataset):
         max_sequence_length: int | None = None,
         *,
         settings: Settings | None = None,
-        text_settings: Settings | None = None,
         memory_limit: int = 2**30,
     ) -> None:
         self.folder = Path(folder).expanduser()
         self.settings = check_settings(self.folder, {"latent_format": LATENT_FORMAT, **(settings or {})})
-        self.text = TextCache(text_folder, max_sequence_length=max_sequence_length, settings=text_settings)
+        self.text = TextCache(text_folder, max_sequence_length=max_sequence_length)
         content = read_json(self.folder / SAMPLES_FILE)
         self.prompts: list[str] = content["prompts"]
         self._samples: list[dict] = content["samples"]
+        if any("loss_mask" not in sample for sample in self._samples):
+            raise ValueError(
+                f"'{self.folder / SAMPLES_FILE}' was written by an older version; build the cache again from the "
+                "videos (nothing that is there is encoded twice)"
+            )
         self.memory_limit = memory_limit
         self._kept: dict[Path | str, torch.Tensor] = {}
         self._kept_bytes = 0
@@ -200,7 +183,7 @@ class LatentDataset(Dataset):
 
     @property
     def names(self) -> list[str]:
-        """Of the samples, in order."""
+        """The names of the samples, in order."""
         return [sample["name"] for sample in self._samples]
 
     def __len__(self) -> int:
@@ -209,15 +192,14 @@ class LatentDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         """
         Raises:
-            ValueError: A file is damaged.
+            ValueError: If a file is damaged.
         """
         sample = self._samples[index]
-        bears_loss = torch.tensor(sample["bears_loss"], dtype=torch.bool)
         return {
             "latents": self._latents(index).float(),
-            "prompt_embeds": torch.stack([self._embeds(self.prompts[number]) for number in sample["prompts"]]),
+            "prompt_embeds": torch.stack([self._embeds(self.prompts[prompt]) for prompt in sample["prompts"]]),
             "shot_index": torch.tensor(sample["shot_index"], dtype=torch.int64),
-            "loss_mask": bears_loss.repeat_interleave(self.chunk_size),
+            "loss_mask": torch.tensor(sample["loss_mask"], dtype=torch.bool),
             "name": sample["name"],
         }
 
@@ -259,16 +241,16 @@ def collate(items: Sequence[dict]) -> dict:
 def _describe(dataset: VideoDataset) -> dict:
     """Everything about the samples but their pixels. Prompts, which chunks repeat, are listed once."""
     prompts = dataset.distinct_prompts()
-    number = {prompt: i for i, prompt in enumerate(prompts)}
+    index_of = {prompt: index for index, prompt in enumerate(prompts)}
     samples = []
     for i in range(len(dataset)):
         item = dataset.conditioning(i)
         samples.append(
             {
                 "name": item["name"],
-                "prompts": [number[prompt] for prompt in item["prompts"]],
+                "prompts": [index_of[prompt] for prompt in item["prompts"]],
                 "shot_index": item["shot_index"].tolist(),
-                "bears_loss": item["loss_mask"][:: dataset.chunk_size].tolist(),
+                "loss_mask": item["loss_mask"].tolist(),
             }
         )
     return {"prompts": prompts, "samples": samples}

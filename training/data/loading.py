@@ -6,28 +6,24 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from data.clips import VideoDataset
-from data.latent_cache import (
-    LatentDataset,
-    TextCache,
-    build_latent_cache,
-    build_text_cache,
-    collate,
-    module_settings,
-)
-from run.process_mesh import ProcessMesh
-from data.sampler import EpochSampler, Numbered
 from torch.utils.data import DataLoader, Dataset
-from run.arguments import DataArguments
 
+from data.cache_files import module_settings
+from data.clips import VideoDataset
+from data.latent_cache import LatentDataset, build_latent_cache, collate
+from data.sampler import EpochSampler, WithSampleId
+from data.text_cache import TextCache, build_text_cache
 from longlive_diffusers import LongLivePipeline
+from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.models.streaming_vae import normalize_latents
 from longlive_diffusers.parallel import FrameLayout, encode_shard
+from run.arguments import DataArguments
+from run.process_mesh import ProcessMesh
 
 
 @dataclass(frozen=True)
 class ClipShape:
-    """Of the training clips: pixels, latent frames, latent frames of a chunk."""
+    """The sizes of the training clips: pixels, latent frames, and latent frames of a chunk."""
 
     height: int
     width: int
@@ -48,15 +44,41 @@ def open_dataset(
     that of the empty prompt. Without `train_data_dir` the caches alone are used.
 
     Raises:
-        ValueError: There is neither a folder nor a complete cache; nothing in the folder can be used; or a cache is of
-            other settings.
+        ValueError: If there is neither a folder nor a complete cache, nothing in the folder can be used, or a cache is
+            of other settings.
     """
-    latents, text = cache / "latents", cache / "text"
+    latents, texts = cache / "latents", cache / "text"
     if arguments.train_data_dir is None:
         if not arguments.cache_latents:
             raise ValueError("--cache_latents false encodes videos as they are needed: it needs --train_data_dir")
-        dataset = LatentDataset(latents, text, arguments.max_sequence_length, settings=asdict(shape))
-        return dataset, dataset.text
+        return _open_caches(latents, texts, arguments, shape)
+    videos = _scan_videos(accelerator, arguments, shape, pipe, cache / "index", output)
+    _build_text_cache(accelerator, arguments, pipe, videos, texts)
+    if arguments.cache_latents:
+        _build_latent_cache(accelerator, arguments, pipe, videos, latents)
+    accelerator.wait_for_everyone()
+    if arguments.cache_latents:
+        return _open_caches(latents, texts, arguments, shape)
+    text_cache = TextCache(texts, max_sequence_length=arguments.max_sequence_length)
+    return VideosWithEmbeds(videos, text_cache), text_cache
+
+
+def _open_caches(
+    latents: Path, texts: Path, arguments: DataArguments, shape: ClipShape
+) -> tuple[LatentDataset, TextCache]:
+    dataset = LatentDataset(latents, texts, arguments.max_sequence_length, settings=asdict(shape))
+    return dataset, dataset.text
+
+
+def _scan_videos(
+    accelerator: Accelerator,
+    arguments: DataArguments,
+    shape: ClipShape,
+    pipe: LongLivePipeline,
+    index_folder: Path,
+    output: Path,
+) -> VideoDataset:
+    """Look at all clips, in one process first; what cannot be used is listed in `skipped_samples.txt`."""
     with accelerator.main_process_first():
         videos = VideoDataset(
             arguments.train_data_dir,
@@ -66,15 +88,20 @@ def open_dataset(
             scene_cut_prefix=pipe.config.scene_cut_prefix,
             pad=arguments.pad_short_videos,
             recache_switches=arguments.recache_switches,
-            index_folder=cache / "index",
+            index_folder=index_folder,
             progress=accelerator.is_main_process,
         )
     if accelerator.is_main_process and videos.skipped:
         reasons = [f"  {name}: {reason}" for name, reason in videos.skipped.items()]
-        (output / "skipped_samples.txt").write_text("\n".join(reasons) + "\n", encoding="utf-8")
-    part = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
-    device = accelerator.device
+        write_text(output / "skipped_samples.txt", "\n".join(reasons) + "\n")
+    return videos
 
+
+def _build_text_cache(
+    accelerator: Accelerator, arguments: DataArguments, pipe: LongLivePipeline, videos: VideoDataset, folder: Path
+) -> None:
+    """Encode every prompt, and the empty one; each process its part."""
+    device = accelerator.device
     pipe.text_encoder.to(device)
     build_text_cache(
         ["", *videos.distinct_prompts()],
@@ -84,34 +111,35 @@ def open_dataset(
             max_sequence_length=arguments.max_sequence_length,
             device=device,
         )[0],
-        text,
+        folder,
         max_sequence_length=arguments.max_sequence_length,
         settings=module_settings("text_encoder", pipe.text_encoder),
         progress=accelerator.is_main_process,
-        **part,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
     )
     pipe.text_encoder.to("cpu")
-    if arguments.cache_latents:
-        build_latent_cache(
-            videos,
-            pipe.vae,
-            latents,
-            device=device,
-            batch_size=arguments.vae_batch_size,
-            num_workers=arguments.dataloader_num_workers,
-            progress=accelerator.is_main_process,
-            **part,
-        )
-        pipe.vae.to("cpu")
-    accelerator.wait_for_everyone()
-    if not arguments.cache_latents:
-        texts = TextCache(text, max_sequence_length=arguments.max_sequence_length)
-        return TextPrompts(videos, texts), texts
-    dataset = LatentDataset(latents, text, arguments.max_sequence_length, settings=asdict(shape))
-    return dataset, dataset.text
 
 
-class TextPrompts(Dataset):
+def _build_latent_cache(
+    accelerator: Accelerator, arguments: DataArguments, pipe: LongLivePipeline, videos: VideoDataset, folder: Path
+) -> None:
+    """Encode every video; each process its part."""
+    build_latent_cache(
+        videos,
+        pipe.vae,
+        folder,
+        device=accelerator.device,
+        batch_size=arguments.vae_batch_size,
+        num_workers=arguments.dataloader_num_workers,
+        progress=accelerator.is_main_process,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+    )
+    pipe.vae.to("cpu")
+
+
+class VideosWithEmbeds(Dataset):
     """Videos whose prompts are already embedded: items as of a `LatentDataset`, with `pixels` in place of latents."""
 
     def __init__(self, videos: VideoDataset, texts: TextCache):
@@ -144,14 +172,14 @@ def batches(
         group=mesh.dp_rank,
         start_batch=start_batch,
     )
-    return iter(DataLoader(Numbered(dataset), batch_sampler=sampler, collate_fn=collate, num_workers=num_workers))
+    return iter(DataLoader(WithSampleId(dataset), batch_sampler=sampler, collate_fn=collate, num_workers=num_workers))
 
 
 @torch.no_grad()
 def encode_batch(
-    items: dict, vae: torch.nn.Module, layout: FrameLayout, rank: int, halo: int, device: torch.device
+    batch: dict, vae: torch.nn.Module, layout: FrameLayout, rank: int, halo: int, device: torch.device
 ) -> dict:
-    """Items with the normalised latents of this rank's frames, in place of the pixels of the clip."""
-    pixels = items.pop("pixels").to(device, vae.dtype)
+    """A batch with the normalized latents of this rank's frames in place of the pixels of the clips."""
+    pixels = batch.pop("pixels").to(device, vae.dtype)
     latents = normalize_latents(vae, encode_shard(vae, pixels, layout, rank, halo).float())
-    return items | {"latents": latents.cpu()}
+    return batch | {"latents": latents.cpu()}

@@ -1,4 +1,4 @@
-"""Which samples each process trains on, as a function of the seed and the number of the batch alone.
+"""Which samples each process trains on, as a function of the seed and the index of the batch alone.
 
 The samples of all epochs, each epoch in an order of its own, make one endless stream. Global batch `k` is positions
 `k * B` to `(k + 1) * B - 1` of it, and data-parallel group `g` takes the `g`-th part of that. So the same samples meet
@@ -6,8 +6,8 @@ in a batch however many groups share it, a run can go on from any batch without 
 processes of one sequence-parallel group, which have the same `g`, get the same samples. An epoch that does not end
 with a batch runs on into the next one.
 
-A position in the stream is also the number by which the randomness of a sample (its noise, its timesteps) is seeded.
-It is the same for any number of groups, and never comes twice.
+A position in the stream is also a sample's id, which seeds its randomness (its noise, its timesteps). It is the same
+for any number of groups, and never comes twice.
 """
 
 from collections.abc import Iterator
@@ -17,33 +17,32 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 
-class Draw(NamedTuple):
+class SampleIndex(NamedTuple):
     """
     Args:
-        index: Of a sample in its dataset.
-        number: Position in the stream, from 0.
+        index: The index of a sample in its dataset.
+        sample_id: Its position in the stream, from 0.
     """
 
     index: int
-    number: int
+    sample_id: int
 
 
-class EpochSampler(Sampler[list[Draw]]):
+class EpochSampler(Sampler[list[SampleIndex]]):
     """
-    The batches of one data-parallel group, without end. For `DataLoader(Numbered(dataset), batch_sampler=...)`; the
-    loader must not be passed to `accelerator.prepare`, which would divide it once more.
+    The batches of one data-parallel group, without end. For `DataLoader(WithSampleId(dataset), batch_sampler=...)`;
+    the loader must not be passed to `accelerator.prepare`, which would divide it once more.
 
     Args:
         num_samples: Length of the dataset.
         batch_size: Samples of a batch of this group.
-        seed: Of the order.
-        num_groups: Of data parallelism; the processes of a sequence-parallel group count as one.
+        seed: Decides the order.
+        num_groups: Groups of data parallelism; the processes of a sequence-parallel group count as one.
         group: The group of this process.
-        start_batch: The first batch to give; the number of those already trained on, to go on with a run.
-        shuffle: Otherwise every epoch has the dataset's order.
+        start_batch: The first batch to give; how many were already trained on, to go on with a run.
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: For a number out of range.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class EpochSampler(Sampler[list[Draw]]):
         num_groups: int = 1,
         group: int = 0,
         start_batch: int = 0,
-        shuffle: bool = True,
     ) -> None:
         for name, value, least in (
             ("num_samples", num_samples, 1),
@@ -69,8 +67,7 @@ class EpochSampler(Sampler[list[Draw]]):
         if not 0 <= group < num_groups:
             raise ValueError(f"group must be in [0, {num_groups}), got {group}")
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.num_groups, self.group = num_groups, group
-        self.start_batch, self.shuffle = start_batch, shuffle
+        self.num_groups, self.group, self.start_batch = num_groups, group, start_batch
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch last asked for
 
     @property
@@ -78,38 +75,32 @@ class EpochSampler(Sampler[list[Draw]]):
         """Samples of a batch of all groups together."""
         return self.num_groups * self.batch_size
 
-    def sample_number(self, batch: int, i: int) -> int:
+    def sample_id(self, batch: int, i: int) -> int:
         """The position in the stream of sample `i` of this group's batch `batch`."""
         return batch * self.global_batch_size + self.group * self.batch_size + i
 
-    def epoch(self, batch: int) -> float:
-        """Epochs that are over when batch `batch` begins."""
-        return batch * self.global_batch_size / self.num_samples
-
-    def batch(self, batch: int) -> list[Draw]:
+    def batch(self, batch: int) -> list[SampleIndex]:
         """This group's part of global batch `batch`."""
-        numbers = [self.sample_number(batch, i) for i in range(self.batch_size)]
-        return [Draw(self._index(number), number) for number in numbers]
+        ids = [self.sample_id(batch, i) for i in range(self.batch_size)]
+        return [SampleIndex(self._index_of(sample_id), sample_id) for sample_id in ids]
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
         batch = self.start_batch
         while True:
             yield self.batch(batch)
             batch += 1
 
-    def _index(self, number: int) -> int:
-        epoch, position = divmod(number, self.num_samples)
-        if not self.shuffle:
-            return position
+    def _index_of(self, sample_id: int) -> int:
+        epoch, position = divmod(sample_id, self.num_samples)
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_samples))
         return int(self._order[1][position])
 
 
-class Numbered(Dataset):
+class WithSampleId(Dataset):
     """
-    `dataset`, whose items are dicts, asked for by the draws of an `EpochSampler`: each item is given its
-    "sample_number", so that it is known in whatever process the item was read.
+    `dataset`, whose items are dicts, asked for by the indices of an `EpochSampler`: each item is given its
+    "sample_id", so that it is known in whatever process the item was read.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -118,5 +109,5 @@ class Numbered(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, draw: Draw) -> dict:
-        return {**self.dataset[draw.index], "sample_number": draw.number}
+    def __getitem__(self, sample: SampleIndex) -> dict:
+        return {**self.dataset[sample.index], "sample_id": sample.sample_id}

@@ -25,7 +25,7 @@ class Clip:
     Args:
         path: The video; None in a training set of texts.
         caption: What it shows.
-        cut: Whether it begins a shot. False where it goes on with the one before under a new prompt.
+        cut: Whether it begins a shot; False where it goes on with the one before under a new prompt.
     """
 
     path: Path | None
@@ -37,9 +37,9 @@ class Clip:
 class Sample:
     """
     Args:
-        name: Of its folder.
-        clips: In order.
-        durations: Of each clip, in chunks; None where none are given.
+        name: The name of its folder.
+        clips: Its clips, in order.
+        durations: The length of each clip in chunks; None where none are given.
     """
 
     name: str
@@ -57,13 +57,13 @@ def scan(root: str | os.PathLike, *, text_only: bool = False) -> tuple[list[Samp
 
     Args:
         root: The folder that holds `video/` and `caption/`.
-        text_only: Take the captions alone; `video/` need not exist.
+        text_only: Whether to take the captions alone; `video/` need not exist then.
 
     Returns:
         The samples that are complete, by name; and, by the names of all others, what is wrong with them.
 
     Raises:
-        ValueError: There is no such folder, or no complete sample in it.
+        ValueError: If there is no such folder, or no complete sample in it.
     """
     root = Path(root).expanduser()
     captions = _subfolders(root / "caption")

@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
+
 from data.cache_files import (
     Settings,
     check_settings,
-    claim,
-    is_whole,
+    is_complete,
     load_tensor,
+    open_cache,
     save_tensor,
 )
-from tqdm.auto import tqdm
+from longlive_diffusers.pipelines.prompt_cleaning import clean_prompt
 
 
 TEXT_FORMAT = 1
@@ -34,7 +36,6 @@ def build_text_cache(
     batch_size: int = 8,
     rank: int = 0,
     num_ranks: int = 1,
-    verify: bool = False,
     progress: bool = True,
 ) -> None:
     """
@@ -42,43 +43,42 @@ def build_text_cache(
     was interrupted goes on. With several ranks, each encodes its part; wait for all before reading.
 
     Args:
-        prompts: Any; repeated ones are encoded once.
-        encode: Gives the embeddings [n, max_sequence_length, D] of n prompts, zero beyond the end of each: for example
-            `lambda texts: pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=...)[0]`.
-            They are kept in the dtype that it gives.
-        folder: Of the cache; made if there is none.
+        prompts: The prompts; repeated ones are encoded once.
+        encode: Gives the embeddings `[n, max_sequence_length, D]` of n prompts, zero beyond the end of each: for
+            example `lambda prompts: pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[0]`. They are kept
+            in the dtype that it gives.
+        folder: The folder of the cache; made if there is none.
         max_sequence_length: Rows of an embedding.
-        settings: What embeddings depend on: `data_cache_files.module_settings("text_encoder", encoder)`.
+        settings: What embeddings depend on: `cache_files.module_settings("text_encoder", encoder)`.
         batch_size: Prompts of one call of `encode`.
         rank, num_ranks: The part of this process.
-        verify: Check the content of the files that are already there, not only that they are complete.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: The folder is a cache made with other settings; or `encode` gives another shape than it should, or
-            values that are not finite.
+        ValueError: If the folder is a cache made with other settings; or `encode` gives another shape than it should,
+            or values that are not finite.
     """
     if batch_size < 1 or not 0 <= rank < num_ranks:
         raise ValueError(f"batch_size must be at least 1 and rank in [0, {num_ranks}), got {batch_size} and {rank}")
     folder = Path(folder).expanduser()
-    claim(folder, {"text_format": TEXT_FORMAT, "max_sequence_length": max_sequence_length, **settings})
-    mine = list(dict.fromkeys(prompts))[rank::num_ranks]
-    todo = [prompt for prompt in mine if not is_whole(prompt_path(folder, prompt), verify=verify)]
+    open_cache(folder, {"text_format": TEXT_FORMAT, "max_sequence_length": max_sequence_length, **settings})
+    paths = {prompt_path(folder, prompt): prompt for prompt in prompts}
+    todo = [prompt for path, prompt in list(paths.items())[rank::num_ranks] if not is_complete(path)]
     with tqdm(total=len(todo), desc="Encoding prompts", disable=not progress or not todo) as bar:
         for start in range(0, len(todo), batch_size):
-            texts = todo[start : start + batch_size]
+            batch = todo[start : start + batch_size]
             with torch.no_grad():
-                embeds = encode(texts)
-            if embeds.ndim != 3 or embeds.shape[:2] != (len(texts), max_sequence_length):
-                expected = f"[{len(texts)}, {max_sequence_length}, D]"
+                embeds = encode(batch)
+            if embeds.ndim != 3 or embeds.shape[:2] != (len(batch), max_sequence_length):
+                expected = f"[{len(batch)}, {max_sequence_length}, D]"
                 raise ValueError(
-                    f"The embeddings of {len(texts)} prompts must be {expected}, got {tuple(embeds.shape)}"
+                    f"The embeddings of {len(batch)} prompts must be {expected}, got {tuple(embeds.shape)}"
                 )
-            for text, own in zip(texts, embeds, strict=True):
+            for prompt, own in zip(batch, embeds, strict=True):
                 if not torch.isfinite(own).all():
-                    raise ValueError(f"The embedding of {text!r} has values that are not finite")
-                save_tensor(prompt_path(folder, text), own[: _length(own)])
-            bar.update(len(texts))
+                    raise ValueError(f"The embedding of {prompt!r} has values that are not finite")
+                save_tensor(prompt_path(folder, prompt), own[: _length(own)])
+            bar.update(len(batch))
 
 
 class TextCache:
@@ -86,19 +86,16 @@ class TextCache:
     Reads what `build_text_cache` wrote.
 
     Args:
-        folder: Of the cache.
+        folder: The folder of the cache.
         max_sequence_length: Refuse a cache of embeddings of another length; None to take whichever it has.
-        settings: Refuse a cache that was made with others; None to take it as it is.
 
     Raises:
-        ValueError: It is no cache, or one of other settings.
+        ValueError: If it is no cache, or one of other settings.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike, *, max_sequence_length: int | None = None, settings: Settings | None = None
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike, *, max_sequence_length: int | None = None) -> None:
         self.folder = Path(folder).expanduser()
-        expected: Settings = {"text_format": TEXT_FORMAT, **(settings or {})}
+        expected: Settings = {"text_format": TEXT_FORMAT}
         if max_sequence_length is not None:
             expected["max_sequence_length"] = max_sequence_length
         self.max_sequence_length: int = check_settings(self.folder, expected)["max_sequence_length"]
@@ -108,7 +105,7 @@ class TextCache:
         The embedding [max_sequence_length, D], zero beyond the prompt's end.
 
         Raises:
-            ValueError: The prompt is not in the cache, or its file is damaged.
+            ValueError: If the prompt is not in the cache, or its file is damaged.
         """
         path = prompt_path(self.folder, prompt)
         try:
@@ -121,19 +118,20 @@ class TextCache:
     def check(self, prompts: Iterable[str]) -> None:
         """
         Raises:
-            ValueError: Some are missing; the message says how many, and names the first.
+            ValueError: If some are missing; the message says how many, and names the first.
         """
-        wanted = set(prompts)
-        missing = sorted(prompt for prompt in wanted if not prompt_path(self.folder, prompt).exists())
+        distinct = set(prompts)
+        missing = sorted(prompt for prompt in distinct if not prompt_path(self.folder, prompt).exists())
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(wanted)} prompts are not in the cache '{self.folder}', first {missing[0]!r}"
+                f"{len(missing)} of {len(distinct)} prompts are not in the cache '{self.folder}', first {missing[0]!r}"
             )
 
 
 def prompt_path(folder: Path, prompt: str) -> Path:
-    """The file of a prompt's embedding."""
-    return folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
+    """The file of a prompt's embedding. It is named after what the tokenizer is given, so prompts that are cleaned to
+    the same text share it, and a change of the cleaning makes it another file."""
+    return folder / f"{hashlib.sha256(clean_prompt(prompt).encode()).hexdigest()[:32]}.safetensors"
 
 
 def _length(embeds: torch.Tensor) -> int:

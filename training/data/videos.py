@@ -32,7 +32,7 @@ def count_frames(path: str | os.PathLike, fps: Fraction, limit: int) -> int:
     How many frames [`read_frames`] can give, at most `limit`; found by decoding that far.
 
     Raises:
-        ClipError: It is no video, or it is damaged before that.
+        ClipError: If it is no video, or it is damaged before that.
     """
     with contextlib.closing(_decode(path)) as frames:
         count = sum(1 for _ in at_rate(((None, time) for _, time, _ in frames), fps, limit))
@@ -44,20 +44,20 @@ def count_frames(path: str | os.PathLike, fps: Fraction, limit: int) -> int:
 def read_frames(path: str | os.PathLike, fps: Fraction, count: int, height: int, width: int) -> Iterator[torch.Tensor]:
     """
     The first `count` frames at `fps` a second, each uint8 [3, height, width]: turned upright, made as large as is
-    needed to cover that size (antialiased; pixels that are not square are allowed for), and cropped at the centre.
+    needed to cover that size (antialiased; pixels that are not square are allowed for), and cropped at the center.
 
     Raises:
-        ClipError: It cannot be read so far.
+        ClipError: If it cannot be read so far.
     """
-    number, last, pixels = 0, None, None
+    num_given, last, pixels = 0, None, None
     with contextlib.closing(_decode(path)) as frames:
         for frame, pixel_aspect in at_rate((((frame, aspect), time) for frame, time, aspect in frames), fps, count):
             if frame is not last:  # a slow clip gives one frame several times
                 last, pixels = frame, _fit(frame, pixel_aspect, height, width)
-            number += 1
+            num_given += 1
             yield pixels
-    if number < count:
-        raise ClipError(f"'{path}' has {number} frames at {float(fps):g} a second, but {count} are needed")
+    if num_given < count:
+        raise ClipError(f"'{path}' has {num_given} frames at {float(fps):g} a second, but {count} are needed")
 
 
 def at_rate(frames: Iterable[tuple[Frame, Fraction]], fps: Fraction, limit: int) -> Iterator[Frame]:
@@ -69,7 +69,7 @@ def at_rate(frames: Iterable[tuple[Frame, Fraction]], fps: Fraction, limit: int)
     Args:
         frames: Each with its time in seconds.
     """
-    number, start, last_time, gap = 0, None, Fraction(0), Fraction(0)
+    num_given, start, last_time, gap = 0, None, Fraction(0), Fraction(0)
     last: Frame | None = None
     for frame, time in frames:
         if start is None:
@@ -77,26 +77,26 @@ def at_rate(frames: Iterable[tuple[Frame, Fraction]], fps: Fraction, limit: int)
         elif time - start > last_time:
             gap = time - start - last_time
             middle = last_time + gap / 2
-            while number < limit and number / fps <= middle:
+            while num_given < limit and num_given / fps <= middle:
                 yield last
-                number += 1
+                num_given += 1
             last, last_time = frame, time - start
         # Up to its own time nothing later can be nearer.
-        while number < limit and number / fps <= last_time:
+        while num_given < limit and num_given / fps <= last_time:
             yield last
-            number += 1
-        if number >= limit:
+            num_given += 1
+        if num_given >= limit:
             return
     if start is None:
         return
     total = max(1, math.floor((last_time + gap) * fps + Fraction(1, 2)))
-    for _ in range(number, min(total, limit)):
+    for _ in range(num_given, min(total, limit)):
         yield last
 
 
 def _decode(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, Fraction, Fraction]]:
     """Every frame, its time in seconds, and the width of its pixels over their height."""
-    number, time = 0, Fraction(0)
+    num_frames, time = 0, Fraction(0)
     try:
         with open_video(path) as (container, stream):
             rate = stream.average_rate or stream.guessed_rate
@@ -105,18 +105,18 @@ def _decode(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, Fraction, 
                     time = frame.pts * (frame.time_base or stream.time_base)  # those held back have none of their own
                 elif not rate:
                     raise ClipError(f"'{path}' says neither its frame rate nor the times of its frames")
-                elif number:
+                elif num_frames:
                     time += 1 / rate
                 yield frame, time, stream.sample_aspect_ratio or Fraction(1)
-                number += 1
+                num_frames += 1
     except BreaksOffError as error:
-        raise ClipError(f"'{path}' is damaged or incomplete: it breaks off after {number} frames") from error
+        raise ClipError(f"'{path}' is damaged or incomplete: it breaks off after {num_frames} frames") from error
     except ValueError as error:
         raise ClipError(str(error)) from error
 
 
 def _fit(frame: av.VideoFrame, pixel_aspect: Fraction, height: int, width: int) -> torch.Tensor:
-    """uint8 [3, height, width]: the largest centred part of the frame that has this shape, resized."""
+    """uint8 [3, height, width]: the largest centered part of the frame that has this shape, resized."""
     image = Image.fromarray(np.ascontiguousarray(upright(frame)))
     if round(frame.rotation / 90) % 2:
         pixel_aspect = 1 / pixel_aspect

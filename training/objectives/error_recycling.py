@@ -1,51 +1,61 @@
 """Error recycling: training on one's own mistakes (after Stable Video Infinity, as LongLive-2.0 uses it).
 
-Teacher forcing shows the network a history that is perfect; generation shows it one that the network itself made. Kept
-errors of past steps, added to what the network is shown now, stand in for that: to the clean history, to the latents
-before they are noised, or to the noise. What it has to predict stays the clean video, so it learns to correct.
+Teacher forcing shows the network a history that is perfect; generation shows it one that the network itself made.
+Stored errors of past steps, added to what the network is shown now, stand in for that: to the clean history, to the
+latents before they are noised, or to the noise. What it has to predict stays the clean video, so it learns to correct.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 
 KINDS = ("latent", "noise")
+SMALLEST_SCALE, LARGEST_SCALE = 0.7, 1.3  # an error is scaled by a number drawn uniformly between them
 
 
 @dataclass(frozen=True)
 class RecyclingSettings:
-    """
-    How errors are kept and used; the defaults are those of LongLive-2.0's AR stage.
+    """How errors are kept and used; these are also arguments of the command line. The defaults are those of
+    LongLive-2.0's AR stage."""
 
-    Args:
-        clean_probability: Of a sample that nothing is added to.
-        context_probability, latent_probability, noise_probability: Of adding an error to the clean history, to the
-            latents before noising, to the noise, of a sample that is not left clean.
-        update_probability: Of keeping the errors that the network makes on a clean sample.
-        smallest_scale, largest_scale: An error is scaled by a number drawn uniformly between them.
-        num_buckets: Errors are kept by the time at which they were made, in so many classes.
-        bucket_size: Errors (of one chunk each) in a class; beyond it, new ones replace the oldest.
-        warmup_steps: Steps that only collect.
-    """
+    error_recycling: bool = field(
+        default=False, metadata={"help": "Train on errors that the network made in past steps (error recycling)."}
+    )
+    error_clean_probability: float = field(
+        default=0.2, metadata={"help": "Probability that no stored error is added to a clip."}
+    )
+    error_context_probability: float = field(
+        default=0.9, metadata={"help": "Probability of adding stored errors to the clean history of other clips."}
+    )
+    error_latent_probability: float = field(
+        default=0.9, metadata={"help": "Probability of adding stored errors to their latents before they are noised."}
+    )
+    error_noise_probability: float = field(
+        default=0.01, metadata={"help": "Probability of adding stored errors to their noise."}
+    )
+    error_update_probability: float = field(
+        default=0.1, metadata={"help": "Probability of storing the errors made on a clip that none was added to."}
+    )
+    error_num_buckets: int = field(
+        default=50, metadata={"help": "Buckets that errors are stored in, by the timestep at which they were made."}
+    )
+    error_bucket_size: int = field(
+        default=500, metadata={"help": "Errors of one chunk each in a bucket; beyond it, new ones replace the oldest."}
+    )
+    error_warmup_steps: int = field(default=50, metadata={"help": "Steps at the beginning that only store errors."})
 
-    clean_probability: float = 0.2
-    context_probability: float = 0.9
-    latent_probability: float = 0.9
-    noise_probability: float = 0.01
-    update_probability: float = 0.1
-    smallest_scale: float = 0.7
-    largest_scale: float = 1.3
-    num_buckets: int = 50
-    bucket_size: int = 500
-    warmup_steps: int = 50
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name.endswith("_probability") and not 0 <= value <= 1:
+                raise ValueError(f"{name} is a probability in [0, 1], got {value}")
 
 
 @dataclass(frozen=True)
 class RecyclingPlan:
     """What happens to one sample: where errors are added (to the clean history, the latents before noising, the
-    noise), and whether the errors that the network makes on it are kept."""
+    noise), and whether the errors that the network makes on it are stored."""
 
     context: bool = False
     latent: bool = False
@@ -55,11 +65,12 @@ class RecyclingPlan:
 
 class ErrorBuffer:
     """
-    Errors of chunks `[C, chunk_size, h, w]`, on the CPU, by kind and by time.
+    Errors of chunks `[C, chunk_size, h, w]`, on the CPU, by kind and by timestep.
 
     Args:
-        num_buckets, bucket_size: As in [`RecyclingSettings`].
-        num_train_timesteps: Times are in [0, num_train_timesteps].
+        num_buckets: Buckets of each kind, by timestep.
+        bucket_size: Errors in a bucket; beyond it, new ones replace the oldest.
+        num_train_timesteps: Timesteps are in [0, num_train_timesteps].
     """
 
     def __init__(self, num_buckets: int, bucket_size: int, num_train_timesteps: int = 1000):
@@ -73,28 +84,28 @@ class ErrorBuffer:
         return sum(len(bucket) for buckets in self._errors.values() for bucket in buckets)
 
     def bucket(self, timestep: float) -> int:
-        """The class of a time."""
+        """The bucket of a timestep."""
         return min(int(timestep / self.num_train_timesteps * self.num_buckets), self.num_buckets - 1)
 
     def add(self, kind: str, timestep: float, error: torch.Tensor) -> None:
-        """Keep an error `[C, chunk_size, h, w]` made at a time; the oldest of a full class is forgotten."""
-        number = self.bucket(timestep)
-        bucket, place = self._errors[kind][number], self._added[kind][number] % self.bucket_size
+        """Store an error `[C, chunk_size, h, w]` made at a timestep; the oldest of a full bucket is forgotten."""
+        index = self.bucket(timestep)
+        bucket, place = self._errors[kind][index], self._added[kind][index] % self.bucket_size
         error = error.detach().to("cpu", torch.float32, copy=True)
         if place < len(bucket):
             bucket[place] = error
         else:
             bucket.append(error)
-        self._added[kind][number] += 1
+        self._added[kind][index] += 1
 
-    def draw(self, kind: str, chance: np.random.Generator, timestep: float | None = None) -> torch.Tensor | None:
-        """A kept error made at about this time, or (None) at any time; None while there is none."""
-        number = None if timestep is None else self.bucket(timestep)
-        filled = [i for i, bucket in enumerate(self._errors[kind]) if bucket and number in (None, i)]
+    def draw(self, kind: str, rng: np.random.Generator, timestep: float | None = None) -> torch.Tensor | None:
+        """A stored error made at about this timestep, or (None) at any; None while there is none."""
+        index = None if timestep is None else self.bucket(timestep)
+        filled = [i for i, bucket in enumerate(self._errors[kind]) if bucket and index in (None, i)]
         if not filled:
             return None
-        bucket = self._errors[kind][filled[chance.integers(len(filled))]]
-        return bucket[chance.integers(len(bucket))]
+        bucket = self._errors[kind][filled[rng.integers(len(filled))]]
+        return bucket[rng.integers(len(bucket))]
 
     def state_dict(self) -> dict:
         """Everything, as plain lists and stacked tensors."""
@@ -107,7 +118,7 @@ class ErrorBuffer:
     def load_state_dict(self, state: dict) -> None:
         """
         Raises:
-            ValueError: Of a buffer of another size.
+            ValueError: If it is of a buffer of another size.
         """
         for kind in KINDS:
             stacked = state["errors"][kind]
@@ -122,55 +133,57 @@ class ErrorBuffer:
 
 
 class ErrorRecycler:
-    """Adds kept errors to samples, and keeps new ones. All draws are functions of the generator it is handed."""
+    """Adds stored errors to samples, and stores new ones. All draws are functions of the generator it is handed."""
 
     def __init__(self, settings: RecyclingSettings, chunk_size: int):
         self.settings, self.chunk_size = settings, chunk_size
-        self.buffer = ErrorBuffer(settings.num_buckets, settings.bucket_size)
+        self.buffer = ErrorBuffer(settings.error_num_buckets, settings.error_bucket_size)
 
-    def plan(self, chance: np.random.Generator, step: int) -> RecyclingPlan:
+    def plan(self, rng: np.random.Generator, step: int) -> RecyclingPlan:
         """What happens to a sample at a step."""
         settings = self.settings
-        clean, context, latent, noise, update = chance.random(5)
-        if step < settings.warmup_steps:
+        clean, context, latent, noise, update = rng.random(5)
+        if step < settings.error_warmup_steps:
             return RecyclingPlan(update=True)
-        if clean < settings.clean_probability:
-            return RecyclingPlan(update=bool(update < settings.update_probability))
+        if clean < settings.error_clean_probability:
+            return RecyclingPlan(update=bool(update < settings.error_update_probability))
         return RecyclingPlan(
-            context=bool(context < settings.context_probability),
-            latent=bool(latent < settings.latent_probability),
-            noise=bool(noise < settings.noise_probability),
+            context=bool(context < settings.error_context_probability),
+            latent=bool(latent < settings.error_latent_probability),
+            noise=bool(noise < settings.error_noise_probability),
         )
 
     def add_errors(
-        self, states: torch.Tensor, kind: str, timesteps: torch.Tensor | None, chance: np.random.Generator
+        self, states: torch.Tensor, kind: str, timesteps: torch.Tensor | None, rng: np.random.Generator
     ) -> torch.Tensor:
         """
         Args:
             states: Latents or noise of one sample, `[C, F, h, w]`; not changed.
-            kind: Of errors, "latent" or "noise".
-            timesteps: The time of each frame, `[F]`, for errors made at about the time of their chunk; None: at any.
+            kind: The kind of errors, "latent" or "noise".
+            timesteps: The timestep of each frame, `[F]`, for errors made at about that of their chunk; None: at any.
+            rng: Decides which errors are added.
         """
-        settings, states = self.settings, states.clone()
+        states = states.clone()
         for index, chunk in enumerate(states.split(self.chunk_size, dim=1)):
             timestep = None if timesteps is None else timesteps[index * self.chunk_size].item()
-            error = self.buffer.draw(kind, chance, timestep)
-            scale = chance.uniform(settings.smallest_scale, settings.largest_scale)
+            error = self.buffer.draw(kind, rng, timestep)
+            scale = rng.uniform(SMALLEST_SCALE, LARGEST_SCALE)
             if error is not None:
                 chunk.add_(error.to(chunk), alpha=scale)
         return states
 
     def keep_errors(
-        self, kind: str, predicted: torch.Tensor, true: torch.Tensor, timesteps: torch.Tensor, bears_loss: torch.Tensor
+        self, kind: str, predicted: torch.Tensor, true: torch.Tensor, timesteps: torch.Tensor, loss_mask: torch.Tensor
     ) -> None:
-        """Keep the errors of one sample's chunks. Chunks that bear no loss, or in part, have no error to speak of.
+        """Store the errors of one sample's chunks. Chunks that bear no loss, or in part, have no error to speak of.
 
         Args:
+            kind: The kind of errors, "latent" or "noise".
             predicted, true: `[C, F, h, w]`.
-            timesteps, bears_loss: Of the frames, `[F]`.
+            timesteps, loss_mask: The timestep of each frame, and whether it bears loss, `[F]`.
         """
         errors = (predicted.detach() - true).split(self.chunk_size, dim=1)
         for index, error in enumerate(errors):
             frames = slice(index * self.chunk_size, (index + 1) * self.chunk_size)
-            if bears_loss[frames].all():
+            if loss_mask[frames].all():
                 self.buffer.add(kind, timesteps[frames][0].item(), error)

@@ -3,19 +3,20 @@
 The network sees a clip twice: clean, as the history that generation will have in its cache, and noised, every chunk to
 a level of its own. A noisy chunk sees the clean chunks before it and itself, so one forward trains all chunks at once.
 
-All that is random about a sample is a function of the run's seed and of the sample's number in the run, and is drawn
-for the whole clip: a run can be taken up again, spread over more processes, or have a clip split over several of them,
-and the samples are shown in the same way.
+All that is random about a sample is a function of the run's seed and of the sample's id in the run, and is drawn for
+the whole clip: a run can be taken up again, spread over more processes, or have a clip split over several of them, and
+the samples are shown in the same way.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
-from objectives.error_recycling import ErrorRecycler, RecyclingPlan
 
 from longlive_diffusers import LongLiveScheduler
 from longlive_diffusers.parallel import FrameLayout
+from objectives.error_recycling import ErrorRecycler, RecyclingPlan
 
 
 WEIGHTINGS = ("longlive", "none")
@@ -23,22 +24,37 @@ WEIGHTINGS = ("longlive", "none")
 
 @dataclass(frozen=True)
 class TeacherForcingSettings:
-    """
-    Args:
-        weighting_scheme: Of the loss by time: "longlive" (a bell around t = 500) or "none".
-        image_probability: Of a clip whose first frame is given, as in image-to-video: at time 0, and without loss.
-        prompt_dropout: Probability of the empty prompt in place of a clip's prompts, for guidance.
-        history_noise_probability: Of a clip whose clean half is noised a little, at a time that the network is told.
-        history_noise_max_timestep: That time is drawn uniformly below this, in [0, 1000].
-        multi_shot_rope_offset: Added to the time positions at each cut, as in generation.
-    """
+    """What the network is shown; these are also arguments of the command line."""
 
-    weighting_scheme: str = "longlive"
-    image_probability: float = 0.0
-    prompt_dropout: float = 0.0
-    history_noise_probability: float = 0.0
-    history_noise_max_timestep: float = 100.0
-    multi_shot_rope_offset: float = 8.0
+    weighting_scheme: Literal["longlive", "none"] = field(
+        default="longlive",
+        metadata={"help": "Weight of the loss by timestep: 'longlive' is a bell around 500, 'none' weighs all alike."},
+    )
+    image_probability: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that a clip is trained as image-to-video: its first latent frame is given, at "
+            "timestep 0 and without loss."
+        },
+    )
+    prompt_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Probability that a clip's prompts are replaced by the empty prompt, for guidance."},
+    )
+    history_noise_probability: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that a clip's clean history is noised, to a timestep that the network is told."
+        },
+    )
+    history_noise_max_timestep: float = field(
+        default=100.0,
+        metadata={"help": "Largest timestep of the noise added to the clean history, in [0, 1000]."},
+    )
+    multi_shot_rope_offset: float | None = field(
+        default=None,
+        metadata={"help": "Distance in time positions added at each cut, as in generation (default: the pipeline's)."},
+    )
 
     def __post_init__(self):
         if self.weighting_scheme not in WEIGHTINGS:
@@ -59,23 +75,23 @@ class SampleDraws:
     noise: torch.Tensor
     history_noise: torch.Tensor
     history_timestep: float
-    given_image: bool
+    is_image_to_video: bool
     drops_prompt: bool
     recycling: RecyclingPlan
 
 
 @dataclass
-class Batch:
+class PreparedBatch:
     """
     What a process works on: its frames (all of them without sequence parallelism) of its clips.
 
     Args:
-        arguments: Of the transformer's forward.
+        arguments: Arguments of the transformer's forward.
         latents: The clean video, `[B, C, F, h, w]`.
-        noise, target: As the latents.
-        frame_weight: Weight of each frame in the loss, `[B, F]`; 0 where it bears none.
-        bears_loss: Which frames count, bool `[B, F]`.
-        plans, draws: Of each clip.
+        noise, target: The noise, and the velocity to predict; shaped as the latents.
+        frame_weight: The weight of each frame in the loss, `[B, F]`; 0 where it bears none.
+        loss_mask: Which frames bear loss, bool `[B, F]`.
+        recycling: The plan of each clip.
     """
 
     arguments: dict[str, torch.Tensor]
@@ -83,18 +99,19 @@ class Batch:
     noise: torch.Tensor
     target: torch.Tensor
     frame_weight: torch.Tensor
-    bears_loss: torch.Tensor
-    plans: list[RecyclingPlan]
+    loss_mask: torch.Tensor
+    recycling: list[RecyclingPlan]
 
 
 class TeacherForcing:
     """
     Args:
-        scheduler: Its noise process, velocity and weights.
-        settings: Of the objective.
-        seed: Of the run.
+        scheduler: Gives the noise process, the velocity and the weights.
+        settings: What the network is shown.
+        multi_shot_rope_offset: Distance in time positions added at each cut.
+        seed: The seed of the run.
         layout: How clips are split over the ranks of a sequence-parallel group (of 1 without).
-        rank: In that group.
+        rank: The rank in that group.
         empty_prompt: Embedding of the empty prompt, `[L, D]`.
         recycler: Adds and keeps errors; None: no error recycling.
     """
@@ -104,6 +121,7 @@ class TeacherForcing:
         scheduler: LongLiveScheduler,
         settings: TeacherForcingSettings,
         *,
+        multi_shot_rope_offset: float,
         seed: int,
         layout: FrameLayout,
         rank: int,
@@ -111,24 +129,25 @@ class TeacherForcing:
         recycler: ErrorRecycler | None = None,
     ):
         self.scheduler, self.settings, self.seed = scheduler, settings, seed
+        self.multi_shot_rope_offset = multi_shot_rope_offset
         self.layout, self.rank = layout, rank
         self.empty_prompt, self.recycler = empty_prompt, recycler
 
-    def draw(self, number: int, step: int, shape: torch.Size) -> SampleDraws:
+    def draw(self, sample_id: int, step: int, shape: torch.Size) -> SampleDraws:
         """
         Args:
-            number: Of the sample in the run.
-            step: Of the run; error recycling begins after some.
-            shape: Of the clip's latents, `[C, F, h, w]`; all frames, also where this rank has but some.
+            sample_id: The sample's id in the run.
+            step: The step of the run; error recycling begins after some.
+            shape: The shape of the clip's latents, `[C, F, h, w]`; all frames, also where this rank has but some.
         """
-        settings, chance = self.settings, np.random.default_rng([self.seed, number])
+        settings, rng = self.settings, np.random.default_rng([self.seed, sample_id])
         # All that might be needed is drawn, in one order, so that no setting changes what another one draws.
-        image, dropout, history, level = chance.random(4)
-        index = torch.from_numpy(chance.integers(len(self.scheduler.training_timesteps), size=self.layout.num_chunks))
-        recycling = np.random.default_rng([self.seed, number, 1])
-        plan = RecyclingPlan() if self.recycler is None else self.recycler.plan(recycling, step)
+        image, dropout, history, level = rng.random(4)
+        index = torch.from_numpy(rng.integers(len(self.scheduler.training_timesteps), size=self.layout.num_chunks))
+        recycling_rng = np.random.default_rng([self.seed, sample_id, 1])
+        plan = RecyclingPlan() if self.recycler is None else self.recycler.plan(recycling_rng, step)
         noise, history_noise = (
-            torch.from_numpy(chance.standard_normal(tuple(shape), dtype=np.float32)) for _ in range(2)
+            torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32)) for _ in range(2)
         )
         noised_history = history < settings.history_noise_probability
         return SampleDraws(
@@ -136,23 +155,23 @@ class TeacherForcing:
             noise=noise,
             history_noise=history_noise,
             history_timestep=float(level * settings.history_noise_max_timestep) if noised_history else 0.0,
-            given_image=bool(image < settings.image_probability),
+            is_image_to_video=bool(image < settings.image_probability),
             drops_prompt=bool(dropout < settings.prompt_dropout),
             recycling=plan,
         )
 
-    def prepare(self, items: dict, step: int, device: torch.device) -> Batch:
+    def prepare(self, batch: dict, step: int, device: torch.device) -> PreparedBatch:
         """
         Args:
-            items: A collated batch of a `LatentDataset` through `Numbered`; `latents` may also be this rank's frames
+            batch: Collated items of a `LatentDataset` through `WithSampleId`; `latents` may also be this rank's frames
                 alone, `[B, C, F / N, h, w]`.
-            step: Of the run.
+            step: The step of the run.
             device: Where the result is.
         """
         layout, rank, settings, scheduler = self.layout, self.rank, self.settings, self.scheduler
-        latents, numbers = items["latents"], items["sample_number"].tolist()
-        whole = (latents.shape[1], layout.num_frames, *latents.shape[3:])
-        draws = [self.draw(number, step, whole) for number in numbers]
+        latents, sample_ids = batch["latents"], batch["sample_id"].tolist()
+        clip_shape = torch.Size((latents.shape[1], layout.num_frames, *latents.shape[3:]))
+        draws = [self.draw(sample_id, step, clip_shape) for sample_id in sample_ids]
         if latents.shape[2] == layout.num_frames:
             latents = layout.shard_latents(latents, rank)
         noise, history_noise = (
@@ -161,78 +180,76 @@ class TeacherForcing:
         )
         timestep = layout.shard_frames(torch.stack([draw.timestep for draw in draws]), rank).clone()
         history_timestep = torch.tensor([draw.history_timestep for draw in draws])[:, None].expand_as(timestep)
-        bears_loss = layout.shard_frames(items["loss_mask"], rank).clone()
-        embeds = layout.shard_chunks(items["prompt_embeds"], rank).clone()
+        # One value for each chunk until here, and one for each frame from here on: a given first frame bears no loss.
+        loss_mask = layout.shard_chunks(batch["loss_mask"], rank).repeat_interleave(layout.chunk_size, dim=1)
+        embeds = layout.shard_chunks(batch["prompt_embeds"], rank).clone()
         for row, draw in enumerate(draws):
             if draw.drops_prompt:
                 embeds[row] = self.empty_prompt.to(embeds)
 
-        clean, before_noise, noise = self._recycle(latents, noise, timestep, draws, numbers)
+        clean, before_noise, noise = self._recycle(latents, noise, timestep, draws, sample_ids)
         clean = scheduler.add_noise(clean, history_noise, history_timestep)
         noisy = scheduler.add_noise(before_noise, noise, timestep)
         if rank == 0:  # which holds the first frame
             for row, draw in enumerate(draws):
-                if draw.given_image:
+                if draw.is_image_to_video:
                     noisy[row, :, 0] = latents[row, :, 0]
-                    timestep[row, 0], bears_loss[row, 0] = 0, False
+                    timestep[row, 0], loss_mask[row, 0] = 0, False
 
         weight = scheduler.weight(timestep) if settings.weighting_scheme == "longlive" else torch.ones_like(timestep)
-        shots = items["shot_index"].repeat_interleave(layout.chunk_size, dim=1)
-        positions = torch.arange(layout.num_frames) + settings.multi_shot_rope_offset * shots
-        arguments = {
-            "hidden_states": noisy,
-            "timestep": timestep,
-            "encoder_hidden_states": embeds,
-        }
+        shots = batch["shot_index"].repeat_interleave(layout.chunk_size, dim=1)
+        positions = torch.arange(layout.num_frames) + self.multi_shot_rope_offset * shots
+        arguments = {"hidden_states": noisy, "timestep": timestep, "encoder_hidden_states": embeds}
         if layout.num_chunks > 1:  # a single chunk has no history
             arguments |= {"clean_hidden_states": clean, "clean_timestep": history_timestep}
-        return Batch(
+        return PreparedBatch(
             arguments={name: tensor.to(device) for name, tensor in arguments.items()}
             | {"frame_positions": layout.shard_frames(positions, rank)},
             latents=latents,
             noise=noise,
             target=scheduler.velocity(latents, noise).to(device),
-            frame_weight=(weight * bears_loss).to(device),
-            bears_loss=bears_loss,
-            plans=[draw.recycling for draw in draws],
+            frame_weight=(weight * loss_mask).to(device),
+            loss_mask=loss_mask,
+            recycling=[draw.recycling for draw in draws],
         )
 
-    def error_sum(self, velocity: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def error_sum(self, velocity: torch.Tensor, batch: PreparedBatch) -> torch.Tensor:
         """The weighted squared errors of all frames that bear loss, summed: divide by their number for the loss.
 
         Args:
-            velocity: Prediction of the network, `[B, C, F, h, w]`.
+            velocity: The network's prediction, `[B, C, F, h, w]`.
+            batch: What it was shown.
         """
         per_frame = (velocity.float() - batch.target).square().mean(dim=(1, 3, 4))  # [B, F]
         return (per_frame * batch.frame_weight).sum()
 
     @torch.no_grad()
-    def keep_errors(self, velocity: torch.Tensor, batch: Batch) -> None:
+    def keep_errors(self, velocity: torch.Tensor, batch: PreparedBatch) -> None:
         """Hand the errors of those clips that the recycling plan chose to the buffer."""
-        if self.recycler is None or not any(plan.update for plan in batch.plans):
+        if self.recycler is None or not any(plan.update for plan in batch.recycling):
             return
         velocity, timestep = velocity.float().cpu(), batch.arguments["timestep"].cpu()
         noisy = batch.arguments["hidden_states"].cpu()
         x0 = self.scheduler.x0(noisy, velocity, timestep)
         sigma = self.scheduler.sigmas_at(timestep)[:, None, :, None, None]
         noise = noisy + (1 - sigma) * velocity  # the other end of the path that the velocity points along
-        for row, plan in enumerate(batch.plans):
+        for row, plan in enumerate(batch.recycling):
             if plan.update:
-                which = (timestep[row], batch.bears_loss[row])
-                self.recycler.keep_errors("latent", x0[row], batch.latents[row], *which)
-                self.recycler.keep_errors("noise", noise[row], batch.noise[row], *which)
+                frames = (timestep[row], batch.loss_mask[row])
+                self.recycler.keep_errors("latent", x0[row], batch.latents[row], *frames)
+                self.recycler.keep_errors("noise", noise[row], batch.noise[row], *frames)
 
-    def _recycle(self, latents, noise, timestep, draws: list[SampleDraws], numbers: list[int]):
+    def _recycle(self, latents, noise, timestep, draws: list[SampleDraws], sample_ids: list[int]):
         """The clean history, the latents before noising and the noise, with errors of past steps where planned."""
         if self.recycler is None:
             return latents, latents, noise
         clean, before_noise, noise = latents.clone(), latents.clone(), noise.clone()
-        for row, (draw, number) in enumerate(zip(draws, numbers, strict=True)):
-            chance = np.random.default_rng([self.seed, number, 2, self.rank])
+        for row, (draw, sample_id) in enumerate(zip(draws, sample_ids, strict=True)):
+            rng = np.random.default_rng([self.seed, sample_id, 2, self.rank])
             if draw.recycling.context:
-                clean[row] = self.recycler.add_errors(clean[row], "latent", None, chance)
+                clean[row] = self.recycler.add_errors(clean[row], "latent", None, rng)
             if draw.recycling.latent:
-                before_noise[row] = self.recycler.add_errors(before_noise[row], "latent", timestep[row], chance)
+                before_noise[row] = self.recycler.add_errors(before_noise[row], "latent", timestep[row], rng)
             if draw.recycling.noise:
-                noise[row] = self.recycler.add_errors(noise[row], "noise", timestep[row], chance)
+                noise[row] = self.recycler.add_errors(noise[row], "noise", timestep[row], rng)
         return clean, before_noise, noise

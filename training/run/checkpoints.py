@@ -1,33 +1,67 @@
 """Checkpoints of a run: complete or not there, found again, and pruned.
 
 A checkpoint is written under another name and renamed when every process has written its part; what a killed run left
-half-written is removed at the next start. Beside what accelerate keeps (weights, optimiser, random states) it holds
-the step, the learning-rate schedule, the averaged weights and the error buffers. The order of samples and their noise
-need no saving: they are functions of the seed and the step.
+half-written is removed at the next start. Beside what accelerate keeps (weights, optimizers, random states) it holds
+the step and any number of named states: schedules, averaged weights, error buffers. The order of samples and their
+noise need no saving: they are functions of the seed and the step.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from objectives.error_recycling import ErrorBuffer
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LRScheduler
 
 
 PREFIX = "checkpoint-"
 PARTIAL = ".partial"
 
 
+class Stateful(Protocol):
+    """Anything whose state can be saved and loaded: schedules, buffers, averages."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+class EMAState:
+    """The state of averaged weights; of those that FSDP shards, this process's part."""
+
+    def __init__(self, ema: EMAModel):
+        self.ema = ema
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has a part of its own."""
+        return any(isinstance(tensor, DTensor) for tensor in self.ema.shadow_params)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count of updates, and the averages."""
+        return {
+            "optimization_step": self.ema.optimization_step,
+            "shadow": [_local(tensor) for tensor in self.ema.shadow_params],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.ema.optimization_step = state["optimization_step"]
+        for shadow, saved in zip(self.ema.shadow_params, state["shadow"], strict=True):
+            _local(shadow).copy_(saved)
+
+
 class Checkpoints:
     """
     Args:
-        accelerator: Its prepared models and optimisers are saved.
+        accelerator: Its prepared models and optimizers are saved.
         folder: The run's output.
-        lr_scheduler, ema, errors: What else is saved; the last two where there are any.
+        states: What else is saved, by name; each process writes its own.
+        shared_states: The same, of what is alike in every process: the first writes it for all.
         total_limit: How many checkpoints to keep; None: all.
         identity: What a run must have in common with the one that it goes on with, by name.
     """
@@ -37,14 +71,13 @@ class Checkpoints:
         accelerator: Accelerator,
         folder: Path,
         *,
-        lr_scheduler: LRScheduler,
-        ema: EMAModel | None,
-        errors: ErrorBuffer | None,
+        states: Mapping[str, Stateful],
+        shared_states: Mapping[str, Stateful],
         total_limit: int | None,
         identity: dict[str, str | int | float | bool | None],
     ):
         self.accelerator, self.folder, self.total_limit = accelerator, folder, total_limit
-        self.lr_scheduler, self.ema, self.errors, self.identity = lr_scheduler, ema, errors, identity
+        self.states, self.shared_states, self.identity = dict(states), dict(shared_states), identity
 
     def save(self, step: int) -> Path:
         """Write `checkpoint-<step>`, after so many updates. Every process has to call it."""
@@ -56,15 +89,10 @@ class Checkpoints:
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(partial))
-        state = {"step": step, "identity": self.identity, "lr_scheduler": self.lr_scheduler.state_dict()}
-        if self.errors is not None:
-            state["errors"] = self.errors.state_dict()
-        if self.ema is not None and (self._ema_is_sharded or accelerator.is_main_process):
-            state["ema"] = {
-                "optimization_step": self.ema.optimization_step,
-                "shadow": [_local(tensor) for tensor in self.ema.shadow_params],
-            }
-        torch.save(state, partial / _state_name(accelerator.process_index))
+        states = self.states | (self.shared_states if accelerator.is_main_process else {})
+        content = {"step": step, "identity": self.identity}
+        content |= {name: state.state_dict() for name, state in states.items()}
+        torch.save(content, partial / _state_name(accelerator.process_index))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             remove(final)
@@ -80,7 +108,7 @@ class Checkpoints:
             The updates that were made.
 
         Raises:
-            ValueError: It is no checkpoint, or that of a run with other settings (they are named).
+            ValueError: If it is no checkpoint, or that of a run with other settings (they are named).
         """
         accelerator = self.accelerator
         path = checkpoint / _state_name(accelerator.process_index)
@@ -89,33 +117,23 @@ class Checkpoints:
                 f"'{checkpoint}' has no {path.name}: it is no checkpoint of this script, or one of fewer processes "
                 f"than {accelerator.num_processes}"
             )
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, UnpicklingError, EOFError) as error:
-            raise ValueError(f"'{path}' is damaged, {path.stat().st_size} bytes: resume from another one") from error
+        content = _read(path)
         differing = [
-            f"{name} is {state['identity'].get(name)} there and {value} here"
+            f"{name} is {content['identity'].get(name)} there and {value} here"
             for name, value in self.identity.items()
-            if state["identity"].get(name) != value
+            if content["identity"].get(name) != value
         ]
         if differing:
             raise ValueError(f"'{checkpoint}' is of another run: {'; '.join(differing)}")
         accelerator.load_state(str(checkpoint))
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if self.errors is not None:
-            self.errors.load_state_dict(state["errors"])
-        if self.ema is not None:
-            if "ema" not in state:
-                state = torch.load(checkpoint / _state_name(0), map_location="cpu", weights_only=True)
-            self.ema.optimization_step = state["ema"]["optimization_step"]
-            for shadow, saved in zip(self.ema.shadow_params, state["ema"]["shadow"], strict=True):
-                _local(shadow).copy_(saved)
+        shared = content
+        if self.shared_states and not accelerator.is_main_process:
+            shared = _read(checkpoint / _state_name(0))
+        for states, saved in ((self.states, content), (self.shared_states, shared)):
+            for name, state in states.items():
+                state.load_state_dict(saved[name])
         accelerator.wait_for_everyone()
-        return state["step"]
-
-    @property
-    def _ema_is_sharded(self) -> bool:
-        return any(isinstance(tensor, DTensor) for tensor in self.ema.shadow_params)
+        return content["step"]
 
     def _prune(self) -> None:
         if self.total_limit is not None:
@@ -145,7 +163,7 @@ def resolve_checkpoint(folder: Path, wanted: str | None) -> Path | None:
         The folder; None where none was wanted, or "latest" of a run that has none yet.
 
     Raises:
-        ValueError: There is no such checkpoint (those that there are, are named).
+        ValueError: If there is no such checkpoint (those that there are, are named).
     """
     if wanted is None:
         return None
@@ -160,12 +178,19 @@ def resolve_checkpoint(folder: Path, wanted: str | None) -> Path | None:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint; half removed, it does not pass for a whole one."""
+    """Delete a checkpoint; an interrupted deletion never looks like a complete one."""
     if path.exists():
         doomed = path.with_name(path.name + PARTIAL)
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError) as error:
+        raise ValueError(f"'{path}' is damaged, {path.stat().st_size} bytes: resume from another one") from error
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,20 +3,20 @@
 import json
 from pathlib import Path
 
-from whole_file import write_whole
+from longlive_diffusers.atomic_write import write_text
 
 
 class TrainingLog:
     """
     Args:
         path: The file.
-        step: Updates made before; entries of later ones are removed.
+        step: Updates that were made before; entries of later ones are removed.
     """
 
     def __init__(self, path: Path, step: int):
         self.path = path
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        write_whole(path, "".join(kept))
+        write_text(path, "".join(kept))
 
     def write(self, entry: dict[str, float | int]) -> None:
         """Append an entry, which has a "step"."""

@@ -26,7 +26,7 @@ def build_process_mesh(accelerator: Accelerator, sp_size: int | None) -> Process
     """
     Under FSDP the groups are the `cp` dimension of accelerate's own mesh (`parallelism_config` of its configuration
     file), which FSDP shards the weights over as well. Accelerate has no such mesh for DDP or for CPUs; there `sp_size`
-    neighbouring processes are a group.
+    neighboring processes are a group.
 
     Raises:
         ValueError: The processes do not divide into groups, or accelerate's configuration says another size.

@@ -1,4 +1,5 @@
-"""What training starts from, and what it leaves: a pipeline in diffusers' format, or a LoRA, with its model card."""
+"""Load what training starts from, and save what it makes: a pipeline in diffusers' format, or a LoRA, with its model
+card."""
 
 import os
 import shutil
@@ -9,11 +10,12 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel, _collate_lora_metadata
 from huggingface_hub import HfApi, ModelCard
 from peft import get_peft_model_state_dict
-from run.arguments import Arguments, ModelArguments, RunArguments
 
 from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
-from longlive_diffusers.pipelines.sharing import render_lora_card
+from longlive_diffusers.atomic_write import new_folder
 from longlive_diffusers.nvfp4 import nvfp4_layers
+from longlive_diffusers.pipelines.sharing import render_lora_card
+from run.arguments import Arguments, ModelArguments, RunArguments
 
 
 def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTransformer3DModel]:
@@ -22,7 +24,7 @@ def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTra
     that are trained. Wan pipelines are taken as LongLive's.
 
     Raises:
-        ValueError: The folder has no transformer that this package can train.
+        ValueError: If the folder has no transformer that this package can train.
     """
     options = {"revision": arguments.revision, "variant": arguments.variant}
     source = arguments.pretrained_model_name_or_path
@@ -63,36 +65,44 @@ def save_result(
     Returns:
         Names of what was written there.
     """
-    partial = output / "result.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     repo_id = arguments.run.hub_model_id or output.name
-    if arguments.model.rank is not None:
-        LongLivePipeline.save_lora_weights(
-            partial,
-            transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=weights),
-            **_collate_lora_metadata({"transformer": transformer}),
-        )
-        card = lora_card(arguments, repo_id)
-    else:
-        source = arguments.model.pretrained_model_name_or_path
-        with torch.device("meta"):
-            trained = LongLiveTransformer3DModel.from_config(dict(transformer.config))
-        trained.load_state_dict({_plain(name): tensor for name, tensor in weights.items()}, assign=True)
-        options = {"revision": arguments.model.revision, "variant": arguments.model.variant}
-        pipe = LongLivePipeline.from_pretrained(source, transformer=trained, dtype=torch.float32, **options)
-        pipe.save_pretrained(partial)
-        card = pipe.model_card(repo_id, **card_details(arguments))
-    card.text += training_section(arguments, repo_id)
-    card.save(partial / "README.md")
+    with new_folder(output / "result", replace=True) as result:
+        card = _save_weights(weights, transformer, arguments, repo_id, result)
+        card.text += training_section(arguments, repo_id)
+        card.save(result / "README.md")
     # The index comes last: without it, the folder does not pass for a pipeline.
-    names = sorted((path.name for path in partial.iterdir()), key=lambda name: name == "model_index.json")
+    names = sorted((path.name for path in (output / "result").iterdir()), key=lambda name: name == "model_index.json")
     for name in names:
         if (output / name).is_dir():
             shutil.rmtree(output / name)
-        os.replace(partial / name, output / name)
-    partial.rmdir()
+        os.replace(output / "result" / name, output / name)
+    (output / "result").rmdir()
     return names
+
+
+def _save_weights(
+    weights: dict[str, torch.Tensor],
+    transformer: LongLiveTransformer3DModel,
+    arguments: Arguments,
+    repo_id: str,
+    folder: Path,
+) -> ModelCard:
+    """Write the LoRA or the whole pipeline; returns its card, not yet saved."""
+    if arguments.model.rank is not None:
+        LongLivePipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=weights),
+            **_collate_lora_metadata({"transformer": transformer}),
+        )
+        return lora_card(arguments, repo_id)
+    source = arguments.model.pretrained_model_name_or_path
+    with torch.device("meta"):
+        trained = LongLiveTransformer3DModel.from_config(dict(transformer.config))
+    trained.load_state_dict({_plain(name): tensor for name, tensor in weights.items()}, assign=True)
+    options = {"revision": arguments.model.revision, "variant": arguments.model.variant}
+    pipe = LongLivePipeline.from_pretrained(source, transformer=trained, dtype=torch.float32, **options)
+    pipe.save_pretrained(folder)
+    return pipe.model_card(repo_id, **card_details(arguments))
 
 
 def lora_card(arguments: Arguments, repo_id: str) -> ModelCard:
@@ -137,11 +147,11 @@ def training_facts(arguments: Arguments) -> dict[str, str | int | float]:
         ),
         "latent frames of a clip": data.num_latent_frames,
         "precision": f"NVFP4, recipe {optimization.nvfp4_recipe}" if trains_in_nvfp4(arguments) else "as accelerate's",
-        "optimiser": optimization.optimizer,
+        "optimizer": optimization.optimizer,
         "learning rate": optimization.learning_rate,
         "schedule": optimization.lr_scheduler,
         "weight average": optimization.ema_decay if optimization.ema_decay is not None else "none",
-        "error recycling": "yes" if arguments.objective.error_recycling else "no",
+        "error recycling": "yes" if arguments.recycling.error_recycling else "no",
         "image conditioning, share of clips": arguments.objective.image_probability,
         "seed": optimization.seed,
     }

@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from run.arguments import RunArguments
 
-from longlive_diffusers import LongLivePipeline
-from longlive_diffusers.video.writer import VideoWriter
+from longlive_diffusers import LongLivePipeline, VideoWriter, pixel_frames
+from run.arguments import RunArguments
 
 
 logger = logging.getLogger("validation")
@@ -18,18 +17,18 @@ logger = logging.getLogger("validation")
 class Validation:
     """
     Args:
-        arguments: Its prompts, and how and when videos are made.
+        arguments: The prompts, and how and when videos are made.
         pipe: The run's pipeline, without a transformer.
-        num_latent_frames: Of the training clips, by default also of the videos.
+        num_latent_frames: Length of the training clips, by default also of the videos.
         output: The run's folder; videos are written to `validation/step-N/`.
     """
 
     def __init__(self, arguments: RunArguments, pipe: LongLivePipeline, num_latent_frames: int, output: Path):
         self.arguments, self.pipe, self.output = arguments, pipe, output
-        self.num_frames = arguments.validation_num_frames or 1 + 4 * (num_latent_frames - 1)
+        self.num_frames = arguments.validation_num_frames or pixel_frames(num_latent_frames)
 
     def is_due(self, step: int, last_step: int) -> bool:
-        """After so many updates."""
+        """Whether to make videos after so many updates."""
         if not self.arguments.validation_prompts:
             return False
         return step % self.arguments.validation_steps == 0 or step == last_step

@@ -1,6 +1,6 @@
-"""Put the toy pipeline together: python training/assemble_toy.py --text DIR --vae DIR --output DIR
+"""Put the toy pipeline together: python training/toy/assemble.py --text DIR --vae DIR --output DIR
 
-Tokenizer and text encoder are those of `toy_text.py`, the VAE is that of `train_vae.py`; the transformer has random
+Tokenizer and text encoder are those of `train_text.py`, the VAE is that of `train_vae.py`; the transformer has random
 weights, for `train_ar.py` to train. With `--trained DIR`, a folder that `train_ar.py` left, the transformer is that
 one: what is written then is the pipeline that comes with the package, in half precision, beside the model card that is
 there already.
@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
+from longlive_diffusers.atomic_write import new_folder
 
 
 SEED = 4
@@ -50,7 +51,7 @@ def build_transformer(vae: AutoencoderKLWan, text_dim: int, side: int) -> LongLi
 
 @torch.no_grad()
 def initialize(transformer: LongLiveTransformer3DModel) -> None:
-    """Wan's own initialisation: Linear layers by Xavier, embeddings narrow, and an output that begins as zero."""
+    """Wan's own initialization: Linear layers by Xavier, embeddings narrow, and an output that begins as zero."""
     for module in transformer.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(module.weight)
@@ -65,10 +66,12 @@ def initialize(transformer: LongLiveTransformer3DModel) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Put the embedded pipeline together.")
-    parser.add_argument("--text", type=Path, required=True, help="what toy_text.py wrote")
-    parser.add_argument("--vae", type=Path, required=True, help="what train_vae.py wrote")
-    parser.add_argument("--trained", type=Path, help="what train_ar.py wrote: make the embedded pipeline of it")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--text", type=Path, required=True, help="The folder that train_text.py wrote.")
+    parser.add_argument("--vae", type=Path, required=True, help="The folder that train_vae.py wrote.")
+    parser.add_argument(
+        "--trained", type=Path, help="The folder that train_ar.py wrote: make the embedded pipeline of it."
+    )
+    parser.add_argument("--output", type=Path, required=True, help="The folder to write; an existing one is replaced.")
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.text / "tokenizer")
@@ -91,15 +94,11 @@ def main() -> None:
         # What loads them makes float32 of them; a text encoder would stay as it is stored.
         pipe.transformer.to(torch.float16)
         pipe.vae.to(torch.float16)
-    partial = arguments.output.with_name(arguments.output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipe.save_pretrained(partial)
     card = arguments.output / "README.md"
-    if arguments.trained is not None and card.exists():  # what it says was measured, and written by hand
-        shutil.copyfile(card, partial / "README.md")
-    if arguments.output.exists():
-        shutil.rmtree(arguments.output)
-    partial.rename(arguments.output)
+    with new_folder(arguments.output, replace=True) as folder:
+        pipe.save_pretrained(folder)
+        if arguments.trained is not None and card.exists():  # what it says was measured, and written by hand
+            shutil.copyfile(card, folder / "README.md")
     parameters = {
         name: sum(p.numel() for p in model.parameters()) / 1e6
         for name, model in pipe.components.items()

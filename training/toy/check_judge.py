@@ -1,4 +1,4 @@
-"""Is the judge to be trusted? python training/evaluate_judge.py --num_scenes 400
+"""Is the judge to be trusted? python training/toy/check_judge.py --num_scenes 400
 
 Shows it true videos - as they are drawn, after writing and reading an mp4 file, and blurred and noisy, as a VAE might
 leave them - and counts the chunks of which it reads everything right. What it must not be fooled by is in its tests.
@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from evaluation.marks import expect, judge_chunk
-from judge import read_chunk
-from world import FPS, draw_scene, render
 from tqdm import tqdm
 
+from evaluation.marks import expect, judge_chunk
+from judge import read_chunk
 from longlive_diffusers.video.reader import read_video
 from longlive_diffusers.video.writer import VideoWriter
+from world import FPS, draw_scene, render
 
 
 CHUNKS = (5, 8, 8)  # frames
@@ -55,8 +55,8 @@ def share_right(num_scenes: int, change: Change, *, seed: int = 0, description: 
     """
     right, errors = [], []
     for index in tqdm(range(num_scenes), desc=description, unit="video"):
-        chance = random.Random(f"{seed} {index}")
-        scene = draw_scene(chance, num_things=1 + index % 2, held_out=chance.random() < 0.2)
+        rng = random.Random(f"{seed} {index}")
+        scene = draw_scene(rng, num_things=1 + index % 2, held_out=rng.random() < 0.2)
         frames = render(scene, sum(CHUNKS))
         shown = change(frames, index)
         errors.append(np.square(shown.astype(np.float32) - frames).mean() / 255**2)
@@ -67,8 +67,10 @@ def share_right(num_scenes: int, change: Change, *, seed: int = 0, description: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the judge of the toy world on true videos.")
-    parser.add_argument("--num_scenes", type=int, default=400, help=f"videos of {len(CHUNKS)} chunks (default 400)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--num_scenes", type=int, default=400, help=f"Videos of {len(CHUNKS)} chunks to show it (default: 400)."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the scenes (default: 0).")
     arguments = parser.parse_args()
     if arguments.num_scenes < 1:
         parser.error(f"--num_scenes must be at least 1, got {arguments.num_scenes}")

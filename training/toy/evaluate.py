@@ -1,6 +1,6 @@
-"""Evaluate a model of the toy world: python training/evaluate_toy.py --model FOLDER --output DIR
+"""Evaluate a model of the toy world: python training/toy/evaluate.py --model FOLDER --output DIR
 
-The model makes videos from captions, and a judge that does not know them (`toy_judge.py`) reads what is there. Tables
+The model makes videos from captions, and a judge that does not know them (`judge.py`) reads what is there. Tables
 are printed, and written to DIR/report.md and DIR/results.json; next to them are curves and a strip of frames, as PNG.
 
 Sections: `accuracy` (seen and held-out combinations), `steps` (by number of solver steps), `time` (up to 8 times the
@@ -17,18 +17,18 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+
+import longlive_diffusers  # noqa: F401  (registers the pipeline's classes with diffusers)
 from evaluation.sections import Evaluation, Settings, accuracy, events, steps, time
 from evaluation.store import Store, fingerprint
 from evaluation.strip import strip
 from evaluation.tables import Table
 from evaluation.vae import vae
-from world import SIDE
-from whole_file import write_whole
-
-import longlive_diffusers  # noqa: F401  (registers the pipeline's classes with diffusers)
 from longlive_diffusers import LongLivePipeline
-from longlive_diffusers.conversion.convert import DTYPES
-from longlive_diffusers.models.kv_cache import PACKED_DTYPES
+from longlive_diffusers.atomic_write import write_text
+from longlive_diffusers.dtypes import DTYPES
+from longlive_diffusers.models.layer_kv_cache import KV_CACHE_DTYPES
+from world import SIDE
 
 
 SECTIONS = {"accuracy": accuracy, "steps": steps, "time": time, "events": events, "vae": vae, "strip": strip}
@@ -87,7 +87,7 @@ def write_reports(output: Path, settings: Settings, tables: dict[str, list[Table
     """`results.json` and `report.md`, of the sections of this call."""
     results = {name: [asdict(table) for table in of_section] for name, of_section in tables.items()}
     content = {"model": model, "settings": asdict(settings), "sections": results}
-    write_whole(output / "results.json", json.dumps(content, indent=1) + "\n")
+    write_text(output / "results.json", json.dumps(content, indent=1) + "\n")
     lines = ["# The toy world: what the judge saw", "", f"Model `{model}`, seed {settings.seed}."]
     pictures = {"steps": "steps.png", "time": "time.png", "strip": "strip.png"}
     for name, of_section in tables.items():
@@ -96,32 +96,58 @@ def write_reports(output: Path, settings: Settings, tables: dict[str, list[Table
             lines += ["", table.as_markdown()]
         if name in pictures:
             lines += ["", f"![{name}]({pictures[name]})"]
-    write_whole(output / "report.md", "\n".join(lines) + "\n")
+    write_text(output / "report.md", "\n".join(lines) + "\n")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; `settings` None stands for what is to be taken from the preset or the model."""
     parser = argparse.ArgumentParser(description="Evaluate a model of the toy world.")
-    parser.add_argument("--model", type=Path, required=True, help="folder of a pipeline")
-    parser.add_argument("--output", type=Path, required=True, help="folder for results; finished parts in it are kept")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), metavar="SECTION", default=list(SECTIONS))
-    parser.add_argument("--quick", action="store_true", help="few prompts, few steps, videos of twice the length")
+    parser.add_argument("--model", type=Path, required=True, help="The folder of a pipeline.")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="The folder for results; finished parts in it are kept."
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(SECTIONS),
+        metavar="SECTION",
+        default=list(SECTIONS),
+        help=f"The sections to run (default: all): {', '.join(SECTIONS)}.",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="Take few prompts, few steps, and long videos of twice the length."
+    )
     for name, kind, text in (
-        ("num_prompts", int, "prompts of each kind; half as many for long videos (default 24)"),
-        ("num_inference_steps", int, "solver steps (default 30)"),
-        ("long_steps", int, "solver steps of long videos (default 8)"),
-        ("num_chunks", int, "length of the training videos (default 8)"),
-        ("long_factor", int, "how many times as long the long videos are (default 8)"),
-        ("guidance_scale", float, "1 is no guidance (default 1)"),
-        ("max_sequence_length", int, "tokens of a prompt, as in training (default: the tokenizer's limit)"),
-        ("batch_size", int, "videos made at a time (default 24)"),
-        ("seed", int, "of prompts and noise (default 0)"),
+        ("num_prompts", int, "Prompts of each kind; half as many for long videos (default: 24)."),
+        ("num_inference_steps", int, "Solver steps of each chunk (default: 30)."),
+        ("long_steps", int, "Solver steps of each chunk of long videos (default: 8)."),
+        ("num_chunks", int, "Length of the training videos in chunks (default: 8)."),
+        ("long_factor", int, "How many times as long the long videos are (default: 8)."),
+        ("guidance_scale", float, "Scale of classifier-free guidance; 1 is none (default: 1)."),
+        (
+            "max_sequence_length",
+            int,
+            "Tokens that prompts are padded to, as in training (default: the tokenizer's limit).",
+        ),
+        ("batch_size", int, "Videos made at a time (default: 24)."),
+        ("seed", int, "Seed of prompts and noise (default: 0)."),
     ):
         parser.add_argument(f"--{name}", type=kind, help=text)
-    parser.add_argument("--dtype", choices=DTYPES, help="to load the model in (default float32)")
-    parser.add_argument("--kv_cache_dtype", choices=PACKED_DTYPES, help="store keys and values in few bits")
-    parser.add_argument("--step_counts", type=int, nargs="+", help="compared by `steps` (default 4 8 16 30 50)")
+    parser.add_argument("--dtype", choices=DTYPES, help="The dtype to load the model in (default: float32).")
+    parser.add_argument(
+        "--kv_cache_dtype",
+        choices=KV_CACHE_DTYPES,
+        help="What keys and values are stored as (default: the network's dtype).",
+    )
+    parser.add_argument(
+        "--step_counts",
+        type=int,
+        nargs="+",
+        help="Numbers of solver steps that `steps` compares (default: 4 8 16 30 50).",
+    )
     parsed = parser.parse_args(arguments)
     preset = asdict(QUICK if parsed.quick else FULL)
     given = {field.name: vars(parsed)[field.name] for field in fields(Settings)}

@@ -1,11 +1,11 @@
-"""Reads a chunk of a toy-world video: what is there, of which colour, shape and size, and where does it go?
+"""Reads a chunk of a toy-world video: what is there, of which color, shape and size, and where does it go?
 
     reading = read_chunk(frames)  # [F, 64, 64, 3]; nobody tells it the prompt
 
 Every frame is read by itself: the background is what most pixels have, things are connected patches (on the torus) of
-anything else, and each has a colour, an outline and a centre. Then the frames have to agree. What changes within a
-chunk - a colour that drifts, a shape that melts, a thing that comes and goes, a motion that turns - is read as None,
-"cannot be told", which no caption says: so an error is never averaged away. `evaluate_marks.py` compares readings
+anything else, and each has a color, an outline and a center. Then the frames have to agree. What changes within a
+chunk - a color that drifts, a shape that melts, a thing that comes and goes, a motion that turns - is read as None,
+"cannot be told", which no caption says: so an error is never averaged away. `evaluation/marks.py` compares readings
 with what a caption asked for.
 
 Only numpy: a chunk takes a few milliseconds.
@@ -17,23 +17,24 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIDE, SIZES, coverage
+
+from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIDE, SIZES, coverage
 
 
 FOREGROUND = 40.0  # distance in RGB from the background; the weakest contrast of the world is 106
 DEBRIS = 20  # pixels; patches smaller than that are overlooked (a small thing has 113)
 NEAR_BACKGROUND = 45.0  # distance in RGB within which a background has its name; two of them are 102 apart or more
-NEAR_COLOUR = 60.0  # the same for things; the closest two are 128 apart
+NEAR_COLOR = 60.0  # the same for things; the closest two are 128 apart
 BACKGROUND_SHARE = 0.7  # of the pixels; two large things leave 0.87
 STRONG_SHARE = 0.75  # of the contrast that a thing's strongest pixels have
-CORE_SHARE = 0.7  # of the pixels inside a thing that have its colour
-MIXED_COSINE = 0.97  # between a colour and a mixture of it with the background's, both less the background's
+CORE_SHARE = 0.7  # of the pixels inside a thing that have its color
+MIXED_COSINE = 0.97  # between a color and a mixture of it with the background's, both less the background's
 MIN_OVERLAP = 0.7  # with the shape it is taken for; the wrong shape of the same area overlaps by 0.55 to 0.85
 AGREEMENT = 0.8  # of the frames: 4 of 5, 7 of 8
 STILL = 0.35  # pixels per frame; slower is still
-MAX_STRAY = 1.5  # pixels that a centre may be off the straight line it moves on
+MAX_STRAY = 1.5  # pixels that a center may be off the straight line it moves on
 RADII = {"small": (4.5, 7.5), "large": (7.5, 11.0)}  # of the circle of the same area: halfway between the two sizes
-HALF_WINDOW = 20  # pixels around a centre in which outlines are compared; the farthest corner is 14 away
+HALF_WINDOW = 20  # pixels around a center in which outlines are compared; the farthest corner is 14 away
 NEXT = np.eye(2 * HALF_WINDOW + 1, k=1)
 SOFTEN = np.linalg.matrix_power((NEXT + 2 * np.eye(len(NEXT)) + NEXT.T) / 4, 2)  # binomial blur by one pixel
 
@@ -43,12 +44,12 @@ class ThingReading:
     """One object through a chunk; what cannot be told is None.
 
     Args:
-        colour, shape, size, motion: Names of `toy_world`.
-        x, y: Centre in the first frame, in pixels.
+        color, shape, size, motion: Names of `world.py`.
+        x, y: Center in the first frame, in pixels.
         dx, dy: Mean velocity, in pixels per frame.
     """
 
-    colour: str | None
+    color: str | None
     shape: str | None
     size: str | None
     motion: str | None
@@ -70,7 +71,7 @@ class Reading:
     def __str__(self) -> str:
         """`a large red circle right at 12,50 on black`; a question mark for what cannot be told."""
         things = [
-            f"{thing.size or '?'} {thing.colour or '?'} {thing.shape or '?'} {thing.motion or '?'} "
+            f"{thing.size or '?'} {thing.color or '?'} {thing.shape or '?'} {thing.motion or '?'} "
             f"at {thing.x:.0f},{thing.y:.0f}"
             for thing in self.things
         ]
@@ -82,10 +83,10 @@ class Reading:
 class _Patch:
     """A thing in one frame."""
 
-    colour: str | None
+    color: str | None
     shape: str | None
     size: str | None
-    centre: tuple[float, float]
+    center: tuple[float, float]
     area: float
 
 
@@ -164,8 +165,8 @@ def _background(picture: np.ndarray, ground: np.ndarray) -> str | None:
     return name if (pixels < NEAR_BACKGROUND).mean() >= BACKGROUND_SHARE else None
 
 
-def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
-    distances = np.linalg.norm(np.array(list(palette.values()), np.float32) - colour, axis=1)
+def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
+    distances = np.linalg.norm(np.array(list(palette.values()), np.float32) - color, axis=1)
     return list(palette)[distances.argmin()], float(distances.min())
 
 
@@ -188,19 +189,19 @@ def _patch(picture: np.ndarray, ground: np.ndarray, labels: np.ndarray, number: 
     distance = np.linalg.norm(above_ground, axis=2)
     strong = own & (distance >= STRONG_SHARE * np.percentile(distance[own], 95))  # edges are mixed with background
     contrast = np.median(above_ground[strong], axis=0)
-    colour = _colour(above_ground[_eroded(own)], contrast, ground)
+    color = _color(above_ground[_eroded(own)], contrast, ground)
 
-    # How much of the thing there is in each pixel: where its colour lies between the background's and its own.
+    # How much of the thing there is in each pixel: where its color lies between the background's and its own.
     opacity = np.clip(above_ground @ contrast / max(contrast @ contrast, 1.0), 0, 1)
     opacity = np.where(_grown(_grown(own)) & ~others, opacity, 0)
     area = float(opacity.sum())
-    if area < DEBRIS:  # colours that cancel each other out
-        return _Patch(colour, None, None, (left % SIDE, top % SIDE), area)
+    if area < DEBRIS:  # colors that cancel each other out
+        return _Patch(color, None, None, (left % SIDE, top % SIDE), area)
     x, y = (float((opacity.sum(axis=axis) * (span + 0.5)).sum() / area) for axis in (0, 1))
     radius = math.sqrt(area / math.pi)
     size = next((name for name, (low, high) in RADII.items() if low <= radius < high), None)
     shape = _shape(opacity, span[None, :] + 0.5 - x, span[:, None] + 0.5 - y, radius)
-    return _Patch(colour, shape, size, ((left + x) % SIDE, (top + y) % SIDE), area)
+    return _Patch(color, shape, size, ((left + x) % SIDE, (top + y) % SIDE), area)
 
 
 def _middle(pixels: np.ndarray) -> int:
@@ -208,17 +209,17 @@ def _middle(pixels: np.ndarray) -> int:
     return round(np.angle(np.exp(2j * np.pi * pixels / SIDE).sum()) / (2 * np.pi) * SIDE)
 
 
-def _colour(pixels: np.ndarray, contrast: np.ndarray, ground: np.ndarray) -> str | None:
+def _color(pixels: np.ndarray, contrast: np.ndarray, ground: np.ndarray) -> str | None:
     """The palette's name for `ground + contrast`, if most of the thing's inner `pixels` `[n, 3]`, less the ground, are
-    of that colour too, or of it mixed with the background's: a thing of two colours has no name."""
-    name, distance = _nearest(ground + contrast, COLOURS)
-    if distance > NEAR_COLOUR or not len(pixels):
+    of that color too, or of it mixed with the background's: a thing of two colors has no name."""
+    name, distance = _nearest(ground + contrast, COLORS)
+    if distance > NEAR_COLOR or not len(pixels):
         return None
-    palette = np.array(list(COLOURS.values()), np.float32) - ground
+    palette = np.array(list(COLORS.values()), np.float32) - ground
     nearest = np.linalg.norm(pixels[:, None] - palette, axis=2).argmin(axis=1)
     lengths = np.linalg.norm(pixels, axis=1) * np.linalg.norm(contrast)
     alike = pixels @ contrast > MIXED_COSINE * lengths
-    is_own = (nearest == list(COLOURS).index(name)) | alike
+    is_own = (nearest == list(COLORS).index(name)) | alike
     return name if is_own.mean() >= CORE_SHARE else None
 
 
@@ -256,7 +257,7 @@ def _tracks(frames: list[list[_Patch]], count: int) -> list[tuple[list[int], lis
             tracks = [([time], [patch]) for patch in sorted(patches, key=lambda patch: -patch.area)]
             continue
         ways = [
-            (np.hypot(*apart(patch.centre, track[1][-1].centre)), i, j)
+            (np.hypot(*apart(patch.center, track[1][-1].center)), i, j)
             for i, track in enumerate(tracks)
             for j, patch in enumerate(patches)
         ]
@@ -271,8 +272,8 @@ def _tracks(frames: list[list[_Patch]], count: int) -> list[tuple[list[int], lis
 
 
 def _thing(times: list[int], patches: list[_Patch]) -> ThingReading:
-    steps = [apart(later.centre, earlier.centre) for earlier, later in pairwise(patches)]
-    path = np.array(patches[0].centre) + np.concatenate([np.zeros((1, 2)), np.cumsum(np.array(steps), axis=0)])
+    steps = [apart(later.center, earlier.center) for earlier, later in pairwise(patches)]
+    path = np.array(patches[0].center) + np.concatenate([np.zeros((1, 2)), np.cumsum(np.array(steps), axis=0)])
     when = np.array(times, float)
     velocity, start = np.polyfit(when, path, 1)
     strays = np.abs(start + velocity * when[:, None] - path).max()
@@ -285,7 +286,7 @@ def _thing(times: list[int], patches: list[_Patch]) -> ThingReading:
     motion = motions.pop() if len(motions) == 1 and strays <= MAX_STRAY else None
     x, y = start % SIDE
     return ThingReading(
-        agreed([patch.colour for patch in patches]),
+        agreed([patch.color for patch in patches]),
         agreed([patch.shape for patch in patches]),
         agreed([patch.size for patch in patches]),
         motion,

@@ -1,9 +1,9 @@
-"""Tokenizer and text encoder of the embedded pipeline: python training/toy_text.py --output DIR
+"""Tokenizer and text encoder of the embedded pipeline: python training/toy/train_text.py --output DIR
 
 A language model is out of proportion to the toy world, and an untrained text encoder hardly says which word stands
 where: "a red circle above a blue square" and "a blue square above a red circle" are nearly the same to it. So a UMT5
 of two layers learns to say what captions say - how many things, and of the upper or left one and of the other their
-colour, shape, size and motion, and the background - to a reading head, which is then thrown away. Captions of held-out
+color, shape, size and motion, and the background - to a reading head, which is then thrown away. Captions of held-out
 combinations are not among those it learns from.
 """
 
@@ -19,9 +19,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.nn import functional as F
-from world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, caption, draw_scene
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from longlive_diffusers.atomic_write import new_folder
+from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, Scene, caption, draw_scene
 
 
 SEED = 0
@@ -33,7 +35,7 @@ def phrases(text: str) -> list[str]:
     return text.replace("\n", "|").split("|")
 
 
-WORDS_OF_COLOURS = phrases(
+WORDS_OF_COLORS = phrases(
     "red|green|blue|yellow|orange|purple|pink|cyan|white|black|grey|brown|golden|silver|turquoise"
 )
 WORDS_OF_SIZES = phrases("small|large|tiny|huge|wide|tall|thin|round|bright|dark|striped|dotted")
@@ -63,13 +65,13 @@ zero one two three four five six seven eight nine ten|0 1 2 3 4 5 6 7 8 9""")
 def captions() -> list[str]:
     """A few thousand sentences: those of the toy world, and others in which every word above appears, so that what
     people type who do not know the toy world is still read as words."""
-    chance = random.Random(SEED)
+    rng = random.Random(SEED)
     sentences = []
-    for colour, shape, motion in itertools.product(WORDS_OF_COLOURS, WORDS_OF_SHAPES, WORDS_OF_MOTIONS):
-        place, size = chance.choice(WORDS_OF_BACKGROUNDS), chance.choice(WORDS_OF_SIZES)
-        subject = chance.choice([f"a {colour} {shape}", f"a {size} {colour} {shape}", f"the {colour} {shape}"])
-        sentences.append(f"{subject} {motion}{chance.choice(['', ' ' + place])}{chance.choice(['', '.'])}")
-    sentences += [caption(draw_scene(chance, num_things=chance.choice((1, 2))), chance) for _ in range(4000)]
+    for color, shape, motion in itertools.product(WORDS_OF_COLORS, WORDS_OF_SHAPES, WORDS_OF_MOTIONS):
+        place, size = rng.choice(WORDS_OF_BACKGROUNDS), rng.choice(WORDS_OF_SIZES)
+        subject = rng.choice([f"a {color} {shape}", f"a {size} {color} {shape}", f"the {color} {shape}"])
+        sentences.append(f"{subject} {motion}{rng.choice(['', ' ' + place])}{rng.choice(['', '.'])}")
+    sentences += [caption(draw_scene(rng, num_things=rng.choice((1, 2))), rng) for _ in range(4000)]
     return sentences + SCENERY * 50
 
 
@@ -117,8 +119,8 @@ def build_text_encoder(vocab_size: int) -> UMT5EncoderModel:
 
 
 # ------------------------------------------------------------------------------------------------- what it learns from
-UNSAID = -100  # cross_entropy's label of what is not to be learnt
-THING_ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "motion": tuple(MOTIONS)}
+UNSAID = -100  # cross_entropy's label of what is not to be learned
+THING_ATTRIBUTES = {"color": tuple(COLORS), "shape": SHAPES, "size": tuple(SIZES), "motion": tuple(MOTIONS)}
 
 
 def questions() -> dict[str, int]:
@@ -162,13 +164,13 @@ class Reader(nn.Module):
 
 def draw_texts(seed: str, count: int, held_out: bool = False) -> tuple[list[str], torch.Tensor]:
     """Captions, some with the scene-cut prefix, and their labels `[count, questions]`."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     texts, labels = [], []
     for _ in range(count):
-        scene = draw_scene(chance, num_things=chance.choice((1, 2)), held_out=held_out)
-        text = caption(scene, chance)
+        scene = draw_scene(rng, num_things=rng.choice((1, 2)), held_out=held_out)
+        text = caption(scene, rng)
         labels.append(answers(scene, text))
-        texts.append(f"The scene transitions. {text}" if chance.random() < 0.2 else text)
+        texts.append(f"The scene transitions. {text}" if rng.random() < 0.2 else text)
     return texts, torch.tensor(labels)
 
 
@@ -211,17 +213,18 @@ def train_text_encoder(tokenizer: PreTrainedTokenizerFast, steps: int, batch_siz
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make tokenizer and text encoder of the embedded pipeline.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for tokenizer/ and text_encoder/")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="The folder to write tokenizer/ and text_encoder/ to; new or empty."
+    )
+    parser.add_argument("--steps", type=int, default=600, help="Updates of the text encoder (default: %(default)s).")
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
     tokenizer = build_tokenizer(captions(), MAX_LENGTH)
     encoder = train_text_encoder(tokenizer, arguments.steps)
-    partial = arguments.output.with_name(arguments.output.name + ".partial")
-    tokenizer.save_pretrained(partial / "tokenizer")
-    encoder.save_pretrained(partial / "text_encoder")
-    partial.rename(arguments.output)
+    with new_folder(arguments.output) as folder:
+        tokenizer.save_pretrained(folder / "tokenizer")
+        encoder.save_pretrained(folder / "text_encoder")
 
 
 if __name__ == "__main__":

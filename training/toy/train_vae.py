@@ -1,4 +1,4 @@
-"""Train the small VAE of the embedded pipeline on the toy world: python training/train_vae.py --output DIR
+"""Train the small VAE of the embedded pipeline on the toy world: python training/toy/train_vae.py --output DIR
 
 It has the structure of Wan2.2's VAE (pictures enter as 2x2 patches, 4 times smaller in time, causal), a thousandth of
 its size, and makes latents 8 times smaller in space.
@@ -26,10 +26,13 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, unpatchify
 from torch.nn import functional as F
-from world import draw_sample, num_frames, render
 from tqdm import tqdm
 
+from longlive_diffusers import pixel_frames
+from longlive_diffusers.atomic_write import new_file, new_folder
+from longlive_diffusers.frame_counts import TEMPORAL_SCALE
 from longlive_diffusers.models.streaming_vae import StreamingDecoder, StreamingEncoder
+from world import draw_sample, render
 
 
 LATENT_CHANNELS = 16
@@ -120,13 +123,14 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 
 def draw_clips(seed: str, batch: int, frames: int) -> torch.Tensor:
     """Clips of the toy world from random moments, some with cuts and prompt switches; `[batch, 3, frames, 64, 64]`."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     clips = []
     for _ in range(batch):
-        parts = draw_sample(chance, 8, 2)
-        lengths = [num_frames(part.num_chunks, 2, opens_video=index == 0) for index, part in enumerate(parts)]
-        # A cut falls between two latent frames, as it does in the dataset: the clip begins 4 n frames into the video.
-        start = 4 * chance.randint(0, (sum(lengths) - frames) // 4)
+        parts = draw_sample(rng, 8, 2)
+        lengths = [pixel_frames(part.num_chunks * 2, opens_video=index == 0) for index, part in enumerate(parts)]
+        # A cut falls between two latent frames, as it does in the dataset: the clip begins whole latent frames into
+        # the video.
+        start = TEMPORAL_SCALE * rng.randint(0, (sum(lengths) - frames) // TEMPORAL_SCALE)
         pictures = []
         for part, length in zip(parts, lengths, strict=True):
             first, last = max(start, 0), min(start + frames, length)
@@ -211,21 +215,31 @@ def train(vae: AutoencoderKLWan, settings: Settings, device: str, checkpoint: Pa
         bar.set_postfix(frames=frames, dB=f"{-10 * torch.log10(error.detach() / 4).item():.1f}", refresh=False)
         if (step + 1) % 200 == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
-            partial = checkpoint.with_suffix(".partial")
-            torch.save({**state, "step": step + 1, "settings": asdict(settings)}, partial)
-            partial.rename(checkpoint)
+            with new_file(checkpoint) as file:
+                torch.save({**state, "step": step + 1, "settings": asdict(settings)}, file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the VAE of the embedded pipeline on the toy world.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the VAE, in diffusers' format")
-    parser.add_argument("--start", help="folder of a VAE to train further")
-    parser.add_argument("--steps", type=int, default=7000)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument("--kl_weight", type=float, default=2e-5)
-    parser.add_argument("--width", type=int, help="channels of the first level (default 16)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="The folder to write the VAE to, in diffusers' format; new or empty.",
+    )
+    parser.add_argument("--start", help="A folder of a VAE to train further.")
+    parser.add_argument("--steps", type=int, default=7000, help="Updates of the weights (default: %(default)s).")
+    parser.add_argument(
+        "--learning_rate", type=float, default=3e-3, help="Largest learning rate (default: %(default)s)."
+    )
+    parser.add_argument("--kl_weight", type=float, default=2e-5, help="Weight of the KL term (default: %(default)s).")
+    parser.add_argument("--width", type=int, help="Channels of the first level (default: 16).")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of weights, clips and noise (default: 0).")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Where to train (default: %(default)s).",
+    )
     arguments = vars(parser.parse_args())
     output, device = arguments.pop("output"), arguments.pop("device")
     if arguments["start"] is not None:
@@ -253,9 +267,8 @@ def main() -> None:
     measure_statistics(vae, settings.seed)
     for frames in (13, 29, 61):
         print(f"streamed clips of {frames} frames: {streamed_psnr(vae, f'test {frames}', 16, frames):.2f} dB")
-    partial = output.with_name(output.name + ".partial")
-    vae.save_pretrained(partial)
-    partial.rename(output)
+    with new_folder(output) as folder:
+        vae.save_pretrained(folder)
     checkpoint.unlink(missing_ok=True)
     print(f"{output}: {sum(parameter.numel() for parameter in vae.parameters()) / 1e6:.2f} M parameters")
 

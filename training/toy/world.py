@@ -1,17 +1,17 @@
-"""A world small enough to be learnt on a laptop: plain shapes that glide over plain backgrounds, with captions.
+"""A world small enough to be learned on a laptop: plain shapes that glide over plain backgrounds, with captions.
 
-    python training/toy_world.py --output data/toy --num_samples 2000
+    python training/toy/world.py --output data/toy --num_samples 2000
 
-writes it as a dataset in LongLive-2.0's layout (see `data.py`). Everything a caption may say - colour, shape, size,
-motion, how many objects, the background - can be read back from the pixels (`toy_judge.py`), so a model that was
-trained on it can be marked without a person looking.
+writes it as a dataset in LongLive-2.0's layout (see `training/data/samples.py`). Everything a caption may say - color,
+shape, size, motion, how many objects, the background - can be read back from the pixels (`judge.py`), so a model that
+was trained on it can be marked without a person looking.
 
 The picture is a torus: what leaves on one side enters on the other. A motion can then go on for ever at the same
 speed, and a video of any length has one right answer at every moment, which is what long videos are judged by. Two
 objects keep to halves of the picture of their own, so that they never meet. A thing starts on one of 4 x 4 places: no
 caption says where, and what a small network need not learn about places it can learn about shapes.
 
-Some combinations of colour, shape and motion are held out: no training sample shows them, so that what a model makes
+Some combinations of color, shape and motion are held out: no training sample shows them, so that what a model makes
 of them was composed, not remembered.
 """
 
@@ -26,14 +26,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from longlive_diffusers.video.writer import VideoWriter
+from longlive_diffusers import VideoWriter, pixel_frames
 
 
 SIDE = 64  # pixels
 FPS = 24
 SPEED = 1.0  # pixels per frame
 PLACES = tuple(range(8, SIDE, 16))  # where things may start, along each axis
-COLOURS = {
+COLORS = {
     "red": (225, 40, 40),
     "green": (40, 190, 60),
     "blue": (60, 90, 245),
@@ -50,9 +50,9 @@ ALONG = {"stacked": ("left", "right", "still"), "beside": ("up", "down", "still"
 
 @dataclass(frozen=True)
 class Thing:
-    """An object; `x`, `y` is its centre in the first frame, in pixels from the upper left corner."""
+    """An object; `x`, `y` is its center in the first frame, in pixels from the upper left corner."""
 
-    colour: str
+    color: str
     shape: str
     size: str
     motion: str
@@ -88,9 +88,9 @@ class Part:
     cut: bool = True
 
 
-def is_held_out(colour: str, shape: str, motion: str) -> bool:
+def is_held_out(color: str, shape: str, motion: str) -> bool:
     """A fifth of all combinations, so spread that every pair of attributes is still seen in training."""
-    places = list(COLOURS).index(colour), SHAPES.index(shape), list(MOTIONS).index(motion)
+    places = list(COLORS).index(color), SHAPES.index(shape), list(MOTIONS).index(motion)
     return (places[0] + 2 * places[1] + 3 * places[2]) % 5 == 0
 
 
@@ -100,14 +100,14 @@ def coverage(shape: str, radius: float, dx: np.ndarray, dy: np.ndarray) -> np.nd
 
     Args:
         radius: Of the circle of the same area.
-        dx, dy: Pixel centres as seen from the shape's centre, in pixels; y points down.
+        dx, dy: Pixel centers as seen from the shape's center, in pixels; y points down.
     """
     if shape == "circle":
         distance = np.hypot(dx, dy) - radius
     elif shape == "square":
         distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.886 * radius
     elif shape == "triangle":
-        inner = 0.7776 * radius  # of the inscribed circle; the three sides are this far from the centre
+        inner = 0.7776 * radius  # of the inscribed circle; the three sides are this far from the center
         slanted = 0.866 * np.abs(dx) - 0.5 * dy
         distance = np.maximum(dy, slanted) - inner
     elif shape == "cross":
@@ -130,105 +130,99 @@ def render(scene: Scene, num_frames: int) -> np.ndarray:
         dx = (pixels - (thing.x + SPEED * right * time) + SIDE / 2) % SIDE - SIDE / 2  # [frames, SIDE]
         dy = (pixels - (thing.y + SPEED * down * time) + SIDE / 2) % SIDE - SIDE / 2
         cover = coverage(thing.shape, SIZES[thing.size], dx[:, None, :], dy[:, :, None])[..., None]
-        picture += cover * (np.array(COLOURS[thing.colour], np.float32) - picture)
+        picture += cover * (np.array(COLORS[thing.color], np.float32) - picture)
     return np.rint(picture).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------- captions
-def phrase(thing: Thing, chance: random.Random, article: str = "a") -> str:
+def phrase(thing: Thing, rng: random.Random, article: str = "a") -> str:
     """`a large red circle`; the size is left out half the time."""
-    size = f"{thing.size} " if chance.random() < 0.5 else ""
-    return f"{article} {size}{thing.colour} {thing.shape}"
+    size = f"{thing.size} " if rng.random() < 0.5 else ""
+    return f"{article} {size}{thing.color} {thing.shape}"
 
 
-def verb(motion: str, chance: random.Random) -> str:
+def verb(motion: str, rng: random.Random) -> str:
     if motion == "still":
-        return chance.choice(["stays still", "stands still", "does not move"])
-    return chance.choice([f"moves {motion}", f"is moving {motion}", f"slides {motion}", f"drifts {motion}"])
+        return rng.choice(["stays still", "stands still", "does not move"])
+    return rng.choice([f"moves {motion}", f"is moving {motion}", f"slides {motion}", f"drifts {motion}"])
 
 
-def caption(scene: Scene, chance: random.Random) -> str:
+def caption(scene: Scene, rng: random.Random) -> str:
     """One of many ways to say what a scene shows; the upper or left one of two things comes first, and the background
     is left out one time in five."""
     first, *rest = scene.things
-    text = f"{phrase(first, chance)} {verb(first.motion, chance)}"
+    text = f"{phrase(first, rng)} {verb(first.motion, rng)}"
     if rest:
         second = rest[0]
         near, far = ("above", "below it") if scene.arrangement == "stacked" else ("to the left of", "to its right")
-        form = chance.choice(["{text} {near} {other} that {moves}", "{text} and {far} {other} {moves}"])
-        other, moves = phrase(second, chance), verb(second.motion, chance)
+        form = rng.choice(["{text} {near} {other} that {moves}", "{text} and {far} {other} {moves}"])
+        other, moves = phrase(second, rng), verb(second.motion, rng)
         text = form.format(text=text, near=near, far=far, other=other, moves=moves)
-    if chance.random() < 0.2:
+    if rng.random() < 0.2:
         return text
     ground = scene.background
-    form = chance.choice(["{} on a {} background", "{}, {} background", "on a {1} background, {0}", "{} over {}"])
+    form = rng.choice(["{} on a {} background", "{}, {} background", "on a {1} background, {0}", "{} over {}"])
     return form.format(text, ground)
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
-def draw_thing(chance: random.Random, motions: tuple[str, ...], held_out: bool) -> Thing:
+def draw_thing(rng: random.Random, motions: tuple[str, ...], held_out: bool) -> Thing:
     """Attributes independent and uniform, among the combinations that are (not) held out."""
     while True:
-        colour, shape, motion = chance.choice(list(COLOURS)), chance.choice(SHAPES), chance.choice(motions)
-        if is_held_out(colour, shape, motion) == held_out:
+        color, shape, motion = rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(motions)
+        if is_held_out(color, shape, motion) == held_out:
             break
-    return Thing(colour, shape, chance.choice(list(SIZES)), motion, chance.choice(PLACES), chance.choice(PLACES))
+    return Thing(color, shape, rng.choice(list(SIZES)), motion, rng.choice(PLACES), rng.choice(PLACES))
 
 
-def draw_scene(chance: random.Random, *, num_things: int, held_out: bool = False) -> Scene:
+def draw_scene(rng: random.Random, *, num_things: int, held_out: bool = False) -> Scene:
     """A scene of one thing or two; with `held_out`, all of its things are of held-out combinations."""
-    background = chance.choice(list(BACKGROUNDS))
+    background = rng.choice(list(BACKGROUNDS))
     if num_things == 1:
-        return Scene(background, (draw_thing(chance, tuple(MOTIONS), held_out),))
+        return Scene(background, (draw_thing(rng, tuple(MOTIONS), held_out),))
     if num_things != 2:
         raise ValueError(f"A scene has 1 thing or 2, got {num_things}.")
-    arrangement = chance.choice(list(ALONG))
+    arrangement = rng.choice(list(ALONG))
     axis = "y" if arrangement == "stacked" else "x"
     things = tuple(
-        replace(draw_thing(chance, ALONG[arrangement], held_out), **{axis: centre})
-        for centre in (SIDE / 4, SIDE * 3 / 4)
+        replace(draw_thing(rng, ALONG[arrangement], held_out), **{axis: center}) for center in (SIDE / 4, SIDE * 3 / 4)
     )
     return Scene(background, things, arrangement)
 
 
-def redirect(scene: Scene, chance: random.Random, *, held_out: bool = False) -> Scene:
-    """A scene of one thing as it goes on after a prompt switch: another motion, another colour, or both."""
+def redirect(scene: Scene, rng: random.Random, *, held_out: bool = False) -> Scene:
+    """A scene of one thing as it goes on after a prompt switch: another motion, another color, or both."""
     (thing,) = scene.things
-    what = chance.choice([("motion",), ("motion",), ("colour",), ("motion", "colour")])
+    what = rng.choice([("motion",), ("motion",), ("color",), ("motion", "color")])
     while True:
         changed = thing
         if "motion" in what:
-            changed = replace(changed, motion=chance.choice([name for name in MOTIONS if name != thing.motion]))
-        if "colour" in what:
-            changed = replace(changed, colour=chance.choice([name for name in COLOURS if name != thing.colour]))
-        if is_held_out(changed.colour, changed.shape, changed.motion) == held_out:
+            changed = replace(changed, motion=rng.choice([name for name in MOTIONS if name != thing.motion]))
+        if "color" in what:
+            changed = replace(changed, color=rng.choice([name for name in COLORS if name != thing.color]))
+        if is_held_out(changed.color, changed.shape, changed.motion) == held_out:
             return replace(scene, things=(changed,))
-        what = ("motion", "colour")  # this change alone may have nowhere to go
+        what = ("motion", "color")  # this change alone may have nowhere to go
 
 
-def num_frames(num_chunks: int, chunk_size: int, *, opens_video: bool) -> int:
-    """Pixel frames of `num_chunks` chunks: four for each latent frame, but one for the video's first."""
-    return 4 * chunk_size * num_chunks - (3 if opens_video else 0)
-
-
-def draw_sample(chance: random.Random, num_chunks: int, chunk_size: int) -> list[Part]:
+def draw_sample(rng: random.Random, num_chunks: int, chunk_size: int) -> list[Part]:
     """A video: one shot, two or three, or one shot whose prompt changes on the way."""
-    kind = chance.random()
+    kind = rng.random()
     if kind < 0.15 and num_chunks >= 4:
-        first = draw_scene(chance, num_things=1)
-        length = chance.randint(2, num_chunks - 2)
-        second = redirect(first.after(num_frames(length, chunk_size, opens_video=True)), chance)
+        first = draw_scene(rng, num_things=1)
+        length = rng.randint(2, num_chunks - 2)
+        second = redirect(first.after(pixel_frames(length * chunk_size)), rng)
         lengths, scenes, cuts = [length, num_chunks - length], [first, second], [True, False]
     else:
         shots = 1 if kind < 0.55 else 2 if kind < 0.85 else 3
         shots = max(1, min(shots, num_chunks // 2))
         lengths = [2] * shots if num_chunks >= 2 else [num_chunks]
         for _ in range(num_chunks - sum(lengths)):
-            lengths[chance.randrange(shots)] += 1
-        scenes = [draw_scene(chance, num_things=1 if chance.random() < 0.65 else 2) for _ in lengths]
+            lengths[rng.randrange(shots)] += 1
+        scenes = [draw_scene(rng, num_things=1 if rng.random() < 0.65 else 2) for _ in lengths]
         cuts = [True] * shots
     triples = zip(scenes, lengths, cuts, strict=True)
-    return [Part(scene, caption(scene, chance), length, cut) for scene, length, cut in triples]
+    return [Part(scene, caption(scene, rng), length, cut) for scene, length, cut in triples]
 
 
 def write_sample(root: Path, name: str, parts: list[Part], chunk_size: int) -> None:
@@ -237,7 +231,7 @@ def write_sample(root: Path, name: str, parts: list[Part], chunk_size: int) -> N
     videos.mkdir(parents=True, exist_ok=True)
     captions.mkdir(parents=True, exist_ok=True)
     for index, part in enumerate(parts):
-        length = num_frames(part.num_chunks, chunk_size, opens_video=index == 0)
+        length = pixel_frames(part.num_chunks * chunk_size, opens_video=index == 0)
         with VideoWriter(videos / f"{index + 1:06d}.mp4", fps=FPS, crf=8) as writer:
             writer.write(render(part.scene, length))
     for index, part in enumerate(parts):
@@ -254,12 +248,18 @@ def draw_and_write(root: Path, seed: int, num_chunks: int, chunk_size: int, name
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the toy world as a video dataset.")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; samples that are there are kept")
-    parser.add_argument("--num_samples", type=int, default=2000)
-    parser.add_argument("--num_chunks", type=int, default=8, help="length of each video (default 8)")
-    parser.add_argument("--chunk_size", type=int, default=2, help="latent frames of a chunk (default 2)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that draw and write (default 2)")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="The folder to write; samples that are in it are kept."
+    )
+    parser.add_argument("--num_samples", type=int, default=2000, help="Videos to write (default: %(default)s).")
+    parser.add_argument(
+        "--num_chunks", type=int, default=8, help="Length of each video in chunks (default: %(default)s)."
+    )
+    parser.add_argument("--chunk_size", type=int, default=2, help="Latent frames of a chunk (default: %(default)s).")
+    parser.add_argument("--seed", type=int, default=0, help="The same seed writes the same videos (default: 0).")
+    parser.add_argument(
+        "--num_workers", type=int, default=2, help="Processes that draw and write (default: %(default)s)."
+    )
     arguments = parser.parse_args()
     if min(arguments.num_samples, arguments.num_chunks, arguments.chunk_size, arguments.num_workers) < 1:
         parser.error("--num_samples, --num_chunks, --chunk_size and --num_workers must be at least 1")

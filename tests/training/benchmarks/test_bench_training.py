@@ -2,9 +2,9 @@
 
 import sys
 
-import bench_training
 import pytest
 
+import bench_training
 from longlive_diffusers import LongLiveTransformer3DModel
 
 

@@ -5,12 +5,12 @@ import os
 
 import pytest
 import torch
-from data import clip_index as data_probe
-from data.clips import Clip, VideoDataset
-from data.conditioning import frames_of_chunks, lay_out, whole_chunks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import clip_index
+from data.clips import Clip, VideoDataset
+from data.conditioning import condition_chunks
 from tests.support.training_sets import (
     SIDE,
     clip_path,
@@ -34,21 +34,6 @@ def dataset(root, **arguments) -> VideoDataset:
 # Chunks and prompts, without videos.
 
 
-@settings(deadline=None)
-@given(st.integers(0, 500), st.integers(1, 9), st.booleans())
-def test_chunks_of_frames(num_frames, chunk_size, opens_video):
-    chunks = whole_chunks(num_frames, chunk_size, opens_video=opens_video)
-    assert chunks >= 0
-    if chunks:
-        assert frames_of_chunks(chunks, chunk_size, opens_video=opens_video) <= num_frames
-    assert frames_of_chunks(chunks + 1, chunk_size, opens_video=opens_video) > num_frames
-
-
-def test_frames_of_a_chunk():
-    assert frames_of_chunks(1, 8, opens_video=True) == 29 and frames_of_chunks(4, 8, opens_video=True) == 125
-    assert frames_of_chunks(1, 8, opens_video=False) == 32
-
-
 @st.composite
 def clips_and_chunks(draw):
     counts = draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))
@@ -58,28 +43,30 @@ def clips_and_chunks(draw):
 
 @settings(deadline=None)
 @given(clips_and_chunks(), st.booleans())
-def test_layout(drawn, recache):
+def test_the_conditioning_of_chunks(drawn, recache):
     clips, counts, num_chunks = drawn
-    layout = lay_out(clips, counts, num_chunks, scene_cut_prefix=PREFIX, recache_switches=recache)
-    assert len(layout.prompts) == len(layout.shot_index) == len(layout.bears_loss) == num_chunks
+    conditioning = condition_chunks(clips, counts, num_chunks, scene_cut_prefix=PREFIX, recache_switches=recache)
+    assert len(conditioning.prompts) == len(conditioning.shot_index) == len(conditioning.loss_mask) == num_chunks
     used = sum(counts)
     clip_of_chunk = [number for number, count in enumerate(counts) for _ in range(count)]
-    assert layout.shot_index[0] == 0
+    assert conditioning.shot_index[0] == 0
     for i in range(1, used):
         begins = clip_of_chunk[i] != clip_of_chunk[i - 1] and clips[clip_of_chunk[i]].cut
-        assert layout.shot_index[i] == layout.shot_index[i - 1] + begins
-        assert layout.prompts[i].startswith(PREFIX) == begins, "the prefix is on the first chunk of every shot but one"
-    assert not layout.prompts[0].startswith(PREFIX)
+        assert conditioning.shot_index[i] == conditioning.shot_index[i - 1] + begins
+        assert conditioning.prompts[i].startswith(PREFIX) == begins, (
+            "the prefix is on the first chunk of every shot but one"
+        )
+    assert not conditioning.prompts[0].startswith(PREFIX)
     for i in range(used):
         own = clips[clip_of_chunk[i]].caption
-        last = max(j for j in range(used) if layout.shot_index[j] == layout.shot_index[i])
+        last = max(j for j in range(used) if conditioning.shot_index[j] == conditioning.shot_index[i])
         shown = clips[clip_of_chunk[last]].caption if recache else own
-        assert layout.prompts[i].removeprefix(PREFIX) == shown
-        assert layout.bears_loss[i] == (shown == own)
+        assert conditioning.prompts[i].removeprefix(PREFIX) == shown
+        assert conditioning.loss_mask[i] == (shown == own)
     for i in range(used, num_chunks):
-        assert layout.prompts[i] == clips[-1].caption
-        assert layout.shot_index[i] == layout.shot_index[used - 1]
-        assert not layout.bears_loss[i]
+        assert conditioning.prompts[i] == clips[-1].caption
+        assert conditioning.shot_index[i] == conditioning.shot_index[used - 1]
+        assert not conditioning.loss_mask[i]
 
 
 # Items.
@@ -93,7 +80,7 @@ def test_an_item(tmp_path):
     assert frame_numbers(item["pixels"]) == list(range(21))
     assert item["prompts"] == ["shot 0"] * 3
     assert item["shot_index"].tolist() == [0, 0, 0] and item["shot_index"].dtype == torch.int64
-    assert item["loss_mask"].tolist() == [True] * 6 and item["loss_mask"].dtype == torch.bool
+    assert item["loss_mask"].tolist() == [True] * 3 and item["loss_mask"].dtype == torch.bool
     assert item["name"] == "a"
 
 
@@ -119,7 +106,7 @@ def test_durations_and_the_longest_shot(tmp_path):
     assert frame_numbers(data[0]["pixels"]) == [*range(5), *range(21, 37), *range(42, 50)]
     data = dataset(tmp_path, num_latent_frames=8, max_chunks_per_shot=1)
     assert data[0]["shot_index"].tolist() == [0, 1, 2, 2]
-    assert data[0]["loss_mask"].tolist() == [True] * 6 + [False] * 2
+    assert data[0]["loss_mask"].tolist() == [True] * 3 + [False]
 
 
 def test_a_short_video_is_padded_or_left_out(tmp_path):
@@ -130,7 +117,7 @@ def test_a_short_video_is_padded_or_left_out(tmp_path):
     assert torch.equal(item["pixels"][:, 20], item["pixels"][:, 12])
     assert item["prompts"] == ["shot 0", PREFIX + "shot 1", "shot 1"]
     assert item["shot_index"].tolist() == [0, 1, 1]
-    assert item["loss_mask"].tolist() == [True] * 4 + [False] * 2
+    assert item["loss_mask"].tolist() == [True] * 2 + [False]
     data = dataset(tmp_path, pad=False)
     assert data.names == ["long"]
     assert data.skipped == {"short": "its 2 clip(s) give 2 chunks of 2 latent frames, but a video has 3"}
@@ -142,7 +129,7 @@ def test_a_prompt_switch_is_trained_as_it_is_generated(tmp_path):
     item = dataset(tmp_path, num_latent_frames=8)[0]
     assert item["prompts"] == ["first", PREFIX + "newest", "newest", "newest"]
     assert item["shot_index"].tolist() == [0, 1, 1, 1]
-    assert item["loss_mask"].tolist() == [True, True, False, False, False, False, True, True]
+    assert item["loss_mask"].tolist() == [True, False, False, True]
     item = dataset(tmp_path)[0]  # the last switch is not reached
     assert item["prompts"] == ["first", PREFIX + "new", "new"]
     item = dataset(tmp_path, num_latent_frames=8, recache_switches=False)[0]
@@ -241,13 +228,13 @@ def test_arguments_out_of_range(tmp_path, arguments, message):
 def decoded(monkeypatch) -> list[str]:
     """The clips that are decoded to find out how long they are, by name of the sample."""
     looked_at: list[str] = []
-    count_frames = data_probe.count_frames
+    count_frames = clip_index.count_frames
 
     def counted(path, fps, limit):
         looked_at.append(path.parent.name)
         return count_frames(path, fps, limit)
 
-    monkeypatch.setattr(data_probe, "count_frames", counted)
+    monkeypatch.setattr(clip_index, "count_frames", counted)
     return looked_at
 
 
@@ -285,14 +272,14 @@ def test_a_damaged_index_is_made_again(tmp_path, decoded, caplog, content):
 def test_what_was_found_out_survives_an_interruption(tmp_path, monkeypatch):
     for name in "ab":
         write_sample(tmp_path, name, [21])
-    count_frames = data_probe.count_frames
+    count_frames = clip_index.count_frames
 
     def interrupted(path, fps, limit):
         if path.parent.name == "b":
             raise KeyboardInterrupt
         return count_frames(path, fps, limit)
 
-    monkeypatch.setattr(data_probe, "count_frames", interrupted)
+    monkeypatch.setattr(clip_index, "count_frames", interrupted)
     with pytest.raises(KeyboardInterrupt):
         dataset(tmp_path, index_folder=tmp_path)
     assert len(json.loads((tmp_path / "clips.json").read_text())["clips"]) == 1
@@ -300,7 +287,7 @@ def test_what_was_found_out_survives_an_interruption(tmp_path, monkeypatch):
 
 def test_two_processes_keep_each_others_answers(tmp_path):
     write_sample(tmp_path, "a", [21])
-    ours, theirs = (data_probe.ClipIndex(tmp_path, rate, 24) for rate in (24, 12))
+    ours, theirs = (clip_index.ClipIndex(tmp_path, rate, 24) for rate in (24, 12))
     ours.count(clip_path(tmp_path, "a"))
     theirs.count(clip_path(tmp_path, "a"))
     ours.save()

@@ -1,8 +1,8 @@
 """What a folder holds, and what is wrong with the rest."""
 
 import pytest
-from data.clips import scan
 
+from data.clips import scan
 from tests.support.training_sets import clip_path, write_captions
 
 

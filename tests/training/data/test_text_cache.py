@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from data.cache_files import module_settings
 from data.text_cache import TextCache
-
 from tests.support.tiny_pipeline import TEXT_DIM, TEXT_LENGTH, tiny_pipeline
 from tests.support.training_caches import build_text, encode
 
@@ -41,7 +41,7 @@ def test_texts_of_a_pipeline(tmp_path):
 
     settings = module_settings("text_encoder", pipe.text_encoder)
     build_text(["a cat", "a dog sleeps", ""], tmp_path, embed, settings=settings)
-    cache = TextCache(tmp_path, max_sequence_length=TEXT_LENGTH, settings=settings)
+    cache = TextCache(tmp_path, max_sequence_length=TEXT_LENGTH)
     for text in ("a cat", "a dog sleeps", ""):
         torch.testing.assert_close(cache.load(text), embed([text])[0])
     with pytest.raises(ValueError, match=r"other settings: encoder is '.not recorded.' there, but 'words' here"):
@@ -63,6 +63,14 @@ def test_texts_that_are_refused_or_made_again(tmp_path, caplog):
     build_text(["a"], tmp_path)
     assert torch.equal(TextCache(tmp_path).load("a"), encode(["a"])[0])
     assert path.name in caplog.text
+
+
+def test_prompts_that_are_cleaned_to_the_same_text_are_one(tmp_path):
+    """And what was cached before prompts were cleaned so is not taken for them."""
+    build_text(["it\u2019s  a cat", "it's a cat", "it&amp;#39;s a cat", "a dog"], tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    cache = TextCache(tmp_path)
+    assert torch.equal(cache.load("it\u2019s a cat"), cache.load("it's a cat"))
 
 
 def test_ranks_share_the_prompts(tmp_path):

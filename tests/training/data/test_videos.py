@@ -7,14 +7,14 @@ import av
 import numpy as np
 import pytest
 import torch
-from data.videos import ClipError, at_rate, count_frames, read_frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.videos import ClipError, at_rate, count_frames, read_frames
 from tests.support.training_sets import (
     SIDE,
     frame_numbers,
-    grey_frames,
+    gray_frames,
     truncate,
     write_at_times,
     write_sound,
@@ -87,43 +87,43 @@ def test_frames_whose_time_does_not_go_on_are_passed_over():
     ],
 )
 def test_a_clip_of_another_rate_gives_its_nearest_frames(tmp_path, fps, expected):
-    path = write_video(tmp_path / "clip.mp4", grey_frames(24))
+    path = write_video(tmp_path / "clip.mp4", gray_frames(24))
     assert numbers(path, fps) == expected
 
 
 def test_30_frames_a_second_are_one_second_of_24(tmp_path):
-    path = write_video(tmp_path / "clip.mp4", grey_frames(30), fps=30)
+    path = write_video(tmp_path / "clip.mp4", gray_frames(30), fps=30)
     got = numbers(path, 24)
     assert len(got) == 24
     assert all(abs(source / 30 - number / 24) <= 1 / 60 + 1e-9 for number, source in enumerate(got))
 
 
 def test_ntsc_rates(tmp_path):
-    path = write_video(tmp_path / "clip.mp4", grey_frames(24), fps=Fraction(24000, 1001))
+    path = write_video(tmp_path / "clip.mp4", gray_frames(24), fps=Fraction(24000, 1001))
     assert numbers(path, Fraction(24000, 1001)) == list(range(24))
     assert numbers(path, 24) == list(range(24))
 
 
 def test_a_variable_frame_rate(tmp_path):
-    path = write_at_times(tmp_path / "clip.mkv", grey_frames(5), [0, 100, 150, 500, 600])
+    path = write_at_times(tmp_path / "clip.mkv", gray_frames(5), [0, 100, 150, 500, 600])
     assert numbers(path, 10) == [0, 1, 2, 2, 3, 3, 4]  # 200 ms is 50 ms after 150; 300 is nearer to 150 than to 500
-    path = write_at_times(tmp_path / "late.mkv", grey_frames(3), [1000, 1100, 1200])
+    path = write_at_times(tmp_path / "late.mkv", gray_frames(3), [1000, 1100, 1200])
     assert numbers(path, 10) == [0, 1, 2]  # times count from the first frame
 
 
 def test_a_title_that_is_not_utf8(tmp_path):
-    path = write_at_times(tmp_path / "clip.mkv", grey_frames(2), [0, 100], title="ABCDEFGH")
+    path = write_at_times(tmp_path / "clip.mkv", gray_frames(2), [0, 100], title="ABCDEFGH")
     path.write_bytes(path.read_bytes().replace(b"ABCDEFGH", b"\xff\xe4CDEFGH"))
     assert numbers(path, 10) == [0, 1]
 
 
 def test_a_clip_of_one_frame(tmp_path):
-    path = write_video(tmp_path / "clip.mp4", grey_frames(1))
+    path = write_video(tmp_path / "clip.mp4", gray_frames(1))
     assert count_frames(path, Fraction(24), 10) == 1
 
 
 def test_reading_stops_where_enough_is_read(tmp_path):
-    path = write_video(tmp_path / "clip.mp4", grey_frames(24))
+    path = write_video(tmp_path / "clip.mp4", gray_frames(24))
     assert count_frames(path, Fraction(24), 5) == 5
     assert frame_numbers(read(path, 3)) == [0, 1, 2]
     with pytest.raises(ClipError, match=r"clip.mp4' has 24 frames at 24 a second, but 25 are needed"):
@@ -142,7 +142,7 @@ def channel_means(pixels: torch.Tensor) -> list[float]:
     return ((pixels.mean(dim=(1, 2, 3)) + 1) * 127.5).tolist()
 
 
-def test_the_centre_is_cropped(tmp_path):
+def test_the_center_is_cropped(tmp_path):
     wide = write_video(tmp_path / "wide.mp4", stripes())
     pixels = read(wide, 2, height=16, width=16)
     assert pixels.shape == (3, 2, 16, 16)
@@ -161,7 +161,7 @@ def test_a_tall_crop_of_a_wide_frame_fills_the_frame(tmp_path):
 
 
 def test_odd_sizes(tmp_path):
-    path = write_video(tmp_path / "clip.mp4", grey_frames(3, height=34, width=58))
+    path = write_video(tmp_path / "clip.mp4", gray_frames(3, height=34, width=58))
     assert read(path, 3, height=17, width=33).shape == (3, 3, 17, 33)
     assert frame_numbers(read(path, 3, height=50, width=20)) == [0, 1, 2]
 
@@ -170,7 +170,7 @@ def test_reduction_is_antialiased(tmp_path):
     board = np.zeros((1, 128, 128, 3), np.uint8)
     board[:, ::2, ::2] = board[:, 1::2, 1::2] = 255
     pixels = read(write_video(tmp_path / "clip.mp4", board), 1, height=16, width=16)
-    assert pixels[..., 2:-2, 2:-2].std() < 0.1, "a fine chequerboard is grey from afar, not a coarse one"
+    assert pixels[..., 2:-2, 2:-2].std() < 0.1, "a fine checkerboard is gray from afar, not a coarse one"
 
 
 def test_a_clip_filmed_on_its_side_is_turned_upright(tmp_path):
@@ -203,12 +203,12 @@ def test_files_that_cannot_be_read_are_named_with_a_reason(tmp_path):
     (tmp_path / "text.mp4").write_text("not a video at all, but long enough to be looked at")
     (tmp_path / "empty.mp4").touch()
     write_sound(tmp_path / "sound.mp4")
-    headless = write_video(tmp_path / "headless.mp4", grey_frames(3))
+    headless = write_video(tmp_path / "headless.mp4", gray_frames(3))
     data = headless.read_bytes()
     headless.write_bytes(data[: data.index(b"moof") - 4])
-    unfinished = write_at_times(tmp_path / "unfinished.mp4", grey_frames(20), range(0, 800, 40))
+    unfinished = write_at_times(tmp_path / "unfinished.mp4", gray_frames(20), range(0, 800, 40))
     unfinished.write_bytes(unfinished.read_bytes()[:-200])  # an ordinary mp4, whose index comes last
-    unknown = write_video(tmp_path / "unknown.mp4", grey_frames(3))
+    unknown = write_video(tmp_path / "unknown.mp4", gray_frames(3))
     unknown.write_bytes(unknown.read_bytes().replace(b"avc1", b"xyz1"))
     for name, reason in [
         ("text.mp4", "cannot be read as a video"),
@@ -224,7 +224,7 @@ def test_files_that_cannot_be_read_are_named_with_a_reason(tmp_path):
 
 
 def test_a_truncated_clip_is_good_as_far_as_it_is_not_needed(tmp_path):
-    path = write_video(tmp_path / "clip.mp4", grey_frames(20))
+    path = write_video(tmp_path / "clip.mp4", gray_frames(20))
     truncate(path)
     assert count_frames(path, Fraction(24), 15) == 15
     with pytest.raises(ClipError, match=r"clip.mp4' is damaged or incomplete: it breaks off after 19 frames"):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from objectives.error_recycling import ErrorBuffer
 
 
@@ -14,8 +15,8 @@ def filled(bucket_size: int = 2) -> ErrorBuffer:
 
 
 def drawn(buffer: ErrorBuffer, timestep: float | None) -> set[float]:
-    chance = np.random.default_rng(0)
-    return {buffer.draw("latent", chance, timestep)[0, 0, 0, 0].item() for _ in range(60)}
+    rng = np.random.default_rng(0)
+    return {buffer.draw("latent", rng, timestep)[0, 0, 0, 0].item() for _ in range(60)}
 
 
 def test_errors_are_drawn_from_the_class_of_their_time():

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from objectives.error_recycling import ErrorRecycler, RecyclingSettings
-from objectives.teacher_forcing import TeacherForcing, TeacherForcingSettings
 
 from longlive_diffusers import LongLiveScheduler
 from longlive_diffusers.parallel import FrameLayout
+from objectives.error_recycling import ErrorRecycler, RecyclingSettings
+from objectives.teacher_forcing import TeacherForcing, TeacherForcingSettings
 
 
 F, CHUNK, CHANNELS, LENGTH, DIM = 8, 2, 3, 5, 4
@@ -18,6 +18,7 @@ def objective(num_ranks=1, rank=0, recycler=None, seed=0, **settings) -> Teacher
     return TeacherForcing(
         LongLiveScheduler(),
         TeacherForcingSettings(**settings),
+        multi_shot_rope_offset=8.0,
         seed=seed,
         layout=FrameLayout(F, num_ranks, CHUNK),
         rank=rank,
@@ -26,17 +27,17 @@ def objective(num_ranks=1, rank=0, recycler=None, seed=0, **settings) -> Teacher
     )
 
 
-def items(numbers=(0, 1)) -> dict:
+def items(sample_ids=(0, 1)) -> dict:
     generator = torch.Generator().manual_seed(1)
-    batch = len(numbers)
-    mask = torch.ones(batch, F, dtype=torch.bool)
-    mask[-1, -CHUNK:] = False
+    batch = len(sample_ids)
+    mask = torch.ones(batch, F // CHUNK, dtype=torch.bool)
+    mask[-1, -1] = False
     return {
         "latents": torch.randn(batch, CHANNELS, F, 4, 4, generator=generator),
         "prompt_embeds": torch.randn(batch, F // CHUNK, LENGTH, DIM, generator=generator),
         "shot_index": torch.tensor([[0, 0, 1, 2]] * batch),
         "loss_mask": mask,
-        "sample_number": torch.tensor(numbers),
+        "sample_id": torch.tensor(sample_ids),
     }
 
 
@@ -50,7 +51,9 @@ def test_noise_target_and_weights_are_those_of_the_scheduler():
     expected = (1 - sigma) * data["latents"] + sigma * batch.noise
     torch.testing.assert_close(batch.arguments["hidden_states"], expected)
     torch.testing.assert_close(batch.target, batch.noise - data["latents"])
-    torch.testing.assert_close(batch.frame_weight, scheduler.weight(timestep) * data["loss_mask"])
+    torch.testing.assert_close(
+        batch.frame_weight, scheduler.weight(timestep) * data["loss_mask"].repeat_interleave(CHUNK, dim=1)
+    )
     assert torch.equal(batch.arguments["clean_hidden_states"], data["latents"])
     assert not batch.arguments["clean_timestep"].any()
     assert batch.arguments["frame_positions"][0].tolist() == [0, 1, 2, 3, 12, 13, 22, 23]
@@ -70,20 +73,21 @@ def test_a_given_image_is_clean_at_time_zero_and_bears_no_loss():
     batch = objective(image_probability=1.0).prepare(data, 0, torch.device("cpu"))
     assert torch.equal(batch.arguments["hidden_states"][:, :, 0], data["latents"][:, :, 0])
     assert not batch.arguments["timestep"][:, 0].any() and batch.arguments["timestep"][:, 1].all()
-    assert not batch.frame_weight[:, 0].any() and not batch.bears_loss[:, 0].any()
-    assert batch.bears_loss[0, 1:].all()
+    assert not batch.frame_weight[:, 0].any() and not batch.loss_mask[:, 0].any()
+    assert batch.loss_mask[0, 1:].all()
 
 
 def test_a_single_chunk_is_shown_without_history():
     data = items()
     whole = objective().prepare(data, 0, torch.device("cpu"))
     first = {
-        name: value[:, :, :CHUNK] if name == "latents" else value[:, :1] if name != "sample_number" else value
+        name: value[:, :, :CHUNK] if name == "latents" else value[:, :1] if name != "sample_id" else value
         for name, value in data.items()
-    } | {"loss_mask": data["loss_mask"][:, :CHUNK]}
+    }
     alone = TeacherForcing(
         LongLiveScheduler(),
         TeacherForcingSettings(),
+        multi_shot_rope_offset=8.0,
         seed=0,
         layout=FrameLayout(CHUNK, 1, CHUNK),
         rank=0,
@@ -91,7 +95,7 @@ def test_a_single_chunk_is_shown_without_history():
     ).prepare(first, 0, torch.device("cpu"))
     assert "clean_hidden_states" in whole.arguments and "clean_timestep" in whole.arguments
     assert alone.arguments.keys() == whole.arguments.keys() - {"clean_hidden_states", "clean_timestep"}
-    assert alone.arguments["hidden_states"].shape[2] == CHUNK and alone.bears_loss.all()
+    assert alone.arguments["hidden_states"].shape[2] == CHUNK and alone.loss_mask.all()
 
 
 def test_dropped_prompts_are_the_empty_prompt_in_every_chunk():
@@ -117,7 +121,7 @@ def test_no_setting_changes_what_else_is_drawn():
     assert torch.equal(plain.noise, all_on.noise) and torch.equal(plain.timestep, all_on.timestep)
 
 
-def test_draws_depend_on_seed_and_number_alone():
+def test_draws_depend_on_seed_and_sample_id_alone():
     shape = (CHANNELS, F, 4, 4)
     again, other, seed = (
         objective().draw(3, 9, shape),
@@ -147,30 +151,32 @@ def test_ranks_of_a_group_prepare_the_parts_of_the_whole(num_ranks, latents):
 
 
 def recycler(**settings) -> ErrorRecycler:
-    always = {f"{kind}_probability": 1.0 for kind in ("context", "latent", "noise", "update")}
+    always = {f"error_{kind}_probability": 1.0 for kind in ("context", "latent", "noise", "update")}
     return ErrorRecycler(
-        RecyclingSettings(**{**always, "clean_probability": 0.0, "warmup_steps": 1, **settings}), CHUNK
+        RecyclingSettings(**{**always, "error_clean_probability": 0.0, "error_warmup_steps": 1, **settings}), CHUNK
     )
 
 
-def test_errors_of_warm_up_steps_come_back_in_history_latents_and_noise():
-    errors = recycler(smallest_scale=1.0, largest_scale=1.0)
+def test_errors_of_warm_up_steps_come_back_in_history_latents_and_noise(monkeypatch):
+    for scale in ("SMALLEST_SCALE", "LARGEST_SCALE"):
+        monkeypatch.setattr(f"objectives.error_recycling.{scale}", 1.0)
+    errors = recycler()
     task = objective(recycler=errors)
     data = items((0,))
     data["loss_mask"][:] = True
     first = task.prepare(data, 0, torch.device("cpu"))
-    assert first.plans[0].update and not first.plans[0].context
+    assert first.recycling[0].update and not first.recycling[0].context
     task.keep_errors(first.target + 0.5, first)  # x0 is missed by -sigma / 2, the noise by (1 - sigma) / 2
     assert len(errors.buffer) == 8
 
     second = task.prepare(data, 1, torch.device("cpu"))
-    assert second.plans[0].context and second.plans[0].latent and second.plans[0].noise
+    assert second.recycling[0].context and second.recycling[0].latent and second.recycling[0].noise
     sigma = LongLiveScheduler().sigmas_at(first.arguments["timestep"])
     history = second.arguments["clean_hidden_states"] - data["latents"]
     added = history[0, 0, ::CHUNK, 0, 0]
     allowed = (-sigma[0, ::CHUNK] / 2).tolist()
     assert all(min(abs(value - error) for error in allowed) < 1e-4 for value in added.tolist())
-    # The same times come again, so that latents and noise meet errors of their own class.
+    # The same timesteps come again, so that latents and noise meet errors of their own bucket.
     noise_error = (1 - sigma)[0] / 2
     torch.testing.assert_close((second.noise - first.noise)[0, 0, :, 0, 0], noise_error, atol=1e-4, rtol=0)
     # The noise that is added is what is to be predicted; the error in the latents is what is to be mended.
@@ -186,7 +192,7 @@ def test_padding_and_given_images_leave_no_errors():
 
 
 def test_plans_follow_the_probabilities():
-    settings = RecyclingSettings(warmup_steps=0)
+    settings = RecyclingSettings(error_warmup_steps=0)
     plans = [ErrorRecycler(settings, CHUNK).plan(np.random.default_rng(i), 0) for i in range(4000)]
     share = {name: np.mean([vars(plan)[name] for plan in plans]) for name in ("context", "latent", "noise", "update")}
     assert share == pytest.approx({"context": 0.72, "latent": 0.72, "noise": 0.008, "update": 0.02}, abs=0.02)

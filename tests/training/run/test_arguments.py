@@ -3,8 +3,8 @@
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from run.arguments import parse_arguments
 
+from run.arguments import parse_arguments
 from tests.support.paths import CONFIGS
 
 
@@ -52,10 +52,10 @@ def test_the_ready_made_recipes_are_valid(name):
 
 def test_the_papers_recipe_is_the_papers():
     arguments = parse_arguments([*NEEDED, "--config", str(CONFIGS / "longlive2_ar.yaml")])
-    optimization, objective = arguments.optimization, arguments.objective
+    optimization = arguments.optimization
     assert (optimization.learning_rate, optimization.adam_beta1, optimization.adam_beta2) == (1e-5, 0.0, 0.999)
     assert (optimization.ema_decay, optimization.ema_start_step, optimization.max_train_steps) == (0.99, 100, 600)
-    assert objective.error_recycling and arguments.data.num_latent_frames == 96
+    assert arguments.recycling.error_recycling and arguments.data.num_latent_frames == 96
 
 
 @pytest.mark.parametrize(

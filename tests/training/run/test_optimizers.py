@@ -1,21 +1,19 @@
-"""Muon and the AdamW beside it."""
+"""The optimizers of a run: which parameters are whose, and that they learn and go on."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-from run.muon import Muon, orthogonalize
+from accelerate.utils import DistributedType
 from torch import nn
 
+from run.arguments import OptimizationArguments
+from run.optimizers import build_optimizers, build_schedules
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 32), (2, 32, 8)])
-def test_singular_values_become_about_one(shape):
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    made = orthogonalize(matrices)
-    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
-    values = (left.mT @ made @ right.mT).diagonal(dim1=1, dim2=2)  # in the singular vectors of what was given
-    assert values.min() > 0.5 and values.max() < 1.3
-    assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape))
+
+ONE_PROCESS = SimpleNamespace(distributed_type=DistributedType.NO)
+MUON = {"optimizer": "muon", "learning_rate": 1e-2, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.1}
 
 
 def network() -> nn.Module:
@@ -23,48 +21,83 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> float:
+def build(model: nn.Module, **options) -> list[torch.optim.Optimizer]:
+    return build_optimizers(list(model.parameters()), ONE_PROCESS, OptimizationArguments(**{**MUON, **options}))
+
+
+def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int) -> float:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(64, 8, generator=generator)
     target = torch.sin(3 * x[:, :4])
     for _ in range(steps):
         loss = (model(x) - target).square().mean()
-        optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
     return loss.item()
+
+
+def test_adamw_has_everything():
+    (optimizer,) = build(network(), optimizer="adamw")
+    assert type(optimizer) is torch.optim.AdamW
+    assert len(optimizer.param_groups[0]["params"]) == 4
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)
+
+
+def test_muon_has_the_matrices_and_adamw_the_rest():
+    muon, adamw = build(network())
+    assert type(muon) is torch.optim.Muon and type(adamw) is torch.optim.AdamW
+    assert {parameter.ndim for parameter in muon.param_groups[0]["params"]} == {2}
+    assert {parameter.ndim for parameter in adamw.param_groups[0]["params"]} == {1}
+    assert muon.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw", "so that AdamW's learning rates serve"
+    assert muon.param_groups[0]["weight_decay"] == adamw.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_a_step_of_muon_is_as_large_as_one_of_adamw():
+    """Numbers of a matrix move by 0.2 times the learning rate, in the mean square, whatever its shape."""
+    model = nn.Linear(256, 64, bias=False)
+    before = model.weight.detach().clone()
+    (muon,) = build(model, adam_weight_decay=0.0)
+    model.weight.grad = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    muon.step()
+    moved = (model.weight.detach() - before).square().mean().sqrt().item()
+    assert moved == pytest.approx(0.2 * 1e-2, rel=0.2)
 
 
 def test_it_learns():
     model = network()
-    optimizer = Muon(model.parameters(), lr=1e-2)
-    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
-    first = train(model, optimizer, 1)
-    assert train(model, optimizer, 200) < 0.5 * first
+    optimizers = build(model)
+    first = train(model, optimizers, 1)
+    assert train(model, optimizers, 200) < 0.5 * first
 
 
-def test_what_is_no_matrix_is_adamws():
-    model, other = network(), network()
-    muon = Muon(model.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
-    biases = [parameter for parameter in other.parameters() if parameter.ndim == 1]
-    adamw = torch.optim.AdamW(biases, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
-    for seed in range(5):
-        for parameters in zip(model.parameters(), other.parameters(), strict=True):
-            gradient = torch.randn(parameters[0].shape, generator=torch.Generator().manual_seed(seed))
-            for parameter in parameters:
-                parameter.grad = gradient.clone()
-        muon.step()
-        adamw.step()
-    ours = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    torch.testing.assert_close(ours, biases, atol=1e-6, rtol=1e-5)
+def test_schedules_go_together():
+    optimizers = build(network())
+    options = OptimizationArguments(**MUON, lr_scheduler="linear", lr_warmup_steps=2, max_train_steps=10)
+    schedules = build_schedules(optimizers, options)
+    rates = []
+    for _ in range(4):
+        rates.append([schedule.get_last_lr()[0] for schedule in schedules])
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+    assert [muon for muon, _ in rates] == [adamw for _, adamw in rates] == pytest.approx([0, 5e-3, 1e-2, 8.75e-3])
 
 
 def test_it_goes_on_from_its_state_bit_for_bit():
     model = network()
-    optimizer = Muon(model.parameters(), lr=1e-2)
-    train(model, optimizer, 5)
+    optimizers = build(model)
+    train(model, optimizers, 5)
     again = copy.deepcopy(model)
-    resumed = Muon(again.parameters(), lr=1.0)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert train(model, optimizer, 5) == train(again, resumed, 5)
+    resumed = build(again, learning_rate=1.0)
+    for optimizer, other in zip(optimizers, resumed, strict=True):
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert train(model, optimizers, 5) == train(again, resumed, 5)
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_muon_is_refused_where_matrices_are_sharded():
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(ValueError, match="needs whole matrices, and FSDP shards them"):
+        build_optimizers(list(network().parameters()), sharded, OptimizationArguments(**MUON))

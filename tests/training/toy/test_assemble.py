@@ -2,20 +2,20 @@
 
 import sys
 
-import assemble as assemble_toy
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from train_vae import build_vae
 from transformers import UMT5Config, UMT5EncoderModel
 
+from assemble import main
 from longlive_diffusers import LongLivePipeline
 from tests.support.training_run import toy_tokenizer as tiny_tokenizer
+from train_vae import build_vae
 
 
 @pytest.fixture
 def parts(tmp_path):
-    """Folders as `toy_text.py` and `train_vae.py` leave them."""
+    """Folders as `train_text.py` and `train_vae.py` leave them."""
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "text" / "tokenizer")
     config = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
@@ -25,8 +25,8 @@ def parts(tmp_path):
 
 
 def assemble(monkeypatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["assemble_toy.py", *words])
-    assemble_toy.main()
+    monkeypatch.setattr(sys, "argv", ["assemble.py", *words])
+    main()
 
 
 def test_the_start_is_a_whole_pipeline_that_predicts_nothing_yet(parts, tmp_path, monkeypatch):

@@ -6,10 +6,12 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
-import evaluate as evaluate_toy
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+import evaluate
 from evaluation import vae as evaluate_vae
 from evaluation.scenarios import Story, cuts, image_starts, multi_shots, single_shots, switches
 from evaluation.sections import Evaluation, Settings, events
@@ -17,12 +19,10 @@ from evaluation.store import Store, fingerprint
 from evaluation.tables import COLUMNS, Table
 from evaluation.videos import Sampling, judge_stories, make_videos
 from judge import read_chunk
-from PIL import Image
-from train_vae import build_vae
-from world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIDE, SIZES, Scene, Thing, render
-
 from longlive_diffusers import LongLivePipeline
 from tests.support.tiny_pipeline import TEXT_DIM, tiny_pipeline, tiny_transformer
+from train_vae import build_vae
+from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIDE, SIZES, Scene, Thing, render
 
 
 SMALL = Settings(
@@ -35,9 +35,9 @@ def one_of(names, text: str, otherwise):
     return next((name for name in names if re.search(rf"\b{name}\b", text)), otherwise)
 
 
-def imagine(text: str, chance: random.Random, before: Scene | None) -> Scene:
+def imagine(text: str, rng: random.Random, before: Scene | None) -> Scene:
     """A scene of this caption; what it does not say, and the places, are `before`'s or anything."""
-    background = one_of(BACKGROUNDS, text, before.background if before else chance.choice(list(BACKGROUNDS)))
+    background = one_of(BACKGROUNDS, text, before.background if before else rng.choice(list(BACKGROUNDS)))
     text = re.sub(r"over|on a|background|,", "", text)
     parts, arrangement = [text], None
     relations = {"above": "stacked", "below it": "stacked", "to the left of": "beside", "to its right": "beside"}
@@ -47,20 +47,20 @@ def imagine(text: str, chance: random.Random, before: Scene | None) -> Scene:
     things = []
     for number, part in enumerate(parts):
         old = before.things[number] if before else None
-        x, y = (old.x, old.y) if old else (chance.uniform(0, SIDE), chance.uniform(0, SIDE))
+        x, y = (old.x, old.y) if old else (rng.uniform(0, SIDE), rng.uniform(0, SIDE))
         if old is None and arrangement is not None:
             x, y = (x, 16 + 32 * number) if arrangement == "stacked" else (16 + 32 * number, y)
-        size = one_of(SIZES, part, old.size if old else chance.choice(list(SIZES)))
+        size = one_of(SIZES, part, old.size if old else rng.choice(list(SIZES)))
         verb = re.search(rf"(moves|moving|slides|drifts|stays|stands|move) ({'|'.join(MOTIONS)})", part)
         motion = verb.group(2) if verb else "still"
-        things.append(Thing(one_of(COLOURS, part, None), one_of(SHAPES, part, None), size, motion, x, y))
+        things.append(Thing(one_of(COLORS, part, None), one_of(SHAPES, part, None), size, motion, x, y))
     return Scene(background, tuple(things), arrangement)
 
 
 def scene_of_image(image: np.ndarray, text: str) -> Scene:
     reading = read_chunk(np.stack([image, image]))
     arrangement = imagine(text, random.Random(0), None).arrangement
-    things = [Thing(thing.colour, thing.shape, thing.size, "still", thing.x, thing.y) for thing in reading.things]
+    things = [Thing(thing.color, thing.shape, thing.size, "still", thing.x, thing.y) for thing in reading.things]
     things.sort(key=lambda thing: thing.y if arrangement == "stacked" else thing.x)
     return Scene(reading.background, tuple(things), arrangement)
 
@@ -68,7 +68,7 @@ def scene_of_image(image: np.ndarray, text: str) -> Scene:
 class OracleSession:
     def __init__(self, oracle: "Oracle", shots, durations, images, seeds):
         self.oracle, self.shots, self.durations = oracle, shots, durations
-        self.chances = [random.Random(seed) for seed in seeds]
+        self.rngs = [random.Random(seed) for seed in seeds]
         self.scenes: list[Scene | None] = [None] * len(shots)
         self.images, self.index, self.pending = images, 0, None
 
@@ -89,14 +89,14 @@ class OracleSession:
     def __next__(self):
         begins = [sum(self.durations[:shot]) for shot in range(len(self.durations))]
         length = 5 if self.index == 0 else 8
-        for row, chance in enumerate(self.chances):
+        for row, rng in enumerate(self.rngs):
             if self.index in begins and self.pending is None:
                 text = self.shots[row][begins.index(self.index)]
                 before = scene_of_image(self.images[row], text) if self.images and self.index == 0 else None
-                self.scenes[row] = imagine(text, chance, before)
+                self.scenes[row] = imagine(text, rng, before)
             elif self.pending is not None and not self.oracle.is_deaf:
                 texts, cut = self.pending
-                self.scenes[row] = imagine(texts[row], chance, None if cut else self.scenes[row])
+                self.scenes[row] = imagine(texts[row], rng, None if cut else self.scenes[row])
         frames = np.stack([render(scene, length) for scene in self.scenes]).astype(np.float32) / 255
         self.scenes = [scene.after(length) for scene in self.scenes]
         self.index, self.pending = self.index + 1, None
@@ -133,7 +133,7 @@ def evaluated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_vae, "StreamingEncoder", PerfectVAE)
         patch.setattr(evaluate_vae, "StreamingDecoder", PerfectVAE)
-        tables = evaluate_toy.evaluate(oracle, folder, SMALL, list(evaluate_toy.SECTIONS), model="oracle")
+        tables = evaluate.evaluate(oracle, folder, SMALL, list(evaluate.SECTIONS), model="oracle")
     return oracle, folder, tables
 
 
@@ -169,7 +169,7 @@ def test_files_of_an_evaluation(evaluated):
     _, folder, tables = evaluated
     report = (folder / "report.md").read_text()
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["sections"]) == set(evaluate_toy.SECTIONS)
+    assert set(results["sections"]) == set(evaluate.SECTIONS)
     assert results["sections"]["accuracy"][0]["rows"] == tables["accuracy"][0].rows
     for name in ("steps.png", "time.png", "strip.png"):
         assert f"({name})" in report
@@ -191,17 +191,17 @@ def test_videos_are_made_as_sampling_says(evaluated):
 
 def test_finished_parts_are_kept(evaluated, tmp_path):
     _, folder, tables = evaluated
-    again = evaluate_toy.evaluate(None, folder, SMALL, ["accuracy"], model="oracle")
+    again = evaluate.evaluate(None, folder, SMALL, ["accuracy"], model="oracle")
     assert again["accuracy"] == tables["accuracy"]
     # Batches do not matter, all else does.
-    evaluate_toy.evaluate(None, folder, replace(SMALL, batch_size=7), ["accuracy"], model="oracle")
+    evaluate.evaluate(None, folder, replace(SMALL, batch_size=7), ["accuracy"], model="oracle")
     for settings, model, message in (
         (replace(SMALL, seed=1), "oracle", "seed was 0, now 1"),
         (replace(SMALL, num_inference_steps=5), "oracle", "num_inference_steps was 2, now 5"),
         (SMALL, "another", "'another'"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate_toy.evaluate(None, folder, settings, ["accuracy"], model=model)
+            evaluate.evaluate(None, folder, settings, ["accuracy"], model=model)
 
 
 def test_an_interrupted_part_leaves_nothing_behind(tmp_path):
@@ -281,13 +281,13 @@ def pipe() -> LongLivePipeline:
 
 def test_an_untrained_pipeline_is_evaluated(pipe, tmp_path, capsys):
     settings = replace(SMALL, num_prompts=1, step_counts=(1,), num_inference_steps=1, max_sequence_length=8)
-    evaluate_toy.check_pipeline(pipe)
+    evaluate.check_pipeline(pipe)
     pipe.save_pretrained(tmp_path / "model")
     marked = fingerprint(tmp_path / "model")
-    tables = evaluate_toy.evaluate(pipe, tmp_path / "out", settings, list(evaluate_toy.SECTIONS), model=marked)
+    tables = evaluate.evaluate(pipe, tmp_path / "out", settings, list(evaluate.SECTIONS), model=marked)
     assert all(row[2] == 0 for row in tables["accuracy"][0].rows)
     assert "Accuracy over time" in capsys.readouterr().out
-    assert evaluate_toy.load(tmp_path / "model", "cpu", torch.bfloat16).transformer.dtype == torch.bfloat16
+    assert evaluate.load(tmp_path / "model", "cpu", torch.bfloat16).transformer.dtype == torch.bfloat16
     (tmp_path / "model" / "transformer" / "config.json").write_text("{}")
     assert fingerprint(tmp_path / "model") != marked
 
@@ -314,10 +314,10 @@ def test_bad_settings():
 def test_bad_command_lines(tmp_path, capsys):
     (tmp_path / "model_index.json").write_text("{}")
     good = ["--model", str(tmp_path), "--output", "out"]
-    parsed = evaluate_toy.parse_arguments(
+    parsed = evaluate.parse_arguments(
         [*good, "--quick", "--seed", "3", "--step_counts", "2", "4", "--dtype", "bfloat16"]
     )
-    assert parsed.settings == replace(evaluate_toy.QUICK, seed=3, step_counts=(2, 4), dtype="bfloat16")
+    assert parsed.settings == replace(evaluate.QUICK, seed=3, step_counts=(2, 4), dtype="bfloat16")
     for more, message in (
         (["--num_prompts", "0"], "num_prompts 0"),
         (["--only", "weather"], "weather"),
@@ -325,19 +325,19 @@ def test_bad_command_lines(tmp_path, capsys):
         (["--model", str(tmp_path / "nothing")], "no pipeline"),
     ):
         with pytest.raises(SystemExit):
-            evaluate_toy.parse_arguments([*good, *more])
+            evaluate.parse_arguments([*good, *more])
         assert message in capsys.readouterr().err
 
 
 def test_bad_pipelines_and_sections(tmp_path):
     with pytest.raises(ValueError, match=r"model_index\.json"):
-        evaluate_toy.load(tmp_path, "cpu")
+        evaluate.load(tmp_path, "cpu")
     oracle = Oracle()
     oracle.vae_scale_factor_spatial = 16
     with pytest.raises(ValueError, match="128x128"):
-        evaluate_toy.check_pipeline(oracle)
+        evaluate.check_pipeline(oracle)
     with pytest.raises(ValueError, match="no section weather"):
-        evaluate_toy.evaluate(oracle, tmp_path, SMALL, ["weather"], model="oracle")
+        evaluate.evaluate(oracle, tmp_path, SMALL, ["weather"], model="oracle")
 
 
 def test_tables_as_text_and_markdown():

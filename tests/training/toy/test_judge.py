@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from check_judge import blurred, share_right, through_mp4, unchanged
 from evaluation.marks import Expectation, ExpectedThing, expect, is_steady, judge_chunk, judge_shot
 from judge import label_patches, read_chunk
-from world import COLOURS, MOTIONS, SIDE, Scene, Thing, caption, coverage, draw_scene, render
+from world import COLORS, MOTIONS, SIDE, Scene, Thing, caption, coverage, draw_scene, render
 
 
 RED = Thing("red", "circle", "large", "right", 20.0, 30.0)
@@ -64,28 +65,28 @@ def test_things_across_the_border_and_corner():
 
 # -------------------------------------------------- what must not pass as right
 def test_other_attributes():
-    other = replace(RED, colour="blue", shape="square", size="small", motion="up")
-    assert wrong(render(Scene("grey", (other,)), 8)) == {"background", "colour", "shape", "size", "motion"}
+    other = replace(RED, color="blue", shape="square", size="small", motion="up")
+    assert wrong(render(Scene("grey", (other,)), 8)) == {"background", "color", "shape", "size", "motion"}
 
 
-@pytest.mark.parametrize("changes", [{"colour": "blue"}, {"shape": "cross"}, {"size": "small"}, {"motion": "left"}])
+@pytest.mark.parametrize("changes", [{"color": "blue"}, {"shape": "cross"}, {"size": "small"}, {"motion": "left"}])
 def test_a_change_half_way(changes):
     before, after = SCENE.after(0), with_thing(SCENE.after(4), **changes)
     assert wrong(np.concatenate([render(before, 4), render(after, 4)])) >= set(changes)
 
 
-def test_colour_and_shape_that_drift():
-    red, blue = (render(with_thing(SCENE, colour=colour), 8).astype(float) for colour in ("red", "blue"))
+def test_color_and_shape_that_drift():
+    red, blue = (render(with_thing(SCENE, color=color), 8).astype(float) for color in ("red", "blue"))
     share = np.linspace(0, 1, 8)[:, None, None, None]
-    assert "colour" in wrong((red + share * (blue - red)).astype(np.uint8))
+    assert "color" in wrong((red + share * (blue - red)).astype(np.uint8))
     circle, cross = (render(with_thing(SCENE, shape=shape), 8).astype(float) for shape in ("circle", "cross"))
     assert "shape" in wrong((circle + share * (cross - circle)).astype(np.uint8))
 
 
-def test_two_colours_in_one_thing():
+def test_two_colors_in_one_thing():
     frames = render(with_thing(SCENE, motion="still"), 8)
-    frames[:, 30:] = render(with_thing(SCENE, motion="still", colour="yellow"), 8)[:, 30:]
-    assert "colour" in wrong(frames)
+    frames[:, 30:] = render(with_thing(SCENE, motion="still", color="yellow"), 8)[:, 30:]
+    assert "color" in wrong(frames)
 
 
 def test_vanishing_fading_and_third_things():
@@ -93,12 +94,12 @@ def test_vanishing_fading_and_third_things():
     empty = render(Scene("black", ()), 8)
     flickering = frames.copy()
     flickering[1::2] = empty[1::2]
-    assert wrong(flickering) >= {"count", "colour", "shape", "motion"}
+    assert wrong(flickering) >= {"count", "color", "shape", "motion"}
     fading = frames + np.linspace(0, 1, 8)[:, None, None, None] * (empty.astype(float) - frames)
     assert "count" in wrong(fading.astype(np.uint8))
-    assert wrong(empty) >= {"count", "colour"}
+    assert wrong(empty) >= {"count", "color"}
     third = render(Scene(PAIR.background, (*PAIR.things, replace(RED, size="small", x=32.0, y=32.0))), 8)
-    assert wrong(third, PAIR) >= {"count", "colour", "shape"}
+    assert wrong(third, PAIR) >= {"count", "color", "shape"}
     assert "background" not in wrong(third, PAIR)
 
 
@@ -109,11 +110,11 @@ def test_a_ghost_left_behind():
 
 
 def test_one_odd_frame_in_eight_is_forgiven_two_are_not():
-    frames, other = render(SCENE, 8), render(with_thing(SCENE, colour="green"), 8)
+    frames, other = render(SCENE, 8), render(with_thing(SCENE, color="green"), 8)
     frames[3] = other[3]
     assert not wrong(frames)
     frames[6] = other[6]
-    assert wrong(frames) == {"colour"}
+    assert wrong(frames) == {"color"}
 
 
 @pytest.mark.parametrize("background", ["brown", "grey"])
@@ -158,11 +159,11 @@ def test_motions_that_turn_stop_or_jump():
 def test_pairs_are_told_apart_by_their_places():
     first, second = PAIR.things
     swapped = replace(PAIR, things=(replace(second, y=16.0), replace(first, y=48.0)))
-    assert wrong(render(swapped, 8), PAIR) == {"colour", "shape", "size", "motion"}
+    assert wrong(render(swapped, 8), PAIR) == {"color", "shape", "size", "motion"}
     same_half = replace(PAIR, things=(replace(first, y=2.0, x=10.0), replace(second, y=24.0, x=40.0)))
-    assert wrong(render(same_half, 8), PAIR) == {"colour", "shape", "size", "motion"}
-    one_wrong = replace(PAIR, things=(first, replace(second, colour="red")))
-    assert wrong(render(one_wrong, 8), PAIR) == {"colour"}
+    assert wrong(render(same_half, 8), PAIR) == {"color", "shape", "size", "motion"}
+    one_wrong = replace(PAIR, things=(first, replace(second, color="red")))
+    assert wrong(render(one_wrong, 8), PAIR) == {"color"}
 
 
 def test_pictures_of_noise_are_read_without_harm():
@@ -170,7 +171,7 @@ def test_pictures_of_noise_are_read_without_harm():
     for frames in (noise.integers(0, 256, (5, SIDE, SIDE, 3), np.uint8), np.zeros((5, SIDE, SIDE, 3), np.float32)):
         read_chunk(frames)
     coarse = noise.integers(0, 256, (5, 8, 8, 3), np.uint8).repeat(8, axis=1).repeat(8, axis=2)
-    assert wrong(coarse) >= {"colour", "shape", "motion"}
+    assert wrong(coarse) >= {"color", "shape", "motion"}
     ring = np.zeros((5, SIDE, SIDE, 3), np.uint8)
     ring[:, 5:60, 5:60] = 255
     ring[:, 9:56, 9:56] = 0
@@ -181,16 +182,16 @@ def test_pictures_of_noise_are_read_without_harm():
 def test_expectations_say_what_captions_say():
     texts = set()
     for seed in range(200):
-        chance = random.Random(seed)
-        scene = draw_scene(chance, num_things=1 + seed % 2)
-        text = caption(scene, chance)
+        rng = random.Random(seed)
+        scene = draw_scene(rng, num_things=1 + seed % 2)
+        text = caption(scene, rng)
         expected = expect(scene, text)
         texts.add(text)
         assert (expected.background is not None) == (scene.background in text)
         words = text.split()
         said = sum(thing.size is not None for thing in expected.things)
         assert said == words.count("small") + words.count("large")
-        assert [thing.colour for thing in expected.things] == [thing.colour for thing in scene.things]
+        assert [thing.color for thing in expected.things] == [thing.color for thing in scene.things]
         assert set(judge_chunk(read_chunk(render(scene, 2)), expected).values()) == {True}
     assert len(texts) > 190
 
@@ -240,12 +241,12 @@ def test_shots_and_steadiness():
         first, second = read_chunk(render(scene, 5)), read_chunk(render(scene.after(5), 8))
         assert is_steady(first, second)
     first = read_chunk(render(SCENE, 5))
-    for changes in ({"x": 40.0}, {"colour": "blue"}, {"shape": "square"}, {"size": "small"}):
+    for changes in ({"x": 40.0}, {"color": "blue"}, {"shape": "square"}, {"size": "small"}):
         assert not is_steady(first, read_chunk(render(with_thing(SCENE.after(5), **changes), 8)))
     assert not is_steady(first, read_chunk(render(replace(SCENE.after(5), background="brown"), 8)))
     assert not is_steady(first, read_chunk(render(PAIR, 8)))
-    recoloured = read_chunk(render(with_thing(SCENE.after(5), colour="blue", motion="up"), 8))
-    assert is_steady(first, recoloured, same_prompt=False)
+    recolored = read_chunk(render(with_thing(SCENE.after(5), color="blue", motion="up"), 8))
+    assert is_steady(first, recolored, same_prompt=False)
 
 
 # -------------------------------------------------- bad input
@@ -277,4 +278,4 @@ def test_all_shapes_have_the_area_of_their_circle():
     for shape in ("circle", "square", "triangle", "cross"):
         area = coverage(shape, 9.0, pixels[None, :], pixels[:, None]).sum()
         assert area == pytest.approx(np.pi * 81, rel=0.05)
-    assert len(COLOURS) == 6
+    assert len(COLORS) == 6

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from train_text import (
     MAX_LENGTH,
     UNSAID,
@@ -14,7 +15,7 @@ from train_text import (
     draw_texts,
     questions,
 )
-from world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, Thing, caption, draw_scene
+from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, Scene, Thing, caption, draw_scene
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +24,14 @@ def tokenizer():
 
 
 def test_every_word_of_the_toy_world_is_one_token(tokenizer):
-    for word in (*COLOURS, *SHAPES, *SIZES, *MOTIONS, *BACKGROUNDS, "above", "below"):
+    for word in (*COLORS, *SHAPES, *SIZES, *MOTIONS, *BACKGROUNDS, "above", "below"):
         assert len(tokenizer(word).input_ids) == 2, word
     assert len(tokenizer("The scene transitions. ").input_ids) == 4
 
 
 def test_no_caption_is_cut_off(tokenizer):
-    chance = random.Random(0)
-    texts = [caption(draw_scene(chance, num_things=2), chance) for _ in range(500)]
+    rng = random.Random(0)
+    texts = [caption(draw_scene(rng, num_things=2), rng) for _ in range(500)]
     lengths = [len(tokenizer(f"The scene transitions. {text}").input_ids) for text in texts]
     assert max(lengths) <= MAX_LENGTH == tokenizer.model_max_length
 
@@ -41,7 +42,7 @@ def test_labels_say_what_the_caption_says():
     labels = answers(scene, "a red circle moves left above a large blue cross that stays still over teal")
     said = dict(zip(questions(), labels, strict=True))
     assert said["arrangement"] == 1 and said["background"] == list(BACKGROUNDS).index("teal")
-    assert said["colour 0"] == list(COLOURS).index("red") and said["shape 1"] == SHAPES.index("cross")
+    assert said["color 0"] == list(COLORS).index("red") and said["shape 1"] == SHAPES.index("cross")
     assert said["motion 1"] == list(MOTIONS).index("still")
     assert said["size 0"] == said["size 1"] == UNSAID  # one size, and it would take a parser to tell whose
     assert answers(Scene("teal", things[:1]), "a red circle moves left")[1] == UNSAID

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from train_vae import STAGES, Settings, build_vae, draw_clips, for_pictures, stage_at, train, train_step
 from world import SIDE, draw_scene, render
 

@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+
 from judge import Reading, ThingReading, apart
-from world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIDE, SIZES, Scene, Thing
+from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIDE, SIZES, Scene, Thing
 
 
-ATTRIBUTES = ("count", "background", "colour", "shape", "size", "motion")
-THING_ATTRIBUTES = ("colour", "shape", "size", "motion")
+ATTRIBUTES = ("count", "background", "color", "shape", "size", "motion")
+THING_ATTRIBUTES = ("color", "shape", "size", "motion")
 STEADY = "steady"  # the mark for what no caption says: that the same scene goes on
 MAX_JUMP = 4.0  # pixels between where a chunk's thing was heading and where the next chunk has it
 Marks = dict[str, bool]
-_PHRASE = rf"(?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_PHRASE = rf"(?:({'|'.join(SIZES)}) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
 _MOTION = rf"\b({'|'.join(MOTIONS)}|not)\b"
 
 
@@ -27,7 +28,7 @@ _MOTION = rf"\b({'|'.join(MOTIONS)}|not)\b"
 class ExpectedThing:
     """`size` is None where the caption does not say it."""
 
-    colour: str
+    color: str
     shape: str
     size: str | None
     motion: str
@@ -60,14 +61,14 @@ def expect(scene: Scene, caption: str | None = None) -> Expectation:
     """
     Args:
         scene: What is to be seen.
-        caption: One of `toy_world.caption(scene, ...)`; None: everything is asked for, as if it were shown (by the
+        caption: One of `world.caption(scene, ...)`; None: everything is asked for, as if it were shown (by the
             image that a video begins with).
 
     Raises:
         ValueError: The caption is not one of this scene.
     """
     if caption is None:
-        things = tuple(ExpectedThing(thing.colour, thing.shape, thing.size, thing.motion) for thing in scene.things)
+        things = tuple(ExpectedThing(thing.color, thing.shape, thing.size, thing.motion) for thing in scene.things)
         return Expectation(scene.background, things, scene.arrangement)
     backgrounds = [name for name in BACKGROUNDS if re.search(rf"\b{name}\b", caption)]
     if backgrounds not in ([], [scene.background]):
@@ -89,9 +90,9 @@ def _said_of(thing: Thing, phrase: re.Match, rest: str) -> ExpectedThing:
     size, *said = phrase.groups()
     moves = re.search(_MOTION, rest)
     motion = "still" if moves is None or moves.group() == "not" else moves.group()
-    if said != [thing.colour, thing.shape] or size not in (None, thing.size) or motion != thing.motion:
+    if said != [thing.color, thing.shape] or size not in (None, thing.size) or motion != thing.motion:
         raise ValueError(f"'{phrase.group()}{rest}' is not about {thing}.")
-    return ExpectedThing(thing.colour, thing.shape, size, thing.motion)
+    return ExpectedThing(thing.color, thing.shape, size, thing.motion)
 
 
 def judge_chunk(reading: Reading, expected: Expectation) -> Marks:
@@ -123,14 +124,14 @@ def is_steady(before: Reading, after: Reading, *, same_prompt: bool = True) -> b
     """Whether a chunk shows the things of the chunk before it, where they were heading.
 
     Args:
-        same_prompt: False where the prompt was switched between the two; then colours may change (motions always may:
+        same_prompt: False where the prompt was switched between the two; then colors may change (motions always may:
             the marks tell whether they are those asked for).
     """
     if None in (before.count, before.background) or before.count != after.count:
         return False
     if before.background != after.background:
         return False
-    names = ("colour", "shape", "size") if same_prompt else ("shape", "size")
+    names = ("color", "shape", "size") if same_prompt else ("shape", "size")
     left = list(after.things)
     for thing in before.things:
         heading = thing.x + thing.dx * before.num_frames, thing.y + thing.dy * before.num_frames

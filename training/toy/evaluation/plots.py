@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from longlive_diffusers.atomic_write import new_file
+
 
 ENLARGED = 3  # pixels of the strip for one of a frame
 GAP = 2  # white pixels of a frame's size between frames
@@ -22,18 +24,20 @@ def plot_curves(
     """Lines of percentages as a PNG.
 
     Args:
-        curves: By label, x and y values; None leaves a gap.
-        marker: x and label of a vertical line.
+        path: The file to write.
+        curves: The x and y values of each line, by its label; None leaves a gap.
+        x_label, y_label: What the axes are called.
+        marker: The x value and the label of a vertical line.
     """
     figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     styles = ("-", "--", "-.", ":")  # lines that lie on each other at 100 % can all be seen
-    for number, (label, (x, y)) in enumerate(curves.items()):
+    for index, (label, (x, y)) in enumerate(curves.items()):
         values = [np.nan if value is None else value for value in y]
-        axes.plot(x, values, styles[number % len(styles)], marker="." if len(x) < 20 else "", label=label)
+        axes.plot(x, values, styles[index % len(styles)], marker="." if len(x) < 20 else "", label=label)
     if marker is not None:
-        axes.axvline(marker[0], color="grey", linewidth=1)
-        axes.annotate(marker[1], (marker[0], 2), color="grey", xytext=(4, 0), textcoords="offset points")
+        axes.axvline(marker[0], color="gray", linewidth=1)
+        axes.annotate(marker[1], (marker[0], 2), color="gray", xytext=(4, 0), textcoords="offset points")
     axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, 102))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -44,19 +48,20 @@ def draw_strip(path: Path, rows: Sequence[tuple[str, np.ndarray]], columns: int)
     """Videos as rows of frames, evenly spaced in time, each under its caption, as a PNG.
 
     Args:
-        rows: Caption and frames `[F, H, W, 3]`, floating in [0, 1].
-        columns: Frames of each row.
+        path: The file to write.
+        rows: The caption and the frames `[F, H, W, 3]`, floating in [0, 1], of each video.
+        columns: How many frames of each are shown.
     """
     height, width = rows[0][1].shape[1:3]
     size = (columns * (width + GAP) * ENLARGED / 100, len(rows) * (height * ENLARGED + 26) / 100)
     figure = Figure(figsize=size, dpi=100)
-    for number, (caption, frames) in enumerate(rows):
+    for index, (caption, frames) in enumerate(rows):
         moments = np.linspace(0, len(frames) - 1, columns).round().astype(int)
         row = np.ones((height, columns * (width + GAP) - GAP, 3), np.float32)
         for column, moment in enumerate(moments):
             start = column * (width + GAP)
             row[:, start : start + width] = frames[moment]
-        bottom = 1 - (number + 1) / len(rows)
+        bottom = 1 - (index + 1) / len(rows)
         axes = figure.add_axes((0, bottom, 1, height * ENLARGED / (height * ENLARGED + 26) / len(rows)))
         axes.imshow(np.clip(row, 0, 1), interpolation="nearest", aspect="auto")
         axes.set_axis_off()
@@ -65,6 +70,5 @@ def draw_strip(path: Path, rows: Sequence[tuple[str, np.ndarray]], columns: int)
 
 
 def _save(figure: Figure, path: Path) -> None:
-    partial = path.with_name(path.stem + ".partial.png")
-    figure.savefig(partial)
-    partial.replace(path)
+    with new_file(path) as file:
+        figure.savefig(file, format="png")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evaluation.marks import Expectation, expect
-from world import Scene, caption, draw_scene, num_frames, redirect
+from longlive_diffusers import pixel_frames
+from world import Scene, caption, draw_scene, redirect
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Story:
         return tuple((segment.num_chunks, segment.begins) for segment in self.segments), self.image is None
 
 
-def _segment(scene: Scene, chance: random.Random, num_chunks: int, begins: str = "planned") -> Segment:
-    text = caption(scene, chance)
+def _segment(scene: Scene, rng: random.Random, num_chunks: int, begins: str = "planned") -> Segment:
+    text = caption(scene, rng)
     return Segment(scene, text, expect(scene, text), num_chunks, begins)
 
 
@@ -61,18 +62,18 @@ def single_shots(seed: str, count: int, num_chunks: int, *, num_things: int | No
     """`num_things` None: one thing and two in turn."""
     stories = []
     for index in range(count):
-        chance = random.Random(f"{seed} {index}")
-        scene = draw_scene(chance, num_things=num_things or 1 + index % 2, held_out=held_out)
-        stories.append(Story((_segment(scene, chance, num_chunks),)))
+        rng = random.Random(f"{seed} {index}")
+        scene = draw_scene(rng, num_things=num_things or 1 + index % 2, held_out=held_out)
+        stories.append(Story((_segment(scene, rng, num_chunks),)))
     return stories
 
 
 def multi_shots(seed: str, count: int, chunks_per_shot: int, num_shots: int = 3) -> list[Story]:
     stories = []
     for index in range(count):
-        chance = random.Random(f"{seed} {index}")
-        scenes = [draw_scene(chance, num_things=1 if chance.random() < 0.65 else 2) for _ in range(num_shots)]
-        stories.append(Story(tuple(_segment(scene, chance, chunks_per_shot) for scene in scenes)))
+        rng = random.Random(f"{seed} {index}")
+        scenes = [draw_scene(rng, num_things=1 if rng.random() < 0.65 else 2) for _ in range(num_shots)]
+        stories.append(Story(tuple(_segment(scene, rng, chunks_per_shot) for scene in scenes)))
     return stories
 
 
@@ -93,7 +94,7 @@ def _left_open(expectation: Expectation) -> set[str]:
 
 
 def switches(seed: str, count: int, num_chunks: int, chunk_size: int) -> list[Story]:
-    """One shot of a thing that, under a new prompt, changes its motion or its colour in the middle.
+    """One shot of a thing that, under a new prompt, changes its motion or its color in the middle.
 
     The new caption speaks of the background and of the size only where the first one did: else it would ask to change
     what a model was free to choose, and the shot could not go on as it was.
@@ -101,13 +102,13 @@ def switches(seed: str, count: int, num_chunks: int, chunk_size: int) -> list[St
     before = num_chunks // 2
     stories = []
     for index in range(count):
-        chance = random.Random(f"{seed} {index}")
-        scene = draw_scene(chance, num_things=1)
-        first = _segment(scene, chance, before)
-        later = redirect(scene.after(num_frames(before, chunk_size, opens_video=True)), chance)
-        second = _segment(later, chance, num_chunks - before, "switch")
+        rng = random.Random(f"{seed} {index}")
+        scene = draw_scene(rng, num_things=1)
+        first = _segment(scene, rng, before)
+        later = redirect(scene.after(pixel_frames(before * chunk_size)), rng)
+        second = _segment(later, rng, num_chunks - before, "switch")
         while _left_open(first.expectation) - _left_open(second.expectation):
-            second = _segment(later, chance, num_chunks - before, "switch")
+            second = _segment(later, rng, num_chunks - before, "switch")
         # What the new caption leaves out has been on the screen since the first one.
         expected = second.expectation.or_as(first.expectation)
         second = Segment(second.scene, second.caption, expected, second.num_chunks, "switch")
@@ -119,8 +120,8 @@ def image_starts(seed: str, count: int, num_chunks: int) -> list[Story]:
     """One shot that begins with a picture: all that it shows has to stay, and moves as the caption says."""
     stories = []
     for index in range(count):
-        chance = random.Random(f"{seed} {index}")
-        scene = draw_scene(chance, num_things=1 + index % 2)
-        segment = Segment(scene, caption(scene, chance), expect(scene), num_chunks)
+        rng = random.Random(f"{seed} {index}")
+        scene = draw_scene(rng, num_things=1 + index % 2)
+        segment = Segment(scene, caption(scene, rng), expect(scene), num_chunks)
         stories.append(Story((segment,), image=scene))
     return stories

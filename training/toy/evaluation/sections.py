@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from evaluation import plots as evaluate_plots
-from evaluation.store import Store, digest_of
 from evaluation.scenarios import Story, cuts, image_starts, multi_shots, single_shots, switches
+from evaluation.store import Store, digest_of
 from evaluation.tables import COLUMNS, Cell, Table, Videos, chunk_shares, is_right, percent, shot_shares
 from evaluation.videos import JudgedChunk, Sampling, judge_stories
-
 from longlive_diffusers import LongLivePipeline
 
 

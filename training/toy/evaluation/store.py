@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from whole_file import write_whole
+from longlive_diffusers.atomic_write import write_text
 
 
 class Store:
@@ -49,7 +49,7 @@ class Store:
                 raise ValueError(f"'{path}' is of other settings: {then_and_now}. Use another folder, or remove it.")
             return kept["result"]
         result = json.loads(json.dumps(compute()))
-        write_whole(path, json.dumps({"settings": settings, "result": result}) + "\n")
+        write_text(path, json.dumps({"settings": settings, "result": result}) + "\n")
         return result
 
 

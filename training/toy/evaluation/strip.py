@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 
 import numpy as np
-from evaluation.plots import draw_strip
-from evaluation.sections import Evaluation
-from evaluation.store import digest_of
-from evaluation.scenarios import Story, multi_shots, single_shots, switches
-from evaluation.tables import Table
-from evaluation.videos import make_videos
-from world import FPS
 from tqdm import tqdm
 
+from evaluation.plots import draw_strip
+from evaluation.scenarios import Story, multi_shots, single_shots, switches
+from evaluation.sections import Evaluation
+from evaluation.store import digest_of
+from evaluation.tables import Table
+from evaluation.videos import make_videos
 from longlive_diffusers.video.writer import VideoWriter
+from world import FPS
 
 
 COLUMNS = 8  # frames of each row

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from evaluation.marks import ATTRIBUTES, STEADY, Marks, judge_shot
 from evaluation.videos import JudgedChunk
+from longlive_diffusers.benchmark.markdown import markdown_table
 
 
 COLUMNS = ("all", *ATTRIBUTES, STEADY)
@@ -31,12 +32,8 @@ class Table:
         return "\n".join([self.title, *([self.note] if self.note else []), *(line.rstrip() for line in lines)])
 
     def as_markdown(self) -> str:
-        lines = [
-            f"| {' | '.join(self.columns)} |",
-            f"| --- |{' ---: |' * (len(self.columns) - 1)}",
-            *(f"| {' | '.join(_shown(cell) for cell in row)} |" for row in self.rows),
-        ]
-        return "\n".join([f"### {self.title}", "", *([self.note, ""] if self.note else []), *lines])
+        table = markdown_table(self.columns, [[_shown(cell) for cell in row] for row in self.rows], right_aligned=True)
+        return "\n".join([f"### {self.title}", "", *([self.note, ""] if self.note else []), table])
 
 
 def _shown(cell: Cell) -> str:

@@ -5,15 +5,16 @@ import random
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
 from evaluation.marks import expect, judge_chunk
 from evaluation.sections import Evaluation
 from evaluation.tables import COLUMNS, Table, chunk_shares, shot_shares
 from evaluation.videos import JudgedChunk
 from judge import read_chunk
-from world import draw_scene, num_frames, render
-from tqdm import tqdm
-
+from longlive_diffusers import pixel_frames
 from longlive_diffusers.models.streaming_vae import StreamingDecoder, StreamingEncoder
+from world import draw_scene, render
 
 
 BATCH = 8  # clips at a time
@@ -31,7 +32,7 @@ def vae(evaluation: Evaluation) -> list[Table]:
     lengths = {settings.num_chunks: settings.num_prompts}
     lengths[settings.num_chunks * settings.long_factor] = settings.num_long_prompts
     for num_chunks, count in lengths.items():
-        frames = num_frames(num_chunks, size, opens_video=True)
+        frames = pixel_frames(num_chunks * size)
         keyed = {"clips": count, "num_chunks": num_chunks, "chunk_size": size, "seed": settings.seed}
         measured = evaluation.store.get(
             f"vae/{frames} frames",
@@ -39,7 +40,7 @@ def vae(evaluation: Evaluation) -> list[Table]:
             lambda num_chunks=num_chunks, count=count: reconstruct(evaluation, num_chunks, count),
         )
         errors = np.array(measured["errors"])  # [clips, chunks]
-        weights = np.array([num_frames(1, size, opens_video=index == 0) for index in range(num_chunks)]) / frames
+        weights = np.array([pixel_frames(size, opens_video=index == 0) for index in range(num_chunks)]) / frames
         clips = errors @ weights
         name = f"{frames} frames"
         quality.rows.append([name, count, *(decibels(error) for error in (clips.mean(), clips.max()))])
@@ -74,7 +75,7 @@ def reconstruct(evaluation: Evaluation, num_chunks: int, count: int) -> dict[str
             encoder, decoder = StreamingEncoder(model), StreamingDecoder(model)
             start = 0
             for index in range(num_chunks):
-                length = num_frames(1, size, opens_video=index == 0)
+                length = pixel_frames(size, opens_video=index == 0)
                 true = np.stack([render(scene.after(start), length) for scene in batch])
                 pixels = torch.from_numpy(true).permute(0, 4, 1, 2, 3).to(model.device, model.dtype) / 127.5 - 1
                 decoded = decoder.decode(encoder.encode(pixels)).float().cpu().permute(0, 2, 3, 4, 1).numpy() / 2 + 0.5

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
 from evaluation.marks import STEADY, Marks, is_steady, judge_chunk
 from evaluation.scenarios import Story
 from judge import Reading, read_chunk
-from world import num_frames, render
-from tqdm import tqdm
-
-from longlive_diffusers import LongLivePipeline
+from longlive_diffusers import LongLivePipeline, pixel_frames
+from world import render
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def make_videos(
         options["image"] = [render(story.image, 1)[0].astype(np.float32) / 255 for story in stories]
     seeds = (sampling.seed * 1_000_003 + first_number + row for row in range(len(stories)))
     with pipe.stream(
-        num_frames=num_frames(stories[0].num_chunks, chunk_size, opens_video=True),
+        num_frames=pixel_frames(stories[0].num_chunks * chunk_size),
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
         relative_rope=sampling.relative_rope,

@@ -1,0 +1,63 @@
+"""The network of a run, made ready to be trained: 4-bit layers, a LoRA, checkpointing, attention, compilation."""
+
+import logging
+
+from peft import LoraConfig
+
+from longlive_diffusers import LongLiveTransformer3DModel
+from longlive_diffusers.nvfp4 import NVFP4Config, nvfp4_layers, quantize_model
+from longlive_diffusers.nvfp4.recipes import recipe_named
+from longlive_diffusers.nvfp4.training import train_in_nvfp4
+from run.arguments import ModelArguments, OptimizationArguments
+
+
+logger = logging.getLogger("network")
+
+
+def prepare_transformer(
+    transformer: LongLiveTransformer3DModel, model: ModelArguments, optimization: OptimizationArguments
+) -> None:
+    """Bring a loaded transformer into the form in which it is trained, in place.
+
+    Raises:
+        ValueError: For settings that the network or this machine cannot have.
+    """
+    transformer.train()
+    if optimization.precision == "nvfp4":
+        use_nvfp4(transformer, optimization, trains_lora=model.rank is not None)
+    if model.rank is not None:
+        add_lora(transformer, model)
+    if optimization.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if optimization.attention_backend is not None:
+        transformer.set_attention_backend(optimization.attention_backend)
+    if optimization.compile:
+        transformer.compile_repeated_blocks()
+
+
+def use_nvfp4(
+    transformer: LongLiveTransformer3DModel, optimization: OptimizationArguments, *, trains_lora: bool
+) -> None:
+    """Bring the linear layers of the blocks to 4 bits: in training, all three products of each; under a LoRA, the
+    frozen weights."""
+    if trains_lora:
+        if not nvfp4_layers(transformer):
+            quantize_model(transformer, NVFP4Config())
+        return
+    recipe = recipe_named(optimization.nvfp4_recipe)
+    layers = train_in_nvfp4(transformer, recipe, optimization.nvfp4_backend)
+    logger.info("%d linear layers train in NVFP4, recipe '%s'", len(layers), recipe.name)
+
+
+def add_lora(transformer: LongLiveTransformer3DModel, model: ModelArguments) -> None:
+    """Freeze the network, and add a LoRA that is trained in its stead."""
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(
+            r=model.rank,
+            lora_alpha=model.lora_alpha or model.rank,
+            lora_dropout=model.lora_dropout,
+            target_modules=model.lora_layers,
+            init_lora_weights="gaussian",
+        )
+    )

@@ -1,0 +1,77 @@
+"""The optimizers of a run: AdamW for everything, or Muon for matrices with AdamW for the rest.
+
+A matrix's gradient is dominated by a few directions. Muon takes the momentum's singular vectors and sets all singular
+values to about one, so that rare directions are learned as fast as common ones (K. Jordan et al., "Muon: an optimizer
+for hidden layers in neural networks", 2024; scaled as in arXiv 2502.16982, so that AdamW's learning rates serve). On
+the toy world it needs little more than half of AdamW's steps. PyTorch's Muon takes matrices only, so the parameters
+are divided, and the run has two optimizers, two schedules, and as many states in its checkpoints.
+"""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from run.arguments import OptimizationArguments
+
+
+MUON_MOMENTUM = 0.95
+
+
+def build_optimizers(
+    parameters: list[torch.nn.Parameter], accelerator: Accelerator, options: OptimizationArguments
+) -> list[Optimizer]:
+    """
+    Args:
+        parameters: What is trained.
+        accelerator: Says whether parameters are sharded.
+        options: Which optimizer, with which settings.
+
+    Raises:
+        ValueError: For Muon with FSDP, which gives no process a whole matrix.
+    """
+    if options.optimizer == "adamw":
+        return [_adamw(parameters, options)]
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("--optimizer muon needs whole matrices, and FSDP shards them: use adamw")
+    matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+    others = [parameter for parameter in parameters if parameter.ndim != 2]
+    optimizers: list[Optimizer] = []
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=options.learning_rate,
+                weight_decay=options.adam_weight_decay,
+                momentum=MUON_MOMENTUM,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    if others:
+        optimizers.append(_adamw(others, options))
+    return optimizers
+
+
+def build_schedules(optimizers: list[Optimizer], options: OptimizationArguments) -> list[LRScheduler]:
+    """The learning-rate schedule of each optimizer; they are stepped together, once for each update."""
+    return [
+        get_scheduler(
+            options.lr_scheduler,
+            optimizer,
+            num_warmup_steps=options.lr_warmup_steps,
+            num_training_steps=options.max_train_steps,
+        )
+        for optimizer in optimizers
+    ]
+
+
+def _adamw(parameters: list[torch.nn.Parameter], options: OptimizationArguments) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay,
+    )
