@@ -1,4 +1,4 @@
-"""Make a pipeline of an original checkpoint: python examples/convert_original_checkpoint.py CHECKPOINT --output DIR
+"""Make a pipeline from an original checkpoint: python examples/convert_original_checkpoint.py CHECKPOINT --output DIR
 
 CHECKPOINT is a transformer in the format that LongLive-2.0 is published in (`.pt`). Tokenizer, text encoder and VAE
 come from --base, a Wan or LongLive pipeline; for the published 5B checkpoints that is Wan2.2's, which is the default.

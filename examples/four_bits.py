@@ -1,7 +1,7 @@
 """Weights and KV cache in 4 bits: python examples/four_bits.py [--model DIR_OR_REPO] [--output video.mp4]
 
-The transformer's weights are quantized while they are loaded; how they are multiplied depends on the device, and the
-layers' names in `print(pipe.transformer)` say it. `longlive quantize` writes such a pipeline to disk.
+The transformer's weights are quantized while they are loaded; how they are multiplied depends on the device, and
+`print(pipe.transformer)` shows it for every layer. `longlive quantize` writes such a pipeline to disk.
 
 Without --model, the small one that comes with the package is used: it knows plain shapes that move.
 """

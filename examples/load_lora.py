@@ -1,6 +1,7 @@
 """Use a LoRA: python examples/load_lora.py LORA [--model DIR_OR_REPO] [--output video.mp4]
 
-LORA is a file of diffusers or PEFT, a folder or a repository, or the reference's own `lora.pt`. It must fit the model.
+LORA is a diffusers or PEFT file, a folder or a repository with one, or the reference's own `lora.pt`. It must fit the
+model.
 
 Without --model, the small one that comes with the package is used: it knows plain shapes that move.
 """
@@ -29,7 +30,7 @@ pipe.to("cuda" if on_gpu else "cpu")
 
 pipe.load_lora_weights(args.lora, adapter_name="style")
 pipe.set_adapters("style", 0.8)  # how much of it; several adapters can be mixed
-pipe.fuse_lora(components=["transformer"])  # optional: no time is lost on it from here on, and it can be unfused
+pipe.fuse_lora(components=["transformer"])  # optional: the LoRA then costs no time; it can be unfused
 
 video = pipe(
     "A red circle moves right",

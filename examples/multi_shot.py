@@ -1,7 +1,7 @@
 """Three shots, one video: python examples/multi_shot.py [--model DIR_OR_REPO] [--output video.mp4]
 
 Every shot has a prompt, and a length in chunks. The frames that open a shot are remembered for as long as it lasts,
-the first frames of the video for as long as the video does, so that people and places stay who and what they are.
+and the first frames of the video for as long as the video does, so that people and places stay the same.
 
 Without --model, the small one that comes with the package is used: it knows plain shapes that move.
 """

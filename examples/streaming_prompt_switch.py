@@ -1,7 +1,7 @@
 """A live stream, directed while it runs: python examples/streaming_prompt_switch.py [--model ...] [--output video.mp4]
 
-The stream has no end of its own, and its memory does not grow. A new prompt takes effect with the next chunk that is
-begun; a cut also begins a new shot. The file can be watched while it is written.
+The stream is endless, and its memory does not grow. A new prompt takes effect with the next chunk that is begun; a
+cut also begins a new shot. The file can be watched while it is written.
 
 Without --model, the small one that comes with the package is used: it knows plain shapes that move.
 """

@@ -51,22 +51,33 @@ def new_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Pa
         OSError: `path` has something in it that is not to be replaced.
     """
     path = Path(path)
+    if path.name in ("", ".."):  # "." and ".." have no name that could be given
+        path = path.resolve()
     temporary = _temporary(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if path.is_dir() and not replace:
-            path.rmdir()  # where it is not empty, this raises rather than overwrites
-        if path.exists():
-            replaced = _temporary(path)
-            path.rename(replaced)
-            temporary.rename(path)
-            shutil.rmtree(replaced)
+        if replace and path.exists():
+            _exchange(path, temporary)
         else:
+            if path.is_dir():
+                path.rmdir()  # where it is not empty, this raises rather than overwrites
             temporary.rename(path)
     except BaseException:  # KeyboardInterrupt too: gigabytes must not stay behind under a hidden name
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _exchange(path: Path, temporary: Path) -> None:
+    """Give `temporary` the name `path`, and remove what had it; if that fails, what had it keeps it."""
+    replaced = _temporary(path)
+    path.rename(replaced)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        replaced.rename(path)
+        raise
+    shutil.rmtree(replaced)
 
 
 def _temporary(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What lets stock diffusers find our classes.
+"""Let stock diffusers find our classes.
 
 diffusers has no entry points. It resolves a pipeline by `getattr(diffusers, class_name)`, and a component by the
 library that `model_index.json` names, if that library is in `LOADABLE_CLASSES`; the library must then also expose the

@@ -1,15 +1,17 @@
-"""Teacher-forcing training of LongLive-2.0, its AR stage (arXiv 2605.18739), under accelerate.
+"""Train the AR stage of LongLive-2.0 (arXiv 2605.18739) by teacher forcing, with accelerate.
 
     accelerate launch --config_file training/configs/one_gpu.yaml training/train_ar.py \\
         --config training/configs/longlive2_ar.yaml \\
         --pretrained_model_name_or_path Wan-AI/Wan2.2-TI2V-5B-Diffusers --train_data_dir videos --output_dir runs/ar
 
-Read `main` from top to bottom. The parts that it names are in the rooms beside it: `data/` reads and caches the
-videos, `objectives/` says what the network is shown, `run/` holds what every run needs: options, checkpoints, results.
+Read `main` from top to bottom. Its parts are in the folders next to this file: `data/` reads and caches the videos,
+`objectives/` defines what the network is shown and what it has to predict, and `run/` holds what every run needs:
+options, checkpoints, results.
 
-The loss of an update is the mean over all frames that bear loss in the whole batch - of all processes, whether they
-share clips or have clips of their own, and of all batches that are accumulated. So the same run gives the same numbers
-however it is spread.
+The loss of an update is the mean over all frames that bear loss in the whole batch: across all processes, whether they
+share clips or have clips of their own, and across all accumulated batches. So a run has the same losses and gradients
+however it is distributed; what processes draw or collect for themselves differs (the dropout of a LoRA, stochastic
+rounding, the errors that are recycled).
 """
 
 import logging
@@ -60,7 +62,7 @@ def main(arguments: Arguments) -> None:
         remove_partial(output)
     accelerator.wait_for_everyone()
 
-    # 2. What training starts from.
+    # 2. The pipeline and the transformer that training starts from.
     pipe, transformer = load_start(model_args)
     shape = clip_shape(arguments, pipe, transformer)
     layout = FrameLayout(shape.num_latent_frames, mesh.sp_size, shape.chunk_size)
@@ -76,7 +78,7 @@ def main(arguments: Arguments) -> None:
     prepare_transformer(transformer, model_args, optimization)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     model, *optimizers = accelerator.prepare(transformer, *build_optimizers(trained, accelerator, optimization))
-    # Not prepared: accelerate would step them once for each process, and a step here is an update.
+    # Not prepared: accelerate would step them once for each process, but here one step is one update.
     schedules = build_schedules(optimizers, optimization)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ema = None
@@ -99,7 +101,7 @@ def main(arguments: Arguments) -> None:
         recycler=recycler,
     )
 
-    # 6. Where the run stands.
+    # 6. The state of the run: its checkpoint, log and validation, and its position in the data.
     states, shared_states = checkpoint_states(schedules, recycler, ema)
     checkpoints = Checkpoints(
         accelerator,
@@ -135,7 +137,7 @@ def main(arguments: Arguments) -> None:
         disable=not accelerator.is_local_main_process,
     )
     for step in bar:
-        # What torch itself draws - LoRA's dropout, the noise of rounding in NVFP4 - is of the seed and the step, too.
+        # What torch itself draws (LoRA's dropout, stochastic rounding in NVFP4) depends on the seed and the step, too.
         step_seed = optimization.seed * 1_000_003 + step
         torch.manual_seed(step_seed * accelerator.num_processes + accelerator.process_index)
         prepared = []
@@ -184,13 +186,14 @@ def update(
     max_grad_norm: float,
 ) -> tuple[float, float]:
     """
-    One update of the weights, from the batches that are accumulated for it.
+    Update the weights once, from the batches that are accumulated for the update.
 
     Returns:
         The loss of the whole batch, and the norm of its gradient before clipping.
     """
-    # DDP and FSDP average gradients over all processes, and accelerate divides by the number of batches: times both,
-    # over the frames that count anywhere, the sums of squared errors become their mean.
+    # DDP and FSDP average gradients over all processes, and accelerate divides the loss by the number of batches.
+    # Multiplied by both, and divided by the number of frames that bear loss in any process, the sums of squared errors
+    # become their mean.
     count = sum(batch.loss_mask.sum() for batch in prepared).to(accelerator.device, torch.float32)
     count = accelerator.reduce(count, "sum").clamp(min=1)
     scale = accelerator.num_processes * len(prepared) / count
@@ -215,8 +218,10 @@ def update(
 
 def clip_shape(arguments: Arguments, pipe, transformer: LongLiveTransformer3DModel) -> ClipShape:
     """
+    Return the shape of the training clips; the size in pixels is the model's own by default.
+
     Raises:
-        ValueError: For sizes that the VAE or the network does not take, or clips that are not whole chunks.
+        ValueError: If the VAE or the network cannot take the size, or the clips are not a whole number of chunks.
     """
     data, config = arguments.data, transformer.config
     scale = pipe.vae_scale_factor_spatial
@@ -233,7 +238,8 @@ def clip_shape(arguments: Arguments, pipe, transformer: LongLiveTransformer3DMod
 
 
 def checkpoint_states(schedules: list, recycler: ErrorRecycler | None, ema: EMAModel | None) -> tuple[dict, dict]:
-    """What is saved beside weights and optimizers, by name: each process's own, and what is alike in all."""
+    """Return what is saved besides weights and optimizers, by name: the states that each process has of its own, and
+    those that are the same in all processes."""
     states = {f"lr_scheduler_{index}" if index else "lr_scheduler": state for index, state in enumerate(schedules)}
     if recycler is not None:
         states["errors"] = recycler.buffer
@@ -244,8 +250,8 @@ def checkpoint_states(schedules: list, recycler: ErrorRecycler | None, ema: EMAM
 
 
 def run_identity(arguments: Arguments, shape: ClipShape, mesh: ProcessMesh, num_samples: int) -> dict:
-    """What has to be the same for a run to go on exactly; the processes too, each of which has its own part of the
-    error buffers and of the random states."""
+    """Return what must not change when a run is resumed. This includes the number of processes, because each process
+    has its own part of the error buffers and of the random states."""
     optimization = arguments.optimization
     return {
         "seed": optimization.seed,

@@ -37,7 +37,7 @@ OPTIONAL_PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """The versions that speed depends on most."""
+    """Return the versions that speed depends on most."""
     return {
         "longlive_diffusers": __version__,
         "torch": torch.__version__,
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """Return the name that the device gives itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -58,12 +58,12 @@ def device_name(device: torch.device) -> str:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware, and the backends that would be chosen on `device`; what a bug report needs.
+    """Describe versions, hardware, and the backends that would be chosen on `device`, for bug reports.
 
     Returns:
-        Names and what to say of each: strings, or dicts of strings.
+        Descriptions by name: strings, or dicts of strings.
     """
-    layer = LayerShape(3072, 3072, "mse", "mse")  # one of the 5B model
+    layer = LayerShape(3072, 3072, "mse", "mse")  # a layer of the 5B model
     backend, _ = choose_backend("auto", layer, device)
     reasons = {name: candidate.unsupported_reason(layer, device) for name, candidate in BACKENDS.items()}
     return {

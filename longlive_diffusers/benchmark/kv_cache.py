@@ -1,4 +1,4 @@
-"""What it costs, and saves, to store keys and values in fewer bits."""
+"""Measure what it costs, and saves, to store keys and values in fewer bits."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ def measure_kv_caches(
     pipe: LongLivePipeline, size: BenchSize, embeds: torch.Tensor, device: torch.device, dtypes: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """
-    Denoise whole videos with each kind of cache, in turns, so that a machine that slows down slows all.
+    Denoise whole videos with each kind of cache, in turns, so that a machine that slows down affects all kinds.
 
     Args:
-        pipe, size, embeds, device: What to run where.
+        pipe, size, embeds, device: What to run, and where.
         dtypes: "auto" (the network's dtype), or names of `KV_CACHE_DTYPES`.
 
     Returns:
-        For each: `chunk`, seconds of a chunk at the full window (median); `early` and `late`, the same for the first
-        and the second half of these chunks; `bytes` of the cache, what is unpacked included.
+        For each dtype: `chunk`, the median seconds of a chunk at the full window; `early` and `late`, the same for the
+        first and the second half of these chunks; `bytes`, the memory of the cache, including what is unpacked.
     """
     seconds: dict[str, list[list[float]]] = {dtype: [] for dtype in dtypes}
     num_bytes: dict[str, int] = {}
@@ -50,7 +50,7 @@ def measure_kv_caches(
 
 
 def kv_cache_rows(results: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
-    """Lines of the table: each kind beside the first."""
+    """Return the lines of the table, in which each kind is compared with the first."""
     first, rows = next(iter(results), None), []
     for dtype, result in results.items():
         compared = "" if dtype == first else f"{result['chunk'] / results[first]['chunk']:.2f} of {first}'s; "

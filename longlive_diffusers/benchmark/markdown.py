@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right_aligned: bool = False) -> str:
     """
+    Format a table.
+
     Args:
         header: The names of the columns.
         rows: The cells of each row.

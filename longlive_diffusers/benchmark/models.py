@@ -14,7 +14,7 @@ from .sizes import BenchSize
 
 
 def random_pipeline(size: BenchSize, device: torch.device, dtype: torch.dtype) -> LongLivePipeline:
-    """A pipeline without text encoder: its prompts are random embeddings."""
+    """Build a pipeline without a text encoder: its prompts are random embeddings."""
     pipe = LongLivePipeline(
         tokenizer=None,
         text_encoder=None,
@@ -31,9 +31,10 @@ def random_pipeline(size: BenchSize, device: torch.device, dtype: torch.dtype) -
 def random_model(
     model_class: type[ModelMixin], config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
 ) -> ModelMixin:
-    """As `from_pretrained` gives it: in half precision, but for the modules that are kept in float32.
+    """Build a model in the dtypes that `from_pretrained` gives it: in `dtype`, except for the modules that are kept in
+    float32.
 
-    Weight by weight on the device, because the whole in float32 would be 20 GB of a 5B network, on the CPU at that.
+    Weights are created one by one on the device, because a 5B network built in float32 on the CPU would take 20 GB.
     """
     with init_empty_weights():
         model = model_class(**config)

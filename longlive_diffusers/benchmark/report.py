@@ -1,4 +1,4 @@
-"""Everything that `longlive bench` measures, and all that the numbers depend on, as one JSON-like report."""
+"""Everything that `longlive bench` measures, and everything that the numbers depend on, as one JSON-like report."""
 
 import statistics
 from collections.abc import Callable
@@ -20,14 +20,16 @@ from .sizes import BenchSize, forward_flops
 @dataclass(frozen=True)
 class BenchOptions:
     """
+    What `longlive bench` is asked to measure.
+
     Args:
-        size_name: What the size is called.
+        size_name: The name of the size.
         size: The sizes of the networks and of the video.
-        device, dtype: Where and in what the networks run.
-        attention_backend: One of diffusers', or None for its default.
-        nvfp4_backend: How products with weights in 4 bits are computed; None: weights are not quantized.
+        device, dtype: The device and the dtype that the networks run in.
+        attention_backend: An attention backend of diffusers, or None for its default.
+        nvfp4_backend: How products with weights in 4 bits are computed; None if weights are not quantized.
         compile: Whether the transformer's blocks are compiled.
-        kv_cache_dtypes: Ways to store keys and values that are compared.
+        kv_cache_dtypes: The ways to store keys and values that are compared.
     """
 
     size_name: str
@@ -54,7 +56,7 @@ def make_report(options: BenchOptions, log_stage: Callable[[str], None]) -> dict
 
 
 def describe_setting(options: BenchOptions) -> dict[str, Any]:
-    """All that the numbers depend on."""
+    """Describe everything that the numbers depend on."""
     size = options.size
     config, scale = size.transformer, size.vae["scale_factor_spatial"]
     return {
@@ -85,7 +87,7 @@ def describe_setting(options: BenchOptions) -> dict[str, Any]:
 
 
 def measure(options: BenchOptions, log_stage: Callable[[str], None]) -> dict[str, Any]:
-    """All measurements, in an order in which none disturbs the next; seconds, bytes and FLOP/s."""
+    """Run all measurements, in an order in which none disturbs the next; returns seconds, bytes and FLOP/s."""
     size, device = options.size, options.device
     log_stage("the device's matrix products")
     matmul = {name: measure_matmul(device, DTYPES[name]) for name in ("float32", "bfloat16")}
@@ -102,7 +104,7 @@ def measure(options: BenchOptions, log_stage: Callable[[str], None]) -> dict[str
     embeds = embeds.to(device, options.dtype)
 
     log_stage("warming up")
-    # Each length of the cache is a shape of its own to a compiler and to a GPU's libraries.
+    # To a compiler and to a GPU's libraries, each length of the cache is a new shape.
     warm_up = size.chunks_to_fill + 1 if options.compile or device.type == "cuda" else 2
     _, latents, _ = measure_denoise(pipe, size, embeds, device, warm_up)
     measure_decode(pipe, latents[:2], device)

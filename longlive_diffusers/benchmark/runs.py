@@ -16,21 +16,21 @@ from .measure import synchronize
 from .sizes import BenchSize
 
 
-# By the names of PyTorch's operators. Where attention is not fused, it is the only batched product there is.
+# These match the names of PyTorch's operators. Where attention is not fused, only it has batched products.
 _ATTENTION = re.compile(r"attention|attn|flash|fmha|sage|aten::(bmm|baddbmm|_softmax|softmax)$", re.IGNORECASE)
 _LINEAR = re.compile(r"aten::(mm|addmm|linear|_scaled_mm|_addmm_activation|mkldnn_linear)$|mkldnn::|mkl::")
 
 
 def matmul_side(device_type: str) -> int:
-    """Of matrices that are large enough to keep the device busy."""
+    """Return the side of square matrices that are large enough to keep the device busy."""
     return 2048 if device_type == "cpu" else 8192
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """The device's own rate in FLOP/s, for a square matrix product: the best of a second's worth.
+    """Measure the device's own rate in FLOP/s, for a square matrix product: the best within a second.
 
-    One product of the full size would take half a minute on a CPU that has no instructions for a half-precision type;
-    where a small one says so, its rate is the answer.
+    One product of the full size would take half a minute on a CPU that has no instructions for a half-precision dtype;
+    where a small product shows that, its rate is returned.
     """
     side, small = matmul_side(device.type), 256
     rate = _matmul_rate(small, device, dtype, seconds=0.1)
@@ -49,11 +49,12 @@ def _matmul_rate(side: int, device: torch.device, dtype: torch.dtype, *, seconds
 def measure_forward(
     pipe: LongLivePipeline, size: BenchSize, embeds: torch.Tensor, device: torch.device
 ) -> dict[str, float]:
-    """One forward of the transformer at the full window: seconds, and how they divide (profiled, in a run of its own).
+    """Measure one forward of the transformer at the full window: its seconds, and how they divide (from a separate,
+    profiled run).
 
     Returns:
-        `seconds` and its parts `attention`, `linear` and `rest`, in which the profile's shares are applied to it; NaN
-        where the profiler could not see the device at work.
+        `seconds` and its parts `attention`, `linear` and `rest`, which are the profile's shares applied to `seconds`;
+        NaN where the profiler could not see the device at work.
     """
     transformer = pipe.transformer
     cache = transformer.create_kv_cache(
@@ -78,9 +79,8 @@ def measure_forward(
         synchronize(device)
     parts = dict.fromkeys(("attention", "linear", "rest"), 0.0)
     for event in profiler.key_averages():
-        if (
-            event.device_type == torch.autograd.DeviceType.CPU
-        ):  # kernels are counted with the operator that launched them
+        # Kernels are counted with the operator that launched them.
+        if event.device_type == torch.autograd.DeviceType.CPU:
             on_device = device.type == "cuda"
             parts[kind_of(event.key)] += event.self_device_time_total if on_device else event.self_cpu_time_total
     total = sum(parts.values()) or math.nan
@@ -102,8 +102,8 @@ def measure_denoise(
     num_chunks: int,
     kv_cache_dtype: torch.dtype | str | None = None,
 ) -> tuple[list[float], list[torch.Tensor], int]:
-    """Seconds of each chunk - steps, clean pass, solver, noise -, the chunks' latents, and bytes of the KV cache.
-    Nothing is decoded."""
+    """Measure the seconds of each chunk (steps, clean pass, solver and noise), and return them with the chunks'
+    latents and the bytes of the KV cache. Nothing is decoded."""
     seconds, latents, kv_cache_bytes = [], [], 0
     options = {"output_type": "latent", "kv_cache_dtype": kv_cache_dtype}
     with _stream(pipe, size, embeds, num_chunks, **options) as session:
@@ -118,7 +118,7 @@ def measure_denoise(
 
 
 def measure_decode(pipe: LongLivePipeline, latents: list[torch.Tensor], device: torch.device) -> list[float]:
-    """Seconds to decode each chunk, alone on the device."""
+    """Measure the seconds to decode each chunk, alone on the device."""
     decoder = ChunkDecoder(pipe.vae, pipe.video_processor, "pt", pipe.vae_device)
     return [_seconds(lambda chunk=chunk: decoder.decode(chunk), device) for chunk in latents]
 
@@ -126,7 +126,7 @@ def measure_decode(pipe: LongLivePipeline, latents: list[torch.Tensor], device: 
 def measure_whole(
     pipe: LongLivePipeline, size: BenchSize, embeds: torch.Tensor, device: torch.device, *, async_decode: bool
 ) -> dict[str, float]:
-    """A whole video, denoised and decoded; frames stay on the device.
+    """Measure a whole video, denoised and decoded; frames stay on the device.
 
     Returns:
         `seconds`, `first_frame` (seconds until the first chunk's frames are there), `frames_per_second` and

@@ -34,16 +34,16 @@ _SMALL_VAE = {**_WAN22_VAE, "base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1
 @dataclass(frozen=True)
 class BenchSize:
     """
-    What is measured. Sizes in latents and latent frames.
+    The networks and the video that are measured. Sizes are in latents and latent frames.
 
     Args:
         transformer, vae: The configurations of networks with random weights.
         height, width: The size of the latents.
-        window_size, sink_size: Latent frames that the KV cache holds, and that it never forgets.
+        window_size, sink_size: How many latent frames the KV cache holds, and how many it never forgets.
         num_chunks: The length of the video that is made.
-        num_inference_steps: Solver steps of a chunk; the clean pass comes on top.
-        text_tokens: The length of the (random) text embeddings.
-        threads: Threads of the CPU; None: as many as torch uses.
+        num_inference_steps: The solver steps of a chunk; the clean pass comes on top.
+        text_tokens: The number of tokens of the (random) prompt embeddings.
+        threads: The number of CPU threads; None for as many as torch uses.
     """
 
     transformer: Mapping[str, Any]
@@ -63,16 +63,16 @@ class BenchSize:
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        """Latents of a token's sides."""
+        """The height and width of a token, in latents."""
         return tuple(self.transformer["patch_size"][1:])
 
     def num_frames(self, num_chunks: int) -> int:
-        """Pixel frames of so many chunks from the beginning of a video."""
+        """Return the number of pixel frames of the first `num_chunks` chunks of a video."""
         return pixel_frames(num_chunks * self.chunk_size, temporal_scale=self.vae["scale_factor_temporal"])
 
     @property
     def chunks_to_fill(self) -> int:
-        """Chunks until attention is over the full window."""
+        """The number of chunks until attention is over the full window."""
         return self.window_size // self.chunk_size
 
 
@@ -134,10 +134,10 @@ SIZES = {"toy": _toy, "cpu-reference": _cpu_reference, "5b": _five_b}
 
 
 def forward_flops(size: BenchSize) -> int:
-    """Floating point operations of one forward of the transformer on a chunk, at the full window.
+    """Count the floating point operations of one forward of the transformer on a chunk, at the full window.
 
-    Matrix products only, a multiplication and an addition counting as two. The text's keys and values are not among
-    them: they are cached, and made once for each prompt.
+    Only matrix products count, with a multiplication and an addition as two operations. The text's keys and values are
+    not included: they are cached, and computed once for each prompt.
     """
     config = size.transformer
     dim = config["num_attention_heads"] * config["attention_head_dim"]
@@ -146,12 +146,12 @@ def forward_flops(size: BenchSize) -> int:
     tokens, keys = size.chunk_size * frame_tokens, size.window_size * frame_tokens
     patch = patch_height * patch_width
 
-    projections = 2 * tokens * dim * dim * (4 + 2)  # query, key, value, output; query and output of the text's
+    projections = 2 * tokens * dim * dim * (4 + 2)  # query, key, value, output; query and output of cross-attention
     feed_forward = 2 * tokens * dim * config["ffn_dim"] * 2
     attention = 4 * tokens * dim * (keys + size.text_tokens)
     ends = 2 * tokens * dim * patch * (config["in_channels"] + config["out_channels"])
-    time = 2 * size.chunk_size * dim * (config["freq_dim"] + dim + 6 * dim)
-    return config["num_layers"] * (projections + feed_forward + attention) + ends + time
+    time_embedding = 2 * size.chunk_size * dim * (config["freq_dim"] + dim + 6 * dim)
+    return config["num_layers"] * (projections + feed_forward + attention) + ends + time_embedding
 
 
 def check_bench_size(size: BenchSize) -> None:

@@ -1,4 +1,4 @@
-"""The report of `longlive bench` for people: what was measured, then a line for each number and what it counts."""
+"""The report of `longlive bench` as text: what was measured, then a line for each number and what it counts."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ FORWARD_PARTS = {
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """Of the report that `--json` writes."""
+    """Format the report, the one that `--json` writes, as text."""
     setting, results = report["setting"], report["results"]
     forward, chunk = results["forward"], setting["chunk_size"]
     share = lambda name: f"{100 * forward[name] / forward['seconds']:.0f} %"  # noqa: E731

@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process by default.
 
     Returns:
-        The exit status: 0; 1 where the disk or the network failed; 2 for what the user asked for and cannot be (both
-        told in one line); 130 after Ctrl-C.
+        The exit status: 0 on success; 1 if the disk or the network failed; 2 if the user asked for something that is
+        not possible (both are reported in one line); 130 after Ctrl-C.
     """
     arguments = build_parser().parse_args(argv)
     try:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; the namespace's `run` is the function to call with it."""
+    """Build the parser of all commands; the namespace's `run` is the function to call with it."""
     parser = argparse.ArgumentParser(
         prog="longlive", description="Streaming, multi-shot video with LongLive-2.0 and diffusers."
     )

@@ -1,4 +1,4 @@
-"""`python -m longlive_diffusers.cli`, for where the `longlive` script is not on the path."""
+"""`python -m longlive_diffusers.cli`, for use where the `longlive` script is not on the path."""
 
 import sys
 

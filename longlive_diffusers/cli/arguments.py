@@ -1,4 +1,4 @@
-"""Types of command-line arguments, and the options that several commands share."""
+"""The types of command-line arguments, and the options that several commands share."""
 
 import argparse
 import math
@@ -11,17 +11,17 @@ from ..models.layer_kv_cache import KV_CACHE_DTYPES
 
 
 def count(text: str) -> int:
-    """An integer of at least 1."""
+    """Parse an integer of at least 1."""
     return _in_range(text, int, 1)
 
 
 def size(text: str) -> int:
-    """An integer of at least 0."""
+    """Parse an integer of at least 0."""
     return _in_range(text, int, 0)
 
 
 def positive(text: str) -> float:
-    """A finite number above 0."""
+    """Parse a finite number above 0."""
     value = _in_range(text, float, 0)
     if value == 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
@@ -29,12 +29,12 @@ def positive(text: str) -> float:
 
 
 def non_negative(text: str) -> float:
-    """A finite number of at least 0."""
+    """Parse a finite number of at least 0."""
     return _in_range(text, float, 0)
 
 
 def device(text: str) -> torch.device:
-    """A device that is there."""
+    """Parse a device that exists."""
     try:
         found = torch.device(text)
     except RuntimeError as error:
@@ -48,7 +48,7 @@ def device(text: str) -> torch.device:
 
 
 def default_device() -> torch.device:
-    """A GPU, where there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -65,7 +65,7 @@ def add_cache_options(parser: argparse._ActionsContainer, *, compares_dtypes: bo
         compares_dtypes: Whether `--kv-cache-dtype` takes several dtypes, to compare them.
     """
     parser.add_argument(
-        "--window-size", type=count, help="Latent frames that the KV cache holds (default: the model's)."
+        "--window-size", type=count, help="The number of latent frames that the KV cache holds (default: the model's)."
     )
     parser.add_argument(
         "--sink-size",

@@ -32,10 +32,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--size", choices=SIZES, default="toy", help="The sizes of the networks (default: %(default)s)."
     )
-    parser.add_argument("--height", type=count, help="Height of the video in pixels (default: the size's).")
-    parser.add_argument("--width", type=count, help="Width of the video in pixels (default: the size's).")
-    parser.add_argument("--steps", type=count, help="Solver steps of each chunk (default: 4).")
-    parser.add_argument("--chunks", type=count, help="Length of the video in chunks (default: the size's).")
+    parser.add_argument("--height", type=count, help="The height of the video in pixels (default: the size's).")
+    parser.add_argument("--width", type=count, help="The width of the video in pixels (default: the size's).")
+    parser.add_argument("--steps", type=count, help="The number of solver steps of each chunk (default: 4).")
+    parser.add_argument("--chunks", type=count, help="The length of the video in chunks (default: the size's).")
     add_cache_options(parser, compares_dtypes=True)
     add_renamed(parser, "--kv-caches", "--kv-cache-dtype")
     parser.add_argument(
@@ -58,7 +58,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, and print."""
+    """Measure, and print the report."""
     size = requested_size(args)
     if args.json and not Path(args.json).parent.is_dir():
         raise ValueError(f"cannot write '{args.json}': there is no folder '{Path(args.json).parent}'")
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def requested_size(args: argparse.Namespace) -> BenchSize:
-    """The named size, with what the user changed.
+    """Return the named size, with the user's changes.
 
     Raises:
         ValueError: For a height or width that the network cannot have, or a window that does not fit the chunks.

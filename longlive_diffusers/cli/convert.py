@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert."""
+    """Convert the checkpoint."""
     convert_checkpoint(
         args.checkpoint,
         args.base,

@@ -1,4 +1,4 @@
-"""`longlive env`: versions, device and the backends that would be chosen; what a bug report needs."""
+"""`longlive env`: the versions, the device and the backends that would be chosen, which a bug report needs."""
 
 import argparse
 
@@ -18,7 +18,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print."""
+    """Print the environment."""
     described = describe_environment(args.device or default_device())
     width = max(map(len, described))
     for name, value in described.items():

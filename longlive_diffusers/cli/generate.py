@@ -53,22 +53,26 @@ def _add_size_options(parser: argparse.ArgumentParser) -> None:
     length.add_argument(
         "--seconds",
         type=positive,
-        help="Length of the whole video in seconds, rounded up to whole chunks (default: the durations of the shots "
+        help="The length of the video in seconds, rounded up to whole chunks (default: the durations of the shots "
         f"file, else {DEFAULT_SECONDS:g}; with --stream, endless).",
     )
-    length.add_argument("--num-frames", type=count, help="Length of the whole video in frames, in place of --seconds.")
-    parser.add_argument("--height", type=count, help="Height of the video in pixels (default: the model's).")
-    parser.add_argument("--width", type=count, help="Width of the video in pixels (default: the model's).")
+    length.add_argument(
+        "--num-frames", type=count, help="The length of the whole video in frames, in place of --seconds."
+    )
+    parser.add_argument("--height", type=count, help="The height of the video in pixels (default: the model's).")
+    parser.add_argument("--width", type=count, help="The width of the video in pixels (default: the model's).")
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--steps", type=count, default=4, help="Solver steps of each chunk (default: %(default)s).")
+    sampling.add_argument(
+        "--steps", type=count, default=4, help="The number of solver steps of each chunk (default: %(default)s)."
+    )
     sampling.add_argument(
         "--guidance-scale",
         type=non_negative,
         default=1.0,
-        help="Scale of classifier-free guidance: 1 for distilled models (default), 3 for others.",
+        help="The scale of classifier-free guidance: 1 for distilled models (default), 3 for others.",
     )
     sampling.add_argument(
         "--seed", type=size, help="The same seed gives the same video (default: one is drawn, and printed)."
@@ -114,7 +118,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Progress:
-    """What has been written so far, and when; times in seconds since the beginning."""
+    """What has been written so far, and when; times are in seconds since the beginning."""
 
     began: float = field(default_factory=time.perf_counter)
     chunks: int = 0
@@ -131,7 +135,7 @@ class Progress:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the video; 130 where Ctrl-C ended it (the file is complete as far as it goes)."""
+    """Make the video; return 130 if Ctrl-C ended it (the file is then valid, only shorter)."""
     request, folder = check_request(args)
     began = time.perf_counter()
     pipe = folder.load(
@@ -170,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def status_line(chunk: VideoChunk, progress: Progress) -> str:
-    """About a chunk that has just been written."""
+    """Describe a chunk that has just been written."""
     speed = progress.frames / progress.last_frame
     return (
         f"chunk {chunk.index}, shot {chunk.shot_index}: {progress.frames / FPS:.1f} s of video after "
@@ -179,7 +183,7 @@ def status_line(chunk: VideoChunk, progress: Progress) -> str:
 
 
 def print_summary(request: GenerationRequest, progress: Progress, loading: float, output: str) -> None:
-    """What was made, how fast, and what these numbers count."""
+    """Print what was made, how fast, and what these numbers count."""
     if progress.first_frame is None:
         print("interrupted before the first chunk was written")
         return

@@ -1,4 +1,4 @@
-"""What `longlive generate` is asked for, checked before anything large is loaded, and completed."""
+"""The request to `longlive generate`, checked and completed before anything large is loaded."""
 
 import argparse
 import random
@@ -12,6 +12,7 @@ from ..conversion.pipeline_folder import PipelineFolder, check_lora_file
 from ..frame_counts import chunks_to_cover, pixel_frames, whole_chunks
 from ..models.kv_cache import check_window
 from ..models.layer_kv_cache import resolve_kv_cache_dtype
+from ..pipelines.chunk_step import is_guided
 from ..pipelines.inputs import ModelSizes, resolve_size
 from ..video.reader import read_image, read_video
 from ..video.writer import check_output
@@ -19,7 +20,7 @@ from .arguments import default_device
 from .shots_file import RequestedShot, read_shots
 
 
-FPS = 24  # of the model
+FPS = 24  # the frame rate of the model
 DEFAULT_SECONDS = 5.0
 
 
@@ -27,7 +28,8 @@ DEFAULT_SECONDS = 5.0
 class GenerationRequest:
     """What the user wants, checked as far as it can be without the models.
 
-    `num_frames` None: endless. `condition_frames` are those of `video` that the result begins with.
+    `num_frames` is None for an endless video. `condition_frames` counts the frames of `video` that the result begins
+    with.
     """
 
     shots: list[RequestedShot]
@@ -39,7 +41,7 @@ class GenerationRequest:
     device: torch.device
 
     def stream_arguments(self, args: argparse.Namespace) -> dict:
-        """For `LongLivePipeline.stream`."""
+        """Return the arguments for `LongLivePipeline.stream`."""
         durations = [shot.chunks for shot in self.shots]
         return {
             "shot_prompts": [shot.prompt for shot in self.shots],
@@ -62,10 +64,10 @@ class GenerationRequest:
 
 
 def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, PipelineFolder]:
-    """Everything that can be wrong is found before the models are loaded, which may take minutes.
+    """Check the arguments, so that all errors are found before the models are loaded, which may take minutes.
 
     Raises:
-        ValueError: for arguments that contradict each other, files that are missing or malformed, an output that
+        ValueError: For arguments that contradict each other, files that are missing or malformed, an output that
             cannot be written, and sizes that the model cannot have.
     """
     check_output(args.output)
@@ -73,8 +75,8 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
         raise ValueError("give either prompts or a --shots-file" + (", not both" if args.prompts else ""))
     if args.image and args.video:
         raise ValueError("give either --image or --video, not both: a video begins with one of them")
-    if args.negative_prompt is not None and args.guidance_scale == 1:
-        raise ValueError("--negative-prompt does nothing with a --guidance-scale of 1")
+    if args.negative_prompt is not None and not is_guided(args.guidance_scale):
+        raise ValueError(f"--negative-prompt does nothing with a --guidance-scale of {args.guidance_scale:g}")
     device = args.device or default_device()
     if args.offload != "none" and device.type == "cpu":
         raise ValueError("--offload keeps models away from a GPU until they are needed; this runs on the CPU")
@@ -107,7 +109,7 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
 def choose_length(
     args: argparse.Namespace, shots: list[RequestedShot], video_frames: int, sizes: ModelSizes
 ) -> tuple[int | None, int]:
-    """Frames of the whole video (None: endless), and how many of them are those of the video that is continued."""
+    """Return the frames of the whole video (None: endless), and how many of them come from the video it continues."""
     scale, chunk_size = sizes.temporal_scale, sizes.chunk_size
     condition_chunks = whole_chunks(video_frames, chunk_size, temporal_scale=scale) if video_frames else 0
     if video_frames and not condition_chunks:
@@ -132,7 +134,7 @@ def choose_length(
 
 
 def at_frame_rate(frames: np.ndarray, fps: float) -> np.ndarray:
-    """A video `[F, H, W, 3]` as it would be at the model's frame rate: nearest frames, none invented."""
+    """Resample a video `[F, H, W, 3]` to the model's frame rate, by picking the nearest frames."""
     if abs(fps - FPS) < 0.1:  # 23.976 is meant to be 24
         return frames
     times = np.arange(max(1, round(len(frames) * FPS / fps))) / FPS

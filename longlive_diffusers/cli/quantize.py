@@ -65,7 +65,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantize."""
+    """Quantize the pipeline's transformer."""
     output = Path(args.output)
     check_output(output)
     if args.lora is not None:
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def requested_config(args: argparse.Namespace, num_blocks: int) -> NVFP4Config:
-    """What the options ask for, of a transformer of so many blocks."""
+    """Return the configuration that the options ask for, for a transformer of `num_blocks` blocks."""
     if args.recipe is not None:
         return NVFP4Config.from_recipe(RECIPES[args.recipe], num_blocks, args.backend)
     return NVFP4Config(

@@ -25,17 +25,17 @@ _JSON_START = re.compile(r"\s*(\[\s*[\]{\"\[]|\{)")
 
 @dataclass(frozen=True)
 class RequestedShot:
-    """What the user asks a shot to show, and for how many chunks; None: as many as come to it."""
+    """What the user asks a shot to show, and for how many chunks; None if the video is divided evenly."""
 
     prompt: str
     chunks: int | None = None
 
 
 def read_shots(path: str | os.PathLike) -> list[RequestedShot]:
-    """The shots of a file in the format above.
+    """Read the shots of a file in the format above.
 
     Raises:
-        ValueError: there is no such file, or it has no shots, a malformed one (the message names its line, or its
+        ValueError: If there is no such file, or it has no shots, a malformed one (the message names its line, or its
             number in a JSON list), or some with and some without a duration.
     """
     path = Path(path).expanduser()

@@ -20,7 +20,7 @@ class TypedPrompts:
     Reads lines from a terminal or a pipe, and applies them to a session, one at a time.
 
     Args:
-        descriptor: of the open file that is read, in a thread of its own, until it ends.
+        descriptor: The descriptor of the open file that is read, in a separate thread, until it ends.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -29,10 +29,10 @@ class TypedPrompts:
         threading.Thread(target=self._read, args=(descriptor,), name="longlive-prompts", daemon=True).start()
 
     def apply_next(self, session: StreamingSession, chunk: VideoChunk) -> bool:
-        """Act on the next line, if there is one; False where it says to end.
+        """Act on the next line, if there is one; return False if it says to end.
 
-        Not before `chunk`, the last that was made, shows the prompt of the line before: of several lines that came at
-        once, each is to be seen.
+        A line has to wait until `chunk`, the last that was made, shows the prompt of the line before, so that each of
+        several lines that came at once is seen.
         """
         if self._awaited not in (None, chunk.prompt):
             return True
@@ -64,7 +64,7 @@ class TypedPrompts:
 
 
 def readable_descriptor(stream: TextIO | None) -> int | None:
-    """The descriptor of a stream that somebody may type into: a terminal, a pipe or a socket; otherwise None."""
+    """Return the descriptor of a stream that somebody may type into (a terminal, a pipe or a socket), else None."""
     try:
         descriptor = None if stream is None else stream.fileno()
     except io.UnsupportedOperation:

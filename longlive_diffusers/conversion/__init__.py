@@ -1,1 +1,1 @@
-"""Whole pipelines on disk: found, loaded, converted and saved."""
+"""Complete pipelines on disk: how they are found, loaded, converted and saved."""

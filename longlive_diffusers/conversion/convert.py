@@ -48,7 +48,7 @@ logger = logging.get_logger(__name__)
 _BASE_COMPONENTS = {"tokenizer": None, "text_encoder": "UMT5EncoderModel", "vae": "AutoencoderKLWan"}
 _BASE_SETTINGS = ("model_index.json", "*/config.json", "scheduler/*", "tokenizer/*")
 _BASE_WEIGHTS = ("text_encoder/*", "vae/*")
-# What shapes do not show and the base's transformer may tell.
+# The settings that shapes do not reveal, but the base's transformer may.
 _TRANSFORMER_SETTINGS = ("attention_head_dim", "chunk_size", "eps", "qk_norm", "sample_height", "sample_width")
 
 
@@ -66,16 +66,16 @@ def convert_checkpoint(
     """Write a complete LongLive pipeline made from an original checkpoint.
 
     Args:
-        checkpoint: The transformer: path of a `.pt`/`.pth`/`.safetensors` file, or a state dict.
-        base: Folder or Hub repository of a Wan or LongLive pipeline, which gives tokenizer, text encoder and VAE. A
-            LongLive base also gives its scheduler and the pipeline's settings.
+        checkpoint: The transformer: the path of a `.pt`/`.pth`/`.safetensors` file, or a state dict.
+        base: The folder or Hub repository of a Wan or LongLive pipeline, which provides tokenizer, text encoder and
+            VAE. A LongLive base also provides its scheduler and the pipeline's settings.
         output: The folder to write; it must not exist, or be empty.
         lora: A LoRA (the reference's or a diffusers file) to add to the transformer for good.
         use_ema: Whether to take the checkpoint's averaged weights.
         dtype: The dtype of the transformer and the text encoder: float32, bfloat16 or float16. In both, the modules
-            that their classes keep in float32 stay so. The VAE stays as the base stores it: it is small, and
+            that their classes keep in float32 stay in float32. The VAE stays as the base stores it: it is small, and
             sensitive.
-        report: Called with a line for every stage, such as `print`.
+        report: Called with a line of text for every stage; `print`, for instance.
         **pipeline_config: Settings of `LongLivePipeline` (`window_size`, ...) or of the transformer (`chunk_size`,
             `attention_head_dim`, ...).
 
@@ -83,7 +83,7 @@ def convert_checkpoint(
         The path of the folder.
 
     Raises:
-        ValueError: If anything about checkpoint, base, LoRA, settings or output is wrong; nothing has been written
+        ValueError: If anything about the checkpoint, base, LoRA, settings or output is wrong; nothing has been written
             then.
     """
     started = time.monotonic()
@@ -135,7 +135,7 @@ def convert_checkpoint(
 
 
 def _read_lora(lora: str | os.PathLike | Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
-    """What to give load_lora_weights: the reference's LoRA converted; another file, folder or Hub repo as it is."""
+    """Return what to pass to `load_lora_weights`: the reference's LoRA converted, any other file or repo as it is."""
     if isinstance(lora, Mapping) or is_original_lora(lora):
         lora = read_original_lora(lora)
         check_lora_fits(lora, weights)
@@ -170,7 +170,7 @@ def _read_index(folder: Path, base: str | os.PathLike) -> dict[str, Any]:
 
 
 def _split_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of the transformer, and those of the pipeline."""
+    """Split settings into those of the transformer and those of the pipeline."""
     of_pipeline, of_transformer = default_settings(LongLivePipeline), default_settings(LongLiveTransformer3DModel)
     if unknown := sorted(set(config) - set(of_pipeline) - set(of_transformer)):
         raise ValueError(

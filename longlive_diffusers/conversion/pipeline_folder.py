@@ -1,4 +1,4 @@
-"""A pipeline on disk or on the Hub: what its small files say, how it is loaded, and how it is written whole."""
+"""A pipeline on disk or on the Hub: what its small files say, how it is loaded, and how it is saved atomically."""
 
 import inspect
 import json
@@ -28,17 +28,19 @@ from ..pipelines.pipeline_longlive import LongLivePipeline
 
 
 _CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json")
-# Conversions by other people have the layout of a Wan pipeline; LongLivePipeline takes them too.
+# Third-party conversions have the layout of a Wan pipeline; LongLivePipeline loads them too.
 _PIPELINES = ("LongLivePipeline", "WanPipeline")
 
 
 @dataclass(frozen=True)
 class PipelineFolder:
     """
+    A pipeline on disk or on the Hub, known by its small files.
+
     Args:
-        source: A folder, or a repository of the Hub, as `from_pretrained` takes it.
+        source: The folder, or the repository on the Hub, as `from_pretrained` takes it.
         settings: The settings of the pipeline, by name (`window_size`, ...).
-        transformer, vae: The configurations of the two networks, complete.
+        transformer, vae: The complete configurations of the two networks.
     """
 
     source: str
@@ -48,7 +50,7 @@ class PipelineFolder:
 
     @classmethod
     def find(cls, source: str | os.PathLike) -> "PipelineFolder":
-        """Look at the settings of a pipeline; nothing large is downloaded or read.
+        """Read the settings of a pipeline; nothing large is downloaded or read.
 
         Raises:
             ValueError: If there is no such folder or repository, or it is not a pipeline that this package can run.
@@ -67,7 +69,7 @@ class PipelineFolder:
 
     @property
     def sizes(self) -> ModelSizes:
-        """What a request to this pipeline has to fit."""
+        """The sizes that a request to this pipeline has to fit."""
         scales = (self.vae["scale_factor_spatial"], self.vae["scale_factor_temporal"])
         return ModelSizes.of_configs(self.transformer, *scales)
 
@@ -83,11 +85,12 @@ class PipelineFolder:
         """Load the models and bring them to the device.
 
         Args:
-            device: Where they run.
-            dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on a GPU; on a CPU what is stored, but float32
-                for float16, in which a CPU hardly computes.
-            offload: "none", or what is kept on the GPU only while it is needed: a "model" or, "sequential", a layer.
-            lora: File, folder or repository of a LoRA.
+            device: The device that the models run on.
+            dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on a GPU; on a CPU, the stored dtype, except
+                that float16 becomes float32, because CPUs are slow in float16.
+            offload: "none", or what is kept on the GPU only while it is needed: "model" for a model at a time,
+                "sequential" for a layer at a time.
+            lora: The file, folder or repository of a LoRA.
             show_progress: Whether to show progress bars while loading and generating.
         """
         if not show_progress:
@@ -115,7 +118,7 @@ class PipelineFolder:
 
         Args:
             dtype: The dtype of the transformer: "float32", "bfloat16", "float16", or "auto": as stored, like all else.
-            lora: File, folder or repository of a LoRA to add for good.
+            lora: The file, folder or repository of a LoRA to add for good.
         """
         folder = self._folder()
         dtypes = {name: stored_dtype(folder / name) for name in ("transformer", "vae", "text_encoder")}
@@ -142,7 +145,7 @@ def find_folder(
     source: str | os.PathLike, patterns: tuple[str, ...], *, ignore_patterns: tuple[str, ...] = ()
 ) -> Path:
     """
-    A folder as it is; of a repository of the Hub, the files that match are downloaded.
+    Return a local folder as it is, or download the matching files of a repository on the Hub.
 
     Raises:
         ValueError: If there is neither a folder nor a repository that can be reached.
@@ -161,12 +164,12 @@ def find_folder(
 
 def read_json(folder: Path, name: str, source: str | os.PathLike) -> dict[str, Any]:
     """
-    One configuration file of a pipeline.
+    Read one configuration file of a pipeline.
 
     Args:
-        folder: Where the pipeline lies.
+        folder: The folder of the pipeline.
         name: The file in it, for instance `vae/config.json`.
-        source: What the user calls the pipeline.
+        source: What the user calls the pipeline, for error messages.
 
     Raises:
         ValueError: If there is no such file, or it is not a JSON object.
@@ -183,14 +186,14 @@ def read_json(folder: Path, name: str, source: str | os.PathLike) -> dict[str, A
 
 
 def default_settings(component_class: type) -> dict[str, Any]:
-    """The constructor's arguments that are settings, not components, and their values: those that have a default."""
+    """Return the constructor's arguments that are settings, not components: those with a default, and its value."""
     parameters = inspect.signature(component_class.__init__).parameters.values()
     return {entry.name: entry.default for entry in parameters if entry.default is not inspect.Parameter.empty}
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that most of a model's stored weights have, those in few bits left aside; float32 where that cannot be
-    seen."""
+    """Return the dtype of most of a model's stored weights, apart from those in few bits; float32 where it cannot be
+    determined."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     counts: Counter[str] = Counter()
     for path in folder.glob("*.safetensors"):
@@ -203,13 +206,13 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def cpu_dtype(folder: Path) -> torch.dtype:
-    """What a model that is stored like this should run in on a CPU."""
+    """Return the dtype in which a model that is stored like this should run on a CPU."""
     stored = stored_dtype(folder)
     return torch.float32 if stored == torch.float16 else stored
 
 
 def check_lora_file(lora: str) -> None:
-    """Refuse, before any model is loaded, a LoRA that is named as a file and is none."""
+    """Raise a ValueError, before any model is loaded, if a LoRA named as a file is missing or cannot be read."""
     if Path(lora).suffix in LORA_SUFFIXES and not Path(lora).is_file():
         raise ValueError(f"there is no LoRA file '{lora}'")
     if Path(lora).is_file():
@@ -217,13 +220,13 @@ def check_lora_file(lora: str) -> None:
 
 
 def fuse_lora(pipe: LongLivePipeline) -> None:
-    """Add the LoRA that is loaded to the transformer's weights for good."""
+    """Add the loaded LoRA to the transformer's weights for good."""
     pipe.fuse_lora(components=["transformer"])
     pipe.unload_lora_weights()
 
 
 def _complete(model: type, config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration as the model itself understands it, what it adds included; on no device, so for nothing."""
+    """Return a configuration completed with the defaults of its model, which is built without memory for weights."""
     known = {name: value for name, value in config.items() if name in default_settings(model)}
     with init_empty_weights():
         return dict(model(**known).config)
@@ -232,8 +235,10 @@ def _complete(model: type, config: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- writing
 def check_output(output: Path) -> None:
     """
+    Check that an output folder can be written.
+
     Raises:
-        ValueError: If the folder to write is a file, or holds something.
+        ValueError: If the folder is a file, or is not empty.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"The output {output} is a file; give a folder that does not exist yet.")
@@ -242,6 +247,6 @@ def check_output(output: Path) -> None:
 
 
 def save_atomically(pipeline: DiffusionPipeline, output: Path) -> None:
-    """Write a pipeline so that a folder of its name is always a complete one."""
+    """Save a pipeline so that the folder appears under its name only when it is complete."""
     with new_folder(output) as unfinished:
         pipeline.save_pretrained(unfinished)

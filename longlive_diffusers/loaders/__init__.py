@@ -1,4 +1,4 @@
-"""Published files of the reference implementation, read as state dicts and LoRAs under diffusers' names."""
+"""Read the published files of the reference implementation as state dicts and LoRAs with diffusers' names."""
 
 from .lora import check_lora_fits, is_original_lora, read_original_lora
 from .original import infer_transformer_config, load_original_transformer, read_original_state_dict

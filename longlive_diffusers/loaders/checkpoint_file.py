@@ -2,8 +2,8 @@
 
 Two containers are read: `torch.save` files and safetensors. A `torch.save` file is a pickle, that is, a program; it is
 only ever run by torch's restricted unpickler (`weights_only=True`), which builds tensors and plain containers and
-nothing else. Which container a file is, is decided by its first bytes: names lie, and a download that went wrong
-leaves an HTML page or a Git LFS pointer under the right name.
+nothing else. The container is recognized by the file's first bytes: names lie, and a download that went wrong leaves
+an HTML page or a Git LFS pointer under the right name.
 """
 
 import os
@@ -35,8 +35,8 @@ _FOREIGN_STARTS = {
 _ZIP_START = b"PK\x03\x04"
 _PICKLE_START = b"\x80"
 
-# What torch.load raises on damaged bytes depends on where the damage is; these were seen on files cut or altered at
-# random. (UnicodeDecodeError is a ValueError, KeyError and IndexError are LookupErrors.)
+# What torch.load raises for damaged bytes depends on where the damage is; these errors were seen with files that were
+# cut or altered at random. (UnicodeDecodeError is a ValueError, KeyError and IndexError are LookupErrors.)
 _DAMAGE = (
     RuntimeError,
     pickle.PickleError,
@@ -59,11 +59,11 @@ def read_checkpoint_file(path: str | os.PathLike) -> dict[str, Any]:
     at names and shapes is cheap at any size.
 
     Returns:
-        the stored dictionary: a state dict, or one or more of them wrapped in other dictionaries.
+        The stored dictionary: a state dict, or one or more of them wrapped in other dictionaries.
 
     Raises:
-        ValueError: the file is missing, a directory, empty, truncated, damaged or of another kind; it holds Python
-            objects that cannot be loaded safely, or something other than a dictionary.
+        ValueError: If the file is missing, a directory, empty, truncated, damaged or of another kind, or if it holds
+            Python objects that cannot be loaded safely, or something other than a dictionary.
     """
     path = Path(path)
     if path.is_dir():
@@ -95,7 +95,7 @@ def _read_torch(path: Path, size: int, *, mmap: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except _DAMAGE as error:
-        # torch's own message recommends to load with weights_only=False: only its last part is of use to anybody.
+        # torch's own message recommends loading with weights_only=False; only its last part is useful.
         reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split("\n\nCheck the doc")[0].split())
         if "Unsupported global" in reason:
             kind = reason.split("GLOBAL ")[-1].split(" ")[0]

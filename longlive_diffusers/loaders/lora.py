@@ -1,8 +1,8 @@
 """Read the reference's LoRA file as a dictionary that diffusers' `load_lora_weights` takes.
 
 The reference saves PEFT's own state dict of the generator under "generator_lora", with Wan's original module names
-(`base_model.model.blocks.0.self_attn.q.lora_A.weight`) and without the adapter's configuration. diffusers wants
-`transformer.blocks.0.attn1.to_q.lora_A.weight`, and takes alpha to be the rank where none is given; another alpha is
+(`base_model.model.blocks.0.self_attn.q.lora_A.weight`) and without the adapter's configuration. diffusers expects
+`transformer.blocks.0.attn1.to_q.lora_A.weight`, and assumes that alpha is the rank if none is given; another alpha is
 therefore multiplied into lora_B here, which changes nothing else.
 """
 
@@ -41,7 +41,7 @@ def is_original_lora(checkpoint: Checkpoint) -> bool:
     names of Hub repos are not.
 
     Raises:
-        ValueError: `checkpoint` is an existing weight file that is truncated, damaged or of no known kind.
+        ValueError: If `checkpoint` is an existing weight file that is truncated, damaged or of no known kind.
     """
     if not isinstance(checkpoint, Mapping):
         path = Path(checkpoint)
@@ -61,9 +61,9 @@ def read_original_lora(checkpoint: Checkpoint, *, alpha: float | None = None) ->
     """Read the generator's LoRA for `pipe.load_lora_weights(...)`.
 
     Args:
-        checkpoint: path of a `.pt` or `.safetensors` file, or the loaded dictionary (not modified): PEFT's state dict,
-            bare or under "generator_lora", with or without wrapper names and adapter names in its keys.
-        alpha: LoRA's alpha if it is not the rank and not stored in the file. The weights' change is
+        checkpoint: The path of a `.pt` or `.safetensors` file, or the loaded dictionary (not modified): PEFT's state
+            dict, bare or under "generator_lora", with or without wrapper names and adapter names in its keys.
+        alpha: The LoRA's alpha, if it is not the rank and not stored in the file. The weights' change is
             `alpha / rank * lora_B @ lora_A` (arXiv 2106.09685, section 4.1).
 
     Returns:
@@ -71,8 +71,8 @@ def read_original_lora(checkpoint: Checkpoint, *, alpha: float | None = None) ->
         diffusers' names of the layers and alpha equal to the rank.
 
     Raises:
-        ValueError: the file cannot be read or holds no LoRA, an empty one, or something beside lora_A and lora_B; a
-            layer is incomplete; shapes or ranks disagree; `alpha` contradicts the file.
+        ValueError: If the file cannot be read, or holds no LoRA, an empty one, or something besides lora_A and lora_B;
+            if a layer is incomplete, or shapes or ranks disagree; if `alpha` contradicts the file.
     """
     source = "The given dictionary" if isinstance(checkpoint, Mapping) else str(checkpoint)
     content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint_file(checkpoint)
@@ -95,11 +95,11 @@ def check_lora_fits(lora: Mapping[str, torch.Tensor], weights: Mapping[str, torc
     """Compare a LoRA with the weights of the transformer it is for; both may be on the meta device.
 
     Args:
-        lora: in diffusers' layout, such as `read_original_lora` gives.
-        weights: `{diffusers name: tensor}`.
+        lora: The LoRA in diffusers' layout, such as `read_original_lora` returns.
+        weights: The transformer's weights, `{diffusers name: tensor}`.
 
     Raises:
-        ValueError: a layer's target is not among the weights or has other sizes, or a layer is incomplete.
+        ValueError: If a layer's target is not among the weights or has other sizes, or if a layer is incomplete.
     """
     problems = []
     for key, lora_A in lora.items():
@@ -121,7 +121,7 @@ def check_lora_fits(lora: Mapping[str, torch.Tensor], weights: Mapping[str, torc
 
 
 def _unwrap(content: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The dictionary of tensors inside `content`, and the adapter's settings met on the way."""
+    """Return the dictionary of tensors inside `content`, and the adapter's settings found on the way."""
     settings: dict[str, Any] = {}
     for _ in range(4):
         scalars = {key: value for key, value in content.items() if isinstance(value, (int, float, bool))}
@@ -201,7 +201,7 @@ def _scale(
     alpha = given if stored is None else stored
     if alpha is None:
         return 1.0
-    # Rank-stabilized LoRA (arXiv 2312.03732) divides by the root of the rank.
+    # Rank-stabilized LoRA (arXiv 2312.03732) divides by the square root of the rank.
     return alpha / (math.sqrt(rank) if settings.get("use_rslora", False) else rank)
 
 

@@ -1,12 +1,12 @@
 """Load a LongLive checkpoint in the original format as a diffusers transformer.
 
 The reference writes the generator's state dict into one of several dictionaries ("generator", "generator_ema",
-"state_dict", ...), under names that carry the marks of every wrapper the model wore while it was saved (FSDP, DDP,
+"state_dict", ...), under names that carry the marks of every wrapper that the model was saved in (FSDP, DDP,
 torch.compile, activation checkpointing, its own `WanDiffusionWrapper`). Underneath are the names of Wan's own code,
 which diffusers maps one to one to those of `WanTransformer3DModel`. The network's sizes are not in the file, but the
-shapes show all of them, except how many heads share the width.
+shapes of the weights show all of them, except the number of attention heads.
 
-Everything is checked on names and shapes, with a model on the meta device, before the first weight is allocated.
+All names and shapes are checked against a model on the meta device before the first weight is allocated.
 """
 
 import inspect
@@ -31,9 +31,9 @@ logger = logging.get_logger(__name__)
 
 Checkpoint = str | os.PathLike | Mapping[str, Any]
 
-DEFAULT_HEAD_DIM = 128  # of every published Wan model; it leaves no trace in the shapes
+DEFAULT_HEAD_DIM = 128  # that of every published Wan model; the shapes do not show it
 
-# No module of the network has one of these names, so they are dropped wherever they stand in a key.
+# No module of the network has one of these names, so they are dropped wherever they occur in a key.
 _WRAPPER_MODULES = frozenset(
     {
         "base_model",
@@ -63,26 +63,28 @@ def load_original_transformer(
 ) -> ModelMixin:
     """Build the transformer from a checkpoint of the reference implementation.
 
-    One that is packed in NVFP4 stays so: its layers are `NVFP4Linear`, and it is saved as a quantized model.
+    A checkpoint that is packed in NVFP4 stays packed: its layers are `NVFP4Linear`, and the model is saved as a
+    quantized one.
 
     Args:
-        checkpoint: path of a `.pt`/`.pth`/`.safetensors` file, or a state dict, wrapped or not. It is not modified,
-            and the model shares no memory with it. Weights that already have diffusers' names are accepted too.
-        model_class: the class to build, such as `LongLiveTransformer3DModel`.
-        use_ema: take the averaged weights ("generator_ema") of a file that holds both.
-        device: where the weights go; the CPU by default.
-        torch_dtype: as in `from_pretrained`: float32 by default; with float16 and bfloat16 the modules in the class's
+        checkpoint: The path of a `.pt`/`.pth`/`.safetensors` file, or a state dict, wrapped or not. It is not
+            modified, and the model shares no memory with it. Weights that already have diffusers' names are accepted
+            too.
+        model_class: The class to build, such as `LongLiveTransformer3DModel`.
+        use_ema: Whether to take the averaged weights ("generator_ema") of a file that holds both.
+        device: The device of the weights; the CPU by default.
+        torch_dtype: As in `from_pretrained`: float32 by default; with float16 and bfloat16, the modules in the class's
             `_keep_in_fp32_modules` stay in float32.
-        weight_scale_rule: of a packed checkpoint that does not say by which rule it was quantized.
-        **config: values of the model's configuration that shapes do not show, such as `attention_head_dim` (128 unless
-            given), `chunk_size` or `eps`. Those that shapes do show may be given, and have to agree.
+        weight_scale_rule: The scale rule of a packed checkpoint that does not say by which rule it was quantized.
+        **config: Values of the model's configuration that shapes do not show, such as `attention_head_dim` (128 unless
+            given), `chunk_size` or `eps`. Those that shapes do show may be given too, and have to agree.
 
     Returns:
-        the model, in evaluation mode.
+        The model, in evaluation mode.
 
     Raises:
-        ValueError: the file cannot be read or is of another kind (LoRA, VAE, image-to-video, ...); keys
-            are missing or unexpected; a shape or a configuration value contradicts the others.
+        ValueError: If the file cannot be read or is of another kind (LoRA, VAE, image-to-video, ...), if keys are
+            missing or unexpected, or if a shape or a configuration value contradicts the others.
     """
     if torch_dtype is None:
         torch_dtype = torch.float32
@@ -104,16 +106,16 @@ def load_original_transformer(
     if packed:
         _put_packed(model, packed, device)
     if device is not None:
-        model.to(device)  # the buffers, which are computed and in no checkpoint
+        model.to(device)  # the buffers, which are computed and not in the checkpoint
     return model.eval()
 
 
 def _put_packed(model: ModelMixin, packed: Mapping[str, NVFP4Tensor], device: str | torch.device | None) -> None:
-    """Replace the layers whose weights are packed, and make diffusers know the model as quantized."""
+    """Replace the layers whose weights are packed, and make diffusers recognize the model as quantized."""
     rule = next(iter(packed.values())).scale_rule
     config = NVFP4Config(weight_scale_rule=rule, activation_scale_rule=rule)
     layers = {name.removesuffix(".weight"): weight for name, weight in packed.items()}
-    # Whatever else the configuration would take for a layer to convert stays one that it does not.
+    # All other layers that the configuration would convert are to stay as they are.
     config.modules_to_not_convert += [
         name for name, module in model.named_modules() if config.converts(name, module) and name not in layers
     ]
@@ -130,16 +132,16 @@ def read_original_state_dict(
     """Read the generator's weights under diffusers' names.
 
     Args:
-        checkpoint: path or (wrapped) state dict, see `load_original_transformer`.
-        use_ema: prefer "generator_ema" to "generator"; where only one is there, it is taken.
-        weight_scale_rule: of a packed checkpoint that does not say by which rule it was quantized.
+        checkpoint: A path or a (wrapped) state dict, see `load_original_transformer`.
+        use_ema: Whether to prefer "generator_ema" to "generator"; if there is only one, it is taken.
+        weight_scale_rule: The scale rule of a packed checkpoint that does not say by which rule it was quantized.
 
     Returns:
         `{diffusers name: tensor}`, an `NVFP4Tensor` for a weight that is packed; the others are the caller's own or
         mapped from the file.
 
     Raises:
-        ValueError: no weights of a Wan text-to-video transformer are found; the message says what was found instead.
+        ValueError: If there are no weights of a Wan text-to-video transformer; the message says what is there instead.
     """
     source = "The given state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
     content = dict(checkpoint) if isinstance(checkpoint, Mapping) else read_checkpoint_file(checkpoint)
@@ -191,16 +193,16 @@ def infer_transformer_config(state_dict: Mapping[str, torch.Tensor], **config: A
     """Read the sizes of the network from the shapes of its weights (diffusers' names).
 
     Args:
-        state_dict: tensors, on any device, meta included.
-        **config: values given by the caller. `attention_head_dim` or `num_attention_heads` settle what shapes do not
-            show; by default heads are 128 wide.
+        state_dict: The weights under diffusers' names, on any device, meta included.
+        **config: Values given by the caller. `attention_head_dim` or `num_attention_heads` settle what shapes do not
+            show; by default, heads are 128 wide.
 
     Returns:
         `config` completed with the sizes, ready for the model's constructor.
 
     Raises:
-        ValueError: a weight that shows a size is missing or has another number of dimensions; sizes do not divide; a
-            given value contradicts the shapes.
+        ValueError: If a weight that shows a size is missing or has another number of dimensions, if sizes do not
+            divide, or if a given value contradicts the shapes.
     """
     inner_dim, in_channels, *patch_size = _shape(state_dict, "patch_embedding.weight", 5)
     out_features = _shape(state_dict, "proj_out.weight", 2)[0]
@@ -248,7 +250,7 @@ def _heads(inner_dim: int, num_heads: int | None, head_dim: int | None) -> dict[
 def _shape(state_dict: Mapping[str, torch.Tensor], name: str, ndim: int) -> tuple[int, ...]:
     if name not in state_dict:
         raise ValueError(
-            f"The checkpoint has no {name}, so it is not a whole transformer ({len(state_dict)} tensors)."
+            f"The checkpoint has no {name}, so it is not a complete transformer ({len(state_dict)} tensors)."
         )
     shape = tuple(state_dict[name].shape)
     if len(shape) != ndim:
@@ -289,14 +291,14 @@ def _check_against_model(state_dict: Mapping[str, torch.Tensor], model: ModelMix
 
 def _unwrap(content: Mapping[str, Any], *, use_ema: bool, source: str) -> dict[str, torch.Tensor]:
     """Follow the wrapping dictionaries down to the one whose values are tensors."""
-    for _ in range(4):  # deeper nesting than {"generator": {"model": {"state_dict": ...}}} was never seen
+    for _ in range(4):  # nesting deeper than {"generator": {"model": {"state_dict": ...}}} was never seen
         inner = {key: value for key, value in content.items() if isinstance(value, Mapping) and value}
         wanted = ("generator_ema", "generator") if use_ema else ("generator", "generator_ema")
         found = [key for key in (*wanted, *_WRAPPER_DICTS) if key in inner]
         if not found:
             break
         if use_ema and found[0] == "generator":
-            logger.warning("%s has no generator_ema; its generator is taken.", source)
+            logger.warning("%s has no generator_ema; its generator is used instead.", source)
         content = inner[found[0]]
     weights = {key: value for key, value in content.items() if isinstance(value, (torch.Tensor, NVFP4Tensor))}
     if not weights:
@@ -307,13 +309,13 @@ def _unwrap(content: Mapping[str, Any], *, use_ema: bool, source: str) -> dict[s
 
 
 def _describe_foreign(weights: Mapping[str, torch.Tensor]) -> str | None:
-    """What the weights are, if they are recognisably another model's, as the end of a sentence."""
+    """Return what the weights are, if they are recognizably another model's, as the end of a sentence."""
 
     def has(*marks: str) -> bool:
         return any(mark in key for key in weights for mark in marks)
 
     if has(".lora_A", ".lora_B", ".lora_down", ".lora_up", "lora_unet_"):
-        return "is a LoRA, not a whole model: load the base model, then the LoRA with load_lora_weights."
+        return "is a LoRA, not a complete model: load the base model, then the LoRA with load_lora_weights."
     if has("k_img.", "img_emb.", "add_k_proj.", "image_embedder."):
         return "is a Wan image-to-video (CLIP image attention) model; LongLive has the text-to-video network."
     if has("vace_blocks.", "vace_patch_embedding."):

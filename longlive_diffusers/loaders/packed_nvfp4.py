@@ -1,11 +1,12 @@
 """The reference's packed NVFP4 checkpoints: each quantized layer as four tensors in place of its weight.
 
     <layer>.quantized_weight_values          uint8 [out, in / 2]
-    <layer>.quantized_weight_scale_factors   float8_e4m3fn, 1-D, in the tiles that tensor cores want
-    <layer>.quantized_weight_amax            float32 [1], or [] where it was written on a CPU
+    <layer>.quantized_weight_scale_factors   float8_e4m3fn, 1-D, in the tiles that tensor cores need
+    <layer>.quantized_weight_amax            float32 [1], or [] if it was written on a CPU
     <layer>.quantized_weight_metadata        int32 (out, in, padded out, padded in)
 
-By which rule they were quantized stands beside the weights, under "quantization"; without it `amax` has no meaning.
+The rule by which they were quantized is stored beside the weights, under "quantization"; without it, `amax` has no
+meaning.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from ..nvfp4.rules import scale_rule_named
 
 _MARK = ".quantized_weight_"
 _PARTS = ("values", "scale_factors", "amax", "metadata")
-_TRANSPOSED = "quantized_weight_transposed_"  # copies for training; they follow from the others
+_TRANSPOSED = "quantized_weight_transposed_"  # copies for training, which follow from the other tensors
 
 
 def is_packed(weights: Mapping[str, Any]) -> bool:
@@ -30,15 +31,15 @@ def is_packed(weights: Mapping[str, Any]) -> bool:
 
 def packed_rule(content: Mapping[str, Any], given: str | None, source: str) -> str:
     """
-    The rule of a checkpoint's weights.
+    Return the name of the rule by which a checkpoint's weights were quantized.
 
     Args:
-        content: The whole checkpoint.
-        given: What the caller says it is; None: the checkpoint says it.
-        source: Of the checkpoint, for messages.
+        content: The complete checkpoint.
+        given: The rule according to the caller; None: the checkpoint has to say it.
+        source: The name of the checkpoint, for error messages.
 
     Raises:
-        ValueError: Nobody says it, the two differ, or there is no such rule.
+        ValueError: If neither says it, the two differ, or there is no such rule.
     """
     quantization = content.get("quantization")
     described = quantization if isinstance(quantization, Mapping) else {}
@@ -55,10 +56,10 @@ def packed_rule(content: Mapping[str, Any], given: str | None, source: str) -> s
 
 def join_packed(weights: Mapping[str, torch.Tensor], rule: str, source: str) -> dict[str, torch.Tensor | NVFP4Tensor]:
     """
-    The same weights with one `NVFP4Tensor`, `<layer>.weight`, for each packed layer.
+    Return the weights with the four tensors of each packed layer replaced by one `NVFP4Tensor`, `<layer>.weight`.
 
     Raises:
-        ValueError: One of its four tensors is missing, of a wrong dtype or size, damaged, or of another rule.
+        ValueError: If one of the four is missing, of a wrong dtype or size, damaged, or of another rule.
     """
     layers = {key.split(_MARK)[0] for key in weights if key.endswith(f"{_MARK}values")}
     joined = {key: tensor for key, tensor in weights.items() if _MARK not in key and _TRANSPOSED not in key}

@@ -1,5 +1,5 @@
-"""One unmasked attention call: by any backend of diffusers, over a history in parts that the backward does not copy,
-and by matrix products where these are the fastest way on a CPU.
+"""Unmasked attention: with any attention backend of diffusers, over a history in parts that are not copied for the
+backward, or with plain matrix products where these are the fastest option on a CPU.
 """
 
 import math
@@ -11,11 +11,11 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 
 
-_SCORE_BYTES = 16 * 2**20  # of a block of scores; larger allocations go back to the system each time, which costs more
+_SCORE_BYTES = 16 * 2**20  # per block of scores; larger allocations go back to the system each time, which is slower
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str | None = None) -> torch.Tensor:
-    """Unmasked attention, `[B, tokens, heads, head_dim]`, by `backend` (None: diffusers' active one)."""
+    """Compute unmasked attention, `[B, tokens, heads, head_dim]`, with `backend` (None: diffusers' active one)."""
     if backend is None and _prefers_matmul(query):
         return _matmul_attention(query, key, value)
     return dispatch_attention_fn(query, key, value, backend=backend)
@@ -24,7 +24,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend:
 def attend_joined(
     query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], backend: str | None = None
 ) -> torch.Tensor:
-    """[`attend`] to the concatenation of `keys` and of `values` along tokens, which the backward does not keep."""
+    """Call [`attend`] on `keys` and `values` concatenated along tokens; the backward does not keep the copies."""
     keys, values = ([part for part in parts if part.shape[1]] for parts in (keys, values))
     if len(keys) == 1:
         return attend(query, *keys, *values, backend)
@@ -37,7 +37,7 @@ def attend_joined(
 
 @dataclass(frozen=True)
 class _Joined:
-    """Stands in the graph for a view of a concatenation along tokens: what it was made of, and which view."""
+    """Saved in the graph in place of a view of a concatenation along tokens: its parts, and which view it is."""
 
     parts: list
     size: torch.Size
@@ -48,13 +48,13 @@ class _Joined:
 @contextmanager
 def _save_parts_of(parts: dict[int, list[torch.Tensor]]) -> Iterator[None]:
     """
-    Save, for backward, the parts of concatenated tensors (found by their storage) in place of these, and concatenate
-    them again when they are needed: the same bits, and no attention is computed twice.
+    Save the parts of concatenated tensors (found by their storage) for the backward in place of the concatenations,
+    and concatenate them again when they are needed: the bits are the same, and no attention is computed twice.
 
-    A clip of n chunks is concatenated n times, each time with all the history so far; kept, that would be O(n^2)
-    memory, where the parts are slices of tensors that other nodes of the graph keep anyway. Everything that is saved
-    still goes through the hooks that were there before (gradient checkpointing is a pair of them, and would keep all
-    of a layer if a pair in front of it took the tensors away), which is why these are looked up.
+    A clip of n chunks is concatenated n times, each time with all the history so far. Keeping these copies would take
+    O(n^2) memory, whereas the parts are slices of tensors that other nodes of the graph keep anyway. Everything that
+    is saved still goes through the hooks that were active before, which is why these are looked up: gradient
+    checkpointing is a pair of such hooks, and would keep all of a layer if the tensors did not reach it.
     """
     outer_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     outer_pack, outer_unpack = outer_hooks or (_identity, _identity)
@@ -75,17 +75,20 @@ def _save_parts_of(parts: dict[int, list[torch.Tensor]]) -> Iterator[None]:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        parts.clear()  # the graph may keep `pack`, which must not keep them
+        parts.clear()  # the graph may keep `pack` alive, which must not keep the parts alive
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Along tokens; contiguous, so that a view's strides mean the same again whatever those of the parts are then."""
+    """Concatenate along tokens; contiguous, so that the strides of a view do not depend on those of the parts."""
     return torch.cat(parts, dim=1).contiguous()
 
 
 def in_plain_autograd() -> bool:
-    """Not where a compiler decides what is saved, where nothing is, or under a transform of `torch.func`, which
-    forbids hooks and needs more of a function than a backward."""
+    """Whether eager autograd saves tensors for a backward, in a way that hooks can change.
+
+    It does not while compiling, where the compiler decides what is saved; without gradients, where nothing is saved;
+    and under a transform of `torch.func`, which forbids hooks and needs more of a function than a backward.
+    """
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
@@ -94,7 +97,7 @@ def in_plain_autograd() -> bool:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """Which storage it is a view of; unlike an address, of its own on the meta device too."""
+    """An identifier of a tensor's storage; unlike an address, it is unique on the meta device too."""
     return tensor.untyped_storage()._cdata
 
 
@@ -103,9 +106,10 @@ def _identity(saved):
 
 
 def _prefers_matmul(query: torch.Tensor) -> bool:
-    """On a CPU without AMX, PyTorch's fused bfloat16 attention multiplies at float32 speed; matrix products do not.
+    """Whether to compute attention with matrix products.
 
-    What they cost is that scores are rounded to bfloat16, as everything around them is.
+    PyTorch's fused bfloat16 attention was measured to multiply at float32 speed on a CPU without AMX; matrix products
+    do not. The price is that scores are rounded to bfloat16, like everything around them.
     """
     return (
         query.device.type == "cpu"
@@ -117,10 +121,10 @@ def _prefers_matmul(query: torch.Tensor) -> bool:
 
 @torch.library.custom_op("longlive_diffusers::matmul_attention", mutates_args=())
 def _matmul_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention in blocks of heads and queries, whose scores share one buffer that is small enough to be reused.
+    """Compute attention in blocks of heads and queries, whose scores share one buffer, small enough to be reused.
 
-    An operator of its own, so that `torch.compile` leaves it as it is: it cannot trace the shared buffer, and what it
-    makes of the same products without one was slower, by itself, at the benchmark's shape.
+    It is a custom operator so that `torch.compile` leaves it as it is: the compiler cannot trace the shared buffer,
+    and the code it generated from the same products without one was slower, measured alone at the benchmark's shape.
     """
     batch, num_queries, heads, head_dim = query.shape
     scaled = query * head_dim**-0.5

@@ -1,5 +1,5 @@
-"""How tokens attend: over the cache when streaming, over allowed chunks when training, over the text of their
-chunk."""
+"""The attention of the transformer: to the KV cache when streaming, to the chunks that the mask allows when training,
+and to the prompt embeddings of each chunk."""
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -14,9 +14,9 @@ from .rotary import apply_rotary
 
 
 class LongLiveAttnProcessor:
-    """Self-attention (streaming or masked by chunks) and cross-attention to the text, for `WanAttention` modules.
+    """Self-attention (streaming or masked by chunks) and cross-attention to the prompt, for `WanAttention` modules.
 
-    Which of them a call is depends on its arguments alone.
+    Which of these a call computes depends on its arguments alone.
     """
 
     _attention_backend = None
@@ -36,17 +36,19 @@ class LongLiveAttnProcessor:
         """
         Args:
             attn: The module whose projections are used.
-            hidden_states: `[B, tokens, dim]`.
-            encoder_hidden_states: Projected text, `[B, L, dim]`, or per chunk `[B, chunks, L, dim]`: cross-attention.
-            attention_mask: Rule of self-attention without a cache.
-            rotary_emb: Rotation of queries and keys of self-attention.
-            layer_cache, chunk: Cache of this layer and the chunk's place in it; of cross-attention, where the text's
-                keys and values are kept.
-            sp_mesh: Ranks that hold the other frames of the clip, for self-attention without a cache; `hidden_states`
-                are this rank's tokens, and `attention_mask` is the rule of all tokens in natural order.
+            hidden_states: The hidden states of the tokens, `[B, tokens, dim]`.
+            encoder_hidden_states: The projected prompt embeddings, `[B, L, dim]`, or one prompt for each chunk,
+                `[B, chunks, L, dim]`, for cross-attention.
+            attention_mask: Which chunks see which, for self-attention without a cache; cross-attention takes the
+                number of chunks from it.
+            rotary_emb: The rotation of the queries and keys of self-attention.
+            layer_cache, chunk: The cache of this layer and the chunk's place in it; in cross-attention, the cache
+                keeps the keys and values of the prompt.
+            sp_mesh: The ranks that hold the other frames of the clip, for self-attention without a cache;
+                `hidden_states` are then this rank's tokens, and `attention_mask` is for all tokens in natural order.
 
         Returns:
-            `[B, tokens, dim]`.
+            The attended hidden states, `[B, tokens, dim]`.
         """
         if attn.is_cross_attention:
             states = self._attend_to_text(attn, hidden_states, encoder_hidden_states, attention_mask, layer_cache)
@@ -71,7 +73,7 @@ class LongLiveAttnProcessor:
             return attend(query, key, value, self._attention_backend)
         if sp_mesh is None:
             return self._attend_by_chunks(query, key, value, attention_mask)
-        # Rotated before they travel: a rank needs the positions and the angles of its own frames only.
+        # Rotated before the exchange, so that a rank needs the positions and angles of its own frames only.
         query, key, value = scatter_heads(torch.stack([query, key, value], dim=2), sp_mesh).unbind(2)
         return gather_heads(self._attend_by_chunks(query, key, value, attention_mask), sp_mesh)
 
@@ -86,14 +88,14 @@ class LongLiveAttnProcessor:
         if layer_cache is not None and not torch.is_grad_enabled():
             if layer_cache.text is None:
                 text = project_text(attn, encoder_hidden_states)
-                # Kept heads first, like the frames: each head's keys are then contiguous at every forward.
+                # Stored heads first, like the frames: each head's keys are then contiguous in every forward.
                 layer_cache.text = tuple(states.transpose(1, 2).contiguous().transpose(1, 2) for states in text)
             return attend(query, *layer_cache.text, self._attention_backend)
 
         key, value = project_text(attn, encoder_hidden_states)
         if key.ndim == 4:
             return attend(query, key, value, self._attention_backend)
-        # One text for each chunk of this rank: [B, halves * chunks * n, H, D] meets it as a batch of B * chunks.
+        # Each chunk of this rank has a prompt: queries [B, halves * chunks * n, H, D] become a batch of B * chunks.
         halves, chunks = attention_mask.num_halves, attention_mask.chunks_per_rank
         query = query.unflatten(1, (halves, chunks, -1)).transpose(1, 2)  # [B, chunks, halves, n, H, D]
         states = attend(
@@ -104,12 +106,12 @@ class LongLiveAttnProcessor:
 
 
 def split_heads(attn: WanAttention, *states: torch.Tensor) -> list[torch.Tensor]:
-    """`[..., tokens, dim]` -> `[..., tokens, heads, head_dim]`."""
+    """Split `[..., tokens, dim]` into `[..., tokens, heads, head_dim]`."""
     return [x.unflatten(-1, (attn.heads, -1)) for x in states]
 
 
 def project_text(attn: WanAttention, text: torch.Tensor) -> list[torch.Tensor]:
-    """Keys and values `[..., L, heads, head_dim]` of projected text `[..., L, dim]`."""
+    """Return the keys and values `[..., L, heads, head_dim]` of projected prompt embeddings `[..., L, dim]`."""
     if attn.fused_projections:
         key, value = attn.to_kv(text).chunk(2, dim=-1)
     else:

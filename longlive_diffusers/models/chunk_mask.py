@@ -1,9 +1,9 @@
-"""Which chunks see which in training, as dense attention chunk by chunk or as a mask of FlexAttention.
+"""Which chunks see which in training, as dense attention chunk by chunk or as a block mask for FlexAttention.
 
 Masks of this model are made of whole chunks, so none is ever built for a dense kernel: each chunk's queries attend, in
 one unmasked call, to exactly the keys they may see. That works with every backend of `dispatch_attention_fn`, has a
-backward on every device, and computes no score that a mask would throw away. FlexAttention (backend "flex") takes the
-same rule as a block mask instead; it needs a GPU for the backward.
+backward on every device, and computes no score that a mask would discard. FlexAttention (backend "flex") takes the
+same rule as a block mask instead; its backward needs a GPU.
 """
 
 import functools
@@ -40,7 +40,7 @@ class ChunkMask:
         return self.num_chunks // self.num_ranks
 
     def dense(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend) -> torch.Tensor:
-        """Chunk-wise attention; all tensors `[B, tokens, heads, head_dim]`."""
+        """Compute attention chunk by chunk; all tensors are `[B, tokens, heads, head_dim]`."""
         size = self.chunk_tokens
         seen_keys, seen_values = (prefixes(self._past(states), size) for states in (key, value))
         own_queries, own_keys, own_values = (states.split(size, dim=1) for states in (query, key, value))
@@ -55,11 +55,11 @@ class ChunkMask:
         return torch.cat(outputs, dim=1)
 
     def block_mask(self, device: torch.device) -> BlockMask:
-        """The same rule for FlexAttention."""
+        """Return the same rule as a block mask for FlexAttention."""
         return _block_mask(self, device)
 
     def allows(self, query_token: torch.Tensor, key_token: torch.Tensor) -> torch.Tensor:
-        """The rule itself, on token indices."""
+        """Whether a query token sees a key token, both given by index: the rule itself."""
         query_chunk, query_noisy = self._place(query_token // self.chunk_tokens)
         key_chunk, key_noisy = self._place(key_token // self.chunk_tokens)
         if not self.has_clean:
@@ -68,8 +68,8 @@ class ChunkMask:
         return own_chunk | ((key_chunk < query_chunk) & ~key_noisy)
 
     def _place(self, index):
-        """Of the `index`-th run of `chunk_tokens` tokens (a number or a tensor): its chunk, and whether it is noisy
-        beside a clean half."""
+        """Return the chunk of the `index`-th run of `chunk_tokens` tokens (an integer or a tensor), and whether the
+        run belongs to the noisy half of `[clean; noisy]` tokens."""
         chunks = self.chunks_per_rank
         per_rank = self.num_halves * chunks
         return index // per_rank * chunks + index % chunks, index % per_rank >= chunks
@@ -77,20 +77,20 @@ class ChunkMask:
     def _past(self, states: torch.Tensor) -> torch.Tensor:
         """The tokens that later chunks see, in the order of chunks: the clean ones, if there are any.
 
-        Gathered once: a copy only where several ranks' noisy tokens lie between them.
+        They are gathered once, and copied only where the noisy tokens of several ranks lie between them.
         """
         return states.unflatten(1, (self.num_ranks, self.num_halves, -1))[:, :, 0].flatten(1, 2)
 
 
 def prefixes(states: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    """The first 0, 1, 2, ... chunks of `size` tokens of `[B, tokens, ...]`, views."""
+    """Return the first 0, 1, 2, ... chunks of `size` tokens of `[B, tokens, ...]`, as views."""
     if in_plain_autograd():
         return _Prefixes.apply(states, size)
     return tuple(states[:, :stop] for stop in range(0, states.shape[1] + 1, size))
 
 
 class _Prefixes(torch.autograd.Function):
-    """Their gradients are summed in one buffer; those of slices made one by one each fill a whole one with zeros."""
+    """Prefixes whose gradients are summed in one buffer; with plain slices, each would fill a full one with zeros."""
 
     @staticmethod
     def forward(ctx, states: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
@@ -109,10 +109,11 @@ class _Prefixes(torch.autograd.Function):
 
 @functools.lru_cache(maxsize=8)
 def _block_mask(mask: ChunkMask, device: torch.device) -> BlockMask:
-    """Made of the rule on whole chunks: on all pairs of tokens, for 96 frames of 704x1280, it would take 28 GB.
+    """Build the block mask from the rule on whole chunks: on all pairs of tokens, it would take 28 GB for 96 frames of
+    704x1280.
 
-    A block of 128 tokens lies in one chunk or straddles several. It sees another in full where all chunks of the one
-    see all of the other, in part where some do.
+    A block of 128 tokens lies in one chunk or straddles several. It sees another block in full where all chunks of the
+    one see all chunks of the other, and in part where some do.
     """
     runs = mask.num_chunks * mask.num_halves
     tokens, size = runs * mask.chunk_tokens, 128
@@ -137,6 +138,6 @@ def _block_mask(mask: ChunkMask, device: torch.device) -> BlockMask:
 
 
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the blocks that each query block sees, `[blocks, blocks]`: how many, and which, these first."""
+    """Return how many blocks each query block of `[blocks, blocks]` sees, and all block indices, those in front."""
     order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True).int()
     return blocks.sum(-1, dtype=torch.int32)[None, None], order[None, None]

@@ -1,17 +1,17 @@
-"""Keys or values of latent frames in few bits: NVFP4, or FP8 for those who want more of them.
+"""Storage of the keys or values of latent frames in few bits: NVFP4, or FP8 for those who want more of them.
 
 What is cached is read by every later chunk and written once, so it pays to write it small. The stores have one
 interface (`write`, `read_into`, `num_bytes`, `unsupported_reason`) and stand in one registry, `FRAME_STORES`, from
-which `kv_cache_dtype`, the command line's choices and the checks take their names. One frame of one head has scales of
-its own, so that frames can be replaced one by one.
+which `kv_cache_dtype`, the command line's choices and the checks take their names. Each frame of each head has its own
+scales, so that frames can be replaced one by one.
 
-Keys in NVFP4 are *centered* first: from the keys of a frame their mean over tokens is taken, for each head and
-channel, kept in float32, and added again when they are read. Channels of keys have large offsets that all tokens
-share; with them, the 4 bits are spent on the offset and little is left for the differences between tokens, which are
-all that attention looks at. It cannot see what all keys share: a vector m added to every key adds q.m to every score
-of a query q, and softmax cancels what is added to all. (Frames have different means, so these are kept, not dropped.
-The mean over
-*channels*, which LongLive-2.0's code takes, is another thing: it differs from token to token, so attention sees it.)
+Keys in NVFP4 are *centered* first: the mean over the tokens of a frame is subtracted, for each head and channel, kept
+in float32, and added back when the keys are read. Channels of keys have large offsets that all tokens share; with
+them, the 4 bits are spent on the offset and little is left for the differences between tokens, which are all that
+attention looks at. Attention cannot see what all keys share: a vector m added to every key adds q.m to every score of
+a query q, and softmax cancels what is added to all. (Frames have different means, so these are kept, not dropped. The
+mean over *channels*, which LongLive-2.0's code subtracts, is another thing: it differs from token to token, so
+attention sees it.)
 """
 
 import torch
@@ -29,9 +29,9 @@ class NVFP4Frames:
     Frames in NVFP4, with linear scales.
 
     Args:
-        shape: `[B, heads, slots, tokens, head_dim]`; head_dim is a multiple of 16.
-        device: Where they are kept.
-        for_keys: Whether these are keys, whose mean over tokens is kept apart.
+        shape: The shape of the store, `[B, heads, slots, tokens, head_dim]`; head_dim is a multiple of 16.
+        device: The device that the frames are stored on.
+        for_keys: Whether these are keys, whose mean over tokens is stored separately.
         scale_rule: How the scales are chosen, see `nvfp4/rules.py`.
 
     Raises:
@@ -58,7 +58,7 @@ class NVFP4Frames:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of everything that is stored."""
+        """The memory of everything that is stored, in bytes."""
         buffers = (self.codes, self.scales, self.amax, self.mean)
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
@@ -77,7 +77,7 @@ class NVFP4Frames:
         self.amax[samples, :, slots] = amax
 
     def read_into(self, target: torch.Tensor, length: int) -> None:
-        """Dequantize the first `length` slots into those of `target` `[B, heads, slots, tokens, head_dim]`."""
+        """Dequantize the first `length` slots into those of `target`, `[B, heads, slots, tokens, head_dim]`."""
         if not length:
             return
         rule, head_dim = scale_rule_named(self.scale_rule), target.shape[-1]
@@ -87,7 +87,7 @@ class NVFP4Frames:
             kernels.read_frames(self.codes, self.scales, self.amax, self.mean, rule, target, length)
             return
         codes, scales, amax = (part[:, :, :length] for part in (self.codes, self.scales, self.amax))
-        # Scales are few, so they take the global one along; what is large is touched once.
+        # The block scales are few, so they absorb the global one; the large tensor is touched only once.
         scales = scales.view(torch.float8_e4m3fn).float() * (amax / rule.span)
         values = in_block_scales(codes, scales)
         if self.mean is not None:
@@ -100,9 +100,9 @@ class FP8Frames:
     Frames in float8_e4m3fn, with one scale for each frame of each head.
 
     Args:
-        shape: `[B, heads, slots, tokens, head_dim]`.
-        device: Where they are kept.
-        for_keys: Keys are stored as values are: 8 bits have room for their offsets.
+        shape: The shape of the store, `[B, heads, slots, tokens, head_dim]`.
+        device: The device that the frames are stored on.
+        for_keys: Ignored: keys are stored like values, because 8 bits have room for their offsets.
     """
 
     def __init__(self, shape: Shape, device: torch.device, *, for_keys: bool):
@@ -116,11 +116,11 @@ class FP8Frames:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of everything that is stored."""
+        """The memory of everything that is stored, in bytes."""
         return self.codes.nbytes + self.scale.nbytes
 
     def write(self, samples: torch.Tensor, slots: torch.Tensor, frames: torch.Tensor) -> None:
-        """As `NVFP4Frames.write`."""
+        """Quantize frames into slots, like [`NVFP4Frames.write`]."""
         states = frames.float()
         scale = states.abs().amax(dim=(-2, -1), keepdim=True) / MAX_SCALE
         codes = (states / scale.clamp(min=1e-30)).clamp(-MAX_SCALE, MAX_SCALE).to(torch.float8_e4m3fn)
@@ -128,7 +128,7 @@ class FP8Frames:
         self.scale[samples, :, slots] = scale
 
     def read_into(self, target: torch.Tensor, length: int) -> None:
-        """As `NVFP4Frames.read_into`."""
+        """Dequantize slots, like [`NVFP4Frames.read_into`]."""
         if length:
             codes = self.codes[:, :, :length].view(torch.float8_e4m3fn)
             target[:, :, :length] = codes.float().mul_(self.scale[:, :, :length])
@@ -137,4 +137,4 @@ class FP8Frames:
 FrameStore = NVFP4Frames | FP8Frames
 
 FRAME_STORES: dict[str, type[NVFP4Frames] | type[FP8Frames]] = {"nvfp4": NVFP4Frames, "fp8": FP8Frames}
-"""The stores in few bits, by the names that `kv_cache_dtype` and the command line call them."""
+"""The stores in few bits, by their names in `kv_cache_dtype` and on the command line."""

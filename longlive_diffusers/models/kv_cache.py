@@ -67,18 +67,18 @@ class KVCache:
 
     Args:
         num_layers, num_heads, head_dim: The sizes of the network.
-        batch_size: Videos that are streamed together.
-        grid_height, grid_width: Tokens of one frame along each axis.
-        window_size: Latent frames that fit.
+        batch_size: The number of videos that are streamed together.
+        grid_height, grid_width: The number of tokens of a frame along each axis.
+        window_size: The number of latent frames that the cache holds.
         sink_size: How many of the video's first frames are never evicted.
-        chunk_size: Latent frames of a chunk.
+        chunk_size: The number of latent frames in a chunk.
         multi_shot_sink: Whether the first `min(sink_size, chunk_size)` frames of the current shot are kept as well.
         relative_rope: Whether time positions are counted from the cached frames (endless video) instead of from the
             video's start.
         dtype: What keys and values are stored as: float32, bfloat16, float16, "nvfp4" (3.5 times smaller than
             bfloat16) or "fp8"; see `resolve_kv_cache_dtype`.
-        raw_dtype: The dtype of the unrotated keys that relative RoPE keeps of sinks and pins, beside packed ones.
-        device: Where keys and values are stored.
+        raw_dtype: The dtype of the unrotated keys of sinks and pins that relative RoPE keeps, where `dtype` is packed.
+        device: The device that keys and values are stored on.
         theta: The base of the rotary frequencies.
 
     Raises:
@@ -135,7 +135,7 @@ class KVCache:
         return len(self._layers)
 
     def reset(self) -> None:
-        """Forget every frame and the text; the memory is kept for the next video."""
+        """Forget every frame and the cached text; the memory is kept for the next video."""
         self.num_frames_seen = 0
         self._samples = [_Sample() for _ in range(self.batch_size)]
         self._chunk: ChunkSlots | None = None
@@ -143,12 +143,12 @@ class KVCache:
 
     @property
     def num_cached_frames(self) -> int:
-        """Latent frames now held for each sample."""
+        """The number of latent frames currently held for each sample."""
         return len(self._samples[0].slots)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the stored keys and values; of packed ones, with the buffers that they are unpacked to."""
+        """The memory of the stored keys and values, in bytes; with the buffers that packed ones are unpacked to."""
         return sum(layer.num_bytes for layer in self._layers) + self._dequant_buffers.num_bytes
 
     @property
@@ -156,7 +156,7 @@ class KVCache:
         """Where the chunk in progress is written and read.
 
         Raises:
-            ValueError: Before the first `begin_chunk`.
+            ValueError: If no chunk was begun yet.
         """
         if self._chunk is None:
             raise ValueError("No chunk is open in this KV cache: call `begin_chunk(num_frames)` before the forward.")
@@ -173,18 +173,18 @@ class KVCache:
         opens_shot: bool | Sequence[bool] = False,
         rope_offset: float | Sequence[float] = 0.0,
     ) -> ChunkSlots:
-        """Finish the chunk before and make room for the next `num_frames` latent frames.
+        """Finish the previous chunk and make room for the next `num_frames` latent frames.
 
         Args:
-            num_frames: Latent frames of the chunk.
+            num_frames: The number of latent frames in the chunk.
             opens_shot: Whether the chunk opens a new shot; one value, or one for each sample. The first chunk of a
                 video always does.
             rope_offset: Added to the frame index to give the time position; one value, or one for each sample.
                 Ignored with relative RoPE.
 
         Raises:
-            ValueError: For a number of frames that is no chunk; in a packed cache, where the chunk before was not
-                finished, so that nothing of it was stored.
+            ValueError: If `num_frames` is not between 1 and `chunk_size`; or, in a packed cache, if the previous chunk
+                was not finished, so that nothing of it was stored.
         """
         if self.is_packed and self._chunk is not None and not self._chunk.finished:
             raise ValueError(
@@ -211,22 +211,22 @@ class KVCache:
         return self._chunk
 
     def finish_chunk(self) -> None:
-        """Before the forward on the chunk's clean latents: what that one computes is what is remembered."""
+        """Mark the chunk as finished, so that the next forward, on its clean latents, computes what is remembered."""
         self._chunk = replace(self.chunk, finished=True)
 
     def recache(self) -> Iterator[list[list[int]]]:
         """Rewrite every cached frame, oldest first, at its old position.
 
-        For each chunk of cached frames, yields the frame indices `[B][n]` whose clean latents the caller is to run
-        through the network at timestep 0; meanwhile only frames already rewritten can be attended to. For a prompt
-        switch: afterwards, history no longer carries the old prompt. The text that was cached is forgotten.
+        For each chunk of cached frames, yields the frame indices `[B][n]` whose clean latents the caller must run
+        through the network at timestep 0; meanwhile, only frames that were already rewritten can be attended to. This
+        is for a prompt switch: afterwards, the history no longer carries the old prompt. The cached text is forgotten.
         """
         self.clear_text()
         chronological = [self.cached_frames(sample) for sample in range(self.batch_size)]
         for sample in self._samples:
             sample.slots = []
-        # Samples may hold different shots, but they hold whole chunks, or all the same frames: groups have equal
-        # sizes.
+        # Samples may hold different shots, but they hold whole chunks, or all hold the same frames, so groups have
+        # equal sizes.
         start, total = 0, len(chronological[0])
         while start < total:
             chunk = chronological[0][start].index // self.chunk_size
@@ -241,25 +241,25 @@ class KVCache:
             start = stop
 
     def has_text(self, encoder_hidden_states: torch.Tensor) -> bool:
-        """Whether the cached text keys and values were computed from this very tensor, unchanged since."""
+        """Whether the cached text keys and values were computed from this very tensor, and it is unchanged since."""
         if self._text_source is None:
             return False
         source, version = self._text_source
         return source is encoder_hidden_states and version == _version_of(source)
 
     def cache_text(self, encoder_hidden_states: torch.Tensor) -> None:
-        """Take this tensor for the source of what the layers compute at the next forward."""
+        """Register this tensor as the source of the text keys and values that the next forward computes."""
         self.clear_text()
         self._text_source = (encoder_hidden_states, _version_of(encoder_hidden_states))
 
     def clear_text(self) -> None:
-        """Make the layers compute their text keys and values anew at the next forward."""
+        """Make the layers compute their text keys and values again in the next forward."""
         self._text_source: tuple[torch.Tensor, int | None] | None = None
         for layer in self._layers:
             layer.reset()
 
     def _pin(self, sample: _Sample, indices: range, opens_shot: bool) -> None:
-        """A shot's first frames become its pin only now that their chunk is finished."""
+        """Pin the frames that opened a shot, now that their chunk is finished, and note those that open the next."""
         if sample.opening:
             for index in sample.pinned:
                 if index >= self.sink_size:
@@ -274,8 +274,8 @@ class KVCache:
                     sample.raw_slots[index] = next(free)
 
     def _place(self, sample: _Sample, frames: list[CachedFrame]) -> list[int]:
-        """Give each new frame a slot: the next free one or, once the chunk does not fit, that of the oldest frame that
-        may go. Where too few may go (the sinks end within a chunk), free slots serve the rest."""
+        """Give each new frame a slot: the next free one or, once the chunk does not fit, that of the oldest evictable
+        frame. Where too few frames are evictable (the sinks end within a chunk), the rest take free slots."""
         first_free = len(sample.slots)
         if first_free + len(frames) <= self.window_size:
             sample.slots += frames
@@ -293,7 +293,7 @@ class KVCache:
         return [*slots, *range(first_free, first_free + len(rest))]
 
     def _close_gaps(self) -> None:
-        """Relative RoPE: bring the frames before an evicted stretch as close to the newest frame as they now are."""
+        """For relative RoPE, move the frames before an evicted stretch to their new distance from the newest frame."""
         moves = []  # (sample, slot, slot of the unrotated key, position)
         newest = self.num_frames_seen - 1
         for index, sample in enumerate(self._samples):
@@ -351,13 +351,13 @@ class KVCache:
 
 
 def _version_of(tensor: torch.Tensor) -> int | None:
-    """How often `tensor` was changed in place; None where PyTorch does not count, in inference mode, or cannot tell,
-    while compiling. There, only another tensor is seen to be another text."""
+    """How often `tensor` was changed in place; None where PyTorch does not count (in inference mode) or cannot tell
+    (while compiling). There, only a different tensor is recognized as a different text."""
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def check_window(window_size: int, sink_size: int, chunk_size: int, multi_shot_sink: bool) -> None:
-    """Raise a ValueError that states the numbers, unless a chunk always fits beside what is protected."""
+    """Raise a ValueError that states the numbers, unless a chunk always fits beside the protected frames."""
     if not all(isinstance(size, Integral) for size in (window_size, sink_size, chunk_size)):
         raise ValueError(
             f"`window_size`, `sink_size` and `chunk_size` are whole numbers of latent frames, got {window_size}, "

@@ -1,4 +1,4 @@
-"""What one layer remembers of a streamed video: keys and values, in the network's precision or in fewer bits."""
+"""The KV cache of one layer: keys and values of a streamed video, in the network's precision or in fewer bits."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,22 @@ from .rotary import apply_rotary
 
 
 KV_CACHE_DTYPES = (*DTYPES, *FRAME_STORES)
-"""Every way to store keys and values, by name: a floating-point type, or a store of few bits."""
+"""Every way to store keys and values, by name: a floating-point dtype, or a store in few bits."""
 
 
 def resolve_kv_cache_dtype(dtype: torch.dtype | str, head_dim: int) -> torch.dtype | str:
     """
-    The one place that decides what keys and values can be stored as.
+    Resolve what keys and values are stored as; the one place that decides what is possible.
 
     Args:
-        dtype: A name of `KV_CACHE_DTYPES`, or a floating-point `torch.dtype` that one of them stands for.
-        head_dim: Channels of an attention head of the network.
+        dtype: A name in `KV_CACHE_DTYPES`, or a floating-point `torch.dtype` that one of them stands for.
+        head_dim: The number of channels of an attention head.
 
     Returns:
         A `torch.dtype`, or the name of a store in few bits.
 
     Raises:
-        ValueError: If nothing is stored as this, or not with this head_dim.
+        ValueError: If keys and values cannot be stored as `dtype`, or not with this `head_dim`.
     """
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype in DTYPES.values():
@@ -40,12 +40,12 @@ def resolve_kv_cache_dtype(dtype: torch.dtype | str, head_dim: int) -> torch.dty
 
 @dataclass(frozen=True)
 class ChunkSlots:
-    """Where the forwards of one chunk write and read; made once for each chunk, the same for all layers.
+    """Where the forwards of one chunk write and read; created once for each chunk, the same for all layers.
 
     `samples` and `slots` are int64 `[B, 1]` and `[B, num_frames]`: sample b's frames are written to `slots[b]`.
     `length` is the number of filled slots. `raw_samples`, `raw_frames`, `raw_slots` (int64 `[n]`, or None) name the
-    frames of the chunk whose unrotated keys are kept as well. `finished`: the latents are the clean ones, and what
-    the forward computes is what is to be remembered.
+    frames of the chunk whose unrotated keys are kept as well. `finished` tells whether the latents are the clean ones,
+    so that what the forward computes is what is remembered.
     """
 
     num_frames: int
@@ -60,7 +60,7 @@ class ChunkSlots:
 
 
 class LayerCacheBase:
-    """What both kinds of layer keep as it is: the text's keys and values and, for relative RoPE, unrotated keys."""
+    """What both layer caches keep unpacked: keys and values of the text and, for relative RoPE, unrotated keys."""
 
     def __init__(self, shape: Shape, num_raw_slots: int, raw_dtype: torch.dtype, device: torch.device):
         raw_shape = (*shape[:2], num_raw_slots, *shape[3:])
@@ -77,7 +77,7 @@ class LayerCacheBase:
             self.raw_key[chunk.raw_samples, :, chunk.raw_slots] = raw_frames.detach().to(self.raw_key.dtype)
 
     def _rotated(self, samples: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-        """Kept keys, `[n, heads, tokens, head_dim]`, at the positions of `rotary`."""
+        """Return kept unrotated keys, `[n, heads, tokens, head_dim]`, rotated by `rotary`."""
         raw = self.raw_key[samples, :, raw_slots].transpose(1, 2)  # [n, tokens, heads, head_dim]
         return apply_rotary(raw, rotary).transpose(1, 2)
 
@@ -85,8 +85,8 @@ class LayerCacheBase:
 class LayerKVCache(LayerCacheBase):
     """Keys and values of one layer, `[B, heads, slots, tokens per frame, head_dim]`, preallocated.
 
-    Heads come before slots so that what one head reads is contiguous. The interface is all that the attention
-    processor and `KVCache` know; `PackedLayerKVCache` stores in fewer bits behind the same one.
+    Heads come before slots so that what one head reads is contiguous. The attention processor and `KVCache` rely on
+    this interface only; `PackedLayerKVCache` stores fewer bits behind the same interface.
     """
 
     def __init__(self, shape: Shape, num_raw_slots: int, dtype: torch.dtype, device: torch.device):
@@ -132,36 +132,36 @@ class LayerKVCache(LayerCacheBase):
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the stored keys and values; the text's are not counted."""
+        """The memory of the stored keys and values, in bytes; those of the text are not counted."""
         return sum(buffer.nbytes for buffer in (self.key, self.value, self.raw_key) if buffer is not None)
 
 
 class DequantBuffers:
-    """Where packed layers unpack what a forward attends to: one pair of buffers for all layers, as they run one after
-    the other."""
+    """The buffers that packed layers unpack into what a forward attends to: one pair for all layers, since these run
+    one after the other."""
 
     def __init__(self, shape: Shape, device: torch.device):
         self.shape, self.device = shape, device
-        self._buffers: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._pairs: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of_dtype(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The buffers for keys and for values, made when they are first needed."""
-        if dtype not in self._buffers:
+        """Return the buffers for keys and for values; they are allocated when first needed."""
+        if dtype not in self._pairs:
             key, value = (torch.zeros(self.shape, dtype=dtype, device=self.device) for _ in range(2))
-            self._buffers = {dtype: (key, value)}
-        return self._buffers[dtype]
+            self._pairs = {dtype: (key, value)}
+        return self._pairs[dtype]
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.nbytes for pair in self._buffers.values() for buffer in pair)
+        return sum(buffer.nbytes for pair in self._pairs.values() for buffer in pair)
 
 
 class PackedLayerKVCache(LayerCacheBase):
     """A [`LayerKVCache`] in NVFP4 or FP8.
 
     A chunk is quantized once, in the forward on its clean latents (`chunk.finished`); in the forwards before, it is
-    attended to as it is and not stored. The unrotated keys that relative RoPE keeps of sinks and pins stay as they
-    are, so that a key that is rotated again is still quantized once.
+    attended to unquantized and not stored. The unrotated keys of sinks and pins that relative RoPE keeps are not
+    quantized, so that a key that is rotated again is still quantized only once.
     """
 
     def __init__(
@@ -181,10 +181,10 @@ class PackedLayerKVCache(LayerCacheBase):
     def update(
         self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, chunk: ChunkSlots
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As [`LayerKVCache.update`]; what is returned without gradients are views of buffers that the next layer's
-        update overwrites."""
+        """Store the chunk and return everything that is cached, like [`LayerKVCache.update`], except that the views
+        returned without gradients are of buffers that the next layer's update overwrites."""
         heads_first = [in_frames(states, chunk.num_frames) for states in (key, value)]
-        cached = self._dequantize(chunk.length, key.dtype)
+        cached = self._unpack(chunk.length, key.dtype)
         if torch.is_grad_enabled():
             cached = (cached[0].clone(), cached[1].clone())
         for states, new in zip(cached, heads_first, strict=True):
@@ -197,22 +197,22 @@ class PackedLayerKVCache(LayerCacheBase):
 
     def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` slots as they were stored, `[B, length * tokens, heads, head_dim]`."""
-        key, value = self._dequantize(length, dtype or torch.float32)
+        key, value = self._unpack(length, dtype or torch.float32)
         return joined_tokens(key).clone(), joined_tokens(value).clone()
 
     def rotate_again(
         self, samples: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
     ) -> None:
-        """As [`LayerKVCache.rotate_again`]."""
+        """Rotate kept unrotated keys and store them, like [`LayerKVCache.rotate_again`]."""
         self.key.write(samples, slots, self._rotated(samples, raw_slots, rotary))
 
     @property
     def num_bytes(self) -> int:
-        """As of [`LayerKVCache`], without the buffers for dequantizing, which all layers share."""
+        """The memory of the stored keys and values, in bytes, without the [`DequantBuffers`] that all layers share."""
         raw = 0 if self.raw_key is None else self.raw_key.nbytes
         return self.key.num_bytes + self.value.num_bytes + raw
 
-    def _dequantize(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _unpack(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = (buffer[:, :, :length] for buffer in self._dequant_buffers.of_dtype(dtype))
         self.key.read_into(key, length)
         self.value.read_into(value, length)

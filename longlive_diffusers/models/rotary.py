@@ -10,7 +10,7 @@ import torch
 
 
 def axis_frequencies(channels: int, theta: float, device: torch.device | None = None) -> torch.Tensor:
-    """Angular frequencies of one axis, float64 `[channels / 2]`."""
+    """Return the angular frequencies of one axis, float64 `[channels / 2]`."""
     exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
     return 1.0 / theta**exponents
 
@@ -18,17 +18,17 @@ def axis_frequencies(channels: int, theta: float, device: torch.device | None = 
 def rotary_embedding(
     time_positions: torch.Tensor, height: int, width: int, head_dim: int, *, theta: float = 10000.0
 ) -> torch.Tensor:
-    """Rotation of every token of the given frames.
+    """Return the rotation of every token of the given frames.
 
     Args:
-        time_positions: `[F]` or `[B, F]`, position of each frame on the time axis; any real number.
-        height, width: Tokens of one frame along each axis.
-        head_dim: Channels of one attention head.
-        theta: Base of the frequencies.
+        time_positions: The position of each frame on the time axis, any real number, `[F]` or `[B, F]`.
+        height, width: The number of tokens of a frame along each axis.
+        head_dim: The number of channels of an attention head.
+        theta: The base of the frequencies.
 
     Returns:
-        Cosine and sine of each channel pair's angle, float32 `[B or 1, F * height * width, 1, head_dim / 2, 2]`, on
-        the device of `time_positions`.
+        The cosine and sine of each channel pair's angle, float32 `[B or 1, F * height * width, 1, head_dim / 2, 2]`,
+        on the device of `time_positions`.
     """
     device = time_positions.device
     time_positions = torch.atleast_2d(time_positions).to(torch.float64)  # [B or 1, F]

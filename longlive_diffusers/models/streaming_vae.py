@@ -1,8 +1,8 @@
-"""Decode and encode video a chunk at a time, in constant memory, with the result of doing it whole.
+"""Decode and encode video a chunk at a time, in constant memory, with the same result as in a single call.
 
 Wan's VAE is causal in time: each convolution needs the last frames of its own input, nothing later. `vae.decode` keeps
 these in a feature cache, but clears it at the start and end of every call. Here the caller's object owns the cache, so
-that it lives from chunk to chunk. The first latent frame gives one frame, every later one four.
+that it lives from chunk to chunk. The first latent frame gives one pixel frame, every later one four.
 """
 
 from itertools import pairwise
@@ -19,7 +19,7 @@ class StreamingDecoder:
     """
     `decode(chunk)` for the chunks of one video, in order, gives what `vae.decode` gives for all of them at once, bit
     for bit; also with `vae.enable_slicing()` and `vae.enable_tiling()`. (In float32 on a CPU the last bit of the one
-    convolution that `vae.decode` applies to all frames at once may differ: PyTorch picks its kernel by their number.)
+    convolution that `vae.decode` applies to all frames at once may differ: PyTorch picks its kernel by their count.)
 
     Args:
         vae: An `AutoencoderKLWan`; not changed, and free for other uses between calls.
@@ -30,13 +30,15 @@ class StreamingDecoder:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the video so far: the next chunk is the first of another one."""
+        """Forget the video so far: the next chunk begins a new one."""
         self._caches: dict[tuple[int, int, int], list] = {}
         self._shape: tuple[int, ...] | None = None
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """
+        Decode the next chunk.
+
         Args:
             latents: The next latent frames `[B, z_dim, F, h, w]`, as `vae.decode` takes them (not normalized).
 
@@ -44,7 +46,7 @@ class StreamingDecoder:
             Pixels in [-1, 1], `[B, 3, frames, H, W]`; 1 + 4 (F - 1) frames for the first chunk, 4 F for later ones.
 
         Raises:
-            ValueError: For latents of another shape than the network's, or than the chunk before.
+            ValueError: For latents whose shape does not fit the network or the previous chunk.
         """
         channels = self.vae.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] < 1:
@@ -60,20 +62,20 @@ class StreamingDecoder:
             return torch.cat([self._decode_slice(part, i, first) for i, part in enumerate(latents.split(1))])
         return self._decode_slice(latents, 0, first)
 
-    def _decode_slice(self, latents: torch.Tensor, number: int, first: bool) -> torch.Tensor:
+    def _decode_slice(self, latents: torch.Tensor, slice_index: int, first: bool) -> torch.Tensor:
         vae, (height, width) = self.vae, latents.shape[-2:]
         ratio = vae.spatial_compression_ratio
         tile_height, tile_width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
         if vae.use_tiling and (width > tile_width or height > tile_height):
-            pixels = self._decode_tiles(latents, number, first, tile_height, tile_width)
+            pixels = self._decode_tiles(latents, slice_index, first, tile_height, tile_width)
         else:
-            pixels = self._decode_tile(vae.post_quant_conv(latents), (number, 0, 0), first)
+            pixels = self._decode_tile(vae.post_quant_conv(latents), (slice_index, 0, 0), first)
         if vae.config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
         return torch.clamp(pixels, min=-1.0, max=1.0)
 
     def _decode_tile(self, latents: torch.Tensor, key: tuple[int, int, int], first: bool) -> torch.Tensor:
-        """Frame by frame through the decoder, with the feature cache of this slice and tile."""
+        """Decode frame by frame, with the feature cache of this slice and tile."""
         vae = self.vae
         cache = self._caches.setdefault(key, [None] * vae._cached_conv_counts["decoder"])
         frames = [
@@ -82,8 +84,8 @@ class StreamingDecoder:
         ]
         return torch.cat(frames, dim=2)
 
-    def _decode_tiles(self, latents, number: int, first: bool, tile_height: int, tile_width: int) -> torch.Tensor:
-        """Overlapping tiles, blended at their seams; `AutoencoderKLWan.tiled_decode` decides sizes and blending."""
+    def _decode_tiles(self, latents, slice_index: int, first: bool, tile_height: int, tile_width: int) -> torch.Tensor:
+        """Decode overlapping tiles and blend their seams, with the sizes and blending of `vae.tiled_decode`."""
         vae, (height, width) = self.vae, latents.shape[-2:]
         ratio, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
         step_height, step_width = vae.tile_sample_stride_height // ratio, vae.tile_sample_stride_width // ratio
@@ -99,9 +101,9 @@ class StreamingDecoder:
             row = []
             for left in range(0, width, step_width):
                 tile = latents[..., top : top + tile_height, left : left + tile_width]
-                # Frame by frame, as there: its last bit can depend on how many frames it is given.
+                # Frame by frame, like `tiled_decode`: the last bit can depend on the number of frames.
                 tile = torch.cat([vae.post_quant_conv(frame) for frame in tile.split(1, dim=2)], dim=2)
-                row.append(self._decode_tile(tile, (number, top, left), first))
+                row.append(self._decode_tile(tile, (slice_index, top, left), first))
             rows.append(row)
         blended = []
         for i, row in enumerate(rows):
@@ -138,15 +140,17 @@ class StreamingEncoder:
     @torch.no_grad()
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         """
+        Encode the next frames.
+
         Args:
-            frames: Pixels in [-1, 1], `[B, 3, frames, H, W]`: 1 + 4 n frames at first, 4 n later.
+            frames: Pixels in [-1, 1], `[B, 3, frames, H, W]`: 1 + 4 n frames in the first call, 4 n in later ones.
 
         Returns:
             Latents `[B, z_dim, F, h, w]`, not normalized; one for the first frame and one for each four after it.
 
         Raises:
-            ValueError: For another number of frames, saying which would do; for pixels of another shape than the
-                network's, or than the frames before.
+            ValueError: For another number of frames (the message states which would do), or for pixels whose shape
+                does not fit the network or the previous frames.
         """
         vae, opens_video, scale = self.vae, self._shape is None, self.vae.config.scale_factor_temporal
         channels = vae.config.in_channels // (vae.config.patch_size or 1) ** 2
@@ -170,8 +174,8 @@ class StreamingEncoder:
 
 
 def groups_of_latents(frames: torch.Tensor, opens_video: bool, temporal_scale: int) -> list[torch.Tensor]:
-    """The pixel frames `[B, 3, frames, H, W]` that each latent frame is made of: one for the first of a video,
-    `temporal_scale` for every other; views."""
+    """Split pixel frames `[B, 3, frames, H, W]` into those of each latent frame: one for the first of a video,
+    `temporal_scale` for every other; they are views."""
     num_latents = latent_frames(frames.shape[2], opens_video=opens_video, temporal_scale=temporal_scale)
     borders = [
         pixel_frames(index, opens_video=opens_video, temporal_scale=temporal_scale) for index in range(num_latents + 1)
@@ -184,12 +188,12 @@ def encode_video(
     vae: AutoencoderKLWan, pixels: torch.Tensor, device: torch.device | str | None = None
 ) -> torch.Tensor:
     """
-    Encode a whole video frame by frame, in memory that does not depend on its length.
+    Encode a complete video frame by frame, in memory that does not depend on its length.
 
     Args:
-        vae: Encodes.
-        pixels: In [-1, 1], `[B, 3, 1 + 4 n, H, W]`, on any device.
-        device: Where to encode; by default where the VAE is.
+        vae: The VAE that encodes.
+        pixels: The video in [-1, 1], `[B, 3, 1 + 4 n, H, W]`, on any device.
+        device: The device to encode on; by default that of the VAE.
 
     Returns:
         Normalized latents `[B, z_dim, 1 + n, h, w]`, float32.
@@ -201,7 +205,8 @@ def encode_video(
 
 
 def latent_statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the VAE's latents, `[1, z_dim, 1, 1, 1]`, like `latents`."""
+    """Return the mean and standard deviation of the VAE's latents, `[1, z_dim, 1, 1, 1]`, with the dtype and device of
+    `latents`."""
     mean, std = (
         torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -210,20 +215,20 @@ def latent_statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[tor
 
 
 def normalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """What the VAE encodes -> what the transformer works on; both `[B, z_dim, F, h, w]`."""
+    """Normalize latents `[B, z_dim, F, h, w]` of the VAE for the transformer."""
     mean, std = latent_statistics(vae, latents)
     return (latents - mean) / std
 
 
 def denormalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """What the transformer works on -> what the VAE decodes; both `[B, z_dim, F, h, w]`."""
+    """Turn normalized latents `[B, z_dim, F, h, w]` of the transformer back into those that the VAE decodes."""
     mean, std = latent_statistics(vae, latents)
     return latents * std + mean
 
 
 @apply_forward_hook
 def _bring_to_device(vae: AutoencoderKLWan) -> None:
-    """Parts of the VAE are called directly here; the hook of an offloaded model is called in their stead."""
+    """Run the hook of an offloaded VAE: calling its parts directly, as is done here, does not run it."""
 
 
 def _check_vae(vae) -> AutoencoderKLWan:

@@ -34,7 +34,7 @@ ROPE_THETA = 10000.0
 
 
 class LongLiveTransformerBlock(nn.Module):
-    """Self-attention over frames, cross-attention to the text, feed-forward; modulated by each frame's own
+    """Self-attention over frames, cross-attention to the prompt and feed-forward, modulated by each frame's own
     timestep."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float):
@@ -63,15 +63,18 @@ class LongLiveTransformerBlock(nn.Module):
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states: `[B, frames * tokens, dim]`.
-            encoder_hidden_states: Projected text; None where `layer_cache` holds its keys and values already.
-            temb: `[B, frames, 6, dim]`; modulation is made once for each frame, never for each token.
+            hidden_states: The hidden states of the tokens, `[B, frames * tokens, dim]`.
+            encoder_hidden_states: The projected prompt embeddings; None where `layer_cache` already holds their keys
+                and values.
+            temb: The projected timestep embeddings, `[B, frames, 6, dim]`; the modulation is computed once for each
+                frame, never for each token.
+            rotary_emb, attention_mask, layer_cache, chunk, sp_mesh: See [`LongLiveAttnProcessor`].
         """
         modulation = (self.scale_shift_table[:, None] + temb.float()).unsqueeze(3)  # [B, frames, 6, 1, dim]
         shift_msa, scale_msa, gate_msa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(2)
 
         dtype = hidden_states.dtype
-        hidden_states = hidden_states.float()  # the residual stream, once; layers run in `dtype`
+        hidden_states = hidden_states.float()  # the residual stream is converted once; layers run in `dtype`
 
         normed = modulate(self.norm1(hidden_states), shift_msa, scale_msa).to(dtype)
         attended = self.attn1(
@@ -95,20 +98,21 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
     forwards that train it (LongLive-2.0, arXiv 2605.18739).
 
     Args:
-        patch_size: Latent frames, height and width of a token; the first must be 1.
-        num_attention_heads, attention_head_dim: Their product is the width of the network.
-        in_channels, out_channels: Latent channels.
-        text_dim: Channels of the text encoder's output.
-        freq_dim: Channels of the sinusoidal embedding of the timestep.
-        ffn_dim: Inner width of the feed-forward layers.
-        num_layers: Number of blocks.
+        patch_size: The latent frames, height and width that a token spans; the first must be 1.
+        num_attention_heads, attention_head_dim: The number of attention heads and the channels of each; their product
+            is the width of the network.
+        in_channels, out_channels: The number of latent channels of the input and the output.
+        text_dim: The number of channels of the text encoder's output.
+        freq_dim: The number of channels of the sinusoidal embedding of the timestep.
+        ffn_dim: The inner width of the feed-forward layers.
+        num_layers: The number of blocks.
         cross_attn_norm: Whether hidden states are normalized before cross-attention.
         qk_norm: The normalization of queries and keys; must be `"rms_norm_across_heads"`.
         eps: Added to variances by the normalization layers.
         image_dim, added_kv_proj_dim, pos_embed_seq_len: Settings of Wan's image-conditioned 14B models; must be None.
         rope_max_seq_len: Kept so that Wan's configurations load; positions are not limited here.
-        chunk_size: Latent frames that are denoised together.
-        sample_height, sample_width: Default latent size of a video.
+        chunk_size: The number of latent frames that are denoised together.
+        sample_height, sample_width: The default size of a video, in latents.
     """
 
     _supports_gradient_checkpointing = True
@@ -172,34 +176,35 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         sp_mesh: DeviceMesh | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
-        Predict the flow velocity. What kind of forward it is depends on the arguments alone: with `kv_cache`, one
-        chunk of a stream; with `clean_hidden_states`, teacher forcing over a whole clip; with neither, block causal.
+        Predict the flow velocity. The kind of forward depends on the arguments alone: with `kv_cache`, one chunk of a
+        stream; with `clean_hidden_states`, teacher forcing over a whole clip; with neither, block causal.
 
         Args:
-            hidden_states: Noisy latents `[B, C, F, h, w]`.
-            timestep: In [0, 1000], `[B]` or one for each latent frame `[B, F]`.
-            encoder_hidden_states: Text embeddings `[B, L, text_dim]`, or one text for each chunk
+            hidden_states: The noisy latents, `[B, C, F, h, w]`.
+            timestep: The timestep in [0, 1000], `[B]`, or one for each latent frame, `[B, F]`.
+            encoder_hidden_states: The prompt embeddings, `[B, L, text_dim]`, or one prompt for each chunk,
                 `[B, F / chunk_size, L, text_dim]`.
-            kv_cache: From [`create_kv_cache`], after its `begin_chunk(F)`. Text keys and values are kept in it for as
-                long as `encoder_hidden_states` is the same, unmodified tensor.
-            clean_hidden_states: Clean latents of the same clip, the history that noisy chunks see, `[B, C, F, h, w]`.
-            clean_timestep: Timestep of the clean latents, `[B]` or `[B, F]`; 0 by default.
+            kv_cache: A cache from [`create_kv_cache`], after its `begin_chunk(F)`. Text keys and values are kept in it
+                for as long as `encoder_hidden_states` is the same, unmodified tensor.
+            clean_hidden_states: The clean latents of the same clip, the history that noisy chunks see,
+                `[B, C, F, h, w]`.
+            clean_timestep: The timestep of the clean latents, `[B]` or `[B, F]`; 0 by default.
             attention_kwargs: `{"scale": s}` scales the LoRA of this forward.
-            return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
-            frame_positions: Time positions `[F]` or `[B, F]` of the frames; 0, 1, 2, ... by default. With a cache, the
-                cache decides.
+            return_dict: Whether to return a `Transformer2DModelOutput` instead of a tuple.
+            frame_positions: The time positions of the frames, `[F]` or `[B, F]`; 0, 1, 2, ... by default. With a
+                cache, the cache decides.
             sp_mesh: One dimension of a device mesh, over whose N ranks the clip is split (Balanced SP, see
-                `longlive_diffusers.parallel`). All else is then this rank's own part of the clip: F of its N F frames,
-                with their timesteps, their chunks' texts and, where given, their positions; by default these are
-                counted from the start of the whole clip. Every rank of the mesh runs the forward, with the same
-                shapes.
+                `longlive_diffusers.parallel`). All other arguments are then of this rank's own part of the clip: F of
+                its N F frames, with their timesteps, the prompts of their chunks and, where given, their positions; by
+                default, these are counted from the start of the whole clip. Every rank of the mesh runs the forward,
+                with the same shapes.
 
         Returns:
             The velocity of the noisy latents, `[B, C, F, h, w]`.
 
         Raises:
             ValueError: For shapes that do not fit the network, each other or the cache; for an `sp_mesh` of several
-                dimensions, or of a number of ranks that does not divide the heads.
+                dimensions, or whose number of ranks does not divide the number of heads.
         """
         batch, _, frames, height, width = self._check_latents(hidden_states)
         grid = self._token_grid(height, width)
@@ -235,7 +240,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             rotary_emb = self._rotate_clip(frame_positions, grid, has_clean).to(tokens.device)
 
         temb, modulation = self._embed_time(timestep, tokens.dtype)
-        # Cached text has no graph, or one that an earlier backward has used up: with gradients it is projected anew.
+        # Cached text has no graph, or one that an earlier backward has used up: with gradients, it is projected again.
         caches_text = kv_cache is not None and not torch.is_grad_enabled()
         if not caches_text or not kv_cache.has_text(encoder_hidden_states):
             text = self.condition_embedder.text_embedder(encoder_hidden_states)
@@ -271,17 +276,18 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         device: torch.device | str | None = None,
     ) -> KVCache:
         """
-        A cache for streaming one batch of videos; the caller owns it.
+        Create a cache for streaming one batch of videos; the caller owns it.
 
         Args:
-            batch_size: Videos in the batch.
+            batch_size: The number of videos in the batch.
             height, width: The size of the latents.
-            window_size, sink_size: In latent frames; see [`KVCache`].
-            multi_shot_sink: Whether the frames that opened the current shot are kept.
-            relative_rope: Whether time positions are counted from the cached frames, for video without end.
+            window_size, sink_size: How many latent frames the cache holds, and how many of the video's first frames it
+                never evicts; see [`KVCache`].
+            multi_shot_sink: Whether the frames that opened the current shot are kept as well.
+            relative_rope: Whether time positions are counted from the cached frames, for endless video.
             dtype: What keys and values are stored as: `torch.float32`, `torch.bfloat16`, `torch.float16`, "nvfp4" or
                 "fp8"; by default the dtype of the network.
-            device: Where they are stored; by default where the network is.
+            device: The device they are stored on; by default that of the network.
         """
         grid_height, grid_width = self._token_grid(height, width)
         return KVCache(
@@ -304,8 +310,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
 
     @classmethod
     def from_wan(cls, wan: WanTransformer3DModel, **config) -> "LongLiveTransformer3DModel":
-        """The same weights (shared, not copied) as a LongLive network; `config` sets what Wan has no word for, for
-        instance `chunk_size`."""
+        """Build a LongLive network from the weights of a Wan network (shared, not copied); `config` sets what Wan has
+        no setting for, for instance `chunk_size`."""
         own = inspect.signature(cls.__init__).parameters
         inherited = {name: value for name, value in wan.config.items() if name in own}
         with torch.device("meta"):
@@ -321,48 +327,49 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         Load a checkpoint in the layout that LongLive-2.0 is published in (`.pt`).
 
         Args:
-            path_or_state_dict: File, or its state dict. Wrappers (`generator`, `generator_ema`, ...) and key prefixes
-                of FSDP and `torch.compile` are removed; pickle is never loaded unrestricted.
-            device, torch_dtype: Where the loaded model is, and the dtype of its weights.
-            config: Overrides what is inferred from the shapes, for instance `attention_head_dim`, `chunk_size`;
+            path_or_state_dict: The path of the file, or its state dict. Wrappers (`generator`, `generator_ema`, ...)
+                and key prefixes of FSDP and `torch.compile` are removed; pickle is never loaded unrestricted.
+            device, torch_dtype: The device and the dtype of the loaded weights.
+            **config: Overrides what is inferred from the shapes, for instance `attention_head_dim`, `chunk_size`;
                 `use_ema=True` prefers the averaged weights. For a packed NVFP4 checkpoint, which stays packed,
                 `weight_scale_rule` names the rule if the file does not.
 
         Raises:
-            ValueError: For a file that is truncated or of another model; the message says which.
+            ValueError: If the file is truncated, or of another model; the message says which.
         """
         return load_original_transformer(path_or_state_dict, cls, device=device, torch_dtype=torch_dtype, **config)
 
     def fuse_lora(self, *args, **kwargs) -> None:
-        """As in diffusers; into weights in NVFP4 too, which are rounded again and cannot be unfused."""
+        """Fuse LoRA like diffusers does, also into NVFP4 weights, which are rounded again and cannot be unfused."""
         adopt_lora_layers(self)
         super().fuse_lora(*args, **kwargs)
 
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
-        """`[B, C, F, h, w]` -> `[B, F * grid_height * grid_width, dim]`."""
+        """Embed latents `[B, C, F, h, w]` as tokens `[B, F * grid_height * grid_width, dim]`."""
         return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
 
     def _unpatchify(self, tokens: torch.Tensor, frames: int, grid: tuple[int, int]) -> torch.Tensor:
-        """`[B, F * grid_height * grid_width, patch * C]` -> `[B, C, F, h, w]`."""
+        """Turn tokens `[B, F * grid_height * grid_width, patch * C]` into latents `[B, C, F, h, w]`."""
         tokens = tokens.unflatten(1, (frames, *grid)).unflatten(-1, (*self.config.patch_size[1:], -1))
         return tokens.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def _embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[B, F]` -> embedding `[B, F, dim]` and modulation `[B, F, 6, dim]`."""
+        """Embed timesteps `[B, F]`: return the embedding `[B, F, dim]` and the modulation `[B, F, 6, dim]`."""
         embedder = self.condition_embedder
         frequencies = embedder.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)
-        frequencies = frequencies.to(get_parameter_dtype(embedder.time_embedder))  # not the one it is stored in
+        # With layerwise casting, this is the dtype that the embedder computes in, not the one it is stored in.
+        frequencies = frequencies.to(get_parameter_dtype(embedder.time_embedder))
         temb = embedder.time_embedder(frequencies).to(dtype)
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
 
     def _rotate_clip(self, positions: torch.Tensor, grid: tuple[int, int], has_clean: bool) -> torch.Tensor:
-        """Rotations of a training clip's tokens; a clean half has the positions of the noisy one."""
+        """Return the rotations of a training clip's tokens; a clean half has the positions of the noisy one."""
         if has_clean:
             positions = torch.cat([positions, positions], dim=-1)
         return rotary_embedding(positions, *grid, self.config.attention_head_dim, theta=ROPE_THETA)
 
     def _token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """The tokens along the height and the width of latents of a size."""
+        """Return the number of tokens along the height and the width of latents of this size."""
         _, patch_height, patch_width = self.config.patch_size
         if height % patch_height or width % patch_width or min(height, width) < 1:
             raise ValueError(f"Latents of {height}x{width} do not split into {patch_height}x{patch_width} patches.")
@@ -426,19 +433,19 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
 
 
 def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`normed * (1 + scale) + shift`, with `[B, frames, 1, dim]` applied to every token of its frame."""
+    """Return `normed * (1 + scale) + shift`, with `[B, frames, 1, dim]` applied to every token of its frame."""
     by_frame = normed.unflatten(1, (shift.shape[1], -1))
     return torch.addcmul(shift, by_frame, 1 + scale).flatten(1, 2)
 
 
 def add_gated(hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """`hidden_states + update * gate`, with `gate [B, frames, 1, dim]` applied to every token of its frame."""
+    """Return `hidden_states + update * gate`, with `gate [B, frames, 1, dim]` applied to every token of its frame."""
     by_frame = [states.unflatten(1, (gate.shape[1], -1)) for states in (hidden_states, update)]
     return torch.addcmul(*by_frame, gate).flatten(1, 2)
 
 
 def per_frame(timestep: torch.Tensor, batch: int, frames: int, name: str) -> torch.Tensor:
-    """`[B]` or `[B, F]` -> `[B, F]`."""
+    """Expand a timestep of shape `[]`, `[B]` or `[B, F]` to `[B, F]`."""
     if timestep.ndim == 1 and timestep.shape[0] in (1, batch):
         return timestep[:, None].expand(batch, frames)
     if timestep.ndim == 0:
@@ -458,7 +465,7 @@ def check_positions(positions: torch.Tensor | None, batch: int, frames: int, kv_
 
 
 def check_sp_mesh(sp_mesh: DeviceMesh | None, num_heads: int, kv_cache: KVCache | None) -> int:
-    """The number of ranks that share the clip."""
+    """Check a device mesh, and return the number of ranks that share the clip."""
     if sp_mesh is None:
         return 1
     if kv_cache is not None:
@@ -472,7 +479,7 @@ def check_sp_mesh(sp_mesh: DeviceMesh | None, num_heads: int, kv_cache: KVCache 
 
 
 def check_config(config) -> None:
-    """Refuse configurations of Wan that are not those of a text-and-image-to-video model."""
+    """Raise a ValueError for Wan configurations of other models than text-and-image-to-video."""
     if config.patch_size[0] != 1:
         raise ValueError(f"A token must span one latent frame, got `patch_size` {tuple(config.patch_size)}.")
     if config.qk_norm != "rms_norm_across_heads":

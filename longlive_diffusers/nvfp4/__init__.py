@@ -1,4 +1,4 @@
-"""Four-bit weights, activations, caches and training. Begin with `format.py`, which explains the format."""
+"""Four-bit weights, activations, caches and training. Start with `format.py`, which explains the format."""
 
 from .format import NVFP4Tensor, dequantize, quantize
 from .hadamard import random_hadamard

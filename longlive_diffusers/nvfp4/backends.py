@@ -2,10 +2,10 @@
 
 All take the same stored tensors. `scaled_mm` and `te` multiply in 4 bits on Blackwell's tensor cores; `emulate` gives
 their results anywhere, slowly; `fp8` multiplies in 8 bits on Hopper and Ada, which have no 4-bit products; `w4a16`
-saves memory only: it makes a bfloat16 weight of the stored one for as long as the product takes.
+only saves memory: it dequantizes the stored weight to the dtype of the input for the duration of the product.
 
-A backend makes a *product* for a layer: a small module, `product(x, weight) -> x W^T`, that keeps what it needs beside
-the stored weight (swizzled scales, a weight in FP8) as buffers which are not saved.
+A backend creates a *product* for a layer: a small module, `product(x, weight) -> x W^T`, that keeps what it needs
+besides the stored weight (swizzled scales, a weight in FP8) in buffers that are not saved.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ from .transformer_engine import TEProduct, te_unsupported_reason
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a backend has to know of a layer in order to say whether it can serve it.
+    """What a backend needs to know about a layer to decide whether it can run it.
 
     Args:
-        in_features, out_features: The sizes of its weight, as in `nn.Linear`.
-        weight_scale_rule, activation_scale_rule: By which scale rules its weight was quantized, and its input is.
+        in_features, out_features: The sizes of the layer, as in `nn.Linear`.
+        weight_scale_rule, activation_scale_rule: The scale rules by which its weight and its inputs are quantized.
     """
 
     in_features: int
@@ -44,11 +44,13 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class LinearBackend:
-    """
+    """One way to multiply inputs by a stored weight.
+
     Args:
-        name: What configurations and `repr` call it.
-        unsupported_reason: Why it cannot run a layer on a device, as the end of a sentence; None if it can.
-        prepare: Makes the product for a stored weight and the scale rule of its inputs.
+        name: The name of the backend in configurations and in `repr`.
+        unsupported_reason: Returns why the backend cannot run a layer on a device, as the end of a sentence, or None
+            if it can.
+        prepare: Creates the product for a stored weight and the scale rule of its inputs.
     """
 
     name: str
@@ -58,10 +60,10 @@ class LinearBackend:
 
 def choose_backend(requested: str, layer: LayerShape, device: torch.device) -> tuple[LinearBackend, str | None]:
     """
-    The backend that was requested or, where it cannot run, the one that suits the device best.
+    Return the requested backend or, if it cannot run, the one that suits the device best.
 
     Returns:
-        The backend, and why the request was not met (None where it was).
+        The backend, and why the request could not be met (None if it was met).
 
     Raises:
         ValueError: If there is no backend of that name.
@@ -79,7 +81,8 @@ def choose_backend(requested: str, layer: LayerShape, device: torch.device) -> t
 
 
 def check_backend_name(name: str) -> None:
-    """
+    """Check that there is a backend of that name, or that it is "auto".
+
     Raises:
         ValueError: If there is no backend of that name.
     """
@@ -88,7 +91,7 @@ def check_backend_name(name: str) -> None:
 
 
 class EmulatedProduct(nn.Module):
-    """Inputs and weight in 4 bits, multiplied as tensor cores would, on any device."""
+    """A product of 4-bit inputs and the 4-bit weight, computed as tensor cores would, on any device."""
 
     def __init__(self, weight: NVFP4Tensor, activation_rule: str):
         super().__init__()
@@ -111,7 +114,7 @@ class W4A16Product(nn.Module):
 
 
 class FP8Product(nn.Module):
-    """A product of 8 by 8 bits, with a scale for each row of either factor."""
+    """A product in 8 bits, with one scale for each row of either factor."""
 
     weight: torch.Tensor
     scale: torch.Tensor
@@ -133,7 +136,7 @@ class FP8Product(nn.Module):
 
 
 class ScaledMMProduct(nn.Module):
-    """A product in 4 bits by torch's own operator."""
+    """A product in 4 bits, computed by torch's own operator."""
 
     swizzled_scales: torch.Tensor
 
@@ -149,7 +152,7 @@ class ScaledMMProduct(nn.Module):
 
 
 def rows_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float8_e4m3fn `[rows, cols]`, and the scales that give `x` again, float32 `[rows, 1]`."""
+    """Quantize to float8_e4m3fn `[rows, cols]`; also return the scales of the rows, float32 `[rows, 1]`."""
     scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / MAX_SCALE
     return (x.float() / scale).clamp(-MAX_SCALE, MAX_SCALE).to(torch.float8_e4m3fn), scale
 

@@ -5,32 +5,34 @@ A 4-bit float (E2M1: a sign, two bits of exponent, one of mantissa) is one of si
     code   0    1    2    3    4    5    6    7        8 to 15: the same, negative
     value  0   0.5   1   1.5   2    3    4    6
 
-That is a poor ruler, so it is laid anew on every block of 16 neighbors: each block has a scale of its own, an 8-bit
-float (E4M3, positive, at most 448), and all blocks share one float32, the tensor's:
+That is a coarse ruler, so it is fitted anew to every block of 16 neighbors: each block has a scale of its own, an
+8-bit float (E4M3, positive, at most 448), and all blocks share one float32, the tensor's:
 
     x  =  value of its code  *  scale of its block  *  global scale
 
-16 numbers of 4 bits and a scale of 8: 4.5 bits a number, where bfloat16 has 16. The blocks lie along the last axis,
-which is the one that a matrix product sums over: hardware multiplies whole blocks and applies the scales in between.
+16 numbers of 4 bits plus a scale of 8 bits make 4.5 bits per number, where bfloat16 takes 16. The blocks lie along the
+last axis, which is the one that a matrix product sums over: hardware multiplies whole blocks and applies the scales in
+between.
 
 **How the scales are chosen** is the *rule*. The largest number of a block is made the value 6 ("static_6"), or 4
-("static_4"): 4 has finer neighbors (3, then 2), 6 a longer reach. "Four over six" tries both for every block and
-keeps the one that loses less, by the squares of the errors ("mse"), their sizes ("mae") or the largest ("abs_max").
+("static_4"): 4 has closer neighbors (3, then 2), 6 a longer reach. "Four over six" tries both for every block and
+keeps the one that loses less, measured by the squared errors ("mse"), the absolute errors ("mae") or the largest
+absolute error ("abs_max").
 The global scale is such that the block with the tensor's largest number gets the largest scale that the rule allows:
 448, or 256 where a scale may still have to grow by 6/4. So what is stored - codes, scales, and `amax`, the tensor's
-largest number - means nothing without the rule, and the rule stays with the tensor.
+largest absolute number - means nothing without the rule, and the rule stays with the tensor.
 
-**Rounding** is to the nearest value, ties to the even code; or *stochastic*, up or down with the chances that make the
-result right on average, which gradients need: a small gradient that is always rounded to zero teaches nothing. The
-average is right only if nothing is cut off at 6, so the rule "unbiased" leaves room above the largest number for what
-rounding the block's scale may take away (16/17, as E4M3 keeps four digits).
+**Rounding** is to the nearest value, ties to the even code; or *stochastic*, up or down with the probabilities that
+make the result right on average, which gradients need: a small gradient that is always rounded to zero teaches
+nothing. The average is right only if nothing is cut off at 6, so the rule "unbiased" leaves room above the largest
+number for what rounding the block's scale may take away (16/17, as E4M3 keeps four significant bits).
 
 **Weights in training** have one scale for 16 x 16 numbers (`block=(16, 16)`), stored sixteen times: the transpose,
-which the backward multiplies by, then has the same codes.
+which the backward pass multiplies by, then has the same codes.
 
 Everything here is exact arithmetic in float32, in an order that is part of the format: other orders round differently
-somewhere. It is that of the quantizer which LongLive-2.0's checkpoints were written with (fouroversix; the
-training recipe is that of arXiv 2509.25149); `kernels.py` does the same on a GPU, bit for bit.
+somewhere. The order is that of the quantizer that wrote LongLive-2.0's checkpoints (fouroversix; the training recipe
+is that of arXiv 2509.25149); `kernels.py` does the same on a GPU, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -53,15 +55,15 @@ _SMALLEST_AMAX = 1e-35
 
 @dataclass(frozen=True)
 class NVFP4Tensor:
-    """A matrix (or a batch of them) in NVFP4, see the module's page. Its tensors keep their dtypes: there is no `.to`
-    for a dtype, only `dequantize`.
+    """A matrix (or a batch of them) in NVFP4, see the module docstring. Its tensors keep their dtypes: there is no
+    `.to` for a dtype, only `dequantize`.
 
     Args:
-        codes: uint8 `[..., rows, cols / 2]`, two codes a byte, the even column in the low half.
+        codes: uint8 `[..., rows, cols / 2]`, two codes per byte, the even column in the low half.
         scales: float8_e4m3fn `[..., rows, cols / 16]`.
         amax: float32 `[1]`, or one for each matrix of the batch, `[..., 1, 1]`.
-        scale_rule: Name of the rule, without which `amax` has no meaning.
-        block: Rows and columns that share a scale.
+        scale_rule: The name of the scale rule, without which `amax` has no meaning.
+        block: The numbers of rows and columns that share a scale.
     """
 
     codes: torch.Tensor
@@ -76,7 +78,7 @@ class NVFP4Tensor:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the matrix that it stands for."""
+        """The shape of the matrix that the tensor stands for."""
         return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
 
     @property
@@ -84,14 +86,14 @@ class NVFP4Tensor:
         return self.codes.nbytes + self.scales.nbytes + self.amax.nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """The numbers, `[..., rows, cols]`."""
+        """Return the numbers that the tensor stands for, `[..., rows, cols]`."""
         return dequantize(self, dtype)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "NVFP4Tensor":
-        """On another device.
+        """Return the tensor on another device.
 
         Raises:
-            TypeError: For a dtype.
+            TypeError: If a dtype is given.
         """
         if isinstance(device, torch.dtype):
             raise TypeError(f"An NVFP4Tensor has no other dtype: `dequantize({device})` gives its numbers.")
@@ -99,15 +101,15 @@ class NVFP4Tensor:
         return NVFP4Tensor(*moved, self.scale_rule, self.block)
 
     def transpose(self) -> "NVFP4Tensor":
-        """Of a matrix in 16 x 16 blocks: the same numbers, transposed; nothing is rounded again.
+        """Transpose a matrix in 16 x 16 blocks. The numbers stay the same: nothing is rounded again.
 
         Raises:
-            ValueError: For 1 x 16 blocks, which do not lie along the other axis.
+            ValueError: If the blocks are 1 x 16, which cannot lie along the other axis.
         """
         if self.block != (BLOCK, BLOCK):
             raise ValueError(f"Only 16x16 blocks can be transposed, these are {self.block[0]}x{self.block[1]}.")
         codes = unpack(self.codes).transpose(-1, -2)
-        # One scale for each block, then again sixteen times, along the other axis.
+        # Keep one scale per block, then repeat it sixteen times along the other axis.
         scales = self.scales[..., ::BLOCK, :].transpose(-1, -2).repeat_interleave(BLOCK, dim=-2)
         return replace(self, codes=pack(codes[..., ::2], codes[..., 1::2]), scales=scales.contiguous())
 
@@ -119,17 +121,20 @@ def quantize(
     rounding: str = "nearest",
     generator: torch.Generator | None = None,
 ) -> NVFP4Tensor:
-    """
+    """Quantize a matrix to NVFP4.
+
     Args:
-        x: float `[rows, cols]`; cols a multiple of 16, with 16x16 blocks rows too.
-        scale_rule: "static_6", "static_4", "mse", "mae", "abs_max" or "unbiased" (for stochastic rounding).
-        block: `(1, 16)` or `(16, 16)`.
+        x: float `[rows, cols]`; cols is a multiple of 16 and, with 16x16 blocks, so is rows.
+        scale_rule: The rule by which the scales are chosen: "static_6", "static_4", "mse", "mae", "abs_max" or
+            "unbiased" (for stochastic rounding).
+        block: The numbers of rows and columns that share a scale: `(1, 16)` or `(16, 16)`.
         rounding: "nearest" or "stochastic".
-        generator: Of stochastic rounding, on the device of `x`; every number of `x` has a random number of its own.
+        generator: The random generator for stochastic rounding, on the device of `x`; every element of `x` gets a
+            random number of its own.
 
     Raises:
-        ValueError: For a shape that does not divide into blocks, an unknown name, infinities or NaN. (To look for
-            these, a GPU is waited for; `quantize_unchecked` does not look, and gives NaN where it had to.)
+        ValueError: If the shape does not divide into blocks, a name is unknown, or there are infinities or NaN.
+            (Looking for these waits for the GPU; `quantize_unchecked` does not look, and then gives NaN.)
     """
     check_quantizable(x, scale_rule, block, rounding)
     amax = x.detach().abs().amax() if x.numel() else x.new_zeros(())
@@ -149,12 +154,13 @@ def quantize_unchecked(
     *,
     amax: torch.Tensor | None = None,
 ) -> NVFP4Tensor:
-    """[`quantize`] where the arguments are known to be right, without waiting for the device.
+    """[`quantize`] for arguments that are known to be valid, without waiting for the device.
 
     Args:
         x: float `[..., rows, cols]`.
-        amax: Largest absolute number, float32 `[1]`, or `[..., 1, 1]` for matrices of their own scales; None: that of
-            the whole `x`.
+        scale_rule, block, rounding, generator: As in [`quantize`].
+        amax: The largest absolute number, float32 `[1]`, or `[..., 1, 1]` to give each matrix its own; None: that of
+            the whole of `x`.
     """
     if amax is None:
         amax = x.abs().amax().float().reshape(1)
@@ -174,8 +180,8 @@ def quantize_unchecked(
 def _encode_operator(
     x: torch.Tensor, amax: torch.Tensor, scale_rule: str, block: Sequence[int], seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference, to codes and scales, as an operator that `torch.compile` leaves as it is: of the hundreds of
-    steps, many times in a block, compiling would not come to an end in minutes."""
+    """Run the reference as an operator that `torch.compile` leaves alone. The reference has hundreds of steps and runs
+    many times in a transformer block, so that compiling it would take many minutes."""
     noise = None if seed is None else uniform_noise(seed, x.shape)
     encoded = encode_matrix(x, amax, scale_rule_named(scale_rule), tuple(block), noise)
     return encoded.codes, encoded.scales
@@ -196,11 +202,12 @@ def encode_matrix(
     noise: torch.Tensor | None = None,
 ) -> NVFP4Tensor:
     """
-    The reference: plain PyTorch on any device, to which the kernels are equal.
+    Quantize in plain PyTorch, on any device: the reference that the kernels match bit for bit.
 
     Args:
-        x, amax, rule, block: As of `quantize_unchecked`.
-        noise: Uniform in [0, 1), as `x`, to round stochastically.
+        x, amax, block: As in `quantize_unchecked`.
+        rule: The scale rule.
+        noise: Uniform in [0, 1), in the shape of `x`, to round stochastically; None: round to nearest.
     """
     height, width = block
 
@@ -215,8 +222,8 @@ def encode_matrix(
 
 
 def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """The numbers that an `NVFP4Tensor` stands for, `[..., rows, cols]`: `value * scale * amax / span` in float32, in
-    this order, rounded to `dtype` at the end."""
+    """Return the numbers that an `NVFP4Tensor` stands for, `[..., rows, cols]`: `value * scale * amax / span`,
+    computed in float32 in this order, and rounded to `dtype` at the end."""
     kernels = load_kernels() if tensor.codes.is_cuda and tensor.codes.ndim == 2 else None
     if kernels is not None and dtype in (torch.float32, torch.bfloat16):
         rule = scale_rule_named(tensor.scale_rule)
@@ -226,17 +233,17 @@ def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> torc
 
 
 def in_block_scales(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Packed codes `[..., cols / 2]` and scales, float32 `[..., cols / 16]` -> their products, `[..., cols]`."""
+    """Multiply packed codes `[..., cols / 2]` by their scales, float32 `[..., cols / 16]`: float32 `[..., cols]`."""
     return unpack_values(codes).unflatten(-1, (-1, BLOCK)).mul_(scales.unsqueeze(-1)).flatten(-2)
 
 
 def global_scale(amax: torch.Tensor, scale_rule: str) -> torch.Tensor:
-    """What values times block scales are to be multiplied by, float32, as `amax`."""
+    """Return the factor for values times block scales, float32, in the shape of `amax`."""
     return amax.float() / scale_rule_named(scale_rule).span
 
 
 def check_quantizable(x: torch.Tensor, scale_rule: str, block: tuple[int, int], rounding: str) -> None:
-    """Raise a ValueError that states the numbers, unless `x` can be quantized so."""
+    """Raise a ValueError that names what is wrong, unless `x` can be quantized with these arguments."""
     scale_rule_named(scale_rule)
     if tuple(block) not in BLOCKS:
         raise ValueError(f"`block` is (1, 16) or (16, 16), got {block}.")
@@ -251,7 +258,7 @@ def check_quantizable(x: torch.Tensor, scale_rule: str, block: tuple[int, int], 
 
 
 def check_buffers(codes: torch.Tensor, scales: torch.Tensor, amax: torch.Tensor) -> None:
-    """Raise a ValueError unless these are codes, scales and amax of one tensor."""
+    """Raise a ValueError unless these can be the codes, scales and amax of one tensor."""
     expected = (("codes", codes, torch.uint8), ("scales", scales, torch.float8_e4m3fn), ("amax", amax, torch.float32))
     for name, part, dtype in expected:
         if part.dtype != dtype:
@@ -267,21 +274,21 @@ def check_buffers(codes: torch.Tensor, scales: torch.Tensor, amax: torch.Tensor)
 
 def check_stored(tensor: NVFP4Tensor) -> None:
     """
-    Look at the numbers of a tensor that was read from somewhere (a GPU is waited for).
+    Check the values of a tensor that was read from a file. On a GPU this waits for the device.
 
     Raises:
-        ValueError: Scales or `amax` that no quantizer writes, or those of another rule than the tensor's: its largest
-            scale tells how far the rule lets it go.
+        ValueError: If the scales or `amax` are not what a quantizer writes, or if they were written by another rule
+            than the tensor's, which shows in the largest scale.
     """
     amax, scales = tensor.amax, tensor.scales.float()
     if not (torch.isfinite(amax).all() and (amax >= 0).all()):
         raise ValueError(f"`amax` is {amax.flatten()[:4].tolist()}, a largest absolute number was expected.")
-    wrong = ~(scales >= 0)  # NaN, too
+    wrong = ~(scales >= 0)  # also true for NaN
     if wrong.any():
         raise ValueError(f"{wrong.sum().item()} of {scales.numel()} block scales are negative or NaN: damaged.")
     largest = scales.max().item() if scales.numel() else 0.0
     rule = scale_rule_named(tensor.scale_rule)
-    # The block of the largest number has the largest scale, or, of two scales tried, one up to half as large again.
+    # The block with the largest number has the rule's largest scale or, if two scales are tried, up to 1.5 times it.
     highest = rule.largest_scale if rule.error is None else 1.5 * rule.largest_scale
     if largest and not rule.largest_scale <= largest <= highest:
         raise ValueError(
@@ -294,20 +301,23 @@ def _encode(
     blocks: torch.Tensor, amax: torch.Tensor, rule: ScaleRule, noise: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
+    Encode blocks of numbers.
+
     Args:
-        blocks: float32 `[n, ...]`, the numbers that share a scale along the first axis: what is done to one of them is
-            done to its neighbors in memory, which is what a CPU is fast at.
+        blocks: float32 `[n, ...]`. The numbers that share a scale lie along the first axis, so that neighbors in
+            memory undergo the same operations, which is what a CPU is fast at.
         amax: float32, broadcasts to the scales.
-        noise: As `blocks`, uniform in [0, 1); None: round to nearest.
+        rule: The scale rule.
+        noise: Uniform in [0, 1), in the shape of `blocks`; None: round to nearest.
 
     Returns:
-        Codes, uint8 as `blocks`, and scales, float8_e4m3fn `[...]`.
+        Codes, uint8 in the shape of `blocks`, and scales, float8_e4m3fn `[...]`.
     """
     zero = amax < _SMALLEST_AMAX
-    # Of two tensors: a number divided by a tensor is multiplied by its reciprocal, which rounds twice.
+    # Divide two tensors: torch divides a Python number by a tensor via the reciprocal, which rounds twice.
     encode = torch.where(zero, 0.0, torch.full_like(amax, rule.span) / amax)
     decode = torch.where(zero, 0.0, 1 / encode)
-    magnitudes = blocks.abs()  # a number and its negative have the same code, but for the sign
+    magnitudes = blocks.abs()  # a number and its negative have the same code, except for the sign
     scale = magnitudes.amax(dim=0) / rule.largest_value * encode
     codes, scales = _encode_with(magnitudes, scale, decode, noise)
     if rule.error is not None:
@@ -323,8 +333,8 @@ def _encode(
 
 
 def _encode_with(magnitudes: torch.Tensor, scale: torch.Tensor, decode: torch.Tensor, noise: torch.Tensor | None):
-    """Codes, float32 0 to 7, and E4M3 scales of blocks whose scale, before it is rounded, is given."""
-    scales = scale.clamp(max=MAX_SCALE).to(torch.float8_e4m3fn)  # what is above 448 is NaN in some versions of torch
+    """Return the codes (float32, 0 to 7) and the E4M3 scales of blocks, given the scales before rounding."""
+    scales = scale.clamp(max=MAX_SCALE).to(torch.float8_e4m3fn)  # some versions of torch convert more than 448 to NaN
     rounded = scales.float()
     inverse = torch.where(rounded == 0, 0.0, 1 / (decode * rounded))
     return round_magnitudes(magnitudes * inverse, noise), scales

@@ -1,8 +1,9 @@
 """The random Hadamard transform: spreads an outlier over its 16 neighbors before they share a scale.
 
-Each 16 numbers are multiplied by an orthogonal matrix, a Hadamard matrix whose rows have random signs. Both factors of
-a matrix product are transformed along the axis that it sums over, so the product is the same:
-`(A H)(B H)^T = A B^T`. The signs are one fixed draw, that of TransformerEngine and of LongLive-2.0's training.
+Every group of 16 numbers is multiplied by an orthogonal matrix, a Hadamard matrix whose rows have random signs. Both
+factors of a matrix product are transformed along the axis that it sums over, so the product is the same:
+`(A H)(B H)^T = A B^T`. The signs are drawn once and for all: they are those of TransformerEngine and of LongLive-2.0's
+training.
 """
 
 import torch
@@ -14,17 +15,17 @@ SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 def random_hadamard(x: torch.Tensor) -> torch.Tensor:
     """
-    Transform each 16 neighbors along the last axis; the result is rounded to bfloat16, as kernels do, and returned in
-    the dtype of `x`.
+    Transform each group of 16 neighbors along the last axis. The result is rounded to bfloat16, as the kernels do, and
+    returned in the dtype of `x`.
 
     Raises:
-        ValueError: The last axis is no multiple of 16.
+        ValueError: If the size of the last axis is not a multiple of 16.
     """
     if x.shape[-1] % SIZE:
         raise ValueError(f"The Hadamard transform takes {SIZE} numbers at a time, got {x.shape[-1]} columns.")
     blocks = x.float().unflatten(-1, (-1, SIZE)) * torch.tensor(SIGNS, dtype=torch.float32, device=x.device)
-    # The fast transform: sums and differences of neighbors, four times. As a matrix product it would have no order
-    # of summation, and so no last bit, of its own.
+    # The fast transform: sums and differences of neighbors, four times. A matrix product would leave the order of
+    # summation, and so the last bit, to the device.
     for _ in range(SIZE.bit_length() - 1):
         even, odd = blocks[..., ::2], blocks[..., 1::2]
         blocks = torch.cat([even + odd, even - odd], dim=-1)

@@ -1,13 +1,15 @@
-"""Triton kernels of NVFP4: what `format.py` says, on a GPU, bit for bit.
+"""Triton kernels of NVFP4: what `format.py` specifies, on a GPU, bit for bit.
 
 Equality is by construction. Every operation is one that IEEE 754 defines to the last bit - products and sums that are
 not fused, quotients by `div_rn` - and where the order of a sum matters it is a tree that both sides follow. Rounding
-to E4M3, E2M1 and bfloat16 is done on the bits, as Triton's interpreter, in which a CPU tests all this, converts some
-numbers wrongly. Noise is hashed from the seed and each element's place (`noise.py`), so no tiling shows in it.
+to E4M3, E2M1 and bfloat16 is done on the bits, because Triton's interpreter, with which all this is tested on a CPU,
+converts some numbers wrongly. Noise is hashed from the seed and each element's index (`noise.py`), so it does not
+depend on the tiling.
 
-Blackwell converts to and from E2M1 in one instruction each, which `PTX` uses there; elsewhere it is arithmetic.
+Blackwell converts to and from E2M1 in one instruction each, which the kernels use if `PTX` is set; elsewhere the
+conversion is arithmetic.
 
-Nothing here waits for the device: `amax` and the seed are read by the kernels from where they are.
+Nothing here waits for the device: the kernels read `amax` and the seed from device memory.
 """
 
 import torch
@@ -19,15 +21,15 @@ from .noise import FACTORS, SHIFTS
 from .rules import ScaleRule
 
 
-ERRORS = {"mse": 1, "mae": 2, "abs_max": 3}  # of four-over-six; 0: one candidate
-_SIGN_BITS = sum(1 << place for place, sign in enumerate(SIGNS) if sign < 0)
-_TILE = {False: 1024, True: 128}  # columns of a program's tile, of 1 row or of 16
+ERRORS = {"mse": 1, "mae": 2, "abs_max": 3}  # four-over-six's measures of error; 0: there is only one candidate
+_SIGN_BITS = sum(1 << index for index, sign in enumerate(SIGNS) if sign < 0)
+_TILE = {False: 1024, True: 128}  # columns of a program's tile, which has 1 row (False) or 16 (True)
 
-# As constants, which is what a kernel may use.
+# A kernel may use globals only as constants.
 _FACTOR_0, _FACTOR_1 = tl.constexpr(FACTORS[0]), tl.constexpr(FACTORS[1])
 _SHIFT_0, _SHIFT_1, _SHIFT_2 = (tl.constexpr(shift) for shift in SHIFTS)
 _NEGATIVE = tl.constexpr(_SIGN_BITS)
-# Of compute capability 10 and up. Two numbers are one byte; the first operand is its upper half.
+# For compute capability 10 and up. Two numbers share a byte; the first operand becomes its upper half.
 _TO_E2M1 = tl.constexpr("{.reg .b8 pair; cvt.rn.satfinite.e2m1x2.f32 pair, 0f00000000, $1; cvt.u32.u8 $0, pair;}")
 _FROM_E2M1 = tl.constexpr("{.reg .b8 pair; cvt.u8.u32 pair, $1; cvt.rn.f16x2.e2m1x2 $0, pair;}")
 
@@ -48,10 +50,10 @@ def _bf16_bits(x):
 
 @triton.jit
 def _e4m3(x):
-    """Bits of the nearest E4M3 number, ties to even, of float32 in [0, 448]; and that number."""
+    """Return the bits of the E4M3 number that is nearest to float32 in [0, 448], ties to even; and that number."""
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
-    small = x < 0.015625  # below 2^-6 neighbors are 2^-9 apart; adding 2^23 rounds to whole numbers
+    small = x < 0.015625  # below 2^-6, neighbors are 2^-9 apart; adding 2^23 rounds to integers
     steps = (x * 512.0 + 8388608.0) - 8388608.0
     value = tl.where(small, steps * 0.001953125, rounded.to(tl.float32, bitcast=True))
     code = tl.where(small, steps.to(tl.uint32), (rounded >> 20) - 960)
@@ -67,7 +69,7 @@ def _e4m3_value(code):
 
 @triton.jit
 def _e2m1_magnitude(code):
-    """Value of codes 0 to 7."""
+    """Return the values of codes 0 to 7."""
     exponent, odd = (code >> 1).to(tl.uint32), (code & 1).to(tl.float32)
     power = ((exponent + 126) << 23).to(tl.float32, bitcast=True)
     return tl.where(exponent == 0, odd * 0.5, (1 + odd * 0.5) * power)
@@ -75,7 +77,7 @@ def _e2m1_magnitude(code):
 
 @triton.jit
 def _e2m1_pairs(packed, PTX: tl.constexpr):
-    """Bytes -> float32 with one more dimension, of the two values of each."""
+    """Bytes -> the two values of each, float32, along a new last dimension."""
     if PTX:
         halves = tl.inline_asm_elementwise(
             _FROM_E2M1, "=r,r", [packed.to(tl.uint32)], dtype=tl.uint32, is_pure=True, pack=1
@@ -85,25 +87,25 @@ def _e2m1_pairs(packed, PTX: tl.constexpr):
         values = tl.join(low, high)
     else:
         code = tl.join(packed & 15, packed >> 4)
-        size = _e2m1_magnitude(code & 7)
-        values = tl.where(code >= 8, -size, size)
+        magnitude = _e2m1_magnitude(code & 7)
+        values = tl.where(code >= 8, -magnitude, magnitude)
     return values
 
 
 @triton.jit
 def _e2m1(y, noise, STOCHASTIC: tl.constexpr, PTX: tl.constexpr):
-    """Codes 0 to 7 of |y|, saturating; the sign is put in later."""
-    size = tl.abs(y)
+    """Return codes 0 to 7 of |y|, saturating; the sign is added later."""
+    magnitude = tl.abs(y)
     if STOCHASTIC:
-        steps = tl.where(size < 2, size * 2, tl.where(size < 4, size + 2, size * 0.5 + 4))
+        steps = tl.where(magnitude < 2, magnitude * 2, tl.where(magnitude < 4, magnitude + 2, magnitude * 0.5 + 4))
         code = tl.minimum(tl.floor(steps + noise), 7.0).to(tl.uint8)
     elif PTX:
-        code = tl.inline_asm_elementwise(_TO_E2M1, "=r,f", [size], dtype=tl.uint32, is_pure=True, pack=1)
+        code = tl.inline_asm_elementwise(_TO_E2M1, "=r,f", [magnitude], dtype=tl.uint32, is_pure=True, pack=1)
         code = code.to(tl.uint8)
     else:
-        code = (size > 0.25).to(tl.uint8) + (size >= 0.75).to(tl.uint8) + (size > 1.25).to(tl.uint8)
-        code += (size >= 1.75).to(tl.uint8) + (size > 2.5).to(tl.uint8) + (size >= 3.5).to(tl.uint8)
-        code += (size > 5.0).to(tl.uint8)
+        code = (magnitude > 0.25).to(tl.uint8) + (magnitude >= 0.75).to(tl.uint8) + (magnitude > 1.25).to(tl.uint8)
+        code += (magnitude >= 1.75).to(tl.uint8) + (magnitude > 2.5).to(tl.uint8) + (magnitude >= 3.5).to(tl.uint8)
+        code += (magnitude > 5.0).to(tl.uint8)
     return code
 
 
@@ -116,7 +118,7 @@ def _mix(state):
 
 @triton.jit
 def _noise(seed_pointer, index):
-    """Uniform in [0, 1), of 64-bit indices."""
+    """Return uniform noise in [0, 1) for elements of 64-bit indices."""
     first = tl.load(seed_pointer).to(tl.uint32)
     second = tl.load(seed_pointer + 1).to(tl.uint32)
     state = _mix((index & 0xFFFFFFFF).to(tl.uint32) ^ first)
@@ -126,19 +128,19 @@ def _noise(seed_pointer, index):
 
 @triton.jit
 def _hadamard(x, N: tl.constexpr):
-    """Of float32 `[N, 16]`: signs, four stages of sums and differences, a quarter, rounding to bfloat16."""
+    """Transform float32 `[N, 16]`: signs, four stages of sums and differences, a quarter, rounding to bfloat16."""
     is_negative = (tl.full((16,), _NEGATIVE, tl.int32) >> tl.arange(0, 16)) & 1
     x = tl.where(is_negative[None, :] == 1, -x, x)
     for _ in tl.static_range(4):
         even, odd = tl.split(tl.reshape(x, (N, 8, 2)))
-        # The bit of the index that was last goes first, so that after four stages all are in their places again.
+        # The last bit of the index becomes the first, so that after four stages all elements are in order again.
         x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (N, 16))
     return _round_bf16(x * 0.25)
 
 
 @triton.jit
 def _sum_of_16(x, N: tl.constexpr):
-    """`[N, 16]` -> `[N]`, neighbors first."""
+    """Sum `[N, 16]` to `[N]`, neighbors first."""
     even, odd = tl.split(tl.reshape(x, (N, 8, 2)))
     even, odd = tl.split(tl.reshape(even + odd, (N, 4, 2)))
     even, odd = tl.split(tl.reshape(even + odd, (N, 2, 2)))
@@ -148,7 +150,7 @@ def _sum_of_16(x, N: tl.constexpr):
 
 @triton.jit
 def _block_error(errors, ERROR: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr):
-    """One number for each block: of `[16 * BLOCKS, 16]` (rows, then blocks) or of `[BLOCKS, 16]`."""
+    """Reduce errors `[16 * BLOCKS, 16]` (rows, then blocks) or `[BLOCKS, 16]` to one number for each block."""
     ROWS: tl.constexpr = 16 if TALL else 1
     N: tl.constexpr = ROWS * BLOCKS
     if ERROR == 3:
@@ -168,14 +170,14 @@ def _spread(per_block, TALL: tl.constexpr, BLOCKS: tl.constexpr):
     """One number for each block -> one for each of its rows, `[16 * BLOCKS]` or `[BLOCKS]`."""
     if TALL:
         per_block = tl.reshape(tl.broadcast_to(per_block[None, :], (16, BLOCKS)), (16 * BLOCKS,))
-    return per_block  # the only return: the compiler wants all of them of one shape
+    return per_block  # the only return, as the compiler wants all returns to have one shape
 
 
 @triton.jit
 def _candidate(
     x, scale, decode, noise, STOCHASTIC: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr
 ):
-    """Codes (without sign) `[n, 16]`, E4M3 bits and their values, one for each row of `x`."""
+    """Return codes (without signs) `[n, 16]`, and E4M3 bits and their values, one for each block."""
     bits, value = _e4m3(tl.minimum(scale, 448.0))
     inverse = tl.where(value == 0, 0.0, tl.div_rn(1.0, tl.where(value == 0, 1.0, decode * value)))
     rows_inverse = _spread(inverse, TALL, BLOCKS)
@@ -185,14 +187,14 @@ def _candidate(
 # ----------------------------------------------------------------------------------------------------------- kernels
 @triton.jit
 def _load_tile(x, rows, columns, row_stride, column_stride, TALL: tl.constexpr, TILE: tl.constexpr):
-    """A tile of 1 or 16 rows as float32 `[n, 16]` (rows, then blocks), and the indices of its elements."""
+    """Load a tile of 1 or 16 rows as float32 `[n, 16]` (rows, then blocks); also return its elements' indices."""
     ROWS: tl.constexpr = 16 if TALL else 1
     N: tl.constexpr = ROWS * TILE // 16
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    place = row[:, None] * row_stride + column[None, :] * column_stride
-    tile = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    offset = row[:, None] * row_stride + column[None, :] * column_stride
+    tile = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     index = row[:, None] * columns + column[None, :]
     return tl.reshape(tile, (N, 16)), tl.reshape(index, (N, 16))
 
@@ -234,7 +236,7 @@ def _quantize_kernel(
         rows_prefer_four = _spread(prefers_four.to(tl.int8), TALL, BLOCKS)
         code = tl.where((rows_prefer_four == 1)[:, None], other_code, code)
 
-    # The sign of x, of a zero too; where the scale is 0, so is the product, with the same sign.
+    # The sign is that of x, also for a zero; where the scale is 0, the product is a zero with the same sign.
     negative = (tile.to(tl.uint32, bitcast=True) >> 31).to(tl.uint8)
     low, high = tl.split(tl.reshape(code | (negative << 3), (ROWS, TILE // 2, 2)))
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -249,8 +251,8 @@ def _quantize_kernel(
 
 @triton.jit
 def _error(x, code, value, amax, SPAN: tl.constexpr, ERROR: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr):
-    size = _e2m1_magnitude(code)
-    signed = tl.where((x.to(tl.uint32, bitcast=True) >> 31) == 1, -size, size)
+    magnitude = _e2m1_magnitude(code)
+    signed = tl.where((x.to(tl.uint32, bitcast=True) >> 31) == 1, -magnitude, magnitude)
     decoded = signed * _spread(value, TALL, BLOCKS)[:, None] * amax
     decoded = tl.div_rn(decoded, SPAN + tl.zeros_like(decoded))
     return _block_error(decoded - x, ERROR, TALL, BLOCKS)
@@ -263,8 +265,8 @@ def _dequantize_kernel(
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < num_blocks
-    place = tl.arange(0, 8)
-    packed = tl.load(codes + block[:, None] * 8 + place[None, :], mask=inside[:, None], other=0)
+    pair = tl.arange(0, 8)
+    packed = tl.load(codes + block[:, None] * 8 + pair[None, :], mask=inside[:, None], other=0)
     value = tl.reshape(_e2m1_pairs(packed, PTX), (BLOCKS, 16))
     scale = _e4m3_value(tl.load(scales + block, mask=inside, other=0))
     number = tl.div_rn(value * scale[:, None] * tl.load(amax_pointer), SPAN + tl.zeros_like(value))
@@ -293,16 +295,16 @@ def _read_frames_kernel(
     number = tl.reshape(value * scale[:, None], (TOKENS, DIM))
     if HAS_MEAN:
         number += tl.load(mean + frame * DIM + tl.arange(0, DIM))[None, :]
-    place = target + row[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    pointer = target + row[:, None] * DIM + tl.arange(0, DIM)[None, :]
     if BF16:
-        tl.store(place, _bf16_bits(number), mask=inside)
+        tl.store(pointer, _bf16_bits(number), mask=inside)
     else:
-        tl.store(place, number, mask=inside)
+        tl.store(pointer, number, mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------------- launches
 def has_fp4_instructions(device: torch.device) -> bool:
-    """Whether the device converts to and from E2M1 itself."""
+    """Whether the device has instructions that convert to and from E2M1."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
@@ -314,14 +316,16 @@ def quantize_matrix(
     seed: torch.Tensor | None,
     hadamard: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
+    """Quantize a matrix, as `format.encode_matrix` does.
+
     Args:
-        x: float32, bfloat16 or float16 `[rows, cols]`, of any strides: a transposed view costs no copy.
-        amax: float32 `[1]`, or `[n]` where each nth of the rows has its own (1x16 blocks only); with `hadamard`, after
-            the transform.
-        rule, block: As in `format.quantize`.
-        seed: Of stochastic rounding, int64 `[2]`; None: round to nearest.
-        hadamard: Transform each 16 columns first.
+        x: float32, bfloat16 or float16 `[rows, cols]`, with any strides: a transposed view is not copied.
+        amax: float32 `[1]`, or `[n]` if each of n equal parts of the rows has its own (1x16 blocks only). With
+            `hadamard`, it is that of the transformed numbers.
+        rule: The scale rule.
+        block: As in `format.quantize`.
+        seed: The seed for stochastic rounding, int64 `[2]`; None: round to nearest.
+        hadamard: Whether to transform each group of 16 columns first.
 
     Returns:
         Codes `[rows, cols / 2]` and scales `[rows, cols / 16]` (float8_e4m3fn).
@@ -337,7 +341,7 @@ def quantize_matrix(
         LARGEST_VALUE=rule.largest_value, SPAN=rule.span, ERROR=0 if rule.error is None else ERRORS[rule.name],
         HADAMARD=hadamard, STOCHASTIC=seed is not None, TALL=tall, TILE=tile,
         PTX=has_fp4_instructions(x.device),
-        # A product and a sum are two roundings, as in the reference.
+        # A product and a sum are rounded separately, as in the reference.
         enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scales.view(torch.float8_e4m3fn)
@@ -346,7 +350,7 @@ def quantize_matrix(
 def dequantize_matrix(
     codes: torch.Tensor, scales: torch.Tensor, amax: torch.Tensor, rule: ScaleRule, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`[rows, cols]` in float32 or bfloat16."""
+    """Dequantize a matrix: `[rows, cols]` in float32 or bfloat16."""
     rows, columns = codes.shape[0], 2 * codes.shape[1]
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     num_blocks = rows * columns // 16
@@ -369,13 +373,15 @@ def read_frames(
     length: int,
 ) -> None:
     """
-    The first `length` slots of a cache, in one launch, into those of `target`.
+    Dequantize the first `length` slots of a cache into those of `target`, in one launch.
 
     Args:
         codes, scales: uint8 `[B, heads, slots, tokens, head_dim / 2]` and `[..., head_dim / 16]`; head_dim a power of
             two.
-        amax, mean: float32 `[B, heads, slots, 1, 1]` and `[B, heads, slots, 1, head_dim]` or None.
-        target: float32 or bfloat16 `[B, heads, slots, tokens, head_dim]`; all contiguous.
+        amax, mean: float32 `[B, heads, slots, 1, 1]` and `[B, heads, slots, 1, head_dim]`, which is added, or None.
+        rule: The scale rule of the cache.
+        target: float32 or bfloat16 `[B, heads, slots, tokens, head_dim]`; like all the others, contiguous.
+        length: How many slots are read.
     """
     batch, heads, slots, tokens, head_dim = target.shape
     is_bf16 = target.dtype == torch.bfloat16

@@ -15,25 +15,27 @@ STORED = ("weight_codes", "weight_scales", "weight_amax")
 
 class NVFP4Linear(nn.Linear):
     """
-    `y = x W^T + b` with W in NVFP4, frozen; gradients flow to `x` as through the dequantized W, so LoRA trains on it.
+    `y = x W^T + b` with W in NVFP4, frozen. Gradients flow to `x` as through the dequantized W, so a LoRA on top of
+    the layer can be trained.
 
-    The buffers `weight_codes`, `weight_scales` and `weight_amax` stand for the weight, and keep their dtypes whatever
-    `.to(dtype)` is called. How the product is computed is the backend (`backends.py`), selected for the device when
-    the layer is made and when it is moved, and named in its `repr`; `product` is what it made for this layer.
+    The buffers `weight_codes`, `weight_scales` and `weight_amax` stand for the weight, and keep their dtypes under any
+    `.to(dtype)`. The backend (`backends.py`) decides how the product is computed. It is selected for the device when
+    the layer is created and whenever it is moved, and is named in the layer's `repr`; `product` is the module that it
+    created for this layer.
 
     Args:
         in_features, out_features: As in `nn.Linear`; the first is a multiple of 16.
-        bias: Whether there is one; it is never quantized.
-        weight_scale_rule: How `weight_amax` and the scales are to be read.
-        weight_block: `(1, 16)`, or `(16, 16)` as in training: how a new weight is quantized.
+        bias: Whether the layer has a bias, which is never quantized.
+        weight_scale_rule: The scale rule of the weight, by which `weight_amax` and the scales are read.
         activation_scale_rule: The rule by which `x` is quantized, where the backend does that.
-        backend: "auto", "scaled_mm", "te", "fp8", "w4a16" or "emulate". One that cannot run on a device gives way,
-            with a warning, to what "auto" would take there.
-        device: Where the buffers and the bias are.
+        weight_block: The blocks in which a new weight is quantized: `(1, 16)`, or `(16, 16)` as in training.
+        backend: "auto", "scaled_mm", "te", "fp8", "w4a16" or "emulate". A backend that cannot run on a device is
+            replaced, with a warning, by the one that "auto" would choose there.
+        device: The device of the buffers and the bias.
         dtype: The dtype of the bias.
 
     Raises:
-        ValueError: For sizes that do not divide into blocks, or unknown names.
+        ValueError: If the sizes do not divide into blocks, or a name is unknown.
     """
 
     weight_codes: torch.Tensor
@@ -53,7 +55,7 @@ class NVFP4Linear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight
+        nn.Module.__init__(self)  # nn.Linear's own `__init__` would allocate the weight
         if in_features % BLOCK:
             raise ValueError(f"NVFP4 needs inputs in multiples of {BLOCK}, this layer has {in_features}.")
         for rule in (weight_scale_rule, activation_scale_rule):
@@ -73,15 +75,15 @@ class NVFP4Linear(nn.Linear):
 
     @classmethod
     def empty_like(cls, linear: nn.Linear, **options) -> "NVFP4Linear":
-        """A layer of the same sizes, on the meta device, for a stored weight to be put into; with the same bias, not a
-        copy of it. Options as of the class."""
+        """Create a layer of the same sizes, on the meta device, to be filled with a stored weight. It shares the bias
+        of `linear` rather than copying it. `options` are arguments of the class."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **options, device="meta")
         layer.bias = linear.bias
         return layer.train(linear.training)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> "NVFP4Linear":
-        """Quantize a layer; as `empty_like`, with its weight."""
+        """Quantize a layer: like `empty_like`, but with the weight of `linear`."""
         layer = cls.empty_like(linear, **options)
         layer.store(quantize(linear.weight.detach(), layer.weight_scale_rule, layer.weight_block))
         return layer
@@ -99,10 +101,10 @@ class NVFP4Linear(nn.Linear):
         )
 
     def store(self, weight: NVFP4Tensor) -> None:
-        """Take another weight.
+        """Replace the weight.
 
         Raises:
-            ValueError: Its shape or its rule is not this layer's.
+            ValueError: If the shape or the scale rule of `weight` is not this layer's.
         """
         if weight.shape != (self.out_features, self.in_features) or weight.scale_rule != self.weight_scale_rule:
             raise ValueError(
@@ -113,11 +115,11 @@ class NVFP4Linear(nn.Linear):
         self.select_backend()
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """The weight, `[out_features, in_features]`."""
+        """Return the dequantized weight, `[out_features, in_features]`."""
         return self.weight_nvfp4.dequantize(dtype)
 
     def set_backend(self, backend: str) -> None:
-        """Compute in another way, see the class.
+        """Change how the product is computed (see the class).
 
         Raises:
             ValueError: If there is no such backend.
@@ -127,8 +129,8 @@ class NVFP4Linear(nn.Linear):
         self.select_backend()
 
     def select_backend(self) -> None:
-        """Select the backend for the weight's current device, and precompute what it needs; nothing on the meta
-        device."""
+        """Select the backend for the weight's current device, and precompute what it needs. On the meta device, there
+        is no backend."""
         self.backend: LinearBackend | None = None
         self.product: nn.Module | None = None
         device = self.weight_codes.device
@@ -138,7 +140,7 @@ class NVFP4Linear(nn.Linear):
         shape = LayerShape(self.in_features, self.out_features, self.weight_scale_rule, self.activation_scale_rule)
         self.backend, unmet = choose_backend(self.requested_backend, shape, device)
         if unmet is not None:
-            # Python shows a warning of the same words once, and a model has hundreds of such layers.
+            # Python shows identical warnings only once, so the hundreds of layers of a model warn once.
             warnings.warn(f"NVFP4: {unmet}; '{self.backend.name}' is used instead.", stacklevel=2)
         self.product = self.backend.prepare(self.weight_nvfp4, self.activation_scale_rule)
 
@@ -155,7 +157,7 @@ class NVFP4Linear(nn.Linear):
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"  # one line; the product is told by the backend's name
+        return f"{type(self).__name__}({self.extra_repr()})"  # one line: the backend's name says which product it is
 
     def extra_repr(self) -> str:
         name = "not selected yet" if self.backend is None else self.backend.name
@@ -166,11 +168,11 @@ class NVFP4Linear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True):
         stored = {name: self.get_buffer(name) for name in STORED}
-        self.product = None  # made anew for where the weight will be
+        self.product = None  # created again on the weight's new device
         super()._apply(fn, recurse)
         for name, before in stored.items():
             after = self.get_buffer(name)
-            if after.dtype != before.dtype:  # `.to(dtype)` means the model's precision, not this format's
+            if after.dtype != before.dtype:  # `.to(dtype)` is about the model's precision, not this format's
                 self._buffers[name] = before.to(after.device)
         self.select_backend()
         return self
@@ -184,7 +186,7 @@ class NVFP4Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """The product's gradient to `x` is that of the dequantized weight: rounding is taken for the identity."""
+    """The product's gradient to `x` is that of the dequantized weight: rounding is treated as the identity."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, linear: NVFP4Linear) -> torch.Tensor:
@@ -197,7 +199,7 @@ class _Product(torch.autograd.Function):
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor | NVFP4Tensor]:
-    """A model's state dict in which a layer in NVFP4 has a `weight` again, as `NVFP4Tensor`."""
+    """Return a model's state dict in which each layer in NVFP4 has a single `weight` again, as `NVFP4Tensor`."""
     weights = dict(model.state_dict())
     for name, layer in nvfp4_layers(model).items():
         for part in STORED:
@@ -207,5 +209,5 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor | NVFP4Tensor]:
 
 
 def nvfp4_layers(model: nn.Module) -> dict[str, NVFP4Linear]:
-    """The layers of a model that are stored in NVFP4, by name."""
+    """Return the layers of a model that are stored in NVFP4, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NVFP4Linear)}

@@ -1,4 +1,4 @@
-"""The Triton kernels, where there is a Triton that loads."""
+"""Import the Triton kernels, if there is a Triton that loads."""
 
 import functools
 import importlib
@@ -8,7 +8,7 @@ from types import ModuleType
 
 @functools.cache
 def load_kernels() -> ModuleType | None:
-    """`kernels.py`, or None with a warning where Triton cannot be imported. Asked for on GPUs only, and tried once."""
+    """Return `kernels.py`, or None (with a warning) if Triton cannot be imported. Called for GPUs only; tried once."""
     try:
         return importlib.import_module(".kernels", __package__)
     except Exception as error:  # a GPU library's import fails in many ways

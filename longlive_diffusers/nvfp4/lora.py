@@ -1,4 +1,4 @@
-"""LoRA on layers in NVFP4: PEFT's own layer, but for merging, which has to round the sum again."""
+"""LoRA on layers in NVFP4: PEFT's own layer, except for merging, which has to quantize the sum."""
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -13,10 +13,11 @@ class NVFP4LoraLinear(LoraLinear):
     """PEFT's LoRA layer around an `NVFP4Linear`."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Dequantize, add the adapters, quantize by the layer's rule: once, whatever the number of adapters.
+        """Dequantize the weight, add the adapters, and quantize the sum by the layer's rule: once, for all
+        adapters together.
 
         Raises:
-            ValueError: The sum has infinities or NaN.
+            ValueError: If the sum has infinities or NaN.
         """
         adapter_names = check_adapters_to_merge(self, adapter_names)
         if not adapter_names:
@@ -30,9 +31,10 @@ class NVFP4LoraLinear(LoraLinear):
         self.merged_adapters += present
 
     def unmerge(self) -> None:
-        """
+        """Refuse to unmerge, which is not possible.
+
         Raises:
-            ValueError: Always, if anything is merged: what rounding took away does not come back.
+            ValueError: If anything is merged: what rounding took away does not come back.
         """
         if self.merged:
             raise ValueError(
@@ -43,7 +45,7 @@ class NVFP4LoraLinear(LoraLinear):
 
 def adopt_lora_layers(model: nn.Module) -> None:
     """Give PEFT's layers around NVFP4 weights the class that can merge them. (PEFT chooses classes by a configuration
-    that diffusers makes by itself, so there is no place to say so beforehand.)"""
+    that diffusers creates internally, so there is no way to set the class beforehand.)"""
     for module in model.modules():
         if type(module) is LoraLinear and isinstance(module.get_base_layer(), NVFP4Linear):
             module.__class__ = NVFP4LoraLinear

@@ -1,6 +1,6 @@
-"""The product of two matrices in NVFP4: in 4 bits where the hardware has it, and the same numbers where it has not.
+"""The product of two matrices in NVFP4: in 4 bits where the hardware supports it, else emulated in more bits.
 
-Tensor cores want the block scales of a matrix in tiles of 128 rows by 4 scales, of 512 bytes each ([`swizzle`]).
+Tensor cores need the block scales of a matrix in tiles of 128 rows by 4 scales, of 512 bytes each ([`swizzle`]).
 Within a tile, 16 bytes hold four neighboring scales of rows r, r + 32, r + 64 and r + 96. Rows are padded to 128 and
 scales to 4 with zeros. (This is cuBLASLt's layout for 1D block scaling; torch calls it `SWIZZLE_32_4_4`.)
 """
@@ -15,14 +15,14 @@ TILE_ROWS, TILE_COLUMNS = 128, 4
 
 
 def multiply(a: NVFP4Tensor, b: NVFP4Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`A B^T`, `[M, K]` and `[N, K]` -> `[M, N]` in `dtype`: in hardware where there is one, else emulated."""
+    """`A B^T`, `[M, K]` and `[N, K]` -> `[M, N]` in `dtype`: in hardware if the device supports it, else emulated."""
     if hardware_unsupported_reason(a.codes.device, a.shape[1], b.shape[0]) is None:
         return multiply_in_hardware(a, b, swizzle(b.scales)).to(dtype)
     return emulate(a, b, dtype)
 
 
 def multiply_in_hardware(a: NVFP4Tensor, b: NVFP4Tensor, swizzled_b_scales: torch.Tensor) -> torch.Tensor:
-    """`A B^T` in tensor cores, bfloat16; the scales of `b` are in their tiles already."""
+    """Compute `A B^T` on tensor cores, in bfloat16; the scales of `b` are swizzled already."""
     return nvfp4_matmul(
         a.codes,
         swizzle(a.scales),
@@ -35,10 +35,11 @@ def multiply_in_hardware(a: NVFP4Tensor, b: NVFP4Tensor, swizzled_b_scales: torc
 
 def emulate(a: NVFP4Tensor, b: NVFP4Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
-    `A B^T` by plain products of what the codes stand for, without the global scales, which are applied to the result.
+    Compute `A B^T` as a plain product of the values times their block scales; the global scales are applied to the
+    result.
 
     A value times its block's scale has at most 6 significant bits, so bfloat16 holds it exactly, and a GPU multiplies
-    as fast as ever; what is summed is what tensor cores sum, in float32. On a CPU float32 is faster.
+    at its usual speed; the terms are those that tensor cores sum, in float32. On a CPU, float32 is faster.
     """
     exact = torch.bfloat16 if a.codes.is_cuda else torch.float32
     left, right = (in_block_scales(factor.codes, factor.scales.float()).to(exact) for factor in (a, b))
@@ -57,14 +58,14 @@ def nvfp4_matmul(
     other_tensor_scale: torch.Tensor,
 ) -> torch.Tensor:
     """
-    torch's own product `A B^T` of two matrices in NVFP4, on a GPU that multiplies them. It is an operator of its own
-    because `torch.compile` cannot lower the plain call (torch 2.13: "does not yet support non-trivial swizzles"), and
-    what it does not know it leaves as it is.
+    Compute torch's own product `A B^T` of two matrices in NVFP4, on a GPU that supports it. This is a custom operator
+    because `torch.compile` cannot lower the plain call (torch 2.13: "does not yet support non-trivial swizzles"), but
+    leaves an operator that it does not know as it is.
 
     Args:
         codes, other_codes: uint8 `[M, K / 2]` and `[N, K / 2]`; K is a multiple of 32, N of 16.
-        scales, other_scales: float8_e4m3fn, swizzled, 1-D.
-        tensor_scale, other_tensor_scale: float32 `[1]`: `amax / span`.
+        scales, other_scales: The block scales, float8_e4m3fn, swizzled, 1-D.
+        tensor_scale, other_tensor_scale: The global scales, `amax / span`, float32 `[1]`.
 
     Returns:
         bfloat16 `[M, N]`.
@@ -90,8 +91,8 @@ def _(codes, scales, tensor_scale, other_codes, other_scales, other_tensor_scale
 
 
 def hardware_unsupported_reason(device: torch.device, inner: int, columns: int) -> str | None:
-    """Why tensor cores cannot compute a product that sums over `inner` and has `columns` columns, as the end of a
-    sentence; None if they can."""
+    """Return why tensor cores cannot compute a product that sums over `inner` and has `columns` columns, as the end of
+    a sentence; None if they can."""
     if inner % 32 or columns % 16:
         return f"needs inputs in multiples of 32 and outputs of 16, this layer is {inner} -> {columns}"
     if device.type != "cuda":
@@ -100,7 +101,7 @@ def hardware_unsupported_reason(device: torch.device, inner: int, columns: int) 
 
 
 def capability_unsupported_reason(device: torch.device, needed: tuple[int, int], known_as: str = "") -> str | None:
-    """That a GPU's compute capability is below the one that is needed, as the end of a sentence; None if it is not."""
+    """Return why a GPU's compute capability is not sufficient, as the end of a sentence; None if it is."""
     found = torch.cuda.get_device_capability(device)
     if found >= needed:
         return None
@@ -109,15 +110,15 @@ def capability_unsupported_reason(device: torch.device, needed: tuple[int, int],
 
 
 def padded_shape(rows: int, columns: int) -> tuple[int, int]:
-    """The shape of `rows` by `columns` scales when they are padded to whole tiles."""
+    """Return the shape of `rows` by `columns` scales after padding to whole tiles."""
     return -(-rows // TILE_ROWS) * TILE_ROWS, -(-columns // TILE_COLUMNS) * TILE_COLUMNS
 
 
 def swizzle(scales: torch.Tensor) -> torch.Tensor:
-    """Scales `[rows, cols / 16]` -> 1-D, in tiles."""
+    """Arrange scales `[rows, cols / 16]` in tiles, 1-D."""
     rows, columns = scales.shape
     padded_rows, padded_columns = padded_shape(rows, columns)
-    # As bytes: few operations know this dtype.
+    # As bytes: few operations support this dtype.
     padded = F.pad(scales.view(torch.uint8), (0, padded_columns - columns, 0, padded_rows - rows))
     tiles = padded.reshape(padded_rows // TILE_ROWS, 4, 32, padded_columns // TILE_COLUMNS, TILE_COLUMNS)
     return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(scales.dtype)
@@ -125,10 +126,10 @@ def swizzle(scales: torch.Tensor) -> torch.Tensor:
 
 def unswizzle(scales: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """
-    Scales in tiles, 1-D -> `[rows, columns]`.
+    Undo [`swizzle`]: scales in tiles, 1-D -> `[rows, columns]`.
 
     Raises:
-        ValueError: If their number is not that of the tiles.
+        ValueError: If there are more or fewer scales than the tiles hold.
     """
     padded_rows, padded_columns = padded_shape(rows, columns)
     if scales.numel() != padded_rows * padded_columns:

@@ -1,8 +1,8 @@
-"""NVFP4 as a quantization that diffusers knows: `from_pretrained(..., quantization_config=NVFP4Config())`.
+"""NVFP4 as a quantization method of diffusers: `from_pretrained(..., quantization_config=NVFP4Config())`.
 
-Weights are quantized on the way in, tensor by tensor, so that a model is never in memory whole in its old precision. A
-quantized model is saved like any other: safetensors with the three stored tensors in place of each weight, and
-`quantization_config` in `config.json`, by which it is known when it is loaded again.
+Weights are quantized as they are loaded, tensor by tensor, so that a model is never completely in memory in its old
+precision. A quantized model is saved like any other: safetensors with three stored tensors in place of each weight,
+and `quantization_config` in `config.json`, by which it is recognized when it is loaded again.
 """
 
 import copy
@@ -27,12 +27,12 @@ from .rules import scale_rule_named
 
 
 class NVFP4Method(StrEnum):
-    """What diffusers keeps its quantizers under; it reads `.value`."""
+    """The name under which diffusers registers the quantizer; diffusers reads `.value`."""
 
     NVFP4 = "longlive_nvfp4"
 
 
-# Of a LongLive or Wan transformer: everything outside the blocks. They are few, and see the whole picture.
+# Everything outside the blocks of a LongLive or Wan transformer: few layers, which everything passes through.
 DEFAULT_MODULES_TO_NOT_CONVERT = ("patch_embedding", "condition_embedder", "proj_out")
 
 
@@ -41,16 +41,17 @@ class NVFP4Config(QuantizationConfigMixin):
     Store the linear layers of a transformer in NVFP4.
 
     Args:
-        weight_scale_rule, activation_scale_rule: Of the weights, and of what they are multiplied by: "mse" (as
-            LongLive-2.0's 4-bit models), "mae", "abs_max", "static_6" or "static_4".
-        weight_block: `(1, 16)`, or `(16, 16)` for a model that was trained with such blocks.
+        weight_scale_rule, activation_scale_rule: The scale rules of the weights, and of the inputs that they are
+            multiplied by: "mse" (like LongLive-2.0's 4-bit models), "mae", "abs_max", "static_6" or "static_4".
+        weight_block: The blocks of the weights: `(1, 16)`, or `(16, 16)` for a model that was trained with these.
         backend: How products are computed: "auto", "scaled_mm", "te", "fp8", "w4a16" or "emulate"
             (see `backends.py`).
-        modules_to_not_convert: Names, or beginnings of names at a dot, of modules that stay as they are; by default
-            embeddings and the last layer.
+        modules_to_not_convert: Names, or parts of names between dots, of modules that stay as they are, with all that
+            is in them; by default, the embeddings and the last layer.
+        quant_method: The name of the method, as it stands in `config.json`; always "longlive_nvfp4".
 
     Raises:
-        ValueError: For an unknown rule, block or backend.
+        ValueError: If a rule, the block, the backend or the method is unknown.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class NVFP4Config(QuantizationConfigMixin):
     @classmethod
     def from_recipe(cls, recipe: NVFP4Recipe, num_blocks: int, backend: str = "auto") -> "NVFP4Config":
         """
-        For a transformer of `num_blocks` blocks that was trained with a recipe: what it computed in NVFP4 then is
-        stored so, rounded as it was in training's forward.
+        Create the configuration for a transformer of `num_blocks` blocks that was trained with a recipe: the layers
+        that computed in NVFP4 are stored in NVFP4, rounded as in the forward pass of training.
         """
         kept = [f"blocks.{index}" for index in range(num_blocks) if index not in recipe.chosen_blocks(num_blocks)]
         return cls(
@@ -92,11 +93,11 @@ class NVFP4Config(QuantizationConfigMixin):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written to `config.json`."""
+        """Return the settings as they are written to `config.json`."""
         return {**copy.deepcopy(vars(self)), "quant_method": self.quant_method.value}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What differs from the defaults."""
+        """Return the settings that differ from the defaults."""
         defaults = NVFP4Config().to_dict()
         return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
 
@@ -109,9 +110,10 @@ class NVFP4Config(QuantizationConfigMixin):
         return not any(re.search(rf"(^|\.){re.escape(kept)}(\.|$)", name) for kept in self.modules_to_not_convert)
 
     def quantize_layer(self, linear: nn.Linear, name: str = "the layer") -> NVFP4Linear:
-        """
+        """Quantize a layer; `name` is what an error calls it.
+
         Raises:
-            ValueError: Its weight has infinities or NaN.
+            ValueError: If its weight has infinities or NaN.
         """
         try:
             return NVFP4Linear.from_linear(linear, **self._layer_options())
@@ -119,7 +121,7 @@ class NVFP4Config(QuantizationConfigMixin):
             raise ValueError(f"{name} cannot be quantized: {error}") from error
 
     def empty_layer(self, linear: nn.Linear) -> NVFP4Linear:
-        """A layer of the same sizes, on the meta device, for stored tensors to be put into."""
+        """Create a layer of the same sizes, on the meta device, to be filled with stored tensors."""
         return NVFP4Linear.empty_like(linear, **self._layer_options())
 
     def _layer_options(self) -> dict[str, Any]:
@@ -132,10 +134,10 @@ class NVFP4Config(QuantizationConfigMixin):
 
 
 def layers_to_convert(model: nn.Module, config: NVFP4Config) -> list[str]:
-    """Names of the layers that a configuration stores in NVFP4.
+    """Return the names of the layers that a configuration stores in NVFP4.
 
     Raises:
-        ValueError: There are none.
+        ValueError: If there are none.
     """
     names = [name for name, module in model.named_modules() if config.converts(name, module)]
     if not names:
@@ -147,10 +149,10 @@ def layers_to_convert(model: nn.Module, config: NVFP4Config) -> list[str]:
 
 
 def quantize_model(model: nn.Module, config: NVFP4Config) -> nn.Module:
-    """Store a loaded diffusers model's layers in NVFP4, in place; it is then saved and shared as a quantized one.
+    """Quantize the layers of a loaded diffusers model, in place; it is then saved and shared as a quantized model.
 
     Raises:
-        ValueError: It is quantized already, or has LoRA layers (fuse or unload them first), or nothing to quantize.
+        ValueError: If it is quantized already, has LoRA layers (fuse or unload them first), or nothing to quantize.
     """
     if nvfp4_layers(model):
         raise ValueError(f"This {type(model).__name__} is stored in NVFP4 already.")
@@ -163,7 +165,7 @@ def quantize_model(model: nn.Module, config: NVFP4Config) -> nn.Module:
 
 
 def mark_quantized(model: nn.Module, config: NVFP4Config) -> None:
-    """Make diffusers take a model for what it is: one with NVFP4 layers."""
+    """Make diffusers recognize a model that has NVFP4 layers as quantized."""
     model.is_quantized, model.quantization_method = True, config.quant_method
     model.hf_quantizer = NVFP4Quantizer(config, pre_quantized=True)
     model.register_to_config(quantization_config=config)
@@ -171,8 +173,10 @@ def mark_quantized(model: nn.Module, config: NVFP4Config) -> None:
 
 def check_layers(model: nn.Module) -> None:
     """
+    Check the stored tensors of a model's NVFP4 layers, and select the layers' backends.
+
     Raises:
-        ValueError: A stored tensor is missing, or damaged, or was written by another rule than the layer's.
+        ValueError: If a stored tensor is missing or damaged, or was written by another rule than the layer's.
     """
     for name, layer in nvfp4_layers(model).items():
         missing = [tensor for tensor in STORED if layer.get_buffer(tensor).device.type == "meta"]
@@ -186,7 +190,7 @@ def check_layers(model: nn.Module) -> None:
 
 
 class NVFP4Quantizer(DiffusersQuantizer):
-    """What diffusers' loader calls; users have no need of it."""
+    """The hooks that diffusers' loader calls; users do not need it."""
 
     use_keep_in_fp32_modules = True
     required_packages: list[str] = []
@@ -215,9 +219,10 @@ class NVFP4Quantizer(DiffusersQuantizer):
         return layer in self._converted and tensor in (STORED if self.pre_quantized else ("weight",))
 
     def check_quantized_param_shape(self, param_name: str, expected: torch.Tensor, given: torch.Tensor) -> None:
-        """
+        """Check the shape of a stored tensor. A single number may be stored without dimensions.
+
         Raises:
-            ValueError: Another shape than the layer's. One number may be stored without dimensions.
+            ValueError: If the shape is not the layer's.
         """
         if expected.numel() != given.numel() or (given.ndim and given.shape != expected.shape):
             raise ValueError(f"{param_name} is {tuple(given.shape)}, this model needs {tuple(expected.shape)}.")
@@ -235,7 +240,7 @@ class NVFP4Quantizer(DiffusersQuantizer):
         name, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(name)
         if self.pre_quantized:
-            # As it is in the file: `param_value` was brought to the model's dtype, which is not this format's.
+            # Take it as it is in the file: `param_value` was cast to the model's dtype, which is not this format's.
             stored = state_dict[param_name].to(target_device)
             expected = module.get_buffer(tensor)
             if stored.dtype != expected.dtype:
@@ -270,11 +275,11 @@ class NVFP4Quantizer(DiffusersQuantizer):
             linear.bias = layer.bias
             model.set_submodule(name, linear)
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
-        model._internal_dict = FrozenDict(kept)  # what `config` is; diffusers has no way to take a setting back
+        model._internal_dict = FrozenDict(kept)  # what `config` reads; diffusers has no way to remove a setting
         return model
 
 
 def register_quantizer() -> None:
-    """Let diffusers find `NVFP4Config` and its quantizer by their method's name."""
+    """Let diffusers find `NVFP4Config` and its quantizer by the name of the method."""
     AUTO_QUANTIZER_MAPPING[NVFP4Method.NVFP4.value] = NVFP4Quantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[NVFP4Method.NVFP4.value] = NVFP4Config

@@ -1,12 +1,12 @@
-"""Recipes of training in NVFP4: which of the three products of a layer sees what, rounded how.
+"""Recipes for training in NVFP4: how the factors of a layer's three matrix products are rounded.
 
-A linear layer is three matrix products: forward `y = x W^T`, the gradient to its input `dx = dy W`, and that to its
+A linear layer is three matrix products: forward `y = x W^T`, the gradient of its input `dx = dy W`, and that of its
 weight `dW = dy^T x`. In NVFP4 all six factors are rounded to 4 bits. What decides whether training survives it:
 
-- Gradients are rounded stochastically: to nearest, what is small would always vanish.
-- `dW` sums over tokens, and outliers among them are spread first by a Hadamard transform of both factors.
+- Gradients are rounded stochastically: if they were rounded to nearest, small ones would always vanish.
+- `dW` sums over tokens, and outliers among them are first spread by a Hadamard transform of both factors.
 - Weights have 16 x 16 blocks, so that forward and backward see the same rounded weight.
-- The weights that the optimizer moves stay in float32, and everything that is not a linear layer in a block is left
+- The weights that the optimizer updates stay in float32, and everything that is not a linear layer in a block is left
   alone.
 """
 
@@ -15,15 +15,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NVFP4Recipe:
-    """
+    """How a transformer's blocks are trained in NVFP4.
+
     Args:
-        name: By which options call it.
-        weight_rule: Of weights, rounded to nearest.
-        activation_rule: Of inputs, rounded to nearest.
-        gradient_rule: Of gradients, rounded stochastically.
-        rounds_input_twice: The weight's gradient is computed from the input as it was rounded for the forward, rounded
-            again along the other axis: less memory (4 bits are kept for the backward), more error.
-        keep_first, keep_last: Blocks at both ends that stay in higher precision.
+        name: The name of the recipe in command-line options and configurations.
+        weight_rule: The scale rule of weights, which are rounded to nearest.
+        activation_rule: The scale rule of inputs, which are rounded to nearest.
+        gradient_rule: The scale rule of gradients, which are rounded stochastically.
+        rounds_input_twice: Whether the weight's gradient is computed from the input as it was rounded for the forward
+            pass, rounded again along the other axis: less memory (4 bits are kept for the backward pass), more error.
+        keep_first, keep_last: How many blocks at either end stay in higher precision.
     """
 
     name: str
@@ -35,7 +36,7 @@ class NVFP4Recipe:
     keep_last: int = 0
 
     def chosen_blocks(self, num_blocks: int) -> range:
-        """Indices of the blocks that compute in NVFP4."""
+        """Return the indices of the blocks that compute in NVFP4."""
         return range(self.keep_first, num_blocks - self.keep_last)
 
 
@@ -44,9 +45,9 @@ RECIPES = {
     for recipe in (
         # LongLive-2.0, arXiv 2605.18739 and its training code. Four-over-six with stochastic rounding is biased.
         NVFP4Recipe("longlive", "static_6", "mse", "mse", rounds_input_twice=True),
-        # NVIDIA's pre-training recipe, arXiv 2509.25149, as TransformerEngine has it.
+        # NVIDIA's pre-training recipe, arXiv 2509.25149, as TransformerEngine implements it.
         NVFP4Recipe("nvidia", "static_6", "static_6", "static_6", rounds_input_twice=False),
-        # The same with gradients that are right on average, and with the ends of the network kept.
+        # The same with gradients that are right on average, and with the ends of the network kept in higher precision.
         NVFP4Recipe(
             "nvfp4_pretrain",
             "static_6",
@@ -61,9 +62,10 @@ RECIPES = {
 
 
 def recipe_named(name: str) -> NVFP4Recipe:
-    """
+    """Return the recipe of that name.
+
     Raises:
-        ValueError: There is no such recipe.
+        ValueError: If there is no such recipe.
     """
     if name not in RECIPES:
         raise ValueError(f"An NVFP4 recipe is one of {', '.join(RECIPES)}, got {name!r}.")

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 import torch
 
 
-MAX_SCALE = 448.0  # of E4M3
+MAX_SCALE = 448.0  # the largest E4M3 number
 
 
 @dataclass(frozen=True)
 class ScaleRule:
-    """
+    """How the scales of a tensor are chosen.
+
     Args:
-        name: By which tensors, configurations and files call it.
-        largest_value: The value that a block's largest number is brought to.
+        name: The name of the rule in tensors, configurations and files.
+        largest_value: The value to which a block's largest number is scaled.
         largest_scale: The scale of the block that holds the tensor's largest number.
-        error: Of the errors of blocks `[n, ...]`, what four-over-six makes small, `[...]`; None: no choice is made.
+        error: The measure that four-over-six minimizes, from the errors of blocks `[n, ...]` to `[...]`; None: no
+            choice between two scales is made.
     """
 
     name: str
@@ -26,12 +28,12 @@ class ScaleRule:
 
     @property
     def span(self) -> float:
-        """What `amax` becomes before it is split into a value and a block's scale."""
+        """The number to which `amax` is scaled before it is split into a value and a block's scale."""
         return self.largest_value * self.largest_scale
 
 
 def _sum(terms: torch.Tensor) -> torch.Tensor:
-    """Over the first axis, neighbors first: in an order of its own, a sum has the same last bit everywhere."""
+    """Sum over the first axis, neighbors first: in a fixed order, a sum has the same last bit everywhere."""
     while len(terms) > 1:
         terms = terms[::2] + terms[1::2]
     return terms[0]
@@ -58,16 +60,17 @@ RULES = {
         ScaleRule("mse", 6, 256, _mse),
         ScaleRule("mae", 6, 256, _mae),
         ScaleRule("abs_max", 6, 256, _abs_max),
-        # A scale may be rounded down by 1/17 of itself, and nothing may pass 6 then.
+        # A scale may be rounded down by 1/17 of itself, and nothing may exceed 6 even then.
         ScaleRule("unbiased", 6 * 16 / 17, 448),
     )
 }
 
 
 def scale_rule_named(name: str) -> ScaleRule:
-    """
+    """Return the scale rule of that name.
+
     Raises:
-        ValueError: There is no such rule.
+        ValueError: If there is no such rule.
     """
     if name not in RULES:
         raise ValueError(f"A scale rule is one of {', '.join(RULES)}, got {name!r}.")

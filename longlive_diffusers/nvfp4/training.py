@@ -13,11 +13,15 @@ from .transformer_engine import TETrainingLinear, check_te_recipe
 
 class NVFP4TrainingLinear(nn.Linear):
     """
-    A linear layer that computes in NVFP4 and keeps its weight as it is: the master weight, which the optimizer moves
-    and `state_dict` holds, under the names of `nn.Linear`.
+    A linear layer that computes in NVFP4 and keeps its weight unquantized: the master weight, which the optimizer
+    updates and `state_dict` holds, under the names of `nn.Linear`.
+
+    Args:
+        in_features, out_features, bias: As in `nn.Linear`; the sizes are multiples of 16.
+        recipe: How the layer computes.
 
     Raises:
-        ValueError: Sizes that are no multiples of 16.
+        ValueError: If a size is not a multiple of 16.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, recipe: NVFP4Recipe):
@@ -27,7 +31,7 @@ class NVFP4TrainingLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: NVFP4Recipe) -> "NVFP4TrainingLinear":
-        """With the same parameters, not copies of them."""
+        """Create a layer that shares the parameters of `linear` rather than copying them."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, recipe)
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer.train(linear.training)
@@ -56,7 +60,7 @@ class _NVFP4Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         recipe = ctx.recipe
-        saved = ctx.saved_tensors  # read once: gradient checkpointing gives them out no second time
+        saved = ctx.saved_tensors  # read once: gradient checkpointing does not allow a second time
         weight, kept = saved[:3], saved[3:]
         input_gradient = weight_gradient = None
         if ctx.needs_input_grad[0]:
@@ -79,8 +83,8 @@ def _parts(tensor: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def over_tokens(states: torch.Tensor) -> torch.Tensor:
-    """`[tokens, n]` -> `[n, tokens]`, the tokens filled up with zeros to whole blocks, and their outliers spread."""
-    return random_hadamard(F.pad(states, (0, 0, 0, -states.shape[0] % (2 * BLOCK))).T)  # twice 16, for hardware
+    """`[tokens, n]` -> `[n, tokens]`, with the tokens padded with zeros to whole blocks, and their outliers spread."""
+    return random_hadamard(F.pad(states, (0, 0, 0, -states.shape[0] % (2 * BLOCK))).T)  # 2 * 16, for the hardware
 
 
 def check_sizes(in_features: int, out_features: int) -> None:
@@ -93,19 +97,19 @@ def check_sizes(in_features: int, out_features: int) -> None:
 
 def train_in_nvfp4(model: nn.Module, recipe: NVFP4Recipe, backend: str = "auto") -> list[str]:
     """
-    Replace the linear layers of a transformer's blocks, in place; parameters stay the same objects.
+    Replace the linear layers of a transformer's blocks, in place; the parameters stay the same objects.
 
     Args:
-        model: Has `blocks`, a list of modules, as LongLive's and Wan's transformers.
-        recipe: Says how they compute, and which blocks stay as they are.
-        backend: "auto" - tensor cores where they multiply NVFP4, else the same numbers emulated - or "te".
+        model: A model with a list of modules `blocks`, like LongLive's and Wan's transformers.
+        recipe: How the layers compute, and which blocks stay as they are.
+        backend: "auto" (tensor cores where they support NVFP4, else emulation) or "te" (TransformerEngine).
 
     Returns:
         The names of the layers that were replaced.
 
     Raises:
-        ValueError: No block is left to train in NVFP4, a layer's sizes do not divide, or TransformerEngine was asked
-            for and is not there, or cannot express the recipe.
+        ValueError: If no block is left to train in NVFP4, a layer's sizes are not multiples of 16, or
+            TransformerEngine is requested but not available or not able to express the recipe.
     """
     blocks = model.get_submodule("blocks")
     layers = [

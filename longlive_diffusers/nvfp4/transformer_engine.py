@@ -1,8 +1,8 @@
-"""What needs TransformerEngine, for those who have it (the extra "te"): its NVFP4 products of stored weights, and its
-own layers and recipe in training.
+"""Everything that needs TransformerEngine, which is optional (the extra "te"): its NVFP4 products with stored weights,
+and its own layers and recipe for training.
 
-It quantizes in its own way: a stored weight is given to it in bfloat16, and of the scale rules it has "static_6" and
-four-over-six. What it makes of a weight that was quantized by another rule is quantized twice.
+TransformerEngine quantizes in its own way: it is given a stored weight in bfloat16, and supports only the scale rules
+"static_6" and four-over-six. A weight that was quantized in another way is therefore rounded twice.
 """
 
 import functools
@@ -15,19 +15,19 @@ from .format import NVFP4Tensor
 from .recipes import NVFP4Recipe
 
 
-_ERRORS = {"mse": "MSE", "mae": "MAE"}  # of four-over-six, in its words
-# It has NVIDIA's training recipe. It leaves no room above the largest number ("unbiased"), and it refuses
-# four-over-six together with the Hadamard transform, which LongLive's recipe is.
+_ERRORS = {"mse": "MSE", "mae": "MAE"}  # four-over-six's measures of error, in TransformerEngine's words
+# TransformerEngine has NVIDIA's training recipe. It cannot leave room above the largest number ("unbiased"), and it
+# refuses to combine four-over-six with the Hadamard transform, as LongLive's recipe does.
 EXPRESSIBLE_RECIPES = ("nvidia",)
 
 
 @functools.cache
 def load_te() -> tuple[Any, str | None]:
-    """`transformer_engine.pytorch` as `(module, None)`, or `(None, why it cannot be used)`. Tried once."""
+    """Return `transformer_engine.pytorch` as `(module, None)`, or `(None, why it cannot be used)`. Tried once."""
     try:
         import transformer_engine.common.recipe
         import transformer_engine.pytorch as te
-    except Exception as error:  # a GPU library's import fails in many ways: missing, empty, of another torch
+    except Exception as error:  # a GPU library's import fails in many ways: missing, empty, built for another torch
         return None, f"needs TransformerEngine, which does not load ({type(error).__name__}: {error})"
     if "NVFP4BlockScaling" not in vars(transformer_engine.common.recipe):
         return None, f"needs TransformerEngine 2.8 or later, this one ({te.__file__}) has no NVFP4BlockScaling"
@@ -36,7 +36,7 @@ def load_te() -> tuple[Any, str | None]:
 
 # ----------------------------------------------------------------------------------------------------- stored weights
 def te_unsupported_reason(scale_rules: set[str], device: torch.device) -> str | None:
-    """Why TransformerEngine cannot multiply by weights and inputs of these rules on a device, as the end of a
+    """Return why TransformerEngine cannot multiply weights and inputs of these rules on a device, as the end of a
     sentence; None if it can."""
     te, reason = load_te()
     if te is None:
@@ -48,11 +48,13 @@ def te_unsupported_reason(scale_rules: set[str], device: torch.device) -> str | 
         return f"cannot run NVFP4 here: {reason}"
     if not scale_rules <= {"static_6", *_ERRORS}:
         return f"knows the rules static_6, mse and mae, this layer has {', '.join(sorted(scale_rules))}"
+    if scale_rules >= set(_ERRORS):
+        return "measures the errors of weights and inputs alike, this layer has mse for the one and mae for the other"
     return None
 
 
 def inference_recipe(weight_rule: str, activation_rule: str):
-    """TransformerEngine's recipe that is nearest to the rules of a layer; no Hadamard transform, no 2D blocks."""
+    """Return TransformerEngine's recipe that is closest to a layer's rules; no Hadamard transform, no 2D blocks."""
     import transformer_engine.common.recipe as recipes
 
     which = {
@@ -69,7 +71,7 @@ def inference_recipe(weight_rule: str, activation_rule: str):
 
 
 class TEProduct(nn.Module):
-    """The product with a stored weight by a layer of TransformerEngine, which holds the weight in its own NVFP4."""
+    """The product with a stored weight, computed by a TransformerEngine layer that holds it in its own NVFP4."""
 
     def __init__(self, weight: NVFP4Tensor, activation_rule: str):
         super().__init__()
@@ -82,7 +84,8 @@ class TEProduct(nn.Module):
             )
         with torch.no_grad():
             layer.weight.copy_(weight.dequantize(torch.bfloat16))
-        # In a tuple it is not a submodule: it is neither saved nor moved, but made anew where the weight is moved to.
+        # Inside a tuple, the layer is not a submodule: it is neither saved nor moved, but created again when the
+        # weight is moved.
         self.layer_and_recipe = (layer.requires_grad_(False), recipe)
 
     def forward(self, x: torch.Tensor, weight: NVFP4Tensor) -> torch.Tensor:
@@ -95,9 +98,10 @@ class TEProduct(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------- training
 def check_te_recipe(recipe: NVFP4Recipe) -> None:
-    """
+    """Check that TransformerEngine can train with a recipe.
+
     Raises:
-        ValueError: If TransformerEngine is not there, or cannot do what the recipe says.
+        ValueError: If TransformerEngine is not available, or cannot express the recipe.
     """
     if recipe.name not in EXPRESSIBLE_RECIPES:
         raise ValueError(
@@ -109,12 +113,12 @@ def check_te_recipe(recipe: NVFP4Recipe) -> None:
 
 
 class TETrainingLinear(nn.Linear):
-    """A linear layer that TransformerEngine computes, with this layer's own parameters: names, `state_dict` and what
-    the optimizer sees are those of `nn.Linear`."""
+    """A linear layer that TransformerEngine computes with this layer's own parameters: the names, the `state_dict` and
+    what the optimizer sees are those of `nn.Linear`."""
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: NVFP4Recipe) -> "TETrainingLinear":
-        """A layer with the same parameters, not copies of them."""
+        """Create a layer that shares the parameters of `linear` rather than copying them."""
         te, _ = load_te()
         import transformer_engine.common.recipe as recipes
 
@@ -127,7 +131,7 @@ class TETrainingLinear(nn.Linear):
             params_dtype=linear.weight.dtype,
             device=linear.weight.device,
         )
-        # In a tuple it is not a submodule: it would be saved, and its parameters counted, a second time.
+        # Inside a tuple, the layer is not a submodule: else it would be saved, and its parameters counted, twice.
         layer.layer_and_recipe = (inner, recipes.NVFP4BlockScaling())
         return layer.train(linear.training)
 
@@ -135,7 +139,7 @@ class TETrainingLinear(nn.Linear):
         """`[..., in_features]` -> `[..., out_features]`."""
         te, _ = load_te()
         inner, recipe = self.layer_and_recipe
-        inner.weight = self.weight  # whatever moved or sharded it meanwhile
+        inner.weight = self.weight  # the current one: it may have been moved or sharded meanwhile
         if self.bias is not None:
             inner.bias = self.bias
         with te.autocast(enabled=True, recipe=recipe):

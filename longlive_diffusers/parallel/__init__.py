@@ -1,32 +1,32 @@
 """Balanced sequence parallelism: one clip of teacher-forcing training on several devices (arXiv 2605.18739).
 
 A training clip is long twice over: attention sees the clean latents of all frames and, behind them, a noisy copy of
-all frames. Split over N ranks in the plain way, that sequence falls apart in the middle (here four chunks and N = 4):
+all frames. A plain split over N ranks separates the two halves of that sequence (here four chunks and N = 4):
 
     [ c0 c1 | c2 c3 | n0 n1 | n2 n3 ]        c: clean chunk, n: noisy chunk, |: border between ranks
        r0      r1      r2      r3
 
 Only noisy tokens bear a loss, so half of the ranks have none; a frame's two copies live on different ranks, so each
-frame is read and encoded by the VAE twice, and noise, times, texts and targets are wanted where the frame's latents
-are not. Balanced SP splits the *frames* instead. A rank keeps both copies of its own F/N frames:
+frame is read and encoded by the VAE twice, and noise, timesteps, text embeddings and targets are needed where the
+frame's latents are not. Balanced SP splits the *frames* instead. A rank keeps both copies of its own F/N frames:
 
     [ c0 n0 | c1 n1 | c2 n2 | c3 n3 ]
        r0      r1      r2      r3
 
 Every rank then has as many tokens, as many loss-bearing tokens and as many frames to encode as any other, and all that
 belongs to a frame is made where the frame is. What a rank holds is simply a shorter clip, which is why the network
-needs nothing but to be told of the others (`sp_mesh=`). They meet in self-attention only, by the all-to-all of Ulysses
-(arXiv 2309.14509): before it, a rank has all heads of its own tokens; after it, all tokens for its own heads.
+only needs to be told of the other ranks (`sp_mesh=`). The ranks meet in self-attention only, through the all-to-all of
+Ulysses (arXiv 2309.14509): before it, a rank has all heads of its own tokens; after it, all tokens for its own heads.
 
     [B, tokens / N, heads, head_dim]  --- scatter heads, gather tokens -->  [B, tokens, heads / N, head_dim]
 
 The gathered tokens come in *natural order*, `[r0 clean, r0 noisy, r1 clean, r1 noisy, ...]`. Nothing is permuted into
 `[clean; noisy]`: the rule of who sees whom is evaluated in natural order (`ChunkMask(num_ranks=N)`). Each rank has
-every query and every key of its heads, so attention itself is balanced exactly, in spite of the causal rule.
+every query and every key of its heads, so attention itself is balanced exactly, despite the causal rule.
 
-A data loader does not need the clip on every rank either: `raw_window` says which frames of the video a rank has to
-read, and `encode_shard` encodes just these. DDP and FSDP average gradients over ranks, so what a rank back-propagates
-is its part of the summed loss, times N, over the loss-bearing frames of all ranks (`update` in
+A data loader does not need the whole clip on every rank either: `raw_window` says which frames of the video a rank has
+to read, and `encode_shard` encodes just these. DDP and FSDP average gradients over ranks, so what a rank
+back-propagates is its part of the summed loss, times N, over the loss-bearing frames of all ranks (`update` in
 `training/train_ar.py`).
 """
 

@@ -1,7 +1,7 @@
 """The all-to-all of Ulysses (arXiv 2309.14509): from all heads of some tokens to some heads of all tokens, and back.
 
-Both directions are the same exchange with two dimensions in each other's place: one is split over the ranks, the other
-gathered from them in the order of ranks. Hence each is the other's inverse, and its backward.
+Both directions are the same exchange with two dimensions swapped: one is split over the ranks, the other is gathered
+from them in the order of ranks. Hence each direction is the other's inverse, and its backward pass.
 """
 
 import torch
@@ -18,13 +18,13 @@ def scatter_heads(states: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     Args:
         states: `[B, tokens, ..., heads, head_dim]`, this rank's tokens. Queries, keys and values can go together, as
             `[B, tokens, 3, heads, head_dim]`.
-        mesh: One dimension of a device mesh, of N ranks.
+        mesh: A one-dimensional device mesh of N ranks.
 
     Returns:
         `[B, N * tokens, ..., heads / N, head_dim]`: the tokens of all ranks, those of rank 0 first.
 
     Raises:
-        ValueError: If N does not divide the heads.
+        ValueError: If N does not divide the number of heads.
     """
     check_heads(states.shape[-2], mesh.size())
     return _AllToAll.apply(states, states.ndim - 2, 1, mesh.get_group())
@@ -35,14 +35,14 @@ def gather_heads(states: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     The inverse of [`scatter_heads`]: gather heads, scatter tokens; differentiable.
 
     Args:
-        states: `[B, N * tokens, ..., heads / N, head_dim]`.
-        mesh: One dimension of a device mesh, of N ranks.
+        states: `[B, N * tokens, ..., heads / N, head_dim]`, this rank's heads.
+        mesh: A one-dimensional device mesh of N ranks.
 
     Returns:
         `[B, tokens, ..., heads, head_dim]`, this rank's tokens.
 
     Raises:
-        ValueError: If N does not divide the tokens.
+        ValueError: If N does not divide the number of tokens.
     """
     if states.shape[1] % mesh.size():
         raise ValueError(f"{states.shape[1]} tokens cannot be scattered over {mesh.size()} ranks.")

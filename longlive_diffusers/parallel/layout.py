@@ -1,4 +1,4 @@
-"""Which frames of a clip are a rank's."""
+"""Which frames of a clip belong to which rank."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ class FrameLayout:
     in whole chunks (Balanced SP, arXiv 2605.18739).
 
     Args:
-        num_frames: Latent frames of the clip.
-        num_ranks: Ranks that share it.
-        chunk_size: Latent frames of a chunk.
+        num_frames: The number of latent frames in the clip.
+        num_ranks: The number of ranks that share the clip.
+        chunk_size: The number of latent frames in a chunk.
 
     Raises:
-        ValueError: If the frames are not `num_ranks` times a whole number of chunks.
+        ValueError: If the number of frames is not a multiple of `num_ranks * chunk_size`.
     """
 
     num_frames: int
@@ -50,11 +50,11 @@ class FrameLayout:
         return self.num_chunks // self.num_ranks
 
     def frames_of(self, rank: int) -> slice:
-        """The latent frames of `rank`."""
+        """Return the latent frames of `rank`."""
         return self._part(rank, self.frames_per_rank)
 
     def chunks_of(self, rank: int) -> slice:
-        """The chunks of `rank`."""
+        """Return the chunks of `rank`."""
         return self._part(rank, self.chunks_per_rank)
 
     def shard_latents(self, latents: torch.Tensor, rank: int) -> torch.Tensor:
@@ -62,11 +62,12 @@ class FrameLayout:
         return self._shard(latents, 2, self.num_frames, self.frames_of(rank))
 
     def shard_frames(self, values: torch.Tensor, rank: int) -> torch.Tensor:
-        """What there is for each frame, `[B, F, ...]` (times, positions, a loss mask) -> `[B, F / N, ...]`, a view."""
+        """Per-frame values `[B, F, ...]` (timesteps, positions) -> the rank's `[B, F / N, ...]`, a view."""
         return self._shard(values, 1, self.num_frames, self.frames_of(rank))
 
     def shard_chunks(self, values: torch.Tensor, rank: int) -> torch.Tensor:
-        """What there is for each chunk, `[B, chunks, ...]` (texts) -> `[B, chunks / N, ...]`, a view."""
+        """Per-chunk values `[B, chunks, ...]` (prompt embeddings, a loss mask) -> the rank's `[B, chunks / N, ...]`, a
+        view."""
         return self._shard(values, 1, self.num_chunks, self.chunks_of(rank))
 
     def _part(self, rank: int, size: int) -> slice:

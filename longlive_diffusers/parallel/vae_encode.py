@@ -2,12 +2,12 @@
 
 Wan's VAE is causal in time: a latent depends on its own raw frames and on those before, through features that its
 convolutions hand on. Their reach is finite, and what comes from far back is weak. So a rank encodes its own frames
-after a *halo*, some latents further left, which are only there to hand on features and are dropped.
+after a *halo*: some earlier latents, which are only there to hand on features and are then dropped.
 
 Latent 0 stands for raw frame 0, latent l > 0 for the four raw frames 4 (l - 1) + 1 .. 4 l. The encoder takes the first
-frame of whatever it is given for a latent of its own; for a halo that starts at latent a > 0 it is given raw frame
-4 (a - 1), the last one of latent a - 1, in that place. The latent made of this frame alone is none of the video's:
-it is dropped with the halo.
+frame of whatever it is given as a latent of its own; for a halo that starts at latent a > 0, it is given raw frame
+4 (a - 1), the last one of latent a - 1, in that place. The latent that is made of this frame alone (the *pseudo*
+latent) is not one of the video's: it is dropped with the halo.
 
     raw frames      0 | 1 2 3 4 | 5 6 7 8 | 9 ...        rank's first latent 4, halo 2
     latents         0 |    1    |    2    |    3    |    4    |    5 ...
@@ -26,7 +26,7 @@ from .layout import FrameLayout
 @dataclass(frozen=True)
 class RawWindow:
     """
-    Raw frames `start` to `stop` of a video, whose encoding begins with `num_dropped` latents of no use.
+    Raw frames `start` to `stop - 1` of a video, whose encoding begins with `num_dropped` latents to be dropped.
 
     Args:
         start, stop: The first raw frame, and the one after the last; there are 1 + 4 n of them.
@@ -39,13 +39,13 @@ class RawWindow:
 
     @classmethod
     def of_latents(cls, first: int, last: int, halo: int) -> "RawWindow":
-        """What to encode for latents `first` to `last - 1`, with at most `halo` latents before them."""
+        """Return what to encode for latents `first` to `last - 1`, with at most `halo` latents before them."""
         if not 0 <= first < last:
             raise ValueError(f"Expected latents from 0 <= first < last, got {first} and {last}.")
         if halo < 0:
             raise ValueError(f"A halo has at least 0 latents, got {halo}.")
         halo_start = max(first - halo, 0)
-        pseudo = min(halo_start, 1)  # of latent 0 there is nothing before
+        pseudo = min(halo_start, 1)  # there is nothing before latent 0
         return cls(pixel_frames(halo_start) - pseudo, pixel_frames(last), first - halo_start + pseudo)
 
     @property
@@ -55,12 +55,13 @@ class RawWindow:
 
 def raw_window(layout: FrameLayout, rank: int, halo: int = 28) -> RawWindow:
     """
-    Raw frames that `rank` has to read in order to encode its latents.
+    Return the raw frames that `rank` has to read in order to encode its latents.
 
     Args:
         layout: The split of the clip's latent frames.
         rank: The rank in the sequence-parallel group.
-        halo: Latents before the rank's own (28 in the paper's implementation); none are before the first.
+        halo: How many latents before the rank's own are encoded too (28 in the paper's implementation), as far as the
+            clip has them.
     """
     own = layout.frames_of(rank)
     return RawWindow.of_latents(own.start, own.stop, halo)
@@ -71,20 +72,20 @@ def encode_shard(
     vae: AutoencoderKLWan, frames: torch.Tensor, layout: FrameLayout, rank: int, halo: int = 28
 ) -> torch.Tensor:
     """
-    Latents of a rank's own frames; nothing is communicated.
+    Encode a rank's own frames; nothing is communicated.
 
     Args:
-        vae: Encodes, as `vae.encode` does, with its slicing or tiling.
-        frames: Pixels in [-1, 1]: either of the whole clip, `[B, 3, 1 + 4 (F - 1), H, W]`, or only of the rank's
+        vae: The VAE; its slicing or tiling is respected.
+        frames: The pixels in [-1, 1]: either of the whole clip, `[B, 3, 1 + 4 (F - 1), H, W]`, or only of the rank's
             `raw_window(layout, rank, halo)`.
-        layout, rank, halo: As in [`raw_window`]. The result is that of encoding the clip whole if the halo covers the
-            reach of the encoder, and near to it with less.
+        layout, rank, halo: As in [`raw_window`]. The result is that of encoding the whole clip at once if the halo
+            covers the reach of the encoder, and close to it otherwise.
 
     Returns:
-        Means `[B, z_dim, F / N, h, w]`, not normalized.
+        The means `[B, z_dim, F / N, h, w]`, not normalized.
 
     Raises:
-        ValueError: For another number of frames.
+        ValueError: If the frames are neither the whole clip's nor the rank's.
     """
     window = raw_window(layout, rank, halo)
     whole = pixel_frames(layout.num_frames)

@@ -1,7 +1,8 @@
-"""One chunk of a video: a few solver steps from noise to clean latents, then the pass that the cache remembers.
+"""One chunk of a video: a few solver steps from noise to clean latents, then the forward that the cache remembers.
 
-Plain functions over a transformer, a scheduler, KV caches and text embeddings. A streaming session runs them
-(`denoiser.py`), and whatever else makes chunks can call them as they are: they hold no pipeline and keep nothing.
+Plain functions of a transformer, a scheduler, KV caches and prompt embeddings. A streaming session runs them
+(`denoiser.py`), and any other code that makes chunks can call them as they are: they need no pipeline and keep no
+state.
 
     chunk_step = solve (noise -> clean latents), then write_clean (clean latents -> the cache)
 
@@ -20,21 +21,21 @@ from ..models.transformer_longlive import LongLiveTransformer3DModel
 
 
 OnStepEnd = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Called with a step's index, its timestep and the latents after it; returns the latents to go on with."""
+"""Called with a step's index, its timestep and the latents after it; returns the latents to continue with."""
 
 
 @dataclass
 class Conditioning:
     """
-    What a chunk is made under. It may be changed between two steps.
+    What a chunk is conditioned on. It may be changed between two steps.
 
     Args:
-        prompt_embeds: Text embeddings `[B, L, D]`. The same tensor means the same text: its keys and values are
-            cached.
-        negative_prompt_embeds: The same of the negative prompt; needed with guidance only.
-        guidance_scale: Scale of classifier-free guidance; 1 and 0 are none.
-        first_frame: Latents `[B, C, 1, h, w]` that the chunk begins with (image to video), or None.
-        attention_kwargs: Handed to the transformer: `{"scale": s}` scales its LoRA.
+        prompt_embeds: The prompt embeddings, `[B, L, D]`. The same tensor means the same prompt: its keys and values
+            are cached.
+        negative_prompt_embeds: The embeddings of the negative prompt; needed with guidance only.
+        guidance_scale: The scale of classifier-free guidance; 1 and 0 mean no guidance.
+        first_frame: The latents `[B, C, 1, h, w]` that the chunk begins with (image to video), or None.
+        attention_kwargs: Passed to the transformer: `{"scale": s}` scales its LoRA.
     """
 
     prompt_embeds: torch.Tensor
@@ -56,17 +57,17 @@ def chunk_step(
     on_step_end: OnStepEnd | None = None,
 ) -> torch.Tensor:
     """
-    Make a chunk and let the caches remember it. Their `begin_chunk` has been called.
+    Denoise a chunk and write it to the caches, whose `begin_chunk` must have been called.
 
     Args:
         transformer: The network, possibly wrapped or compiled.
         scheduler: The solver; its state is overwritten, so give every stream its own copy.
-        noise: `[B, C, F, h, w]`, float32, where the transformer runs.
+        noise: The initial noise, `[B, C, F, h, w]`, float32, on the transformer's device.
         kv_caches: The cache of the prompt and, with guidance, that of the negative prompt.
-        conditioning: What the chunk is made under.
-        num_inference_steps: Solver steps.
-        iterate: Wraps the timesteps, as a progress bar does. It may end before them; the latents are then as far as
-            the steps that were taken.
+        conditioning: What the chunk is conditioned on.
+        num_inference_steps: The number of solver steps.
+        iterate: Wraps the timesteps, like a progress bar. It may end early; the latents are then those after the last
+            step that was taken.
         on_step_end: Called after every step, see [`OnStepEnd`].
 
     Returns:
@@ -97,8 +98,8 @@ def solve(
     iterate: Callable[[torch.Tensor], Iterable[torch.Tensor]] = iter,
     on_step_end: OnStepEnd | None = None,
 ) -> torch.Tensor:
-    """From noise to clean latents, float32; arguments as of [`chunk_step`]. Each network call writes the chunk's keys
-    and values into the caches and attends over them."""
+    """Denoise a chunk from noise to clean latents, float32; the arguments are those of [`chunk_step`]. Each forward
+    writes the chunk's keys and values into the caches and attends to them."""
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     latents = noise
     for step, timestep in enumerate(iterate(scheduler.timesteps)):
@@ -119,18 +120,18 @@ def predict_velocity(
     conditioning: Conditioning,
 ) -> torch.Tensor:
     """
-    The velocity of a chunk, float32; guided where there is a negative prompt: `v_neg + s (v_pos - v_neg)`.
+    Predict the velocity of a chunk, float32; with guidance, it is `v_neg + s (v_pos - v_neg)`.
 
     Args:
-        latents: `[B, C, F, h, w]`.
-        timestep: One number; a first frame that is given has timestep 0 instead.
-        transformer, kv_caches, conditioning: As of [`chunk_step`].
+        latents: The noisy latents, `[B, C, F, h, w]`.
+        timestep: The timestep, a scalar; a first frame that is given has timestep 0 instead.
+        transformer, kv_caches, conditioning: See [`chunk_step`].
     """
     per_frame = timestep.to(latents.device, torch.float32).expand(latents.shape[0], latents.shape[2]).clone()
     if conditioning.first_frame is not None:
         per_frame[:, 0] = 0
     velocity = _forward(transformer, latents, per_frame, conditioning.prompt_embeds, kv_caches[0], conditioning)
-    # Guidance may be switched off on the way; a second cache that there is not cannot be switched on.
+    # Guidance may be switched off between steps; without a second cache, it cannot be switched on.
     if len(kv_caches) > 1 and is_guided(conditioning.guidance_scale):
         negative_embeds = conditioning.negative_prompt_embeds
         negative = _forward(transformer, latents, per_frame, negative_embeds, kv_caches[1], conditioning)
@@ -144,9 +145,9 @@ def write_clean(
     kv_caches: list[KVCache],
     conditioning: Conditioning,
 ) -> None:
-    """One network call at timestep 0 for each cache: from now on they hold the chunk as it is, not as it was on its
-    way. Arguments as of [`chunk_step`]."""
-    # A timestep for each frame, like a step's, so that both are one graph when compiled.
+    """Run the clean chunk through the network at timestep 0, once for each cache, which then holds the finished chunk
+    and no longer a noisy one. The arguments are those of [`chunk_step`]."""
+    # One timestep for each frame, like in a solver step, so that both share one graph when compiled.
     timestep = torch.zeros(latents.shape[0], latents.shape[2], device=latents.device)
     embeds = (conditioning.prompt_embeds, conditioning.negative_prompt_embeds)
     for kv_cache, prompt_embeds in zip(kv_caches, embeds, strict=False):
@@ -155,18 +156,18 @@ def write_clean(
 
 
 def with_first_frame(latents: torch.Tensor, first_frame: torch.Tensor | None) -> torch.Tensor:
-    """The chunk with its first frame replaced by the given one (image to video)."""
+    """Return the chunk with its first frame replaced by the given one (image to video)."""
     return latents if first_frame is None else torch.cat([first_frame, latents[:, :, 1:]], dim=2)
 
 
 def is_guided(guidance_scale: float) -> bool:
-    """Whether there is classifier-free guidance: 1 is none, and so, by diffusers' custom, is 0."""
+    """Whether a scale means classifier-free guidance: 1 does not and, by diffusers' convention, neither does 0."""
     return guidance_scale not in (0, 1)
 
 
 def _forward(transformer, latents, timestep, prompt_embeds, kv_cache: KVCache, conditioning: Conditioning):
     return transformer(
-        latents.to(prompt_embeds.dtype),  # the network's; a wrapped network does not say its own
+        latents.to(prompt_embeds.dtype),  # the network's dtype, which a wrapped network does not expose
         timestep,
         prompt_embeds,
         kv_cache=kv_cache,

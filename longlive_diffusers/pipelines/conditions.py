@@ -1,4 +1,4 @@
-"""Images and videos that a video begins with: from what a caller has to pixels in [-1, 1]."""
+"""The images and videos that a video begins with, converted from what a caller has to pixels in [-1, 1]."""
 
 import numpy as np
 import PIL.Image
@@ -13,7 +13,7 @@ logger = logging.get_logger(__name__)
 
 
 def check_conditions(**conditions: object) -> None:
-    """Raise a ValueError unless at most one of them is given: a video begins with an image or continues another
+    """Raise a ValueError if more than one condition is given: a video begins with an image or continues another
     one."""
     names = [name for name, value in conditions.items() if value is not None]
     if len(names) > 1:
@@ -21,8 +21,8 @@ def check_conditions(**conditions: object) -> None:
 
 
 def image_to_pixels(image, processor: VideoProcessor, height: int, width: int) -> torch.Tensor:
-    """A PIL image, array `[H, W, 3]` or tensor `[3, H, W]`, or a batch of them -> `[B, 3, 1, height, width]` in
-    [-1, 1]; resized."""
+    """Convert a PIL image, array `[H, W, 3]` or tensor `[3, H, W]`, or a batch of them, to pixels
+    `[B, 3, 1, height, width]` in [-1, 1], resized."""
     images = image if isinstance(image, list) else [image]
     if not images:
         raise ValueError("`image` is an empty list.")
@@ -33,8 +33,8 @@ def image_to_pixels(image, processor: VideoProcessor, height: int, width: int) -
 def video_to_pixels(
     video, processor: VideoProcessor, height: int, width: int, chunk_size: int, temporal_scale: int
 ) -> torch.Tensor:
-    """A list of PIL images, array `[F, H, W, 3]` or tensor `[F, 3, H, W]`, or a batch of them ->
-    `[B, 3, F, height, width]` in [-1, 1]; resized, and cut to whole chunks."""
+    """Convert a list of PIL images, array `[F, H, W, 3]` or tensor `[F, 3, H, W]`, or a batch of them, to pixels
+    `[B, 3, F, height, width]` in [-1, 1], resized and cut to whole chunks."""
     if isinstance(video, list) and video and isinstance(video[0], PIL.Image.Image):
         video = [video]
     videos = video if isinstance(video, list) else list(video) if _ndim(video) == 5 else [video]
@@ -64,7 +64,7 @@ def _ndim(value) -> int | None:
 
 
 def _as_pixels(name: str, value):
-    """What `VideoProcessor.preprocess` understands; integers become fractions of 255."""
+    """Convert a value to what `VideoProcessor.preprocess` understands; uint8 becomes fractions of 255."""
     if isinstance(value, PIL.Image.Image):
         return value.convert("RGB")
     if not isinstance(value, np.ndarray | torch.Tensor):

@@ -1,4 +1,4 @@
-"""ChunkDecoder: from clean latents to frames, chunk by chunk; the twin of `ChunkDenoiser`."""
+"""ChunkDecoder: decodes clean latents to frames, chunk by chunk; the counterpart of `ChunkDenoiser`."""
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -10,15 +10,15 @@ from .pipeline_output import Frames
 
 class ChunkDecoder:
     """
-    Decodes the chunks of one video, in order. It holds the features that the VAE hands on from chunk to chunk, and
-    knows nothing of who makes the latents.
+    Decodes the chunks of one video, in order. It holds the features that the VAE passes from chunk to chunk, and does
+    not depend on who makes the latents.
 
     Args:
-        vae: Decodes; not changed.
-        video_processor: Brings pixels into the output layout.
-        output_type: "np", "pt" or "pil".
-        device: Where the VAE works, perhaps another one than where the latents come from.
-        own_stream: Whether to decode on a CUDA stream of its own, beside what makes the next latents.
+        vae: The VAE that decodes; not changed.
+        video_processor: Converts pixels to the output layout.
+        output_type: The layout of the frames: "np", "pt" or "pil".
+        device: The device that the VAE runs on, possibly another one than that of the latents.
+        own_stream: Whether to decode on a separate CUDA stream, in parallel with the denoising of the next latents.
     """
 
     def __init__(
@@ -37,12 +37,14 @@ class ChunkDecoder:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, ready: torch.cuda.Event | None = None) -> Frames:
         """
+        Decode the next chunk.
+
         Args:
-            latents: The next chunk, normalized, `[B, C, F, h, w]`.
-            ready: Marks when the latents are there, for a stream of its own to wait for.
+            latents: The normalized latents of the next chunk, `[B, C, F, h, w]`.
+            ready: Marks when the latents are ready, for a separate stream to wait for.
 
         Returns:
-            The chunk's frames in the output layout; whoever works on the current stream may use them.
+            The chunk's frames in the output layout, ready to be used on the current stream.
         """
         if self._stream is None:
             return self._frames(latents)

@@ -1,4 +1,4 @@
-"""ChunkDenoiser: the latents of a video, chunk by chunk, under prompts that may change on the way.
+"""ChunkDenoiser: makes the latents of a video, chunk by chunk, under prompts that may change meanwhile.
 
 It owns what one stream needs - KV caches, solver, random state, clean latents for recaching - and makes each chunk
 with the plain functions of `chunk_step.py`.
@@ -23,12 +23,12 @@ from .shots import ChunkPrompt
 
 
 Callback = Callable[[int, torch.Tensor, dict[str, torch.Tensor | None]], dict[str, torch.Tensor] | None]
-"""A user's callback, bound to its pipeline: step, timestep and tensors by name -> changed tensors."""
+"""A user's callback, bound to its pipeline: takes step, timestep and tensors by name, returns changed tensors."""
 
 
 @dataclass
 class RunState:
-    """What a callback may read and change while a session runs; `pipe.guidance_scale` and its like show it."""
+    """What a callback may read and change while a session runs; properties like `pipe.guidance_scale` show it."""
 
     guidance_scale: float
     num_timesteps: int
@@ -39,8 +39,8 @@ class RunState:
 
 @dataclass(frozen=True)
 class DenoisedChunk:
-    """A finished chunk: normalized latents `[B, C, chunk_size, h, w]`, its index, and each sample's prompt. `ready`
-    marks, on a GPU, when the latents are there."""
+    """A finished chunk: normalized latents `[B, C, chunk_size, h, w]`, its index, and each sample's prompt. On a GPU,
+    `ready` marks when the latents are ready."""
 
     latents: torch.Tensor
     index: int
@@ -50,18 +50,18 @@ class DenoisedChunk:
 
 class ChunkDenoiser:
     """
-    Makes the latents of one batch of videos; iterate [`chunks`]. Holds all state of denoising, and knows nothing of
-    who consumes the chunks, or in which thread.
+    Makes the latents of one batch of videos: iterate over [`chunks`]. It holds all state of denoising, and does not
+    depend on who consumes the chunks, or in which thread.
 
     Args:
         transformer: The network; not changed.
         scheduler: The solver; copied.
-        request: What to make.
-        prompts: Text embeddings of every chunk.
-        image_latents, video_latents: Normalized conditions, or None.
-        device: Where the transformer runs.
-        progress_bar: Makes progress bars, as `DiffusionPipeline.progress_bar`.
-        show_run: Called with the run's state as each chunk begins, so that whoever shows it shows the session that is
+        request: The checked request.
+        prompts: The source of the prompts and prompt embeddings of every chunk.
+        image_latents, video_latents: The normalized latents that the video begins with, or None.
+        device: The device that the transformer runs on.
+        progress_bar: Creates progress bars, like `DiffusionPipeline.progress_bar`.
+        show_run: Called with the run's state as each chunk begins, so that the pipeline shows the session that is
             advancing.
         callback: Called after every solver step, or None.
     """
@@ -91,7 +91,7 @@ class ChunkDenoiser:
         self._clean_latents: dict[int, torch.Tensor] = {}  # by chunk, for as long as one of its frames is cached
 
     def chunks(self) -> Iterator[DenoisedChunk]:
-        """The chunks in order; those of a video that is continued come first."""
+        """Yield the chunks in order; those of a video that is continued come first."""
         total = self.request.num_chunks
         bar = self._progress_bar(itertools.count() if total is None else range(total))
         bar.set_description("Chunks")
@@ -136,7 +136,7 @@ class ChunkDenoiser:
         return DenoisedChunk(latents, index, prompts, ready)
 
     def _denoise(self, index: int, new_index: int, conditioning: Conditioning) -> torch.Tensor:
-        """A chunk from its noise; what the pipeline shows, and what a callback changes, goes through the run's
+        """Denoise a chunk from its noise; what the pipeline shows, and what a callback changes, goes through the run's
         state."""
 
         def iterate(timesteps: torch.Tensor) -> Iterable[torch.Tensor]:
@@ -189,7 +189,7 @@ class ChunkDenoiser:
         return changed.get("latents", latents)
 
     def _recache(self, conditioning: Conditioning) -> None:
-        """Rewrite history under a new prompt (LongLive 1.0, KV recache), so that it no longer carries the old one."""
+        """Rewrite the history so that it carries the new prompt instead of the old one (LongLive 1.0, KV recache)."""
         kv_cache, chunk_size = self.kv_caches[0], self.request.chunk_size
         for frames in kv_cache.recache():
             samples = [
@@ -227,12 +227,12 @@ class ChunkDenoiser:
         ]
 
     def _given_latents(self, index: int) -> torch.Tensor:
-        """A chunk of the video that is continued."""
+        """Return the latents of a chunk of the video that is continued."""
         size = self.request.chunk_size
         return self._video_latents[:, :, index * size : (index + 1) * size].to(self.device, torch.float32)
 
     def _initial_noise(self, new_index: int) -> torch.Tensor:
-        """The chunk's own noise. Drawn chunk by chunk, so that a longer video begins like a shorter one."""
+        """Return the chunk's own noise, drawn chunk by chunk so that a longer video begins like a shorter one."""
         shape = self.request.latent_shape
         if self.request.noise is None:
             return randn_tensor(shape, generator=self._generator, device=self.device, dtype=torch.float32)
@@ -241,6 +241,6 @@ class ChunkDenoiser:
 
 
 def _private_generator() -> torch.Generator:
-    """Seeded from the global random state, once: what else draws from it meanwhile does not matter."""
+    """Return a generator seeded once from the global random state, so that other draws from it do not matter."""
     seed = int(torch.randint(2**63 - 1, ()))
     return torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What the caller asks for, checked and brought to one form, a [`Request`], before any long work begins."""
+"""Check what the caller asks for and bring it into one form, a [`Request`], before any long work begins."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,13 +30,14 @@ class ModelSizes:
     The sizes of a pipeline's networks that a request has to fit; configurations on disk are enough to know them.
 
     Args:
-        latent_channels: Channels of the latents.
-        text_dim: Channels of the text embeddings.
-        head_dim: Channels of an attention head.
-        chunk_size: Latent frames of a chunk.
-        patch_size: Latents of a token's sides.
-        sample_size: Default height and width of a video, in latents.
-        spatial_scale, temporal_scale: Pixels of a latent's side, and pixel frames of a latent frame.
+        latent_channels: The number of channels of the latents.
+        text_dim: The number of channels of the prompt embeddings.
+        head_dim: The number of channels of an attention head.
+        chunk_size: The number of latent frames in a chunk.
+        patch_size: The height and width of a token, in latents.
+        sample_size: The default height and width of a video, in latents.
+        spatial_scale, temporal_scale: How many pixels a latent spans along each side, and how many pixel frames a
+            latent frame stands for.
     """
 
     latent_channels: int
@@ -50,7 +51,7 @@ class ModelSizes:
 
     @classmethod
     def of_configs(cls, transformer: Mapping[str, Any], spatial_scale: int, temporal_scale: int) -> "ModelSizes":
-        """The sizes of a transformer's configuration, with the scales of a VAE."""
+        """Return the sizes in a transformer's configuration, with the scales of a VAE."""
         _, patch_height, patch_width = transformer["patch_size"]
         return cls(
             latent_channels=transformer["in_channels"],
@@ -83,7 +84,7 @@ class Prompts:
     is_single: bool
 
     def plans(self, num_chunks: int | None, num_videos_per_prompt: int) -> list[ShotPlan]:
-        """A plan for each sample of the batch, the videos of one prompt next to each other."""
+        """Return a plan for each sample of the batch, with the videos of one prompt next to each other."""
         plans = [
             ShotPlan.from_prompts(shots, durations, num_chunks)
             for shots, durations in zip(self.videos, self.durations, strict=True)
@@ -94,24 +95,24 @@ class Prompts:
 @dataclass(frozen=True)
 class Request:
     """
-    One checked request: everything that a session is made from, but for the networks.
+    A checked request: everything that a session is made from, except for the networks.
 
-    Sizes are counted in latent frames. Tensors are those of the samples of the batch, `[B, ...]`, where
+    Sizes are counted in latent frames. Tensors hold the samples of the batch, `[B, ...]`, where
     `B = num_prompts * num_videos_per_prompt`.
 
     Args:
         latent_shape: The shape of one chunk, `[B, C, chunk_size, h, w]`.
-        num_chunks: Chunks of the whole result; None for an endless one.
+        num_chunks: The number of chunks of the whole result; None for an endless one.
         num_condition_chunks: How many of them are those of a video that is continued.
         plans: A shot plan for each sample; None where `prompt_embeds` are given.
         is_single: Whether the caller asked for one video, not for a batch.
         num_prompts, num_videos_per_prompt: Their product is the size of the batch.
         prompt_embeds, negative_prompt_embeds, negative_prompt: As the caller gave them.
-        noise: Initial noise of all new frames, or None.
+        noise: The initial noise of all new frames, or None.
         image, video: Pixels in [-1, 1] to begin with, or None.
         image_latents, video_latents: Normalized latents to begin with, or None.
         callback: Called after every solver step as `callback(pipe, step, timestep, tensors)`, or None.
-        callback_tensor_inputs: The tensors that it gets, by name.
+        callback_tensor_inputs: The names of the tensors that it gets.
 
     The other fields are arguments of `LongLivePipeline.stream`, completed with the pipeline's settings.
     """
@@ -157,11 +158,11 @@ class Request:
 
     @property
     def num_new_chunks(self) -> int | None:
-        """Chunks to be made; None for an endless video."""
+        """The number of chunks to be made; None for an endless video."""
         return None if self.num_chunks is None else self.num_chunks - self.num_condition_chunks
 
     def for_each_sample(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """As [`for_each_sample`], for this request's batch."""
+        """Call [`for_each_sample`] for this request's batch."""
         return for_each_sample(name, tensor, self.num_prompts, self.num_videos_per_prompt)
 
 
@@ -207,14 +208,14 @@ def resolve_request(
 
     Args:
         sizes: The sizes of the networks.
-        settings: The pipeline's configuration (`window_size`, ...), for what is None here.
-        processor: Brings images to the video's size.
+        settings: The pipeline's configuration (`window_size`, ...), for settings that are None here.
+        processor: Resizes images to the video's size.
         is_offloaded: Whether the models are moved to the device one at a time.
 
     All other arguments are those of `LongLivePipeline.stream`.
 
     Raises:
-        ValueError: For anything malformed, stating the numbers.
+        ValueError: If anything is malformed; the message states the numbers.
     """
     # 1. Settings, by themselves.
     window_size, sink_size, multi_shot_sink, multi_shot_rope_offset = (
@@ -312,7 +313,7 @@ def resolve_request(
 def resolve_prompts(
     prompt, shot_prompts, chunks_per_shot, prompt_embeds, negative_prompt, negative_prompt_embeds, text_dim: int
 ) -> Prompts | None:
-    """One list of shot prompts for each video; None where `prompt_embeds` are given.
+    """Resolve the prompts to one list of shot prompts for each video; None where `prompt_embeds` are given.
 
     Raises:
         ValueError: For none or several of `prompt`, `shot_prompts` and `prompt_embeds`; for other types than strings
@@ -390,7 +391,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 # ----------------------------------------------------------------------------------------------------- size and length
 def check_latents(name: str, latents: torch.Tensor | None, channels: int, chunk_size: int | None) -> None:
-    """`chunk_size` None: a single frame; otherwise a positive multiple of it."""
+    """Raise a ValueError unless latents have a positive multiple of `chunk_size` frames (one frame if it is None)."""
     if latents is None:
         return
     if not isinstance(latents, torch.Tensor) or latents.ndim != 5 or latents.shape[1] != channels:
@@ -412,17 +413,17 @@ def resolve_size(
     scale: int,
     patch: tuple[int, int],
 ) -> VideoSize:
-    """The size of the video, from what is asked for, from latents that are `given`, or the model's default.
+    """Resolve the size of a video from the requested size, the `given` latents or the model's default.
 
     Args:
-        height, width: In pixels, or None.
-        given: Latents by name.
-        default: Latent height and width.
-        scale: Pixels of a latent's side.
-        patch: Latents of a token's sides.
+        height, width: The requested size in pixels, or None.
+        given: The latents that the caller passed, by name; None for those that were not.
+        default: The default height and width, in latents.
+        scale: How many pixels a latent spans along each side.
+        patch: The height and width of a token, in latents.
 
     Raises:
-        ValueError: For a size that is no multiple of a token's, or latents of other sizes than asked for.
+        ValueError: For a size that is not a multiple of a token's, or latents of another size than the requested one.
     """
     sizes = {name: tuple(latents.shape[-2:]) for name, latents in given.items() if latents is not None}
     if len(set(sizes.values())) > 1:
@@ -446,14 +447,15 @@ def resolve_size(
 def resolve_num_chunks(
     num_frames: int | None, latents: torch.Tensor | None, condition_frames: int, chunk_size: int, temporal_scale: int
 ) -> int | None:
-    """Chunks of the whole result, conditioning video included; None for an endless stream.
+    """Resolve the number of chunks of the whole result, including a conditioning video; None for an endless stream.
 
     Args:
-        num_frames: Pixel frames asked for; rounded up to whole chunks, with a warning. None: endless.
-        latents: Initial noise of the new frames; decides, where given.
-        condition_frames: Latent frames of the video that is continued.
-        chunk_size: Latent frames of a chunk.
-        temporal_scale: Pixel frames of a latent frame.
+        num_frames: The requested number of pixel frames, rounded up to whole chunks with a warning; None for an
+            endless stream.
+        latents: The initial noise of the new frames, which decides where it is given.
+        condition_frames: The number of latent frames of the video that is continued.
+        chunk_size: The number of latent frames in a chunk.
+        temporal_scale: The number of pixel frames that a latent frame stands for.
     """
     if latents is not None:
         return (latents.shape[2] + condition_frames) // chunk_size
@@ -477,8 +479,8 @@ def resolve_num_chunks(
 
 
 def for_each_sample(name: str, tensor: torch.Tensor, num_prompts: int, num_videos_per_prompt: int) -> torch.Tensor:
-    """`[1, num_prompts or B, ...]` -> `[B, ...]`: one value may serve all prompts, or a prompt's one all of its
-    videos."""
+    """Expand a tensor `[1, ...]`, `[num_prompts, ...]` or `[B, ...]` to `[B, ...]`: one value may serve all prompts,
+    and that of a prompt all of its videos."""
     batch_size = num_prompts * num_videos_per_prompt
     if tensor.shape[0] == batch_size:
         return tensor
@@ -494,14 +496,14 @@ def for_each_sample(name: str, tensor: torch.Tensor, num_prompts: int, num_video
 
 # ------------------------------------------------------------------------------------------------------------- options
 def check_counts(**counts: object) -> None:
-    """Raise a ValueError unless all are integers of at least 1."""
+    """Raise a ValueError unless all values are integers of at least 1."""
     for name, value in counts.items():
         if not is_count(value) or value < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
 
 
 def check_non_negative(**numbers: object) -> None:
-    """Raise a ValueError unless all are finite numbers of at least 0."""
+    """Raise a ValueError unless all values are finite numbers of at least 0."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
             raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")

@@ -1,4 +1,4 @@
-"""LongLivePipeline: text, shots, images or video in; a video out, whole or chunk by chunk while it is made."""
+"""LongLivePipeline: text, shots, images or video in; a video out, complete or chunk by chunk while it is made."""
 
 import os
 from collections.abc import Callable
@@ -68,14 +68,15 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     Real-time, multi-shot, endless video with LongLive-2.0 (arXiv 2605.18739).
 
     Args:
-        tokenizer, text_encoder: UMT5, for prompts; None where only embeddings are passed.
+        tokenizer, text_encoder: UMT5, which encodes prompts; None where only embeddings are passed.
         vae: Wan2.2's VAE; None where only latents are wanted.
-        transformer: The chunk-causal network; a `WanTransformer3DModel` is taken as one.
-        scheduler: A [`LongLiveScheduler`]; Wan's UniPC is taken as one with its shift, others as they are.
-        window_size: Latent frames that the KV cache holds.
+        transformer: The chunk-causal network; a `WanTransformer3DModel` is converted to one.
+        scheduler: A [`LongLiveScheduler`]; Wan's UniPC is replaced by one with the same shift, others stay as they
+            are.
+        window_size: The number of latent frames that the KV cache holds.
         sink_size: How many of the video's first latent frames it never forgets.
         multi_shot_sink: Whether the frames that opened the current shot are kept as well.
-        multi_shot_rope_offset: Distance in time positions between two shots, on top of the frames between them.
+        multi_shot_rope_offset: The distance in time positions between two shots, on top of the frames between them.
         scene_cut_prefix: Put before the prompt of the chunk that opens a shot, except for the first shot.
     """
 
@@ -97,7 +98,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         scene_cut_prefix: str = "The scene transitions. ",
     ):
         super().__init__()
-        # Conversions by others have the layout of a Wan pipeline; UniPC's own grid is not the one this model learned.
+        # Third-party conversions have the layout of a Wan pipeline; UniPC's grid is not the one this model learned.
         if isinstance(transformer, WanTransformer3DModel):
             transformer = LongLiveTransformer3DModel.from_wan(transformer)
         if type(scheduler) is UniPCMultistepScheduler:
@@ -168,13 +169,13 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @property
     def vae_device(self) -> torch.device:
-        """Where the VAE works: where the user moved it, perhaps a second device; if offloaded, where all else runs."""
+        """The device the VAE runs on: where the user moved it, or, if offloaded, where everything else runs."""
         offloaded = self.is_offloaded or _is_group_offload_enabled(self.vae)
         return self._execution_device if offloaded else self.vae.device
 
     @property
     def sizes(self) -> ModelSizes:
-        """What a request has to fit."""
+        """The sizes of the networks, which a request has to fit."""
         return ModelSizes.of_configs(
             self.transformer.config, self.vae_scale_factor_spatial, self.vae_scale_factor_temporal
         )
@@ -218,7 +219,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         max_sequence_length: int = 512,
     ) -> LongLivePipelineOutput | tuple:
         r"""
-        Make a video.
+        Generate a video.
 
         Args:
             prompt: What the video shows; a list makes a batch.
@@ -230,26 +231,28 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 from its beginning, with a warning.
             negative_prompt: What the video should not show; used where `guidance_scale` is neither 1 nor 0.
             height, width: The size of the video in pixels; the model's own by default.
-            num_frames: Frames of the whole result; rounded up to whole chunks, with a warning.
-            num_inference_steps: Solver steps of each chunk: 4 or 2 for distilled models, 30 to 50 for others.
-            guidance_scale: Scale of classifier-free guidance: 1 (or 0: none) for distilled models, about 3 for others.
+            num_frames: The number of frames of the whole result; rounded up to whole chunks, with a warning.
+            num_inference_steps: The solver steps of each chunk: 4 or 2 for distilled models, 30 to 50 for others.
+            guidance_scale: The scale of classifier-free guidance: 1 (or 0, both mean none) for distilled models, about
+                3 for others.
             num_videos_per_prompt: How many videos are made for each prompt.
-            generator: Random state of the initial noise; a list has one for each video.
-            latents: Initial noise of all new frames `[B, C, F, h, w]`; its F decides the length.
+            generator: The random state of the initial noise; a list has one for each video.
+            latents: The initial noise of all new frames, `[B, C, F, h, w]`; its F decides the length.
             image_latents, video_latents: Normalized latents `[B, C, 1, h, w]`, `[B, C, F0, h, w]` in place of `image`
                 and `video`.
-            prompt_embeds, negative_prompt_embeds: Text embeddings `[B, L, D]` in place of prompts.
-            window_size, sink_size, multi_shot_sink, multi_shot_rope_offset: In place of the pipeline's own settings.
+            prompt_embeds, negative_prompt_embeds: Embeddings `[B, L, D]` in place of prompts.
+            window_size, sink_size, multi_shot_sink, multi_shot_rope_offset: Override the pipeline's own settings.
             relative_rope: Whether time positions are counted from the cached frames.
             kv_cache_dtype: What keys and values are stored as: a dtype, "nvfp4" or "fp8"; the transformer's dtype by
                 default.
-            output_type: "np", "pt", "pil", or "latent" (normalized latents).
+            output_type: The layout of the result: "np", "pt", "pil", or "latent" (normalized latents).
             return_dict: Whether to return a `LongLivePipelineOutput` instead of a tuple.
             attention_kwargs: `{"scale": s}` scales the LoRA.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after every solver step, with
                 steps counted over all chunks; may return changed tensors.
-            callback_on_step_end_tensor_inputs: The tensors that the callback gets, by name.
-            max_sequence_length: Tokens that a prompt is padded or cut to, at most the tokenizer's `model_max_length`.
+            callback_on_step_end_tensor_inputs: The names of the tensors that the callback gets.
+            max_sequence_length: The number of tokens that a prompt is padded or truncated to, at most the tokenizer's
+                `model_max_length`.
 
         Examples:
 
@@ -257,13 +260,13 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             [`LongLivePipelineOutput`], or `(frames,)`.
 
         Raises:
-            ValueError: For anything malformed, stating the numbers, before any long work.
+            ValueError: If anything is malformed; raised before any long work, with a message that states the numbers.
         """
-        # Not one of these is used here but to hand it on; naming each again would only invite one to be forgotten.
+        # These are only passed on; naming each of them again would make it easy to forget one.
         options = {name: value for name, value in locals().items() if name not in ("self", "return_dict")}
         if num_frames is None and latents is None:
             raise ValueError("`num_frames` None is an endless video: use `pipe.stream(...)`.")
-        # With offloading, decoding each chunk as it comes would move the transformer in and out for every one.
+        # With offloading, decoding each chunk as it comes would move the transformer in and out for each of them.
         decode_later = self.is_offloaded and output_type != "latent"
         if decode_later:
             check_output_type(output_type)
@@ -313,10 +316,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Begin a video that is handed over chunk by chunk, as it is made. Arguments are those of `__call__`, except for:
 
         Args:
-            num_frames: Frames of the whole result; None for a video without end.
-            relative_rope: Whether time positions are counted from the cached frames; None: in an endless video only.
-            async_decode: Whether the next chunk is denoised in a thread of its own while this one is decoded (on a GPU
-                on a stream of its own, or on the device that the VAE was moved to). The frames are the same; prompt
+            num_frames: The number of frames of the whole result; None for an endless video.
+            relative_rope: Whether time positions are counted from the cached frames; None: in endless videos only.
+            async_decode: Whether the next chunk is denoised in a separate thread while this one is decoded (on a GPU,
+                on a separate stream, or on the device that the VAE was moved to). The frames are the same; prompt
                 switches take effect a chunk or two later.
 
         Returns:
@@ -382,10 +385,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Text embeddings, zero beyond the end of each prompt; what `__call__` takes as `prompt_embeds`.
+        Encode prompts to embeddings, zero beyond the end of each prompt; `__call__` takes them as `prompt_embeds`.
 
         Returns:
-            Those of the prompts and, with guidance, of the negative prompts, each
+            The embeddings of the prompts and, with guidance, of the negative prompts, each
             `[B * num_videos_per_prompt, max_sequence_length, D]`.
         """
         if prompt_embeds is None:
@@ -402,12 +405,12 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @torch.no_grad()
     def encode_video(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `[B, 3, 1 + 4 n, H, W]` in [-1, 1] -> normalized latents `[B, C, 1 + n, h, w]`, float32."""
+        """Encode pixels `[B, 3, 1 + 4 n, H, W]` in [-1, 1] to normalized latents `[B, C, 1 + n, h, w]`, float32."""
         return encode_video(self.vae, pixels, self.vae_device)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "np") -> Frames:
-        """Normalized latents `[B, C, F, h, w]` of whole videos -> frames; in memory that does not depend on F."""
+        """Decode normalized latents `[B, C, F, h, w]` of whole videos, in memory that does not depend on F."""
         check_output_type(output_type)
         decoder, chunk_size = self._chunk_decoder(output_type), self.transformer.config.chunk_size
         frames = [decoder.decode(chunk) for chunk in latents.split(chunk_size, dim=2)]
@@ -418,7 +421,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return ChunkDecoder(self.vae, self.video_processor, output_type, self.vae_device, own_stream=own_stream)
 
     def _encode_prompts(self, request: Request) -> PromptSource:
-        """The embeddings of the prompts that the first shots need, and a way to those that come later."""
+        """Encode the prompts that are planned, and return a source that also encodes those that come later."""
         prompt_embeds, negative_embeds = request.prompt_embeds, None
         if prompt_embeds is not None:
             prompt_embeds = self._for_transformer(request.for_each_sample("prompt_embeds", prompt_embeds))
@@ -463,8 +466,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """`[n, max_sequence_length, D]`, or less where the tokenizer's own limit is lower; by default where and in the
-        dtype that the transformer runs."""
+        """Encode n prompts to `[n, max_sequence_length, D]`, or fewer tokens where the tokenizer's own limit is lower;
+        by default, on the device and in the dtype of the transformer."""
         if self.tokenizer is None or self.text_encoder is None:
             raise ValueError(f"{len(prompts)} prompts, but no tokenizer or text encoder: pass `prompt_embeds`.")
         device = device or self._execution_device
@@ -485,7 +488,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _embed_negative_prompts(
         self, negative_prompt: str | list[str] | None, batch: int, max_sequence_length: int, device=None, dtype=None
     ) -> torch.Tensor:
-        """`[batch, max_sequence_length, D]`: one for all, one for each prompt, or (None) the empty prompt."""
+        """Encode negative prompts: one for all, one for each prompt, or (None) the empty prompt."""
         prompts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * batch
         if len(prompts) != batch:
             raise ValueError(f"`negative_prompt` has {len(prompts)} prompts for a batch of {batch}.")
@@ -494,19 +497,19 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     # -- sharing -----------------------------------------------------------------------------------------------------
 
     def model_card(self, repo_id: str, **details) -> ModelCard:
-        """A model card for this pipeline: what it is, which package loads it, and a usage example with its own sizes.
+        """Render a model card: what this pipeline is, which package loads it, and an example in its own size.
 
         Args:
-            repo_id: Where it will be; `user/name`.
-            details: Arguments of `pipelines.sharing.render_model_card`, for instance `base_model`, `license`, `tags`.
+            repo_id: The repository that it is for, `user/name`.
+            **details: Arguments of `pipelines.sharing.render_model_card`, for instance `base_model` or `license`.
         """
         scale, config = self.vae_scale_factor_spatial, self.transformer.config
         sizes = {"height": config.sample_height * scale, "width": config.sample_width * scale}
         return render_model_card(repo_id, chunk_size=config.chunk_size, **{**sizes, **details})
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As in diffusers, but nothing that is written names a folder of this machine; a folder without a README.md
-        also gets one, which says which package loads it."""
+        """Like diffusers' own `save_pretrained`, except that nothing written names a folder of this machine, and that
+        a folder without a README.md gets one, which says which package loads the pipeline."""
         super().save_pretrained(save_directory, *args, **kwargs)
         strip_local_paths(save_directory, self.components)
         readme = Path(save_directory) / "README.md"
@@ -514,8 +517,11 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             self.model_card(Path(save_directory).name).save(readme)
 
     def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, token: str | None = None, **kwargs):
-        """The one way to the Hub: `push_to_hub` and `save_pretrained(push_to_hub=True)` both come through here, with
-        diffusers' placeholder of a card; a card that is on the Hub already is the owner's, and kept."""
+        """Upload to the Hub with a model card and without local paths.
+
+        `push_to_hub` and `save_pretrained(push_to_hub=True)` both come through here, with diffusers' placeholder of a
+        card. A card that is already on the Hub belongs to its owner, and is kept.
+        """
         if load_model_card(repo_id, token=token) is None:
             self.model_card(repo_id).save(Path(working_dir) / "README.md")
         strip_local_paths(working_dir, self.components)
@@ -523,8 +529,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
-        """As in diffusers; LongLive's own LoRA files (`lora.pt`) are read as well, by themselves or, by their
-        `weight_name`, from a folder or a repository of the Hub."""
+        """Like diffusers' own `lora_state_dict`, except that LongLive's LoRA files (`lora.pt`) are read as well:
+        directly, or by their `weight_name` from a folder or a repository on the Hub."""
         source, weight_name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
         if weight_name is not None and weight_name.endswith((".pt", ".pth")) and not isinstance(source, dict):
             names = ("subfolder", "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")

@@ -1,4 +1,4 @@
-"""What the pipeline returns and what a stream yields."""
+"""What the pipeline returns, and what a stream yields."""
 
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ Frames = torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
 @dataclass
 class LongLivePipelineOutput(BaseOutput):
     """
+    The output of [`LongLivePipeline`].
+
     Args:
         frames: The videos: `np.ndarray [B, frames, height, width, 3]` in [0, 1] (`output_type="np"`), tensor
             `[B, frames, 3, height, width]` ("pt"), lists of images ("pil"), or normalized latents
@@ -29,13 +31,13 @@ class VideoChunk:
     One chunk of a stream.
 
     Args:
-        frames: Its pixels, in the layout of the stream's `output_type`.
+        frames: Its frames, in the layout of the stream's `output_type`.
         latents: Its normalized latents, `[B, C, chunk_size, h, w]`, float32.
-        index: Number of the chunk in the video, from 0.
-        shot_index: Number of the shot; a list where a batch of videos is streamed.
-        prompt: The shot's prompt, without the scene-cut prefix; a list where a batch is streamed. None where text
+        index: The index of the chunk in the video, from 0.
+        shot_index: The index of the shot, from 0; a list where a batch of videos is streamed.
+        prompt: The shot's prompt, without the scene-cut prefix; a list where a batch is streamed. None where
             embeddings were passed.
-        start_frame: Number of its first frame in the video, from 0.
+        start_frame: The index of its first frame in the video, from 0.
     """
 
     frames: Frames
@@ -47,7 +49,7 @@ class VideoChunk:
 
 
 def join_frames(chunks: list[Frames], output_type: str) -> Frames:
-    """The chunks of a video, in the layout of `output_type`, as one."""
+    """Join the chunks of a video, in the layout of `output_type`."""
     if output_type == "np":
         return np.concatenate(chunks, axis=1)
     if output_type == "pil":

@@ -1,4 +1,4 @@
-"""Run an iterator ahead of its consumer, in a thread of its own."""
+"""Run an iterator ahead of its consumer, in a separate thread."""
 
 import queue
 import threading
@@ -19,8 +19,8 @@ class Prefetcher(Generic[Item]):
     `source` and waits for both.
 
     Args:
-        source: What to run; a generator is closed in the thread that ran it.
-        depth: Finished items that may wait, at least 1.
+        source: The iterator to run; a generator is closed in the thread that ran it.
+        depth: How many finished items may wait, at least 1.
     """
 
     def __init__(self, source: Iterator[Item], depth: int = 1):
@@ -65,7 +65,7 @@ class Prefetcher(Generic[Item]):
 
 
 def _produce(source: Iterator, items: queue.Queue, stopped: threading.Event) -> None:
-    """The thread's work; it must not hold the Prefetcher itself, or one that is dropped would never stop."""
+    """Do the thread's work. It must not hold the Prefetcher itself, or a dropped one would never stop."""
     message = ("end", None)
     try:
         try:
@@ -81,7 +81,7 @@ def _produce(source: Iterator, items: queue.Queue, stopped: threading.Event) -> 
 
 
 def _put(items: queue.Queue, message: tuple, stopped: threading.Event) -> bool:
-    """Wait for room, but not after `stopped`; a consumer that has gone would never make any."""
+    """Put a message once there is room, unless `stopped`: a consumer that is gone would never make room."""
     while not stopped.is_set():
         try:
             items.put(message, timeout=_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""PromptSource: the text embeddings of every chunk, from shot plans that can be redirected while a video is made."""
+"""PromptSource: the prompt embeddings of every chunk, from shot plans that can be redirected while a video is made."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -10,18 +10,19 @@ from .shots import ChunkPrompt, ShotPlan
 
 class PromptSource:
     """
-    Gives each chunk its prompts and its embeddings, `[B, L, D]`: the same tensor for as long as no sample's text
-    changes, by which the transformer recognizes that its text keys and values still hold.
+    Gives each chunk its prompts and their embeddings, `[B, L, D]`: the same tensor for as long as no sample's text
+    changes, by which the transformer recognizes that its cached text keys and values are still valid.
 
     Args:
         plans: A shot plan for each sample; None where `prompt_embeds` are given.
-        encode: Makes text embeddings `[n, L, D]` of n prompts.
-        prompt_embeds: Embeddings `[B, L, D]` for the whole video, or None.
-        negative_embeds: Embeddings `[B, L, D]` of the negative prompt, with guidance.
-        batch_size: B.
+        encode: Encodes n texts to embeddings `[n, L, D]`.
+        prompt_embeds: The embeddings `[B, L, D]` for the whole video, or None.
+        negative_embeds: The embeddings `[B, L, D]` of the negative prompt, with guidance.
+        batch_size: The number of samples, B.
         scene_cut_prefix: Put before the prompt of the first chunk of every shot but the first.
-        num_new_chunks: Length of the video, so that only texts that will be used are encoded; None: endless.
-        continues: Whether another video comes before; then the first chunk can begin with a cut.
+        num_new_chunks: The length of the video in chunks, so that only texts that will be used are encoded; None for
+            an endless video.
+        continues: Whether the video continues another one, so that its first chunk can begin with a cut.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class PromptSource:
         self.negative_embeds, self.batch_size = negative_embeds, batch_size
         self._plans, self._encode, self._prefix = plans, encode, scene_cut_prefix
         self._num_new_chunks, self._continues = num_new_chunks, continues
-        self._texts: tuple[str, ...] | None = None  # of the samples, for `_embeds`
+        self._texts: tuple[str, ...] | None = None  # of each sample, encoded in `_embeds`
         self._embeds = prompt_embeds
         self._encoded: dict[str, torch.Tensor] = {}
         self._next_chunk = 0
@@ -76,10 +77,11 @@ class PromptSource:
         return prompts, self._embeds, switched
 
     def redirect(self, prompt: str | list[str], *, cut: bool) -> None:
-        """From the next chunk on, `prompt` for all samples or one for each, within the shot or as a new one (`cut`).
+        """Use `prompt` from the next chunk on, one for all samples or a list of one for each, within the current shot
+        or as a new one (`cut`).
 
         Raises:
-            ValueError: For another type, or another number of prompts than samples.
+            ValueError: If `prompt` is of another type, or there are not as many prompts as samples.
         """
         prompts = [prompt] * self.batch_size if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
@@ -91,7 +93,7 @@ class PromptSource:
             self._redirection = (prompts, cut or still_cut)
 
     def upcoming(self) -> list[str | None]:
-        """The prompts of the next chunk."""
+        """Return the prompts of the next chunk."""
         with self._lock:
             if self._redirection is not None:
                 return list(self._redirection[0])
@@ -100,7 +102,7 @@ class PromptSource:
             return [plan.chunk(self._next_chunk).prompt for plan in self._plans]
 
     def replace_embeds(self, prompt_embeds: torch.Tensor) -> None:
-        """Use other embeddings until the text changes (a callback's doing)."""
+        """Use other embeddings until the text changes; for callbacks."""
         self._embeds = prompt_embeds
 
     def _redirect(self, prompts: Sequence[str], index: int, cut: bool) -> None:
@@ -111,7 +113,7 @@ class PromptSource:
         self._encode_upcoming()
 
     def _encode_upcoming(self) -> None:
-        """Encode, in one batch, the texts that are to come and are not encoded; forget all others."""
+        """Encode, in one batch, the texts that are still to come and not encoded yet; forget all others."""
         texts = dict.fromkeys(
             text for plan in self._plans for text in plan.conditionings(self._prefix, self._num_new_chunks)
         )

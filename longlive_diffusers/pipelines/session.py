@@ -17,19 +17,19 @@ from .prefetch import Prefetcher
 
 class StreamingSession:
     """
-    Iterating yields [`VideoChunk`]s. Made by [`LongLivePipeline.stream`]; close it, or use it as a context manager, to
-    free its caches.
+    A video in the making; iterating over it yields [`VideoChunk`]s. It is created by [`LongLivePipeline.stream`];
+    close it, or use it as a context manager, to free its caches.
 
     `session.prompt = "..."` changes the prompt from the next chunk on, and rewrites the cached history under it;
     `session.cut("...")` begins a new shot with the next chunk. Either replaces what was planned after it. With
-    asynchronous decoding, denoising is ahead of what has been yielded: the next chunk is the next to be denoised.
+    asynchronous decoding, denoising is ahead of what has been yielded: the next chunk is then the next to be denoised.
 
     Args:
         denoiser: Makes the latents.
-        decoder: Makes frames of them; None: chunks have latents only.
-        is_single: Whether a chunk's prompt and shot are one video's, or lists.
-        async_decode: Whether to denoise in a thread of its own, ahead of decoding.
-        temporal_scale: Pixel frames of a latent frame.
+        decoder: Decodes them to frames; None if chunks have latents only.
+        is_single: Whether a chunk's prompt and shot index are those of a single video, not lists.
+        async_decode: Whether to denoise in a separate thread, ahead of decoding.
+        temporal_scale: The number of pixel frames that a latent frame stands for.
         on_close: Called once, when the session is closed.
     """
 
@@ -48,7 +48,7 @@ class StreamingSession:
         self._closed = False
         chunks = denoiser.chunks()
         if async_decode and denoiser.device.type == "cuda":
-            # Neither model works on the default stream: what waits there for frames would hold up the other.
+            # Neither model runs on the default stream: what waits there for frames would hold up the other model.
             chunks = _on_stream(chunks, torch.cuda.Stream(denoiser.device))
         self._source = Prefetcher(chunks) if async_decode else chunks
 
@@ -75,7 +75,7 @@ class StreamingSession:
 
     @property
     def prompt(self) -> str | list[str | None] | None:
-        """The prompt of the next chunk; setting it switches, with recache. A list where a batch is streamed."""
+        """The prompt of the next chunk; a list where a batch is streamed. Setting it switches, with a recache."""
         return self._one_or_all(self._denoiser.prompts.upcoming())
 
     @prompt.setter
@@ -94,7 +94,7 @@ class StreamingSession:
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Memory of the KV caches."""
+        """The memory of the KV caches, in bytes."""
         return sum(kv_cache.num_bytes for kv_cache in self._denoiser.kv_caches)
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class StreamingSession:
         self.close()
 
     def _one_or_all(self, values: list):
-        """A single video's value by itself, a batch's as a list."""
+        """Return the value of a single video by itself, those of a batch as a list."""
         return values[0] if self._is_single else values
 
     def _check_open(self) -> None:
@@ -124,7 +124,7 @@ class StreamingSession:
 
 
 def _on_stream(chunks: Iterator[DenoisedChunk], stream: torch.cuda.Stream) -> Iterator[DenoisedChunk]:
-    """Run a generator, in the one thread that iterates it, on a CUDA stream of its own."""
+    """Run a generator on a separate CUDA stream, in the one thread that iterates over it."""
     stream.wait_stream(torch.cuda.current_stream(stream.device))  # embeddings and conditions were made there
     with torch.cuda.stream(stream):
         yield from chunks

@@ -18,7 +18,7 @@ from ..atomic_write import write_text
 
 TAGS = ("diffusers", "longlive", "text-to-video", "image-to-video", "streaming", "multi-shot")
 EXAMPLE_PROMPT = "A red fox runs along a snowy ridge at sunrise."
-# The reference's code and weights differ in license, and whoever tunes these weights passes their license on.
+# The reference's code and weights have different licenses, and models tuned from these weights inherit theirs.
 LONGLIVE_WEIGHTS = "longlive-2"
 NVIDIA_OPEN_MODEL_LICENSE = {
     "license": "other",
@@ -42,20 +42,20 @@ def render_model_card(
     license: str | None = None,
     tags: Iterable[str] = (),
 ) -> ModelCard:
-    """The card of a LongLive pipeline.
+    """Render the model card of a LongLive pipeline.
 
     Args:
-        repo_id: the repository on the Hub, `user/name`.
-        height, width: the size in pixels the pipeline was trained for.
-        chunk_size: latent frames made at a time.
-        num_inference_steps, guidance_scale: what the pipeline was distilled for, used in the example.
-        fps: frames per second.
-        dtype: the name of the dtype the example loads the weights in.
-        prompt: the example's prompt.
-        base_model: the repository these weights come from, if any.
-        license: the weights' license, by its Hub identifier. Unset, it is the NVIDIA Open Model License for weights
-            that come from LongLive-2.0's, and is left open for all others.
-        tags: further tags.
+        repo_id: The repository on the Hub, `user/name`.
+        height, width: The size in pixels that the pipeline was trained for.
+        chunk_size: The number of latent frames that are made at a time.
+        num_inference_steps, guidance_scale: What the pipeline was distilled for, used in the example.
+        fps: The number of frames per second.
+        dtype: The name of the dtype that the example loads the weights in.
+        prompt: The example's prompt.
+        base_model: The repository that these weights come from, if any.
+        license: The license of the weights, by its Hub identifier. Unset, it is the NVIDIA Open Model License for
+            weights that come from LongLive-2.0's, and is left open for all others.
+        tags: Further tags.
     """
     return _render(
         "pipeline.md",
@@ -87,7 +87,7 @@ def render_lora_card(
     license: str | None = None,
     tags: Iterable[str] = (),
 ) -> ModelCard:
-    """The card of LoRA weights: as `render_model_card`; `base_model` is the pipeline they are loaded into."""
+    """Render the card of LoRA weights, like `render_model_card`; `base_model` is the pipeline they are loaded into."""
     return _render(
         "lora.md",
         repo_id,
@@ -110,7 +110,7 @@ def strip_local_paths(folder: str | os.PathLike, components: Iterable[str]) -> N
     pipeline's own files are touched: the folder may hold others'.
 
     Args:
-        folder: Where the pipeline was saved.
+        folder: The folder that the pipeline was saved in.
         components: The names of its subfolders.
     """
     folder = Path(folder)
@@ -122,7 +122,7 @@ def strip_local_paths(folder: str | os.PathLike, components: Iterable[str]) -> N
 
 
 def load_model_card(repo_id: str, *, token: str | None = None) -> ModelCard | None:
-    """The card that is on the Hub, or `None` where the repository has none. What its owner wrote is to be kept."""
+    """Load the card that is on the Hub; `None` if the repository has none. What its owner wrote is to be kept."""
     try:
         return ModelCard.load(repo_id, token=token)
     except (EntryNotFoundError, RepositoryNotFoundError):

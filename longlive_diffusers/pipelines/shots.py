@@ -13,8 +13,8 @@ class Shot:
     Args:
         prompt: What it shows.
         num_chunks: How long it lasts; None for as long as the video goes on.
-        index: Index of the shot in the video, from 0.
-        opens: Whether it begins with a cut. False for a new prompt in the middle of a shot.
+        index: The index of the shot in the video, from 0.
+        opens: Whether it begins with a cut; False for a new prompt in the middle of a shot.
     """
 
     prompt: str
@@ -44,7 +44,7 @@ class ChunkPrompt:
         return self.opens_shot and self.shot_index > 0
 
     def conditioning(self, scene_cut_prefix: str) -> str:
-        """The text to encode."""
+        """Return the text to encode."""
         prompt = self.prompt or ""
         return scene_cut_prefix + prompt if self.cuts else prompt
 
@@ -65,11 +65,13 @@ class ShotPlan:
         cls, prompts: Sequence[str], chunks_per_shot: int | Sequence[int] | None, num_chunks: int | None
     ) -> "ShotPlan":
         """
+        Plan one shot for each prompt.
+
         Args:
-            prompts: One for each shot.
-            chunks_per_shot: One duration for all, or one for each. Without it, `num_chunks` are spread evenly and the
-                first shots take the remainder; shots for which none is left are dropped.
-            num_chunks: Length of the video; None for an endless one.
+            prompts: The prompt of each shot.
+            chunks_per_shot: One duration for all shots, or one for each. Without it, `num_chunks` are spread evenly
+                and the first shots take the remainder; shots for which none is left are dropped.
+            num_chunks: The length of the video in chunks; None for an endless one.
 
         Raises:
             ValueError: For durations that do not match the prompts, are below 1, or are missing for an endless video.
@@ -89,7 +91,7 @@ class ShotPlan:
         return cls([Shot(prompt, count, i) for i, (prompt, count) in enumerate(zip(prompts, durations, strict=False))])
 
     def chunk(self, index: int) -> ChunkPrompt:
-        """What conditions chunk `index`; beyond the last shot's duration, that shot goes on."""
+        """Return what conditions chunk `index`; beyond the last shot's duration, that shot goes on."""
         begin = self.start
         for shot in self.shots[:-1]:
             if index < begin + shot.num_chunks:
@@ -100,14 +102,14 @@ class ShotPlan:
         return ChunkPrompt(shot.prompt, shot.index, shot.opens and index == begin)
 
     def redirected(self, index: int, prompt: str, *, cut: bool, continues: bool = False) -> "ShotPlan":
-        """This plan with `prompt` from chunk `index` on, as a new shot (`cut`) or within the one that is running. At
-        chunk 0 there is something to cut from only where the video `continues` another one."""
+        """Return this plan with `prompt` from chunk `index` on, as a new shot (`cut`) or within the current one. At
+        chunk 0, there is something to cut from only if the video `continues` another one."""
         shot_index = self.chunk(index - 1).shot_index if index > self.start else self.shots[0].index
         new_shot = cut and (index > 0 or continues)
         return ShotPlan([Shot(prompt, None, shot_index + new_shot, opens=new_shot or index == 0)], start=index)
 
     def conditionings(self, scene_cut_prefix: str, num_chunks: int | None) -> Iterator[str]:
-        """Every text that the chunks from `start` up to `num_chunks` (None: all) are conditioned on."""
+        """Yield every text that the chunks from `start` up to `num_chunks` (None: all) are conditioned on."""
         begin = self.start
         for shot in self.shots:
             if num_chunks is not None and begin >= num_chunks:
@@ -124,5 +126,5 @@ def _spread(num_chunks: int, num_shots: int) -> list[int]:
 
 
 def is_count(value) -> bool:
-    """Whether `value` is an integer (NumPy's are) that is not a boolean."""
+    """Whether `value` is an integer (NumPy's included) that is not a boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -12,12 +12,12 @@ from diffusers.configuration_utils import register_to_config
 
 class LongLiveScheduler(UniPCMultistepScheduler):
     """
-    UniPC (order 2, flow prediction) on LongLive-2.0's grid; per-frame noising, targets and weights for training.
+    UniPC (order 2, flow prediction) on LongLive-2.0's grid; per-frame noising, targets and loss weights for training.
 
     Args:
-        num_train_timesteps: Length of the training table; timesteps lie in [0, num_train_timesteps].
-        flow_shift: Shift of the noise levels.
-        solver_order, lower_order_final, disable_corrector: Of UniPC (in its variant bh2).
+        num_train_timesteps: The length of the training table; timesteps lie in [0, num_train_timesteps].
+        flow_shift: The shift of the noise levels.
+        solver_order, lower_order_final, disable_corrector: As in `UniPCMultistepScheduler` (in its variant bh2).
     """
 
     @register_to_config
@@ -48,8 +48,8 @@ class LongLiveScheduler(UniPCMultistepScheduler):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """Of another scheduler's configuration only what is an argument here is taken: what else it says of UniPC
-        (`prediction_type`, `use_karras_sigmas`, ...) would undo what makes this scheduler."""
+        """Take only this class's own arguments from another scheduler's configuration: its other settings of UniPC
+        (`prediction_type`, `use_karras_sigmas`, ...) would undo what defines this scheduler."""
         init_dict, unused_kwargs, _ = super().extract_init_dict(config_dict, **kwargs)
         return init_dict, unused_kwargs, {}
 
@@ -63,12 +63,12 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         """Begin a chunk on the grid `linspace(0.999, 0, n + 1)[:-1]`, shifted; `sigmas` replaces it, before the shift.
 
         Raises:
-            ValueError: Without at least one step, or for sigmas outside (0, 1] or not falling.
+            ValueError: If there is no step, or if sigmas are outside (0, 1] or not strictly decreasing.
         """
         if sigmas is None:
             if num_inference_steps is None or num_inference_steps < 1:
                 raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
-            largest = np.float32(1 - 1 / self.config.num_train_timesteps)  # the reference's, rounded, bit for bit
+            largest = np.float32(1 - 1 / self.config.num_train_timesteps)  # float32, to equal the reference exactly
             sigmas = np.linspace(float(largest), 0, num_inference_steps + 1)[:-1]
         sigmas = np.array(sigmas, dtype=np.float64)
         if not len(sigmas) or not (sigmas.min() > 0 and sigmas.max() <= 1 and (np.diff(sigmas) < 0).all()):
@@ -76,7 +76,8 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         super().set_timesteps(device=device, sigmas=sigmas, mu=mu)
 
     def sigmas_at(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Noise level of each timestep, float32, same shape: the table's where it is in the table, else `t / 1000`."""
+        """Return the noise level of each timestep, float32, in the same shape: the training table's if the timestep is
+        in the table, else `t / num_train_timesteps`."""
         table = self.training_timesteps.to(timesteps.device)
         timesteps = timesteps.to(table.dtype)
         nearest = (table - timesteps[..., None]).abs().argmin(dim=-1)
@@ -85,27 +86,28 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         return torch.where(in_table, sigmas, timesteps / self.config.num_train_timesteps)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """`(1 - sigma) x0 + sigma noise`, with a noise level for each latent frame.
+        """Return `(1 - sigma) x0 + sigma noise`, with a noise level for each latent frame.
 
         Args:
             original_samples, noise: `[B, C, F, h, w]`.
-            timesteps: `[B]` or `[B, F]`, in [0, 1000].
+            timesteps: `[B]` or `[B, F]`, in [0, num_train_timesteps].
         """
         sigma = self._broadcast_sigmas(timesteps, original_samples)
         return ((1 - sigma) * original_samples + sigma * noise).type_as(original_samples)
 
     def velocity(self, original_samples: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The network's target, `noise - x0`."""
+        """Return the network's target, `noise - x0`."""
         return noise - original_samples
 
     def x0(self, sample: torch.Tensor, velocity: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The clean latents that a velocity points to, `x_t - sigma v`; `timesteps` `[B]` or `[B, F]`. The product is
-        taken in float64: it cancels most of `sample` where there is much noise."""
+        """Return the clean latents that a velocity points to, `x_t - sigma v`; `timesteps` are `[B]` or `[B, F]`. The
+        product is computed in float64, because it cancels most of `sample` where there is much noise."""
         sigma = self._broadcast_sigmas(timesteps, sample)
         return (sample.double() - sigma.double() * velocity.double()).type_as(sample)
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Loss weight of each timestep (that of the nearest one in the training table), mean 1 over the table."""
+        """Return the loss weight of each timestep (that of the nearest one in the training table); the mean over the
+        table is 1."""
         table = self.training_timesteps.to(timesteps.device)
         nearest = (table - timesteps.to(table.dtype)[..., None]).abs().argmin(dim=-1)
         return self.training_weights.to(timesteps.device)[nearest]

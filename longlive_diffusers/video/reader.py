@@ -1,4 +1,4 @@
-"""Reading what a user hands to the command line: a video to continue, an image to begin with."""
+"""Read the files that a user passes on the command line: a video to continue, an image to begin with."""
 
 import contextlib
 import os
@@ -17,21 +17,21 @@ def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> tup
     A file that breaks off (its writer was interrupted) is read as far as it goes, with a warning.
 
     Args:
-        path: a video file of any format PyAV reads. It is turned upright where the file says it is to be turned.
-        max_frames: stop after so many frames; all frames if `None`.
+        path: The path of a video file, in any format that PyAV reads. Frames are rotated upright as the file says.
+        max_frames: How many frames are read at most; all frames if `None`.
 
     Returns:
-        The frames, uint8 [F, H, W, 3], RGB; and frames per second.
+        The frames, uint8 [F, H, W, 3], RGB, and the number of frames per second.
 
     Raises:
-        ValueError: there is no such file, it is not a video, none of its frames can be decoded, the frame rate is not
-            known, or `max_frames` is less than 1.
+        ValueError: If there is no such file, it is not a video, none of its frames can be decoded, the frame rate is
+            not known, or `max_frames` is less than 1.
     """
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames must be at least 1, but it is {max_frames}")
     path = _existing_file(path, "video")
     frames: list[np.ndarray] = []
-    is_whole = True
+    is_complete = True
     with open_video(path) as (container, stream):
         fps = stream.average_rate or stream.guessed_rate
         try:
@@ -40,21 +40,21 @@ def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> tup
                 if len(frames) == max_frames:
                     break
         except BreaksOffError:
-            is_whole = False
+            is_complete = False
     if not frames:
         raise ValueError(f"none of the frames of '{path}' can be decoded")
     if not fps:
         raise ValueError(f"'{path}' does not say its frame rate ({len(frames)} frame(s) were read)")
-    if not is_whole:
+    if not is_complete:
         warnings.warn(f"'{path}' is damaged or incomplete: it was read up to frame {len(frames)}", stacklevel=2)
     return np.stack(frames), float(fps)
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """Read an image as RGB, turned upright where its EXIF data say so.
+    """Read an image as RGB, rotated upright as its EXIF data say.
 
     Raises:
-        ValueError: there is no such file, it is not an image, or it is damaged.
+        ValueError: If there is no such file, it is not an image, or it is damaged.
     """
     path = _existing_file(path, "image")
     try:
@@ -79,10 +79,10 @@ def _existing_file(path: str | os.PathLike, kind: str) -> Path:
 
 @contextlib.contextmanager
 def open_video(path: str | os.PathLike) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """A video file and its first video stream, ready to be decoded.
+    """Open a video file and its first video stream, ready to be decoded.
 
     Raises:
-        ValueError: there is no video in it that can be decoded; or, while it is read, it is found to be damaged.
+        ValueError: If it holds no video that can be decoded, or is found to be damaged while it is read.
     """
     try:
         with av.open(str(path), metadata_errors="ignore") as container:  # old titles are seldom UTF-8
@@ -102,10 +102,10 @@ class BreaksOffError(Exception):
 
 
 def decode_frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """All sound frames, also those the decoder still holds when the file breaks off.
+    """Yield all intact frames, including those that the decoder still holds when the file breaks off.
 
     Raises:
-        BreaksOffError: after these, where the file is damaged or unfinished.
+        BreaksOffError: After these frames, if the file is damaged or unfinished.
     """
     with contextlib.suppress(av.error.FFmpegError):
         for packet in container.demux(stream):
@@ -114,11 +114,11 @@ def decode_frames(container: av.container.InputContainer, stream: av.VideoStream
             yield from packet.decode()
         else:
             return
-    with contextlib.suppress(av.error.EOFError):  # the error came from the last, emptying call itself
+    with contextlib.suppress(av.error.EOFError):  # the error came from the final, flushing call itself
         yield from stream.codec_context.decode(None)
     raise BreaksOffError
 
 
 def upright(frame: av.VideoFrame) -> np.ndarray:
-    """A frame's pixels [H, W, 3], turned as its display matrix says (a telephone held upright films lying down)."""
+    """Return a frame's pixels [H, W, 3], rotated as its display matrix says (phones held upright record sideways)."""
     return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))  # both count counterclockwise

@@ -22,25 +22,25 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 
 ENCODER = "libx264"
-# By suffix, what makes the container progressive: mp4's fragments; Matroska's clusters, a new one for every frame.
+# What makes the container progressive, by suffix: mp4's fragments; Matroska's clusters, a new one for every frame.
 CONTAINER_OPTIONS = {
     ".mp4": {"movflags": "frag_every_frame+empty_moov+default_base_moof"},
     ".mov": {"movflags": "frag_every_frame+empty_moov+default_base_moof"},
     ".mkv": {"cluster_time_limit": "0"},
 }
-# Float pixels are in [0, 1]; what rounding in a half-precision decoder may add beyond it is clipped without a word.
+# Float pixels are in [0, 1]; what rounding in a half-precision decoder may add beyond that is clipped silently.
 RANGE_TOLERANCE = 1e-2
 
 
 def check_output(path: str | os.PathLike) -> Path:
-    """Say now, before hours of work, whether a video can be written to `path`.
+    """Check, before hours of work, that a video can be written to `path`.
 
     Returns:
         The path as a `pathlib.Path`. Nothing is created or changed on the disk.
 
     Raises:
-        ValueError: the suffix is not one of a video this can write, the folder is missing or cannot be written to, the
-            path is a folder or a file that cannot be written to, or PyAV was built without the H.264 encoder.
+        ValueError: If the suffix is not that of a video this can write, the folder is missing or cannot be written to,
+            the path is a folder or a file that cannot be written to, or PyAV was built without the H.264 encoder.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() not in CONTAINER_OPTIONS:
@@ -69,12 +69,12 @@ class VideoWriter:
     also while it is being written and after the process was killed: at most the last frame written is missing.
 
     Args:
-        path: where to write; ends with .mp4, .mov or .mkv.
-        fps: frames per second.
+        path: The path of the file to write; ends with .mp4, .mov or .mkv.
+        fps: The number of frames per second.
         crf: x264's constant rate factor: 0 is lossless, 18 hardly distinguishable, 51 the worst.
 
     Raises:
-        ValueError: as `check_output`; or `fps` or `crf` is out of range.
+        ValueError: If the file cannot be written (see `check_output`), or `fps` or `crf` is out of range.
 
     Example:
         >>> with VideoWriter("video.mp4") as writer:
@@ -101,11 +101,12 @@ class VideoWriter:
         """Append one chunk of frames.
 
         Args:
-            frames: [F, H, W, 3], RGB: floating point in [0, 1], or uint8. NumPy, or torch on any device. H and W are
-                even and the same for the whole video.
+            frames: The frames, [F, H, W, 3], RGB: floating point in [0, 1], or uint8. NumPy, or torch on any device. H
+                and W are even and the same for the whole video.
 
         Raises:
-            ValueError: another shape, size, dtype or range of values, or the writer is closed. The video is unchanged.
+            ValueError: For another shape, size, dtype or range of values, or if the writer is closed; the video is
+                then unchanged.
         """
         if self._closed:
             raise ValueError(f"Cannot write to '{self.path}': the writer is closed after {self.frames_written} frames")
@@ -152,7 +153,7 @@ class VideoWriter:
         if not np.issubdtype(frames.dtype, np.floating):
             raise ValueError(f"frames must be floating point in [0, 1] or uint8, but their dtype is {frames.dtype}")
         low, high = float(frames.min()), float(frames.max())
-        if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # so written, NaN is caught too
+        if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # written this way, it catches NaN too
             raise ValueError(f"floating point frames must be in [0, 1], but they are in [{low:g}, {high:g}]")
 
     def _open(self, *, height: int, width: int) -> None:
@@ -189,7 +190,7 @@ def _as_numpy(frames: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 def _as_uint8(frame: np.ndarray) -> np.ndarray:
-    """One frame [H, W, 3], as 8-bit pixels in one block of memory."""
+    """Convert one frame [H, W, 3] to 8-bit pixels in one block of memory."""
     if frame.dtype != np.uint8:
         frame = np.rint(frame.astype(np.float32).clip(0.0, 1.0) * 255.0).astype(np.uint8)
     return np.ascontiguousarray(frame)

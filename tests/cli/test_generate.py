@@ -281,6 +281,10 @@ def test_a_model_of_the_hub(hub: "Hub", output):
         (["x", "--window-size", "4"], "`window_size` 4 is too small"),
         (["x", "--sink-size", "3"], "`sink_size` must be a multiple of `chunk_size` (2), got 3"),
         (["x", "--negative-prompt", "y"], "--negative-prompt does nothing with a --guidance-scale of 1"),
+        (
+            ["x", "--negative-prompt", "y", "--guidance-scale", 0],
+            "--negative-prompt does nothing with a --guidance-scale of 0",
+        ),
         (["x", "--device", "cpu", "--offload", "model"], "this runs on the CPU"),
         (["x", "y", "--stream"], "an endless video of 2 shots needs a --shots-file"),
         (["x", "--lora", "missing.pt"], "there is no LoRA file 'missing.pt'"),

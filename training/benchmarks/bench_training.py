@@ -2,10 +2,11 @@
 
     python training/benchmarks/bench_training.py [--size tiny|block-5b] [--json FILE]
 
-A row is one step, forward and backward, of random weights on random latents: without an optimizer, whose cost does not
-depend on the clip. *Kept* is what autograd holds between forward and backward, every storage counted once; on a GPU,
-*peak* is the most that was allocated at a time, weights and gradients included. Time is the median of the repeats,
-which take turns between the rows of a length, so that what else the machine does hits them alike.
+Each row of the table is one step, forward and backward, with random weights and random latents, but without an
+optimizer, whose cost does not depend on the clip. *Kept* is the memory that autograd holds between forward and
+backward, with every storage counted once; on a GPU, *peak* is the most memory allocated at any time, weights and
+gradients included. Time is the median of the repeats, which alternate between the rows of one length, so that other
+load on the machine affects them alike.
 """
 
 import argparse
@@ -52,7 +53,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One measured combination; bytes, seconds."""
+    """One measured combination, in bytes and seconds."""
 
     frames: int
     tokens: int
@@ -64,21 +65,21 @@ class Row:
 
 
 def make_step(model: LongLiveTransformer3DModel, size: Size, frames: int) -> Callable[[], torch.Tensor]:
-    """A function that runs one forward, and returns what to call `backward` on."""
+    """Return a function that runs one forward, and returns the loss to call `backward` on."""
     device, dtype = model.device, model.dtype
     shape = (1, model.config.in_channels, frames, size.height, size.width)
     noisy, clean = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
-    times = torch.rand(1, frames, device=device) * 1000
+    t = torch.rand(1, frames, device=device) * 1000
     chunks = frames // model.config.chunk_size
-    text = torch.randn(1, chunks, size.text_tokens, model.config.text_dim, device=device, dtype=dtype)
-    return lambda: model(noisy, times, text, clean_hidden_states=clean, return_dict=False)[0].float().square().mean()
+    embeds = torch.randn(1, chunks, size.text_tokens, model.config.text_dim, device=device, dtype=dtype)
+    return lambda: model(noisy, t, embeds, clean_hidden_states=clean, return_dict=False)[0].float().square().mean()
 
 
 def kept_bytes(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:
-    """What is held for the backward beside the weights. Tensors that are computed anew do not count."""
+    """Return the bytes held for the backward besides the weights. Tensors that are recomputed do not count."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
-    alive = []  # so that no address is used twice
+    alive = []  # so that no address is reused
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -93,7 +94,7 @@ def kept_bytes(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:
 
 
 def timed(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> float:
-    """Seconds of a forward and a backward."""
+    """Return the seconds that a forward and a backward take."""
     synchronize(model.device)
     start = time.perf_counter()
     step().backward()
@@ -111,7 +112,7 @@ def measure(size: Size, device: torch.device, dtype: torch.dtype, backends: list
         step = make_step(model, size, frames)
         seconds: dict[tuple[str, bool], list[float]] = {case: [] for case in cases}
         kept, peaks = {}, {}
-        for repeat in range(repeats + 1):  # the first warms up
+        for repeat in range(repeats + 1):  # the first one is a warm-up
             for case in cases:
                 choose(model, *case)
                 if repeat == 0:
@@ -169,9 +170,11 @@ def main() -> None:
         nargs="+",
         choices=("dense", "flex"),
         default=["dense"],
-        help="Ways to compute attention (default: dense).",
+        help="The ways to compute attention (default: dense).",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="Steps that are timed (default: %(default)s).")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="The number of steps that are timed (default: %(default)s)."
+    )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run (default: %(default)s)."
     )

@@ -1,8 +1,8 @@
-"""How much NVFP4 loses, as tables: python training/benchmarks/nvfp4_errors.py [--size 1024] [--seed 0]
+"""Print tables of how much NVFP4 loses: python training/benchmarks/nvfp4_errors.py [--size 1024] [--seed 0]
 
-Relative L2 errors on random numbers of several kinds: storing and reading again, a linear layer, attention over a KV
-cache, and the three matrix products of training. They say what the format and its rules can do; what it means for
-video, only video tells (`training/toy/evaluate.py`).
+The tables show relative L2 errors on random numbers of several kinds: of a round trip through the format, a linear
+layer, attention over a KV cache, and the three matrix products of training. They say what the format and its rules can
+do; what that means for videos, only videos can tell (`training/toy/evaluate.py`).
 """
 
 import argparse
@@ -29,7 +29,7 @@ def relative(result: torch.Tensor, expected: torch.Tensor) -> str:
 
 
 def with_outliers(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """One channel in a hundred is twenty times as large."""
+    """Draw normal numbers, with one channel in a hundred twenty times as large."""
     x = torch.randn(shape, generator=generator)
     x[:, ::100] *= 20
     return x
@@ -74,7 +74,7 @@ def linear_layer(size: int, seed: int) -> Table:
 
 
 def kv_cache(seed: int) -> Table:
-    """Attention of 1024 tokens, 4 heads of 128, with keys and values stored."""
+    """Attention of 1024 tokens, with 4 heads of 128 channels, over stored keys and values."""
     shape = (1, 4, 1, 1024, 128)
     rows = []
     for name, bias, outliers in (
@@ -141,9 +141,9 @@ def main() -> None:
         "--size",
         type=int,
         default=1024,
-        help="Rows and columns of the matrices; a multiple of 32 (default: %(default)s).",
+        help="The number of rows and of columns of the matrices, a multiple of 32 (default: %(default)s).",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the random numbers (default: 0).")
+    parser.add_argument("--seed", type=int, default=0, help="The seed of the random numbers (default: 0).")
     arguments = parser.parse_args()
     if arguments.size < 32 or arguments.size % 32:
         parser.error(f"--size must be a multiple of 32, got {arguments.size}")

@@ -1,8 +1,8 @@
-"""Files of a cache that several processes may fill, and that may be killed at any moment.
+"""The files of a cache that several processes may fill, any of which may be killed at any moment.
 
-A file is written under a temporary name, then renamed: it is complete or not there. Its header says how long it is and
-holds a checksum, so that damage done later is noticed. What the content of a cache depends on is written down in
-`settings.json`; a cache made with other settings is refused, never mixed.
+A file is written under a temporary name, then renamed: it is either complete or not there. Its header says how long it
+is and holds a checksum, so that damage done later is noticed. `settings.json` records what the content of a cache
+depends on; a cache made with other settings is refused, never mixed.
 """
 
 import hashlib
@@ -39,6 +39,8 @@ def save_tensor(path: Path, tensor: torch.Tensor) -> None:
 
 def load_tensor(path: Path) -> torch.Tensor:
     """
+    Read a tensor that `save_tensor` wrote.
+
     Raises:
         DamagedFileError: If the file is truncated, or not what was written.
         FileNotFoundError: If there is no such file.
@@ -54,8 +56,8 @@ def load_tensor(path: Path) -> torch.Tensor:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether `path` is there and was written to its end, by its header and length. A warning names a file that is
-    there, but is not."""
+    """Whether `path` exists and is complete, as far as its header and length tell. A warning names a file that exists
+    but is not complete."""
     if not path.exists():
         return False
     try:
@@ -74,8 +76,10 @@ def write_json(path: Path, content: object) -> None:
 
 def read_json(path: Path) -> dict:
     """
+    Read a JSON file of a cache.
+
     Raises:
-        ValueError: If there is no such file, or it is no JSON.
+        ValueError: If there is no such file, or it is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -87,25 +91,25 @@ def read_json(path: Path) -> dict:
 
 def open_cache(folder: Path, settings: Settings) -> None:
     """
-    Make `folder` a cache of these settings, unless it already is.
+    Make `folder` a cache with these settings, unless it already is one.
 
     Raises:
-        ValueError: If it is a cache of others; the message names those that differ, with both values.
+        ValueError: If it is a cache with other settings; the message names those that differ, with both values.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_FILE
     if not path.exists():
         write_json(path, settings)
-    # Read back also what was just written: of two processes that come first, one finds the other's.
+    # Also read back what was just written: if two processes write at once, one of them finds the other's settings.
     check_settings(folder, settings)
 
 
 def check_settings(folder: Path, expected: Mapping[str, str | int | float | bool | None]) -> Settings:
     """
-    The settings that a cache was made with.
+    Return the settings that a cache was made with.
 
     Raises:
-        ValueError: If one of those `expected` is another there; the message names all that differ, with both values.
+        ValueError: If one of those `expected` differs there; the message names all that differ, with both values.
     """
     found = read_json(folder / SETTINGS_FILE)
     missing = object()
@@ -120,8 +124,9 @@ def check_settings(folder: Path, expected: Mapping[str, str | int | float | bool
 
 
 def module_settings(name: str, module: nn.Module) -> Settings:
-    """What a network's results depend on: its configuration and a digest of its weights; as settings of a cache, with
-    `name` and a dot before theirs. The network has the `config` of diffusers' or transformers' models."""
+    """Return what a network's results depend on, its configuration and a digest of its weights, as settings of a
+    cache; every key begins with `name` and a dot. The network must have a `config` like the models of diffusers or
+    transformers."""
     config = module.config if isinstance(module.config, Mapping) else module.config.to_dict()
     settings = {
         f"{name}.{key}": value if isinstance(value, str | int | float | bool) else json.dumps(value, default=str)

@@ -1,8 +1,8 @@
-"""How many frames each clip has, remembered from one start to the next.
+"""The number of frames of each clip, remembered from one run to the next.
 
-Only decoding tells whether a clip is sound, and that takes long. So the answers are kept in one small file, each with
-the size and the time of change of the clip that it is about. It is replaced as a whole, and what another process has
-added meanwhile is taken over; an answer that is lost in spite of that is only found out again.
+Only decoding tells whether a clip is sound, and that takes long. So the results are kept in one small file, each with
+the size and the modification time of its clip. The file is replaced as a whole, with the results that another process
+has added in the meantime; a result that is lost in spite of that is just computed again.
 """
 
 import json
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 class ClipIndex:
     """
     Args:
-        folder: Where the answers are kept; None to forget them.
-        fps: Frames per second at which frames are counted.
-        limit: Clips are decoded until so many frames are counted.
+        folder: The folder where the results are kept; None to keep none.
+        fps: The frames per second at which frames are counted.
+        limit: The number of frames at which counting stops.
     """
 
     def __init__(self, folder: str | os.PathLike | None, fps: Fraction, limit: int) -> None:
@@ -40,10 +40,10 @@ class ClipIndex:
 
     def count(self, path: Path) -> int:
         """
-        Frames of a clip, at most `limit`.
+        Return the number of frames of a clip, at most `limit`.
 
         Raises:
-            ClipError: As `count_frames`; or if there is no such file.
+            ClipError: As in `count_frames`, or if there is no such file.
         """
         path = path.absolute()
         try:
@@ -64,7 +64,7 @@ class ClipIndex:
         return entry["frames"]
 
     def save(self) -> None:
-        """Write what is new."""
+        """Write the results, if there are new ones."""
         if self.path is None or not self._is_changed:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

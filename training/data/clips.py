@@ -1,10 +1,10 @@
-"""Videos with captions, as training takes them: whole chunks of pixels, a prompt and a shot index for each chunk.
+"""Videos with captions, in the form that training takes: whole chunks of pixels, a prompt and a shot index per chunk.
 
-`samples.py` says how a training set lies on the disk, `videos.py` how frames are read, `conditioning.py` how chunks
-are conditioned; here they come together.
+`samples.py` defines the layout of a training set on disk, `videos.py` how frames are read, and `conditioning.py` how
+chunks are conditioned; this file brings them together.
 
 Image-to-video needs no data of its own. The VAE is causal, so latent frame 0 of any video is the encoding of its first
-image alone: training keeps that frame clean, and the video is a sample of how to go on from an image.
+image alone: training keeps that frame clean, and the video becomes an example of how to continue from an image.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Entry:
-    """A sample that can be used: its clips, as far as they are, and how many chunks each of them gives."""
+    """A usable sample: those of its clips that are used, and how many chunks each of them gives."""
 
     name: str
     clips: tuple[Clip, ...]
@@ -47,38 +47,40 @@ class VideoDataset(Dataset):
     """
     The videos of a folder (see `samples.py`), each `num_latent_frames` latent frames long.
 
-    Every clip gives whole chunks only: as many as its frames allow, at most its entry in `shot_durations.txt`, at most
-    `max_chunks_per_shot`; and none after the video is full. When the dataset is made, every clip is decoded as far as
-    it can be needed. A sample with a clip that cannot be read, or is too short for one chunk, is left out, with its
-    reason in `skipped` and in a warning; so the length is exact, and the same in every process.
+    Every clip gives whole chunks only: as many as its frames allow, but no more than its entry in
+    `shot_durations.txt`, than `max_chunks_per_shot`, or than the video still lacks. When the dataset is created, every
+    clip is decoded as far as it might be needed. A sample with a clip that cannot be read, or is too short for one
+    chunk, is left out, with the reason in `skipped` and in a warning. So the length is exact, and the same in every
+    process.
 
     An item is a dict:
-        pixels: float32 `[3, F, height, width]` in [-1, 1], F the pixel frames of `num_latent_frames`.
-        prompts: The text of each chunk, list[str].
+        pixels: The frames, float32 `[3, F, height, width]` in [-1, 1], with F the pixel frames of `num_latent_frames`.
+        prompts: The prompt of each chunk, list[str].
         shot_index: The index of each chunk's shot, int64 `[chunks]`.
         loss_mask: Which chunks bear loss, bool `[chunks]`.
         name: The name of the sample.
 
     Args:
-        root: The folder.
-        num_latent_frames: Latent frames of each video, a multiple of `chunk_size`.
-        chunk_size: Latent frames of a chunk.
+        root: The folder of the training set.
+        num_latent_frames: The number of latent frames of each video, a multiple of `chunk_size`.
+        chunk_size: The number of latent frames of a chunk.
         height, width: The size of the frames in pixels.
-        fps: Frames per second. A clip of another rate gives its nearest frames.
-        max_chunks_per_shot: Upper limit for each clip (each by itself, also where it goes on with the one before).
-        scene_cut_prefix: Put before the prompt of the first chunk of every shot but the first.
+        fps: The frames per second. A clip with another rate gives its nearest frames.
+        max_chunks_per_shot: The largest number of chunks of each clip, also of one that continues the clip before;
+            None for no limit.
+        scene_cut_prefix: The text put before the prompt of the first chunk of every shot but the first.
         pad: Whether the last frame and prompt of a video that is too short are repeated; what is added bears no loss.
             Otherwise such a sample is left out.
-        text_only: Whether to read captions alone, for distillation; there need be no videos, and items have no
-            `pixels` and no `loss_mask`. Shots last as `shot_durations.txt` says, the last of them to the end; without
-            it, chunks are spread evenly and the first shots take the remainder. Each chunk has its own prompt, also at
-            switches.
+        text_only: Whether to read only the captions, for distillation. Then no videos are needed, and items have no
+            `pixels` and no `loss_mask`. Shots last as long as `shot_durations.txt` says, the last of them to the end;
+            without that file, chunks are spread evenly and the first shots take the remainder. Each chunk has its own
+            prompt, also at switches.
         recache_switches: Whether prompt switches within a shot are trained as they are generated, with history under
-            the new prompt and without loss (see `conditioning.py`). False: each chunk keeps its own prompt and bears
-            loss.
-        index_folder: Where to remember what was found out about the clips; None to find it out at every start. Where
-            several processes share it, make the dataset in one first (`accelerator.main_process_first()`): the others
-            then read what it found.
+            the new prompt and without loss (see `conditioning.py`). Otherwise each chunk keeps its own prompt and
+            bears loss.
+        index_folder: The folder where the frame counts of the clips are remembered; None to count at every start. If
+            several processes share it, create the dataset in one of them first (`accelerator.main_process_first()`),
+            so that the others read its results.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -125,19 +127,19 @@ class VideoDataset(Dataset):
         limit = pixel_frames(most_chunks * chunk_size, opens_video=False)
         self._index = ClipIndex(None if text_only else index_folder, self.fps, limit)
         self.skipped: dict[str, str] = skipped
-        """Why each sample that is not used is not, by name."""
+        """The reason why a sample is not used, by the name of the sample."""
         self._entries = self._look_at(samples, progress)
         if skipped:
             logger.warning("'%s': %s", self.root, describe_skipped(skipped, len(skipped) + len(self)))
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of each video."""
+        """The number of chunks of each video."""
         return self.num_latent_frames // self.chunk_size
 
     @property
     def num_frames(self) -> int:
-        """Pixel frames of each video."""
+        """The number of pixel frames of each video."""
         return pixel_frames(self.num_latent_frames)
 
     @property
@@ -151,7 +153,7 @@ class VideoDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         """
         Raises:
-            ValueError: If a clip was changed since the dataset was made, and cannot be read any more.
+            ValueError: If a clip was changed since the dataset was created, and can no longer be read.
         """
         if self.text_only:
             item = self.conditioning(index)
@@ -160,7 +162,7 @@ class VideoDataset(Dataset):
         return {"pixels": self._pixels(self._entries[index]), **self.conditioning(index)}
 
     def conditioning(self, index: int) -> dict:
-        """An item without its pixels; no video is read."""
+        """Return an item without its pixels; no video is read."""
         entry = self._entries[index]
         return {
             "prompts": list(entry.conditioning.prompts),
@@ -170,12 +172,12 @@ class VideoDataset(Dataset):
         }
 
     def distinct_prompts(self) -> list[str]:
-        """Every text that a chunk of any sample is conditioned on, once, in order of appearance."""
+        """Return every prompt that a chunk of any sample is conditioned on, once each, in order of appearance."""
         return list(dict.fromkeys(prompt for entry in self._entries for prompt in entry.conditioning.prompts))
 
     def settings(self) -> dict[str, str | int | float | bool | None]:
-        """Everything that items depend on: the arguments, and a digest of the samples (names, captions, sizes of the
-        files); what a cache of them is checked against."""
+        """Return everything that items depend on, to check a cache of them against: the arguments, and a digest of the
+        samples (names, captions, file sizes)."""
         return {
             "num_latent_frames": self.num_latent_frames,
             "chunk_size": self.chunk_size,
@@ -213,7 +215,7 @@ class VideoDataset(Dataset):
                     entries.append(self._entry(sample))
                 except (SampleError, ClipError) as error:
                     self.skipped[sample.name] = str(error)
-        finally:  # also when interrupted: what is known need not be found out again
+        finally:  # also when interrupted, so that no clip is counted twice
             self._index.save()
         if not entries:
             reasons = describe_skipped(self.skipped, len(self.skipped))
@@ -267,7 +269,7 @@ class VideoDataset(Dataset):
         end = 0
         for index, (clip, chunks) in enumerate(zip(entry.clips, entry.chunks_per_clip, strict=True)):
             count = pixel_frames(chunks * self.chunk_size, opens_video=index == 0)
-            # Closed at once where reading fails, not when the generator happens to be collected.
+            # Closed at once if reading fails, not when the generator happens to be garbage-collected.
             with contextlib.closing(read_frames(clip.path, self.fps, count, self.height, self.width)) as frames:
                 for frame in frames:
                     pixels[:, end] = frame.float().div_(255).mul_(2).sub_(1)

@@ -1,9 +1,9 @@
 """What conditions each chunk of a training video, and which chunks bear loss.
 
-Chunks follow generation. The first chunk of every shot but the first has the scene-cut prefix before its prompt. A
-prompt switch within a shot is trained as it is generated: a streaming session rewrites the cached history under the
-new prompt, so a chunk after the switch never sees history under an old one. Therefore all chunks of that shot before
-its last switch take the prompt of its last segment; they are that history, and bear no loss.
+Chunks are conditioned as in generation. The first chunk of every shot but the first has the scene-cut prefix before
+its prompt. A prompt switch within a shot is trained as it is generated: a streaming session rewrites the cached
+history under the new prompt, so a chunk after the switch never sees history under an old one. Therefore all chunks of
+that shot before its last switch take the prompt of its last segment; they are that history, and bear no loss.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from data.samples import Clip
 class ChunkConditioning:
     """
     Args:
-        prompts: The text to encode for each chunk.
+        prompts: The prompt of each chunk.
         shot_index: The index of each chunk's shot, from 0.
         loss_mask: Whether each chunk bears loss.
     """
@@ -35,14 +35,16 @@ def condition_chunks(
     recache_switches: bool,
 ) -> ChunkConditioning:
     """
+    Return the conditioning of the chunks of a video.
+
     Args:
         clips: The clips that are used; the first opens the video whatever its `cut` says.
-        chunks_per_clip: The chunks of each clip, at least 1; `num_chunks` in all or fewer. Chunks that are left go on
-            with the last clip's prompt and bear no loss.
-        num_chunks: Chunks of the video.
-        scene_cut_prefix: Put before the prompt of the first chunk of every shot but the first.
-        recache_switches: Whether prompt switches within a shot are treated as told above. Otherwise each chunk keeps
-            its own prompt and bears loss.
+        chunks_per_clip: The number of chunks of each clip, at least 1; in all, `num_chunks` or fewer. The remaining
+            chunks continue with the last clip's prompt and bear no loss.
+        num_chunks: The number of chunks of the video.
+        scene_cut_prefix: The text put before the prompt of the first chunk of every shot but the first.
+        recache_switches: Whether prompt switches within a shot are treated as described above. Otherwise each chunk
+            keeps its own prompt and bears loss.
     """
     shot_of_clip: list[int] = []
     for clip in clips:

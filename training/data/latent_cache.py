@@ -1,13 +1,13 @@
-"""Latents of a training set on the disk: every video is decoded and encoded once, not once an epoch.
+"""The latents of a training set on disk: every video is decoded and encoded once, not once per epoch.
 
     FOLDER/settings.json            what the latents depend on
     FOLDER/samples.json             the samples' names, prompts, shots and which chunks bear loss
     FOLDER/00000000.safetensors     normalized latents [C, F, h, w] of sample 0, and so on
 
 With the text cache beside it (`text_cache.py`), training needs neither the videos nor the VAE nor the text encoder.
-A sample is a file of its own: a build that was killed goes on with the next one, ranks share the work without a word
-to each other, and reading one costs a fraction of a millisecond and its bytes. Samples that were read stay in memory
-up to a limit, so a small training set is read once.
+Each sample is a file of its own: a build that was killed continues with the next sample, ranks share the work without
+communicating, and reading a sample takes a fraction of a millisecond plus the time for its bytes. Samples that were
+read stay in memory up to a limit, so a small training set is read once.
 """
 
 import logging
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_settings(dataset: VideoDataset, vae: AutoencoderKLWan, dtype: torch.dtype = torch.float32) -> Settings:
-    """What the latents of `dataset` depend on: the format, the data, and the VAE's configuration and weights."""
+    """Return what the latents of a dataset depend on: the format, the data, the VAE's configuration and weights."""
     return {
         "latent_format": LATENT_FORMAT,
         "latent_dtype": str(dtype),
@@ -68,24 +68,23 @@ def build_latent_cache(
     progress: bool = True,
 ) -> None:
     """
-    Encode those samples that are not in the cache yet. A build that was interrupted goes on; files that are damaged
-    are named and made again. With several ranks, each encodes its part; wait for all before reading.
+    Encode the samples that are not in the cache yet. A build that was interrupted is resumed; damaged files are named
+    in a warning and encoded again. With several ranks, each encodes its part; wait for all before reading.
 
     Args:
         dataset: The videos; the same in every rank.
-        vae: Encodes; it is moved to `device`, and runs in the dtype it has.
-        folder: The folder of the cache; made if there is none.
-        device: Where to encode.
-        batch_size: Videos that are encoded at a time. (Another one may change the last bit of a latent.)
-        dtype: The dtype of the latents on the disk. bfloat16 halves the cache and rounds latents to 3 significant
-            digits.
-        num_workers: Processes that decode videos meanwhile.
-        rank, num_ranks: The part of this process.
+        vae: The VAE; it is moved to `device`, and runs in the dtype it has.
+        folder: The folder of the cache; created if there is none.
+        device: The device to encode on.
+        batch_size: The number of videos that are encoded at a time. (Another one may change the last bit of a latent.)
+        dtype: The dtype of the latents on disk. bfloat16 halves the cache and rounds latents to 3 significant digits.
+        num_workers: The number of processes that decode videos meanwhile.
+        rank, num_ranks: The index of this process, and the number of processes that share the work.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the folder is a cache made with other settings (they are named); the dataset is one of texts;
-            its size is not one the VAE takes; a video cannot be read any more; or its latents are not finite.
+        ValueError: If the folder is a cache made with other settings (they are named); the dataset is text-only; the
+            VAE does not take the size of its frames; a video can no longer be read; or its latents are not finite.
     """
     if dtype not in STORED_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, STORED_DTYPES))}, got {dtype}")
@@ -119,7 +118,7 @@ class LatentDataset(Dataset):
     A training set that was encoded by `build_latent_cache` and `build_text_cache`; the videos are not needed.
 
     An item is a dict:
-        latents: Normalized, float32 `[C, F, h, w]`.
+        latents: The normalized latents, float32 `[C, F, h, w]`.
         prompt_embeds: The embeddings of each chunk's prompt, `[chunks, L, D]`, zero beyond each prompt's end; in the
             dtype of the text cache.
         shot_index: The index of each chunk's shot, int64 `[chunks]`.
@@ -129,13 +128,13 @@ class LatentDataset(Dataset):
     Args:
         folder: The folder of the latents.
         text_folder: The folder of the text embeddings.
-        max_sequence_length: L; a text cache of another one is refused. None to take whichever it has.
-        settings: Refuse latents that were made with others, for example `{"height": 704}`; None to take them as
-            they are. (`build_latent_cache` checks all of them.)
-        memory_limit: Bytes of samples that are kept in memory once they were read; in each process that reads.
+        max_sequence_length: The length L that the text cache must have; None for any.
+        settings: The settings that the latents must have been made with, for example `{"height": 704}`; None for any.
+            (`build_latent_cache` checks all of them.)
+        memory_limit: The number of bytes that each reading process keeps in memory of what it has read.
 
     Raises:
-        ValueError: If a folder is no cache, or one of other settings, or not complete (the message says what is
+        ValueError: If a folder is not a cache, or one with other settings, or not complete (the message says what is
             missing).
     """
 
@@ -162,8 +161,8 @@ class LatentDataset(Dataset):
         self.memory_limit = memory_limit
         self._kept: dict[Path | str, torch.Tensor] = {}
         self._kept_bytes = 0
-        there = {path.name for path in self.folder.iterdir()}
-        missing = [i for i in range(len(self)) if _latents_path(self.folder, i).name not in there]
+        existing = {path.name for path in self.folder.iterdir()}
+        missing = [i for i in range(len(self)) if _latents_path(self.folder, i).name not in existing]
         if missing:
             raise ValueError(
                 f"The cache '{self.folder}' is not complete: {len(missing)} of {len(self)} samples are missing, first "
@@ -173,12 +172,12 @@ class LatentDataset(Dataset):
 
     @property
     def num_latent_frames(self) -> int:
-        """F."""
+        """The number of latent frames of a sample."""
         return self.settings["num_latent_frames"]
 
     @property
     def chunk_size(self) -> int:
-        """Latent frames of a chunk."""
+        """The number of latent frames of a chunk."""
         return self.settings["chunk_size"]
 
     @property
@@ -210,13 +209,14 @@ class LatentDataset(Dataset):
                 return self._keep(path, load_tensor(path))
             except DamagedFileError as error:
                 raise ValueError(f"{error}; delete it and build the cache again") from error
-        return self._kept[path].clone()  # an item is its receiver's, who may change it
+        return self._kept[path].clone()  # the caller may change an item
 
     def _embeds(self, prompt: str) -> torch.Tensor:
         return self._kept[prompt] if prompt in self._kept else self._keep(prompt, self.text.load(prompt))
 
     def _keep(self, key: Path | str, tensor: torch.Tensor) -> torch.Tensor:
-        """Those read first are kept: with a new order every epoch, no other choice is read less often."""
+        """Keep a tensor in memory, up to the limit. Those that are read first are kept: as every epoch has a new
+        order, no other choice would save more reads."""
         size = tensor.numel() * tensor.element_size()
         if self._kept_bytes + size <= self.memory_limit:
             self._kept[key] = tensor.clone()
@@ -225,7 +225,7 @@ class LatentDataset(Dataset):
 
 
 def collate(items: Sequence[dict]) -> dict:
-    """Items -> one batch: tensors are stacked, numbers become int64 [B], anything else a list."""
+    """Collate items into one batch: tensors are stacked, integers become int64 `[B]`, anything else becomes a list."""
     batch = {}
     for key, first in items[0].items():
         values = [item[key] for item in items]
@@ -239,7 +239,7 @@ def collate(items: Sequence[dict]) -> dict:
 
 
 def _describe(dataset: VideoDataset) -> dict:
-    """Everything about the samples but their pixels. Prompts, which chunks repeat, are listed once."""
+    """Return everything about the samples but their pixels. Prompts, which many chunks share, are listed once."""
     prompts = dataset.distinct_prompts()
     index_of = {prompt: index for index, prompt in enumerate(prompts)}
     samples = []
@@ -257,7 +257,7 @@ def _describe(dataset: VideoDataset) -> dict:
 
 
 def _write_samples(path: Path, described: dict) -> None:
-    """Unless it is there already."""
+    """Write what `_describe` returned, unless the file already has it."""
     try:
         if path.exists() and read_json(path) == described:
             return

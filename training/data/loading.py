@@ -1,4 +1,4 @@
-"""From a folder of videos to batches: the caches are built where they are incomplete, then read."""
+"""From a folder of videos to batches: caches that are not complete are built, then read."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -40,12 +40,12 @@ def open_dataset(
     output: Path,
 ) -> tuple[Dataset, TextCache]:
     """
-    Scan the videos, encode what is not in the caches, and give the training set and its text embeddings, among them
-    that of the empty prompt. Without `train_data_dir` the caches alone are used.
+    Scan the videos, encode what is not in the caches, and return the training set and its text embeddings, which
+    include those of the empty prompt. Without `train_data_dir`, only the caches are used.
 
     Raises:
-        ValueError: If there is neither a folder nor a complete cache, nothing in the folder can be used, or a cache is
-            of other settings.
+        ValueError: If there is neither a folder nor a complete cache, nothing in the folder can be used, or a cache
+            was made with other settings.
     """
     latents, texts = cache / "latents", cache / "text"
     if arguments.train_data_dir is None:
@@ -78,7 +78,7 @@ def _scan_videos(
     index_folder: Path,
     output: Path,
 ) -> VideoDataset:
-    """Look at all clips, in one process first; what cannot be used is listed in `skipped_samples.txt`."""
+    """Scan all clips, in one process first; samples that cannot be used are listed in `skipped_samples.txt`."""
     with accelerator.main_process_first():
         videos = VideoDataset(
             arguments.train_data_dir,
@@ -100,7 +100,7 @@ def _scan_videos(
 def _build_text_cache(
     accelerator: Accelerator, arguments: DataArguments, pipe: LongLivePipeline, videos: VideoDataset, folder: Path
 ) -> None:
-    """Encode every prompt, and the empty one; each process its part."""
+    """Encode every prompt and the empty one; each process encodes its part."""
     device = accelerator.device
     pipe.text_encoder.to(device)
     build_text_cache(
@@ -124,7 +124,7 @@ def _build_text_cache(
 def _build_latent_cache(
     accelerator: Accelerator, arguments: DataArguments, pipe: LongLivePipeline, videos: VideoDataset, folder: Path
 ) -> None:
-    """Encode every video; each process its part."""
+    """Encode every video; each process encodes its part."""
     build_latent_cache(
         videos,
         pipe.vae,
@@ -140,7 +140,7 @@ def _build_latent_cache(
 
 
 class VideosWithEmbeds(Dataset):
-    """Videos whose prompts are already embedded: items as of a `LatentDataset`, with `pixels` in place of latents."""
+    """Videos with encoded prompts: items are like those of a `LatentDataset`, with `pixels` instead of latents."""
 
     def __init__(self, videos: VideoDataset, texts: TextCache):
         self.videos, self.texts = videos, texts
@@ -163,7 +163,7 @@ def batches(
     seed: int,
     start_batch: int,
 ) -> Iterator[dict]:
-    """The collated batches of this process's data-parallel group, without end, from `start_batch` on."""
+    """Return an endless iterator over the batches of this process's data-parallel group, from `start_batch` on."""
     sampler = EpochSampler(
         len(dataset),
         batch_size=batch_size,
@@ -179,7 +179,7 @@ def batches(
 def encode_batch(
     batch: dict, vae: torch.nn.Module, layout: FrameLayout, rank: int, halo: int, device: torch.device
 ) -> dict:
-    """A batch with the normalized latents of this rank's frames in place of the pixels of the clips."""
+    """Return a batch with the normalized latents of this rank's frames in place of the pixels of the clips."""
     pixels = batch.pop("pixels").to(device, vae.dtype)
     latents = normalize_latents(vae, encode_shard(vae, pixels, layout, rank, halo).float())
     return batch | {"latents": latents.cpu()}

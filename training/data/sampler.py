@@ -2,12 +2,12 @@
 
 The samples of all epochs, each epoch in an order of its own, make one endless stream. Global batch `k` is positions
 `k * B` to `(k + 1) * B - 1` of it, and data-parallel group `g` takes the `g`-th part of that. So the same samples meet
-in a batch however many groups share it, a run can go on from any batch without having seen the ones before, and the
-processes of one sequence-parallel group, which have the same `g`, get the same samples. An epoch that does not end
-with a batch runs on into the next one.
+in a batch however many groups share it, a run can resume from any batch without having seen the ones before, and the
+processes of one sequence-parallel group, which have the same `g`, get the same samples. If an epoch ends in the middle
+of a batch, the next epoch fills the batch.
 
 A position in the stream is also a sample's id, which seeds its randomness (its noise, its timesteps). It is the same
-for any number of groups, and never comes twice.
+for any number of groups, and never repeats.
 """
 
 from collections.abc import Iterator
@@ -30,19 +30,19 @@ class SampleIndex(NamedTuple):
 
 class EpochSampler(Sampler[list[SampleIndex]]):
     """
-    The batches of one data-parallel group, without end. For `DataLoader(WithSampleId(dataset), batch_sampler=...)`;
+    The endless batches of one data-parallel group. Use it as `DataLoader(WithSampleId(dataset), batch_sampler=...)`;
     the loader must not be passed to `accelerator.prepare`, which would divide it once more.
 
     Args:
-        num_samples: Length of the dataset.
-        batch_size: Samples of a batch of this group.
-        seed: Decides the order.
-        num_groups: Groups of data parallelism; the processes of a sequence-parallel group count as one.
-        group: The group of this process.
-        start_batch: The first batch to give; how many were already trained on, to go on with a run.
+        num_samples: The length of the dataset.
+        batch_size: The number of samples in a batch of this group.
+        seed: The seed of the order.
+        num_groups: The number of data-parallel groups; the processes of a sequence-parallel group count as one.
+        group: The index of this process's group.
+        start_batch: The index of the first batch; to resume a run, the number of batches already trained on.
 
     Raises:
-        ValueError: For a number out of range.
+        ValueError: If a number is out of range.
     """
 
     def __init__(
@@ -68,19 +68,19 @@ class EpochSampler(Sampler[list[SampleIndex]]):
             raise ValueError(f"group must be in [0, {num_groups}), got {group}")
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.num_groups, self.group, self.start_batch = num_groups, group, start_batch
-        self._order: tuple[int, np.ndarray] | None = None  # of the epoch last asked for
+        self._order: tuple[int, np.ndarray] | None = None  # of the last epoch that was asked for
 
     @property
     def global_batch_size(self) -> int:
-        """Samples of a batch of all groups together."""
+        """The number of samples in a batch of all groups together."""
         return self.num_groups * self.batch_size
 
     def sample_id(self, batch: int, i: int) -> int:
-        """The position in the stream of sample `i` of this group's batch `batch`."""
+        """Return the position in the stream of sample `i` of this group's batch `batch`."""
         return batch * self.global_batch_size + self.group * self.batch_size + i
 
     def batch(self, batch: int) -> list[SampleIndex]:
-        """This group's part of global batch `batch`."""
+        """Return this group's part of global batch `batch`."""
         ids = [self.sample_id(batch, i) for i in range(self.batch_size)]
         return [SampleIndex(self._index_of(sample_id), sample_id) for sample_id in ids]
 
@@ -99,8 +99,8 @@ class EpochSampler(Sampler[list[SampleIndex]]):
 
 class WithSampleId(Dataset):
     """
-    `dataset`, whose items are dicts, asked for by the indices of an `EpochSampler`: each item is given its
-    "sample_id", so that it is known in whatever process the item was read.
+    A dataset, whose items are dicts, indexed by an `EpochSampler`: each item is given its "sample_id", so that the id
+    is known whichever process reads the item.
     """
 
     def __init__(self, dataset: Dataset) -> None:

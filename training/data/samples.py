@@ -1,12 +1,14 @@
-"""The folder of a training set: which samples there are, what their clips show, and what is wrong with the others.
+"""The folder of a training set: the samples in it, what their clips show, and why other samples cannot be used.
 
     ROOT/video/<sample>/000001.mp4, 000002.mp4, ...   one clip for each shot, in the order of their names
-    ROOT/caption/<sample>/000001.json                 {"caption": "..."}, of the clip of the same name
-    ROOT/caption/<sample>/shot_durations.txt          optional: chunks of each shot, whole numbers between spaces,
-                                                      commas or newlines (it may also lie beside the clips)
+    ROOT/caption/<sample>/000001.json                 {"caption": "..."}, for the clip of the same name
+    ROOT/caption/<sample>/shot_durations.txt          optional: chunks of each shot, whole numbers separated by
+                                                      spaces, commas or newlines (it may also be in the
+                                                      folder of the clips)
 
-This is the layout of LongLive-2.0, with one addition: `"cut": false` beside a caption says that its clip goes on where
-the one before ended. It is a new prompt within a shot, not a new shot. (The first clip opens the video in any case.)
+This is the layout of LongLive-2.0, with one addition: `"cut": false` beside a caption says that its clip continues
+where the one before ended. It is a new prompt within a shot, not a new shot. (The first clip opens the video in any
+case.)
 """
 
 import json
@@ -23,9 +25,9 @@ DURATIONS_FILE = "shot_durations.txt"
 class Clip:
     """
     Args:
-        path: The video; None in a training set of texts.
-        caption: What it shows.
-        cut: Whether it begins a shot; False where it goes on with the one before under a new prompt.
+        path: The video file; None in a text-only training set.
+        caption: The description of what it shows.
+        cut: Whether it begins a shot; False if it continues the clip before under a new prompt.
     """
 
     path: Path | None
@@ -39,7 +41,7 @@ class Sample:
     Args:
         name: The name of its folder.
         clips: Its clips, in order.
-        durations: The length of each clip in chunks; None where none are given.
+        durations: The length of each clip in chunks; None if none are given.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Sample:
 
 
 class SampleError(ValueError):
-    """What is wrong with one sample. It is left out, the others are used."""
+    """One sample cannot be used. It is left out; the others are used."""
 
 
 def scan(root: str | os.PathLike, *, text_only: bool = False) -> tuple[list[Sample], dict[str, str]]:
@@ -57,10 +59,10 @@ def scan(root: str | os.PathLike, *, text_only: bool = False) -> tuple[list[Samp
 
     Args:
         root: The folder that holds `video/` and `caption/`.
-        text_only: Whether to take the captions alone; `video/` need not exist then.
+        text_only: Whether to read only the captions; `video/` need not exist then.
 
     Returns:
-        The samples that are complete, by name; and, by the names of all others, what is wrong with them.
+        The complete samples, in the order of their names; and what is wrong with each of the others, by name.
 
     Raises:
         ValueError: If there is no such folder, or no complete sample in it.
@@ -84,7 +86,7 @@ def scan(root: str | os.PathLike, *, text_only: bool = False) -> tuple[list[Samp
 
 
 def describe_skipped(skipped: dict[str, str], total: int, limit: int = 20) -> str:
-    """What was left out of `total` samples and why, in one line; the first `limit` of them by name."""
+    """Say in one line how many of `total` samples were left out, and why for the first `limit` of them."""
     if not skipped:
         return f"{total} samples were found"
     named = [f"'{name}': {reason}" for name, reason in list(skipped.items())[:limit]]
@@ -99,7 +101,7 @@ def _subfolders(folder: Path) -> dict[str, Path]:
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """By their names without suffix, in order. Hidden files are no one's clips."""
+    """Return the files with one of the suffixes, by their names without suffix, in order; hidden files are ignored."""
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.suffix.lower() not in suffixes or not path.is_file():

@@ -1,7 +1,7 @@
-"""Text embeddings on the disk: each distinct prompt is encoded once, and kept without the zeros that pad it.
+"""Text embeddings on disk: each distinct prompt is encoded once, and stored without the zeros that pad it.
 
-A text encoder is larger than the network that is trained, and a prompt's 512 rows are mostly zeros. With the cache,
-training neither holds the one nor stores the others.
+A text encoder is larger than the network that is trained, and the embeddings of a prompt, padded to 512 tokens, are
+mostly zeros. With the cache, training does not hold the text encoder in memory, and the zeros are not stored.
 """
 
 import hashlib
@@ -39,24 +39,24 @@ def build_text_cache(
     progress: bool = True,
 ) -> None:
     """
-    Encode those of `prompts` that are not in the cache yet. May be called again, with other prompts too; a build that
-    was interrupted goes on. With several ranks, each encodes its part; wait for all before reading.
+    Encode the prompts that are not in the cache yet. This may be called again, also with other prompts; a build that
+    was interrupted is resumed. With several ranks, each encodes its part; wait for all before reading.
 
     Args:
         prompts: The prompts; repeated ones are encoded once.
-        encode: Gives the embeddings `[n, max_sequence_length, D]` of n prompts, zero beyond the end of each: for
-            example `lambda prompts: pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[0]`. They are kept
-            in the dtype that it gives.
-        folder: The folder of the cache; made if there is none.
-        max_sequence_length: Rows of an embedding.
+        encode: A function that returns the embeddings `[n, max_sequence_length, D]` of n prompts, zero beyond the end
+            of each: for example `lambda prompts: pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[0]`.
+            They are stored in the dtype that it returns.
+        folder: The folder of the cache; created if there is none.
+        max_sequence_length: The number of tokens that prompts are padded to.
         settings: What embeddings depend on: `cache_files.module_settings("text_encoder", encoder)`.
-        batch_size: Prompts of one call of `encode`.
-        rank, num_ranks: The part of this process.
+        batch_size: The number of prompts of one call of `encode`.
+        rank, num_ranks: The index of this process, and the number of processes that share the work.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the folder is a cache made with other settings; or `encode` gives another shape than it should,
-            or values that are not finite.
+        ValueError: If the folder is a cache made with other settings; or `encode` returns another shape than it
+            should, or values that are not finite.
     """
     if batch_size < 1 or not 0 <= rank < num_ranks:
         raise ValueError(f"batch_size must be at least 1 and rank in [0, {num_ranks}), got {batch_size} and {rank}")
@@ -87,10 +87,10 @@ class TextCache:
 
     Args:
         folder: The folder of the cache.
-        max_sequence_length: Refuse a cache of embeddings of another length; None to take whichever it has.
+        max_sequence_length: The number of padded tokens that the cache must have been built for; None for any.
 
     Raises:
-        ValueError: If it is no cache, or one of other settings.
+        ValueError: If it is not a cache, or one with other settings.
     """
 
     def __init__(self, folder: str | os.PathLike, *, max_sequence_length: int | None = None) -> None:
@@ -102,7 +102,7 @@ class TextCache:
 
     def load(self, prompt: str) -> torch.Tensor:
         """
-        The embedding [max_sequence_length, D], zero beyond the prompt's end.
+        Return the embeddings of a prompt, `[max_sequence_length, D]`, zero beyond the prompt's end.
 
         Raises:
             ValueError: If the prompt is not in the cache, or its file is damaged.
@@ -117,6 +117,8 @@ class TextCache:
 
     def check(self, prompts: Iterable[str]) -> None:
         """
+        Check that all of the prompts are in the cache.
+
         Raises:
             ValueError: If some are missing; the message says how many, and names the first.
         """
@@ -129,12 +131,12 @@ class TextCache:
 
 
 def prompt_path(folder: Path, prompt: str) -> Path:
-    """The file of a prompt's embedding. It is named after what the tokenizer is given, so prompts that are cleaned to
-    the same text share it, and a change of the cleaning makes it another file."""
+    """Return the file of a prompt's embeddings. It is named after the text that the tokenizer is given, so prompts
+    that are cleaned to the same text share a file, and a change of the cleaning leads to another file."""
     return folder / f"{hashlib.sha256(clean_prompt(prompt).encode()).hexdigest()[:32]}.safetensors"
 
 
 def _length(embeds: torch.Tensor) -> int:
-    """Rows up to the last that is not zero; at least 1."""
-    rows = embeds.ne(0).any(dim=1).nonzero()
-    return int(rows[-1]) + 1 if len(rows) else 1
+    """Return the number of tokens up to the last one that is not zero; at least 1."""
+    tokens = embeds.ne(0).any(dim=1).nonzero()
+    return int(tokens[-1]) + 1 if len(tokens) else 1

@@ -1,8 +1,8 @@
-"""Frames of a clip at a given rate and size, in memory that does not depend on its length.
+"""Read the frames of a clip at a given rate and size, in memory that does not depend on the clip's length.
 
-A clip's own frames may come at any times (23.976 or 60 a second, or whenever a screen recorder had a new picture). At
-the times 0, 1/fps, 2/fps, ... after its first frame, the nearest of them in time is taken; the last is taken to last
-as long as the one before it. Whole seconds at the rate asked for are thus given back frame by frame.
+A clip's own frames may come at any times (23.976 or 60 per second, or whenever a screen recorder had a new picture).
+For each of the times 0, 1/fps, 2/fps, ... after the first frame, the nearest frame in time is taken; the last frame is
+assumed to last as long as the one before it. So a clip that already has the requested rate is returned frame by frame.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ class ClipError(ValueError):
 
 def count_frames(path: str | os.PathLike, fps: Fraction, limit: int) -> int:
     """
-    How many frames [`read_frames`] can give, at most `limit`; found by decoding that far.
+    Return how many frames [`read_frames`] can yield, at most `limit`; this is found by decoding that far.
 
     Raises:
-        ClipError: If it is no video, or it is damaged before that.
+        ClipError: If it is not a video, or is damaged before that.
     """
     with contextlib.closing(_decode(path)) as frames:
         count = sum(1 for _ in at_rate(((None, time) for _, time, _ in frames), fps, limit))
@@ -43,11 +43,11 @@ def count_frames(path: str | os.PathLike, fps: Fraction, limit: int) -> int:
 
 def read_frames(path: str | os.PathLike, fps: Fraction, count: int, height: int, width: int) -> Iterator[torch.Tensor]:
     """
-    The first `count` frames at `fps` a second, each uint8 [3, height, width]: turned upright, made as large as is
-    needed to cover that size (antialiased; pixels that are not square are allowed for), and cropped at the center.
+    Yield the first `count` frames at `fps` frames per second, each uint8 `[3, height, width]`: rotated upright,
+    resized to cover that size (antialiased, with regard to pixels that are not square), and cropped at the center.
 
     Raises:
-        ClipError: If it cannot be read so far.
+        ClipError: If the clip cannot be read that far.
     """
     num_given, last, pixels = 0, None, None
     with contextlib.closing(_decode(path)) as frames:
@@ -62,12 +62,14 @@ def read_frames(path: str | os.PathLike, fps: Fraction, count: int, height: int,
 
 def at_rate(frames: Iterable[tuple[Frame, Fraction]], fps: Fraction, limit: int) -> Iterator[Frame]:
     """
-    At most `limit` of `frames`, one for each time 0, 1/fps, 2/fps, ... after the first: the nearest, of two that are
-    as near the earlier. No more of `frames` are asked for than these need. A frame that is not later than the one
-    before it is passed over.
+    Yield at most `limit` of `frames`, one for each of the times 0, 1/fps, 2/fps, ... after the first frame: the
+    nearest one, or the earlier of two that are equally near. No more of `frames` are read than necessary. A frame that
+    is not later than the one before it is skipped.
 
     Args:
-        frames: Each with its time in seconds.
+        frames: The frames, each with its time in seconds.
+        fps: The frames per second to yield.
+        limit: The largest number of frames to yield.
     """
     num_given, start, last_time, gap = 0, None, Fraction(0), Fraction(0)
     last: Frame | None = None
@@ -81,7 +83,7 @@ def at_rate(frames: Iterable[tuple[Frame, Fraction]], fps: Fraction, limit: int)
                 yield last
                 num_given += 1
             last, last_time = frame, time - start
-        # Up to its own time nothing later can be nearer.
+        # Up to its own time, no later frame can be nearer.
         while num_given < limit and num_given / fps <= last_time:
             yield last
             num_given += 1
@@ -95,14 +97,14 @@ def at_rate(frames: Iterable[tuple[Frame, Fraction]], fps: Fraction, limit: int)
 
 
 def _decode(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, Fraction, Fraction]]:
-    """Every frame, its time in seconds, and the width of its pixels over their height."""
+    """Yield every frame, its time in seconds, and the aspect ratio of its pixels (width over height)."""
     num_frames, time = 0, Fraction(0)
     try:
         with open_video(path) as (container, stream):
             rate = stream.average_rate or stream.guessed_rate
             for frame in decode_frames(container, stream):
                 if frame.pts is not None:
-                    time = frame.pts * (frame.time_base or stream.time_base)  # those held back have none of their own
+                    time = frame.pts * (frame.time_base or stream.time_base)  # delayed frames have no time base
                 elif not rate:
                     raise ClipError(f"'{path}' says neither its frame rate nor the times of its frames")
                 elif num_frames:
@@ -116,11 +118,11 @@ def _decode(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, Fraction, 
 
 
 def _fit(frame: av.VideoFrame, pixel_aspect: Fraction, height: int, width: int) -> torch.Tensor:
-    """uint8 [3, height, width]: the largest centered part of the frame that has this shape, resized."""
+    """Return the largest centered part of the frame that has this shape, resized: uint8 `[3, height, width]`."""
     image = Image.fromarray(np.ascontiguousarray(upright(frame)))
     if round(frame.rotation / 90) % 2:
         pixel_aspect = 1 / pixel_aspect
-    shape = float(Fraction(width, height) / pixel_aspect)  # of the part, counted in the frame's pixels
+    shape = float(Fraction(width, height) / pixel_aspect)  # of the part, in pixels of the frame
     part_width, part_height = min(image.width, image.height * shape), min(image.height, image.width / shape)
     left, top = (image.width - part_width) / 2, (image.height - part_height) / 2
     box = (left, top, left + part_width, top + part_height)

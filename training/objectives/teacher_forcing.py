@@ -4,8 +4,8 @@ The network sees a clip twice: clean, as the history that generation will have i
 a level of its own. A noisy chunk sees the clean chunks before it and itself, so one forward trains all chunks at once.
 
 All that is random about a sample is a function of the run's seed and of the sample's id in the run, and is drawn for
-the whole clip: a run can be taken up again, spread over more processes, or have a clip split over several of them, and
-the samples are shown in the same way.
+the whole clip. So samples are shown in the same way if a run is resumed, is spread over more processes, or splits each
+clip over several of them.
 """
 
 from dataclasses import dataclass, field
@@ -24,36 +24,40 @@ WEIGHTINGS = ("longlive", "none")
 
 @dataclass(frozen=True)
 class TeacherForcingSettings:
-    """What the network is shown; these are also arguments of the command line."""
+    """What the network is shown; these are also options of the command line."""
 
     weighting_scheme: Literal["longlive", "none"] = field(
         default="longlive",
-        metadata={"help": "Weight of the loss by timestep: 'longlive' is a bell around 500, 'none' weighs all alike."},
+        metadata={
+            "help": "The weight of the loss by timestep: 'longlive' is a bell around 500, 'none' weighs all alike."
+        },
     )
     image_probability: float = field(
         default=0.0,
         metadata={
-            "help": "Probability that a clip is trained as image-to-video: its first latent frame is given, at "
+            "help": "The probability that a clip is trained as image-to-video: its first latent frame is given, at "
             "timestep 0 and without loss."
         },
     )
     prompt_dropout: float = field(
         default=0.0,
-        metadata={"help": "Probability that a clip's prompts are replaced by the empty prompt, for guidance."},
+        metadata={"help": "The probability that a clip's prompts are replaced by the empty prompt, for guidance."},
     )
     history_noise_probability: float = field(
         default=0.0,
         metadata={
-            "help": "Probability that a clip's clean history is noised, to a timestep that the network is told."
+            "help": "The probability that a clip's clean history is noised, to a timestep that the network is told."
         },
     )
     history_noise_max_timestep: float = field(
         default=100.0,
-        metadata={"help": "Largest timestep of the noise added to the clean history, in [0, 1000]."},
+        metadata={"help": "The largest timestep of the noise added to the clean history, in [0, 1000]."},
     )
     multi_shot_rope_offset: float | None = field(
         default=None,
-        metadata={"help": "Distance in time positions added at each cut, as in generation (default: the pipeline's)."},
+        metadata={
+            "help": "The distance in time positions added at each cut, as in generation (default: the pipeline's)."
+        },
     )
 
     def __post_init__(self):
@@ -69,7 +73,7 @@ class TeacherForcingSettings:
 
 @dataclass(frozen=True)
 class SampleDraws:
-    """The randomness of one clip of F frames: `timestep` `[F]`, `noise` and `history_noise` `[C, F, h, w]`."""
+    """The random draws for one clip of F frames: `timestep` `[F]`, `noise` and `history_noise` `[C, F, h, w]`."""
 
     timestep: torch.Tensor
     noise: torch.Tensor
@@ -83,15 +87,15 @@ class SampleDraws:
 @dataclass
 class PreparedBatch:
     """
-    What a process works on: its frames (all of them without sequence parallelism) of its clips.
+    The part of a batch that a process works on: its frames (all of them without sequence parallelism) of its clips.
 
     Args:
-        arguments: Arguments of the transformer's forward.
+        arguments: The arguments of the transformer's forward.
         latents: The clean video, `[B, C, F, h, w]`.
-        noise, target: The noise, and the velocity to predict; shaped as the latents.
+        noise, target: The noise, and the velocity to predict; shaped like the latents.
         frame_weight: The weight of each frame in the loss, `[B, F]`; 0 where it bears none.
         loss_mask: Which frames bear loss, bool `[B, F]`.
-        recycling: The plan of each clip.
+        recycling: The recycling plan of each clip.
     """
 
     arguments: dict[str, torch.Tensor]
@@ -105,15 +109,17 @@ class PreparedBatch:
 
 class TeacherForcing:
     """
+    Prepares batches for the network, and computes the errors of its predictions.
+
     Args:
-        scheduler: Gives the noise process, the velocity and the weights.
-        settings: What the network is shown.
-        multi_shot_rope_offset: Distance in time positions added at each cut.
+        scheduler: The scheduler, which defines the noise process, the velocity and the weights.
+        settings: The settings of what the network is shown.
+        multi_shot_rope_offset: The distance in time positions added at each cut.
         seed: The seed of the run.
-        layout: How clips are split over the ranks of a sequence-parallel group (of 1 without).
-        rank: The rank in that group.
-        empty_prompt: Embedding of the empty prompt, `[L, D]`.
-        recycler: Adds and keeps errors; None: no error recycling.
+        layout: The split of clips over the ranks of a sequence-parallel group (of size 1 without it).
+        rank: The rank of this process in that group.
+        empty_prompt: The embeddings of the empty prompt, `[L, D]`.
+        recycler: The recycler, which adds and stores errors; None for no error recycling.
     """
 
     def __init__(
@@ -135,13 +141,15 @@ class TeacherForcing:
 
     def draw(self, sample_id: int, step: int, shape: torch.Size) -> SampleDraws:
         """
+        Draw all that is random about a sample.
+
         Args:
             sample_id: The sample's id in the run.
-            step: The step of the run; error recycling begins after some.
-            shape: The shape of the clip's latents, `[C, F, h, w]`; all frames, also where this rank has but some.
+            step: The step of the run; error recycling begins after a warm-up.
+            shape: The shape of the clip's latents, `[C, F, h, w]`, with all frames even if this rank has only some.
         """
         settings, rng = self.settings, np.random.default_rng([self.seed, sample_id])
-        # All that might be needed is drawn, in one order, so that no setting changes what another one draws.
+        # Everything that might be needed is drawn, in a fixed order, so that no setting changes another one's draws.
         image, dropout, history, level = rng.random(4)
         index = torch.from_numpy(rng.integers(len(self.scheduler.training_timesteps), size=self.layout.num_chunks))
         recycling_rng = np.random.default_rng([self.seed, sample_id, 1])
@@ -162,11 +170,13 @@ class TeacherForcing:
 
     def prepare(self, batch: dict, step: int, device: torch.device) -> PreparedBatch:
         """
+        Draw noise and timesteps for a batch, and return what the network is shown and what it has to predict.
+
         Args:
-            batch: Collated items of a `LatentDataset` through `WithSampleId`; `latents` may also be this rank's frames
-                alone, `[B, C, F / N, h, w]`.
+            batch: The collated items of a `LatentDataset` wrapped in `WithSampleId`; `latents` may also hold this
+                rank's frames only, `[B, C, F / N, h, w]`.
             step: The step of the run.
-            device: Where the result is.
+            device: The device of the network's inputs, the target and the weights.
         """
         layout, rank, settings, scheduler = self.layout, self.rank, self.settings, self.scheduler
         latents, sample_ids = batch["latents"], batch["sample_id"].tolist()
@@ -180,21 +190,21 @@ class TeacherForcing:
         )
         timestep = layout.shard_frames(torch.stack([draw.timestep for draw in draws]), rank).clone()
         history_timestep = torch.tensor([draw.history_timestep for draw in draws])[:, None].expand_as(timestep)
-        # One value for each chunk until here, and one for each frame from here on: a given first frame bears no loss.
+        # From here on the mask has one value per frame instead of one per chunk: a given first frame bears no loss.
         loss_mask = layout.shard_chunks(batch["loss_mask"], rank).repeat_interleave(layout.chunk_size, dim=1)
         embeds = layout.shard_chunks(batch["prompt_embeds"], rank).clone()
-        for row, draw in enumerate(draws):
+        for index, draw in enumerate(draws):
             if draw.drops_prompt:
-                embeds[row] = self.empty_prompt.to(embeds)
+                embeds[index] = self.empty_prompt.to(embeds)
 
         clean, before_noise, noise = self._recycle(latents, noise, timestep, draws, sample_ids)
         clean = scheduler.add_noise(clean, history_noise, history_timestep)
         noisy = scheduler.add_noise(before_noise, noise, timestep)
-        if rank == 0:  # which holds the first frame
-            for row, draw in enumerate(draws):
+        if rank == 0:  # the rank that holds the first frame
+            for index, draw in enumerate(draws):
                 if draw.is_image_to_video:
-                    noisy[row, :, 0] = latents[row, :, 0]
-                    timestep[row, 0], loss_mask[row, 0] = 0, False
+                    noisy[index, :, 0] = latents[index, :, 0]
+                    timestep[index, 0], loss_mask[index, 0] = 0, False
 
         weight = scheduler.weight(timestep) if settings.weighting_scheme == "longlive" else torch.ones_like(timestep)
         shots = batch["shot_index"].repeat_interleave(layout.chunk_size, dim=1)
@@ -214,18 +224,19 @@ class TeacherForcing:
         )
 
     def error_sum(self, velocity: torch.Tensor, batch: PreparedBatch) -> torch.Tensor:
-        """The weighted squared errors of all frames that bear loss, summed: divide by their number for the loss.
+        """Return the sum of the weighted squared errors of all frames that bear loss. The loss is this sum divided by
+        the number of those frames.
 
         Args:
             velocity: The network's prediction, `[B, C, F, h, w]`.
-            batch: What it was shown.
+            batch: The batch that the network was shown.
         """
         per_frame = (velocity.float() - batch.target).square().mean(dim=(1, 3, 4))  # [B, F]
         return (per_frame * batch.frame_weight).sum()
 
     @torch.no_grad()
     def keep_errors(self, velocity: torch.Tensor, batch: PreparedBatch) -> None:
-        """Hand the errors of those clips that the recycling plan chose to the buffer."""
+        """Store the errors of the clips that the recycling plan chose for that."""
         if self.recycler is None or not any(plan.update for plan in batch.recycling):
             return
         velocity, timestep = velocity.float().cpu(), batch.arguments["timestep"].cpu()
@@ -233,23 +244,23 @@ class TeacherForcing:
         x0 = self.scheduler.x0(noisy, velocity, timestep)
         sigma = self.scheduler.sigmas_at(timestep)[:, None, :, None, None]
         noise = noisy + (1 - sigma) * velocity  # the other end of the path that the velocity points along
-        for row, plan in enumerate(batch.recycling):
+        for index, plan in enumerate(batch.recycling):
             if plan.update:
-                frames = (timestep[row], batch.loss_mask[row])
-                self.recycler.keep_errors("latent", x0[row], batch.latents[row], *frames)
-                self.recycler.keep_errors("noise", noise[row], batch.noise[row], *frames)
+                frames = (timestep[index], batch.loss_mask[index])
+                self.recycler.keep_errors("latent", x0[index], batch.latents[index], *frames)
+                self.recycler.keep_errors("noise", noise[index], batch.noise[index], *frames)
 
     def _recycle(self, latents, noise, timestep, draws: list[SampleDraws], sample_ids: list[int]):
-        """The clean history, the latents before noising and the noise, with errors of past steps where planned."""
+        """Return the clean history, the latents before noising and the noise, with past errors added where planned."""
         if self.recycler is None:
             return latents, latents, noise
         clean, before_noise, noise = latents.clone(), latents.clone(), noise.clone()
-        for row, (draw, sample_id) in enumerate(zip(draws, sample_ids, strict=True)):
+        for index, (draw, sample_id) in enumerate(zip(draws, sample_ids, strict=True)):
             rng = np.random.default_rng([self.seed, sample_id, 2, self.rank])
             if draw.recycling.context:
-                clean[row] = self.recycler.add_errors(clean[row], "latent", None, rng)
+                clean[index] = self.recycler.add_errors(clean[index], "latent", None, rng)
             if draw.recycling.latent:
-                before_noise[row] = self.recycler.add_errors(before_noise[row], "latent", timestep[row], rng)
+                before_noise[index] = self.recycler.add_errors(before_noise[index], "latent", timestep[index], rng)
             if draw.recycling.noise:
-                noise[row] = self.recycler.add_errors(noise[row], "noise", timestep[row], rng)
+                noise[index] = self.recycler.add_errors(noise[index], "noise", timestep[index], rng)
         return clean, before_noise, noise

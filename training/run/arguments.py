@@ -1,5 +1,5 @@
 """The arguments of the training scripts: settings dataclasses that `HfArgumentParser` turns into options, which a YAML
-file may set. A setting is written once: as a field of its dataclass, with its default and its help."""
+file may set. Each setting is defined once: as a field of its dataclass, with its default and its help."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,98 +19,118 @@ from objectives.teacher_forcing import TeacherForcingSettings
 @dataclass(eq=False)
 class ModelArguments:
     pretrained_model_name_or_path: str = field(
-        metadata={"help": "Folder or Hub repository to start from: a LongLive pipeline, or a Wan one in its layout."}
+        metadata={
+            "help": "The folder or Hub repository to start from: a LongLive pipeline, or a Wan one in its layout."
+        }
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub repository."})
-    variant: str | None = field(default=None, metadata={"help": "Variant of the weight files, for example 'bf16'."})
+    revision: str | None = field(default=None, metadata={"help": "The branch, tag or commit of the Hub repository."})
+    variant: str | None = field(
+        default=None, metadata={"help": "The variant of the weight files, for example 'bf16'."}
+    )
     chunk_size: int | None = field(
-        default=None, metadata={"help": "Latent frames that are denoised together (default: the model's own)."}
+        default=None,
+        metadata={"help": "The number of latent frames that are denoised together (default: the model's own)."},
     )
     rank: int | None = field(default=None, metadata={"help": "Train a LoRA of this rank instead of all weights."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the LoRA (default: its rank)."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the LoRA."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "The scale of the LoRA (default: its rank)."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "The dropout probability of the LoRA."})
     lora_layers: str = field(
         default=r"blocks\..*\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)",
-        metadata={"help": "Layers that get a LoRA, as a regular expression (default: every Linear of the blocks)."},
+        metadata={
+            "help": "The layers that get a LoRA, as a regular expression (default: every Linear of the blocks)."
+        },
     )
 
 
 @dataclass(eq=False)
 class DataArguments:
     train_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with video/ and caption/; not needed where the caches are complete."}
+        default=None,
+        metadata={"help": "The folder with video/ and caption/; not needed where the caches are complete."},
     )
     data_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder where latents and text embeddings are kept (default: OUTPUT_DIR/cache)."},
+        metadata={"help": "The folder where latents and text embeddings are kept (default: OUTPUT_DIR/cache)."},
     )
     cache_latents: bool = field(
         default=True,
-        metadata={"help": "Encode all videos before training; otherwise each batch when it is needed."},
+        metadata={"help": "Encode all videos before training; otherwise, each batch is encoded when it is needed."},
     )
     height: int | None = field(
-        default=None, metadata={"help": "Height of the videos in pixels (default: the model's own)."}
+        default=None, metadata={"help": "The height of the videos in pixels (default: the model's own)."}
     )
     width: int | None = field(
-        default=None, metadata={"help": "Width of the videos in pixels (default: the model's own)."}
+        default=None, metadata={"help": "The width of the videos in pixels (default: the model's own)."}
     )
-    fps: float = field(default=24, metadata={"help": "Frames per second that the videos are brought to."})
+    fps: float = field(
+        default=24, metadata={"help": "The number of frames per second that the videos are brought to."}
+    )
     num_latent_frames: int = field(
-        default=96, metadata={"help": "Length of the clips; n latent frames are 1 + 4 (n - 1) frames."}
+        default=96, metadata={"help": "The length of the clips; n latent frames are 1 + 4 (n - 1) frames."}
     )
     max_chunks_per_shot: int | None = field(
-        default=None, metadata={"help": "Longest shot in chunks; longer ones are cut."}
+        default=None, metadata={"help": "The longest shot in chunks; longer ones are cut."}
     )
-    max_sequence_length: int = field(default=512, metadata={"help": "Tokens that prompts are padded or cut to."})
+    max_sequence_length: int = field(
+        default=512, metadata={"help": "The number of tokens that prompts are padded or cut to."}
+    )
     pad_short_videos: bool = field(
         default=True, metadata={"help": "Pad short videos, without loss on what is added; otherwise skip them."}
     )
     recache_switches: bool = field(
         default=True, metadata={"help": "Train prompt switches within a shot under the new prompt, as generated."}
     )
-    vae_batch_size: int = field(default=1, metadata={"help": "Videos encoded at a time for the cache."})
+    vae_batch_size: int = field(default=1, metadata={"help": "The number of videos encoded at a time for the cache."})
     vae_halo: int = field(
         default=28,
-        metadata={"help": "Latents that a rank encodes left of its own, with --no_cache_latents and sp_size > 1."},
+        metadata={"help": "The latents that a rank encodes left of its own, with --no_cache_latents and sp_size > 1."},
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read data."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "The number of processes that read data."})
 
 
 @dataclass(eq=False)
 class OptimizationArguments:
-    max_train_steps: int = field(default=600, metadata={"help": "Updates of the weights."})
-    train_batch_size: int = field(default=1, metadata={"help": "Clips of each data-parallel group in a batch."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches that make one update."})
+    max_train_steps: int = field(default=600, metadata={"help": "The number of updates of the weights."})
+    train_batch_size: int = field(
+        default=1, metadata={"help": "The number of clips of each data-parallel group in a batch."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "The number of batches that make one update."}
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Save memory by computing the blocks twice."}
     )
     sp_size: int | None = field(
         default=None,
-        metadata={"help": "Processes that share a clip (Balanced SP); with FSDP set it as cp_size of the config."},
+        metadata={
+            "help": "How many processes share a clip (Balanced SP); with FSDP, set it as cp_size of the config."
+        },
     )
     optimizer: Literal["adamw", "muon"] = field(
         default="adamw",
-        metadata={"help": "AdamW for everything, or Muon for matrices and AdamW for the rest (not with FSDP)."},
+        metadata={"help": "Use AdamW for everything, or Muon for matrices and AdamW for the rest (not with FSDP)."},
     )
-    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate after warm-up."})
-    adam_beta1: float = field(default=0.0, metadata={"help": "Decay of AdamW's average of gradients."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "Decay of AdamW's average of squared gradients."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "Added to AdamW's denominator."})
-    adam_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW, and of Muon."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm that gradients are clipped to."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "The learning rate after warm-up."})
+    adam_beta1: float = field(default=0.0, metadata={"help": "The decay of AdamW's average of gradients."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "The decay of AdamW's average of squared gradients."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "The number added to AdamW's denominator."})
+    adam_weight_decay: float = field(default=0.0, metadata={"help": "The weight decay of AdamW, and of Muon."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "The norm that gradients are clipped to."})
     lr_scheduler: str = field(
-        default="constant", metadata={"help": "Learning-rate schedule, one of diffusers.optimization."}
+        default="constant", metadata={"help": "The learning-rate schedule, one of diffusers.optimization."}
     )
-    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps until the learning rate is reached."})
+    lr_warmup_steps: int = field(
+        default=0, metadata={"help": "The number of steps until the learning rate is reached."}
+    )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Keep an exponential moving average of the weights, of this decay."}
     )
-    ema_start_step: int = field(default=100, metadata={"help": "Step from which weights are averaged."})
+    ema_start_step: int = field(default=100, metadata={"help": "The step from which weights are averaged."})
     precision: Literal["auto", "nvfp4"] = field(
         default="auto",
         metadata={
-            "help": "auto: as accelerate's mixed_precision says. nvfp4: besides, the linear layers of the blocks "
-            "compute in 4 bits; with --rank, the frozen weights under the LoRA are stored in them."
+            "help": "auto follows accelerate's mixed_precision; nvfp4 also computes the linear layers of the blocks "
+            "in 4 bits, or, with --rank, stores the frozen weights under the LoRA in 4 bits."
         },
     )
     nvfp4_recipe: str = field(
@@ -118,54 +138,57 @@ class OptimizationArguments:
         metadata={"help": f"What NVFP4 training rounds, and how: {', '.join(RECIPES)}; not used with --rank."},
     )
     nvfp4_backend: Literal["auto", "te"] = field(
-        default="auto", metadata={"help": "te: TransformerEngine computes, where it can express the recipe."}
+        default="auto",
+        metadata={"help": "Who computes NVFP4: te is TransformerEngine, where it can express the recipe."},
     )
     compile: bool = field(default=False, metadata={"help": "Compile the blocks (torch.compile)."})
     attention_backend: str | None = field(
-        default=None, metadata={"help": "Attention backend of diffusers, for example 'flex' or 'flash'."}
+        default=None, metadata={"help": "The attention backend of diffusers, for example 'flex' or 'flash'."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the order of samples and of all that is random."})
+    seed: int = field(default=0, metadata={"help": "The seed of the order of samples and of all that is random."})
 
 
 @dataclass(eq=False)
 class RunArguments:
-    output_dir: str = field(metadata={"help": "Folder of the result, the checkpoints and the validation videos."})
-    checkpointing_steps: int = field(default=100, metadata={"help": "Steps between two checkpoints."})
+    output_dir: str = field(metadata={"help": "The folder of the result, the checkpoints and the validation videos."})
+    checkpointing_steps: int = field(default=100, metadata={"help": "The number of steps between two checkpoints."})
     checkpoints_total_limit: int | None = field(
         default=None,
-        metadata={"help": "Most checkpoints that are kept; older ones are deleted (default: all are kept)."},
+        metadata={"help": "How many checkpoints are kept; older ones are deleted (default: all are kept)."},
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint-N folder, or 'latest' for the newest of OUTPUT_DIR, if any."}
     )
     validation_prompts: list[str] = field(
         default_factory=list,
-        metadata={"help": "Prompts to make videos of while training; ' | ' separates the shots of one video."},
+        metadata={"help": "The prompts to make videos of while training; ' | ' separates the shots of one video."},
     )
-    validation_steps: int = field(default=100, metadata={"help": "Steps between two validations."})
+    validation_steps: int = field(default=100, metadata={"help": "The number of steps between two validations."})
     validation_num_frames: int | None = field(
-        default=None, metadata={"help": "Frames of the validation videos (default: the length of the clips)."}
+        default=None,
+        metadata={"help": "The number of frames of the validation videos (default: the length of the clips)."},
     )
     validation_num_inference_steps: int = field(
-        default=30, metadata={"help": "Solver steps of each chunk in validation."}
+        default=30, metadata={"help": "The number of solver steps of each chunk in validation."}
     )
-    validation_guidance_scale: float = field(default=3.0, metadata={"help": "Guidance scale of validation."})
+    validation_guidance_scale: float = field(default=3.0, metadata={"help": "The guidance scale of validation."})
     report_to: str | None = field(
-        default=None, metadata={"help": "Tracker, for example 'tensorboard' or 'wandb'. A jsonl log is always kept."}
+        default=None,
+        metadata={"help": "The tracker, for example 'tensorboard' or 'wandb'. A jsonl log is always kept."},
     )
-    tracker_name: str = field(default="longlive-ar", metadata={"help": "Name of the run for the tracker."})
+    tracker_name: str = field(default="longlive-ar", metadata={"help": "The name of the run for the tracker."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the result to the Hub."})
     hub_model_id: str | None = field(
-        default=None, metadata={"help": "Hub repository of the result (default: the name of OUTPUT_DIR)."}
+        default=None, metadata={"help": "The Hub repository of the result (default: the name of OUTPUT_DIR)."}
     )
     hub_token: str | None = field(
-        default=None, metadata={"help": "Token for the Hub (default: the one you are logged in with)."}
+        default=None, metadata={"help": "The token for the Hub (default: the one you are logged in with)."}
     )
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """All groups of `train_ar.py`."""
+    """All groups of options of `train_ar.py`."""
 
     model: ModelArguments
     data: DataArguments
@@ -180,7 +203,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     Read the command line of `train_ar.py`.
 
     Raises:
-        ValueError: As `parse_groups`; or if a number is out of range.
+        ValueError: As in `parse_groups`, or if a number is out of range.
     """
     groups = parse_groups(
         (
@@ -206,14 +229,14 @@ def parse_groups(groups: Sequence[type], argv: list[str], *, description: str) -
 
     Args:
         groups: The dataclasses; each field is an option.
-        argv: The words of the command line.
+        argv: The arguments of the command line.
         description: What `--help` begins with.
 
     Raises:
         ValueError: If the file cannot be read, has options that do not exist, or `--config` is abbreviated.
     """
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--config", type=Path, help="YAML file of options; those of the command line go first.")
+    before.add_argument("--config", type=Path, help="A YAML file of options; options of the command line override it.")
     file = before.parse_known_args(argv)[0].config
     parser = HfArgumentParser(groups, description=description, parents=[before], formatter_class=_HelpFormatter)
     if file is not None:
@@ -232,7 +255,7 @@ def parse_groups(groups: Sequence[type], argv: list[str], *, description: str) -
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to an option's help, unless it is None or the help tells it in words."""
+    """Adds the default to an option's help, unless it is None or the help already states it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""

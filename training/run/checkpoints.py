@@ -1,7 +1,7 @@
-"""Checkpoints of a run: complete or not there, found again, and pruned.
+"""Checkpoints of a run: written completely or not at all, found again, and pruned.
 
 A checkpoint is written under another name and renamed when every process has written its part; what a killed run left
-half-written is removed at the next start. Beside what accelerate keeps (weights, optimizers, random states) it holds
+half-written is removed at the next start. Besides what accelerate saves (weights, optimizers, random states) it holds
 the step and any number of named states: schedules, averaged weights, error buffers. The order of samples and their
 noise need no saving: they are functions of the seed and the step.
 """
@@ -31,7 +31,7 @@ class Stateful(Protocol):
 
 
 class EMAState:
-    """The state of averaged weights; of those that FSDP shards, this process's part."""
+    """The state of averaged weights; if FSDP shards them, of this process's part."""
 
     def __init__(self, ema: EMAModel):
         self.ema = ema
@@ -42,14 +42,14 @@ class EMAState:
         return any(isinstance(tensor, DTensor) for tensor in self.ema.shadow_params)
 
     def state_dict(self) -> dict[str, Any]:
-        """The count of updates, and the averages."""
+        """Return the number of updates and the averages."""
         return {
             "optimization_step": self.ema.optimization_step,
             "shadow": [_local(tensor) for tensor in self.ema.shadow_params],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a saved state."""
         self.ema.optimization_step = state["optimization_step"]
         for shadow, saved in zip(self.ema.shadow_params, state["shadow"], strict=True):
             _local(shadow).copy_(saved)
@@ -58,12 +58,12 @@ class EMAState:
 class Checkpoints:
     """
     Args:
-        accelerator: Its prepared models and optimizers are saved.
-        folder: The run's output.
-        states: What else is saved, by name; each process writes its own.
-        shared_states: The same, of what is alike in every process: the first writes it for all.
-        total_limit: How many checkpoints to keep; None: all.
-        identity: What a run must have in common with the one that it goes on with, by name.
+        accelerator: The accelerator whose prepared models and optimizers are saved.
+        folder: The output folder of the run.
+        states: The further states to save, by name; each process writes its own.
+        shared_states: The further states that are the same in every process; the first one writes them for all.
+        total_limit: The number of checkpoints to keep; None to keep all.
+        identity: The settings that a run must have in common with the run that it resumes, by name.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Checkpoints:
         self.states, self.shared_states, self.identity = dict(states), dict(shared_states), identity
 
     def save(self, step: int) -> Path:
-        """Write `checkpoint-<step>`, after so many updates. Every process has to call it."""
+        """Write `checkpoint-<step>`, after `step` updates. Every process has to call this."""
         accelerator = self.accelerator
         final = self.folder / f"{PREFIX}{step}"
         partial = self.folder / f"{PREFIX}{step}{PARTIAL}"
@@ -102,13 +102,13 @@ class Checkpoints:
         return final
 
     def load(self, checkpoint: Path) -> int:
-        """Go on from a checkpoint. Every process has to call it.
+        """Restore a checkpoint. Every process has to call this.
 
         Returns:
-            The updates that were made.
+            The number of updates that were made.
 
         Raises:
-            ValueError: If it is no checkpoint, or that of a run with other settings (they are named).
+            ValueError: If it is not a checkpoint, or one of a run with other settings (the message names them).
         """
         accelerator = self.accelerator
         path = checkpoint / _state_name(accelerator.process_index)
@@ -142,7 +142,7 @@ class Checkpoints:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
@@ -155,30 +155,32 @@ def remove_partial(folder: Path) -> None:
 
 def resolve_checkpoint(folder: Path, wanted: str | None) -> Path | None:
     """
+    Find the checkpoint to resume from.
+
     Args:
-        folder: The run's output.
-        wanted: A checkpoint's folder, its name in `folder`, "latest", or None.
+        folder: The output folder of the run.
+        wanted: The checkpoint's folder, its name in `folder`, "latest", or None.
 
     Returns:
-        The folder; None where none was wanted, or "latest" of a run that has none yet.
+        The checkpoint's folder; None if none is wanted, or if "latest" is wanted and there is none yet.
 
     Raises:
-        ValueError: If there is no such checkpoint (those that there are, are named).
+        ValueError: If there is no such checkpoint; the message names those that exist.
     """
     if wanted is None:
         return None
-    there = find_checkpoints(folder)
+    existing = find_checkpoints(folder)
     if wanted == "latest":
-        return there[-1] if there else None
+        return existing[-1] if existing else None
     for path in (Path(wanted), folder / wanted):
         if path.is_dir():
             return path
-    names = ", ".join(path.name for path in there) or "none"
+    names = ", ".join(path.name for path in existing) or "none"
     raise ValueError(f"There is no checkpoint '{wanted}'; '{folder}' has: {names}")
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; an interrupted deletion never looks like a complete one."""
+    """Delete a checkpoint, so that an interrupted deletion leaves nothing that looks like a complete one."""
     if path.exists():
         doomed = path.with_name(path.name + PARTIAL)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -194,7 +196,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that FSDP has sharded; any other tensor as it is."""
+    """Return this process's part of a tensor that FSDP has sharded; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

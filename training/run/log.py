@@ -1,4 +1,4 @@
-"""The record of a run, one JSON object a line; a run that is taken up again forgets what came after its checkpoint."""
+"""The log of a run, one JSON object per line. A resumed run drops the entries that came after its checkpoint."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ from longlive_diffusers.atomic_write import write_text
 class TrainingLog:
     """
     Args:
-        path: The file.
-        step: Updates that were made before; entries of later ones are removed.
+        path: The log file.
+        step: The number of updates that were made before; entries of later ones are removed.
     """
 
     def __init__(self, path: Path, step: int):
@@ -25,12 +25,12 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> list[dict[str, float | int]]:
-    """All entries, in order."""
+    """Return all entries, in order."""
     return [json.loads(line) for line in _lines(path)]
 
 
 def _lines(path: Path) -> list[str]:
-    """Whole lines: a killed run may have left half a one."""
+    """Return the complete lines; a killed run may have left half a line at the end."""
     if not path.exists():
         return []
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]

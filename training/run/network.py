@@ -1,4 +1,4 @@
-"""The network of a run, made ready to be trained: 4-bit layers, a LoRA, checkpointing, attention, compilation."""
+"""Prepare the network of a run for training: 4-bit layers, a LoRA, gradient checkpointing, attention, compilation."""
 
 import logging
 
@@ -17,10 +17,10 @@ logger = logging.getLogger("network")
 def prepare_transformer(
     transformer: LongLiveTransformer3DModel, model: ModelArguments, optimization: OptimizationArguments
 ) -> None:
-    """Bring a loaded transformer into the form in which it is trained, in place.
+    """Prepare a loaded transformer for training, in place.
 
     Raises:
-        ValueError: For settings that the network or this machine cannot have.
+        ValueError: If the network or this machine does not support a setting.
     """
     transformer.train()
     if optimization.precision == "nvfp4":
@@ -38,8 +38,8 @@ def prepare_transformer(
 def use_nvfp4(
     transformer: LongLiveTransformer3DModel, optimization: OptimizationArguments, *, trains_lora: bool
 ) -> None:
-    """Bring the linear layers of the blocks to 4 bits: in training, all three products of each; under a LoRA, the
-    frozen weights."""
+    """Switch the linear layers of the blocks to 4 bits: in training, all three matrix products of each layer; under a
+    LoRA, the frozen weights."""
     if trains_lora:
         if not nvfp4_layers(transformer):
             quantize_model(transformer, NVFP4Config())
@@ -50,7 +50,7 @@ def use_nvfp4(
 
 
 def add_lora(transformer: LongLiveTransformer3DModel, model: ModelArguments) -> None:
-    """Freeze the network, and add a LoRA that is trained in its stead."""
+    """Freeze the network, and add a LoRA that is trained instead."""
     transformer.requires_grad_(False)
     transformer.add_adapter(
         LoraConfig(

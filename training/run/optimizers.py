@@ -2,9 +2,9 @@
 
 A matrix's gradient is dominated by a few directions. Muon takes the momentum's singular vectors and sets all singular
 values to about one, so that rare directions are learned as fast as common ones (K. Jordan et al., "Muon: an optimizer
-for hidden layers in neural networks", 2024; scaled as in arXiv 2502.16982, so that AdamW's learning rates serve). On
+for hidden layers in neural networks", 2024; scaled as in arXiv 2502.16982, so that AdamW's learning rates fit). On
 the toy world it needs little more than half of AdamW's steps. PyTorch's Muon takes matrices only, so the parameters
-are divided, and the run has two optimizers, two schedules, and as many states in its checkpoints.
+are divided, and the run has two optimizers, two schedules, and both of their states in its checkpoints.
 """
 
 import torch
@@ -24,13 +24,15 @@ def build_optimizers(
     parameters: list[torch.nn.Parameter], accelerator: Accelerator, options: OptimizationArguments
 ) -> list[Optimizer]:
     """
+    Build the optimizers of a run.
+
     Args:
-        parameters: What is trained.
-        accelerator: Says whether parameters are sharded.
-        options: Which optimizer, with which settings.
+        parameters: The parameters that are trained.
+        accelerator: The accelerator of the run, which knows whether parameters are sharded.
+        options: The optimizer to use, and its settings.
 
     Raises:
-        ValueError: For Muon with FSDP, which gives no process a whole matrix.
+        ValueError: For Muon with FSDP, under which no process has a whole matrix.
     """
     if options.optimizer == "adamw":
         return [_adamw(parameters, options)]
@@ -55,7 +57,7 @@ def build_optimizers(
 
 
 def build_schedules(optimizers: list[Optimizer], options: OptimizationArguments) -> list[LRScheduler]:
-    """The learning-rate schedule of each optimizer; they are stepped together, once for each update."""
+    """Build the learning-rate schedule of each optimizer; they are stepped together, once for each update."""
     return [
         get_scheduler(
             options.lr_scheduler,

@@ -10,9 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 class ProcessMesh:
     """
     Args:
-        dp_size, dp_rank: Groups that have clips of their own, and which of them this process belongs to.
-        sp_size, sp_rank: Processes of a group, which share its clips, and which of them this one is.
-        sp: Their dimension of the device mesh, for the network's `sp_mesh`; None where a group is one process.
+        dp_size, dp_rank: The number of groups that have clips of their own, and the index of this process's group.
+        sp_size, sp_rank: The number of processes that share the clips of a group, and the index of this process among
+            them.
+        sp: The dimension of the device mesh that spans a group, for the network's `sp_mesh`; None if a group is one
+            process.
     """
 
     dp_size: int
@@ -24,12 +26,14 @@ class ProcessMesh:
 
 def build_process_mesh(accelerator: Accelerator, sp_size: int | None) -> ProcessMesh:
     """
+    Divide the processes into groups that share clips.
+
     Under FSDP the groups are the `cp` dimension of accelerate's own mesh (`parallelism_config` of its configuration
     file), which FSDP shards the weights over as well. Accelerate has no such mesh for DDP or for CPUs; there `sp_size`
     neighboring processes are a group.
 
     Raises:
-        ValueError: The processes do not divide into groups, or accelerate's configuration says another size.
+        ValueError: If the processes do not divide into groups, or accelerate's configuration has another size.
     """
     parallelism, world, rank = accelerator.parallelism_config, accelerator.num_processes, accelerator.process_index
     configured = parallelism.cp_size if parallelism is not None else 1

@@ -1,5 +1,5 @@
-"""Load what training starts from, and save what it makes: a pipeline in diffusers' format, or a LoRA, with its model
-card."""
+"""Load the models that training starts from, and save its result: a pipeline in diffusers' format, or a LoRA, with a
+model card."""
 
 import os
 import shutil
@@ -20,8 +20,8 @@ from run.arguments import Arguments, ModelArguments, RunArguments
 
 def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTransformer3DModel]:
     """
-    The pipeline that training starts from, without its transformer, and that in float32, the precision of the weights
-    that are trained. Wan pipelines are taken as LongLive's.
+    Load the pipeline that training starts from, without its transformer, and the transformer in float32, the precision
+    of the weights that are trained. Wan pipelines are loaded as LongLive pipelines.
 
     Raises:
         ValueError: If the folder has no transformer that this package can train.
@@ -36,7 +36,7 @@ def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTra
     except OSError as error:
         raise ValueError(f"'{source}' has no transformer to start from: {error}") from error
     if nvfp4_layers(transformer) and arguments.rank is None:
-        transformer.dequantize()  # all weights are to move; under a LoRA they stay in 4 bits
+        transformer.dequantize()  # all weights are trained; under a LoRA they stay in 4 bits
     pipe = LongLivePipeline.from_pretrained(source, transformer=None, dtype=torch.float32, **options)
     pipe.set_progress_bar_config(disable=True)
     for model in (pipe.vae, pipe.text_encoder):
@@ -45,7 +45,8 @@ def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTra
 
 
 def trained_weights(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None) -> dict[str, torch.Tensor]:
-    """The whole state dict of the network, averaged where an average was kept. Every process has to call it."""
+    """Return the complete state dict of the network, of averaged weights if an average was kept. Every process has to
+    call this function."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if ema is not None:
         ema.store(trained)
@@ -60,17 +61,17 @@ def save_result(
     weights: dict[str, torch.Tensor], transformer: LongLiveTransformer3DModel, arguments: Arguments, output: Path
 ) -> list[str]:
     """
-    Write the trained pipeline, or LoRA, into the run's folder: all of it under another name first.
+    Write the trained pipeline or LoRA into the run's folder. All of it is first written to a subfolder, then moved.
 
     Returns:
-        Names of what was written there.
+        The names of the files and folders that were written.
     """
     repo_id = arguments.run.hub_model_id or output.name
     with new_folder(output / "result", replace=True) as result:
         card = _save_weights(weights, transformer, arguments, repo_id, result)
         card.text += training_section(arguments, repo_id)
         card.save(result / "README.md")
-    # The index comes last: without it, the folder does not pass for a pipeline.
+    # The index is moved last: without it, the folder is not taken for a pipeline.
     names = sorted((path.name for path in (output / "result").iterdir()), key=lambda name: name == "model_index.json")
     for name in names:
         if (output / name).is_dir():
@@ -87,7 +88,7 @@ def _save_weights(
     repo_id: str,
     folder: Path,
 ) -> ModelCard:
-    """Write the LoRA or the whole pipeline; returns its card, not yet saved."""
+    """Write the LoRA or the complete pipeline, and return its model card, which is not saved yet."""
     if arguments.model.rank is not None:
         LongLivePipeline.save_lora_weights(
             folder,
@@ -112,12 +113,12 @@ def lora_card(arguments: Arguments, repo_id: str) -> ModelCard:
 
 
 def card_details(arguments: Arguments) -> dict[str, str | int | float | None]:
-    """What a card says of how the result is used: as it was in validation."""
+    """Return what a card says about using the result: the settings that validation used."""
     run, source = arguments.run, arguments.model.pretrained_model_name_or_path
     details = {
         "num_inference_steps": run.validation_num_inference_steps,
         "guidance_scale": run.validation_guidance_scale,
-        "base_model": None if Path(source).exists() else source,  # a folder here means nothing to others
+        "base_model": None if Path(source).exists() else source,  # a local folder means nothing to others
     }
     if run.validation_prompts:
         details["prompt"] = run.validation_prompts[0].split(" | ")[0]
@@ -125,7 +126,7 @@ def card_details(arguments: Arguments) -> dict[str, str | int | float | None]:
 
 
 def training_section(arguments: Arguments, repo_id: str) -> str:
-    """The part of a card that says how the result was trained."""
+    """Return the section of a card that says how the result was trained."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in training_facts(arguments).items())
     intro = "Teacher forcing, with `training/train_ar.py` of longlive-diffusers."
     text = f"\n## Training\n\n{intro}\n\n| | |\n|---|---|\n{rows}\n"
@@ -162,7 +163,7 @@ def trains_in_nvfp4(arguments: Arguments) -> bool:
 
 
 def publish(names: list[str], output: Path, run: RunArguments) -> str:
-    """Upload what was written, and the validation videos; nothing else of the run's folder.
+    """Upload what was written and the validation videos, but nothing else of the run's folder.
 
     Returns:
         The repository's id.
@@ -177,5 +178,5 @@ def publish(names: list[str], output: Path, run: RunArguments) -> str:
 
 
 def _plain(name: str) -> str:
-    """Of a compiled or wrapped module, the name without the wrapper."""
+    """Return the name of a parameter without what compiling or wrapping its module added."""
     return name.removeprefix("module.").replace("_orig_mod.", "")

@@ -1,4 +1,4 @@
-"""Videos made while training, with the weights as they are (their average, where one is kept)."""
+"""Make videos during training, with the current weights (or with their average, if one is kept)."""
 
 import logging
 from pathlib import Path
@@ -19,7 +19,7 @@ class Validation:
     Args:
         arguments: The prompts, and how and when videos are made.
         pipe: The run's pipeline, without a transformer.
-        num_latent_frames: Length of the training clips, by default also of the videos.
+        num_latent_frames: The length of the training clips, by default also that of the videos.
         output: The run's folder; videos are written to `validation/step-N/`.
     """
 
@@ -28,14 +28,14 @@ class Validation:
         self.num_frames = arguments.validation_num_frames or pixel_frames(num_latent_frames)
 
     def is_due(self, step: int, last_step: int) -> bool:
-        """Whether to make videos after so many updates."""
+        """Whether to make videos after update `step`."""
         if not self.arguments.validation_prompts:
             return False
         return step % self.arguments.validation_steps == 0 or step == last_step
 
     @torch.no_grad()
     def run(self, accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None, step: int) -> None:
-        """Make one video of each prompt. Every process has to call it: sharded weights are gathered by all."""
+        """Make one video for each prompt. Every process has to call this: all of them gather sharded weights."""
         if accelerator.is_main_process or accelerator.is_fsdp2:
             self._make_videos(accelerator, model, ema, step)
         accelerator.wait_for_everyone()

@@ -1,9 +1,9 @@
 """Put the toy pipeline together: python training/toy/assemble.py --text DIR --vae DIR --output DIR
 
-Tokenizer and text encoder are those of `train_text.py`, the VAE is that of `train_vae.py`; the transformer has random
-weights, for `train_ar.py` to train. With `--trained DIR`, a folder that `train_ar.py` left, the transformer is that
-one: what is written then is the pipeline that comes with the package, in half precision, beside the model card that is
-there already.
+The tokenizer and the text encoder come from `train_text.py`, the VAE comes from `train_vae.py`, and the transformer
+has random weights, for `train_ar.py` to train. With `--trained DIR`, a folder that `train_ar.py` wrote, the
+transformer is taken from there: the result is then the pipeline that comes with the package, in half precision, with
+the model card that is already in the output folder.
 """
 
 import argparse
@@ -20,16 +20,20 @@ from longlive_diffusers.atomic_write import new_folder
 
 SEED = 4
 CHUNK_SIZE = 2
-# Of the noise levels, in training and in generation. These latents say everything many times over (noise of 0.3 of
-# their size costs half a decibel), so what a chunk shows is decided where there is hardly anything but noise.
+# The shift of the noise levels, in training and in generation. These latents are very redundant (noise of 0.3 of their
+# magnitude costs half a decibel), so what a chunk shows is decided where there is hardly anything but noise.
 FLOW_SHIFT = 8.0
-WINDOW_SIZE, SINK_SIZE = 16, 4  # latent frames: the window is as long as the clips that it is trained on
+WINDOW_SIZE, SINK_SIZE = 16, 4  # in latent frames; the window is as long as the training clips
 
 
 def build_transformer(vae: AutoencoderKLWan, text_dim: int, side: int) -> LongLiveTransformer3DModel:
     """
+    Build a transformer with random weights.
+
     Args:
-        side: Of the latents; videos are square.
+        vae: The VAE whose latents it takes.
+        text_dim: The dimension of the text embeddings.
+        side: The height and width of the latents; videos are square.
     """
     torch.manual_seed(SEED)
     transformer = LongLiveTransformer3DModel(
@@ -51,7 +55,7 @@ def build_transformer(vae: AutoencoderKLWan, text_dim: int, side: int) -> LongLi
 
 @torch.no_grad()
 def initialize(transformer: LongLiveTransformer3DModel) -> None:
-    """Wan's own initialization: Linear layers by Xavier, embeddings narrow, and an output that begins as zero."""
+    """Initialize as Wan does: Xavier for Linear layers, small weights for embeddings, zeros for the output layer."""
     for module in transformer.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(module.weight)
@@ -91,13 +95,13 @@ def main() -> None:
         sink_size=SINK_SIZE,
     )
     if arguments.trained is not None:
-        # What loads them makes float32 of them; a text encoder would stay as it is stored.
+        # Loading converts these two to float32, but a text encoder would keep the dtype in which it is stored.
         pipe.transformer.to(torch.float16)
         pipe.vae.to(torch.float16)
     card = arguments.output / "README.md"
     with new_folder(arguments.output, replace=True) as folder:
         pipe.save_pretrained(folder)
-        if arguments.trained is not None and card.exists():  # what it says was measured, and written by hand
+        if arguments.trained is not None and card.exists():  # it was written by hand, from measurements
             shutil.copyfile(card, folder / "README.md")
     parameters = {
         name: sum(p.numel() for p in model.parameters()) / 1e6

@@ -1,7 +1,7 @@
-"""Is the judge to be trusted? python training/toy/check_judge.py --num_scenes 400
+"""Check whether the judge can be trusted: python training/toy/check_judge.py --num_scenes 400
 
-Shows it true videos - as they are drawn, after writing and reading an mp4 file, and blurred and noisy, as a VAE might
-leave them - and counts the chunks of which it reads everything right. What it must not be fooled by is in its tests.
+It is shown true videos - as they are drawn, after writing and reading an mp4 file, and blurred and noisy, as a VAE
+might leave them - and the chunks that it reads entirely right are counted. What must not fool it is in its tests.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from world import FPS, draw_scene, render
 
 CHUNKS = (5, 8, 8)  # frames
 NOISE = 6.0  # of 255
-Change = Callable[[np.ndarray, int], np.ndarray]  # of a video's frames, by the scene's number
+Change = Callable[[np.ndarray, int], np.ndarray]  # changes a video's frames, given the index of its scene
 
 
-def unchanged(frames: np.ndarray, number: int) -> np.ndarray:
+def unchanged(frames: np.ndarray, index: int) -> np.ndarray:
     return frames
 
 
-def through_mp4(frames: np.ndarray, number: int) -> np.ndarray:
+def through_mp4(frames: np.ndarray, index: int) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         with VideoWriter(path, fps=FPS, crf=8) as writer:
@@ -37,18 +37,18 @@ def through_mp4(frames: np.ndarray, number: int) -> np.ndarray:
         return read_video(path)[0]
 
 
-def blurred(frames: np.ndarray, number: int) -> np.ndarray:
+def blurred(frames: np.ndarray, index: int) -> np.ndarray:
     """Blurred by one pixel (a binomial kernel) and noisy: 28 to 32 dB."""
     soft = frames.astype(np.float32)
     for axis in (1, 2):
         for _ in range(2):
             soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4
-    noise = np.random.default_rng(number).normal(0, NOISE, frames.shape)
+    noise = np.random.default_rng(index).normal(0, NOISE, frames.shape)
     return np.clip(soft + noise, 0, 255).round().astype(np.uint8)
 
 
 def share_right(num_scenes: int, change: Change, *, seed: int = 0, description: str = "judge") -> tuple[float, float]:
-    """Shows the judge chunks of one thing and of two in turn, anywhere on the torus.
+    """Show the judge chunks of scenes with one thing and with two in turn.
 
     Returns:
         The share of chunks that are read without any mistake, and the PSNR of the changed frames in dB.
@@ -68,9 +68,12 @@ def share_right(num_scenes: int, change: Change, *, seed: int = 0, description: 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the judge of the toy world on true videos.")
     parser.add_argument(
-        "--num_scenes", type=int, default=400, help=f"Videos of {len(CHUNKS)} chunks to show it (default: 400)."
+        "--num_scenes",
+        type=int,
+        default=400,
+        help=f"The number of videos of {len(CHUNKS)} chunks to show it (default: 400).",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the scenes (default: 0).")
+    parser.add_argument("--seed", type=int, default=0, help="The seed of the scenes (default: 0).")
     arguments = parser.parse_args()
     if arguments.num_scenes < 1:
         parser.error(f"--num_scenes must be at least 1, got {arguments.num_scenes}")

@@ -1,14 +1,15 @@
 """Evaluate a model of the toy world: python training/toy/evaluate.py --model FOLDER --output DIR
 
-The model makes videos from captions, and a judge that does not know them (`judge.py`) reads what is there. Tables
-are printed, and written to DIR/report.md and DIR/results.json; next to them are curves and a strip of frames, as PNG.
+The model makes videos from captions, and a judge that does not know the captions (`judge.py`) reads what the videos
+show. Tables are printed, and written to DIR/report.md and DIR/results.json; next to them are curves and a strip of
+frames, as PNG.
 
 Sections: `accuracy` (seen and held-out combinations), `steps` (by number of solver steps), `time` (up to 8 times the
-training length, with and without sinks, either RoPE), `events` (shots, prompt switches, cuts, images), `vae` (what it
-loses), `strip` (frames to look at).
+training length, with and without sinks, with absolute and relative RoPE), `events` (shots, prompt switches, cuts,
+images), `vae` (what the VAE loses), `strip` (frames to look at).
 
-Finished parts are kept in DIR/parts: an evaluation that was interrupted goes on where it was, and one with other
-settings needs another folder. About 15 minutes on two CPU cores, two with --quick. The same seed, the same videos.
+Finished parts are kept in DIR/parts: an interrupted evaluation is resumed, and one with other settings needs another
+folder. It takes about 15 minutes on two CPU cores, or two minutes with --quick. The same seed gives the same videos.
 """
 
 import argparse
@@ -37,10 +38,10 @@ QUICK = Settings(num_prompts=6, num_inference_steps=8, step_counts=(4, 8), long_
 
 
 def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> LongLivePipeline:
-    """The pipeline in a folder, silent.
+    """Load the pipeline in a folder, without its progress bars.
 
     Raises:
-        ValueError: The folder holds no pipeline, or one that does not make videos of the toy world's size.
+        ValueError: If the folder holds no pipeline, or one that does not make videos of the toy world's size.
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"'{folder}' holds no pipeline: there is no model_index.json in it.")
@@ -60,15 +61,17 @@ def check_pipeline(pipe: LongLivePipeline) -> None:
 def evaluate(
     pipe: LongLivePipeline, output: Path, settings: Settings, sections: list[str], *, model: str
 ) -> dict[str, list[Table]]:
-    """Run sections, or take from `output` what was finished, print their tables and write the reports.
+    """Run sections, except for parts that are finished in `output`, print their tables and write the reports.
 
     Args:
-        pipe: The model.
-        sections: Names among `SECTIONS`.
-        model: What tells the model from others, for instance its `fingerprint`.
+        pipe: The pipeline of the model.
+        output: The folder for the results.
+        settings: The settings of the evaluation.
+        sections: The names of the sections, among `SECTIONS`.
+        model: A string that tells the model from others, for instance its `fingerprint`.
 
     Raises:
-        ValueError: An unknown section, or a folder with results of another model or other settings.
+        ValueError: If a section is unknown, or the folder has results of another model or other settings.
     """
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
@@ -84,7 +87,7 @@ def evaluate(
 
 
 def write_reports(output: Path, settings: Settings, tables: dict[str, list[Table]], model: str) -> None:
-    """`results.json` and `report.md`, of the sections of this call."""
+    """Write `results.json` and `report.md`, with the sections of this call."""
     results = {name: [asdict(table) for table in of_section] for name, of_section in tables.items()}
     content = {"model": model, "settings": asdict(settings), "sections": results}
     write_text(output / "results.json", json.dumps(content, indent=1) + "\n")
@@ -100,7 +103,7 @@ def write_reports(output: Path, settings: Settings, tables: dict[str, list[Table
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; `settings` None stands for what is to be taken from the preset or the model."""
+    """Parse the command line. An option that is not given is taken from the preset, or from the model."""
     parser = argparse.ArgumentParser(description="Evaluate a model of the toy world.")
     parser.add_argument("--model", type=Path, required=True, help="The folder of a pipeline.")
     parser.add_argument(
@@ -146,7 +149,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--step_counts",
         type=int,
         nargs="+",
-        help="Numbers of solver steps that `steps` compares (default: 4 8 16 30 50).",
+        help="The numbers of solver steps that `steps` compares (default: 4 8 16 30 50).",
     )
     parsed = parser.parse_args(arguments)
     preset = asdict(QUICK if parsed.quick else FULL)

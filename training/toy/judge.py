@@ -1,14 +1,14 @@
-"""Reads a chunk of a toy-world video: what is there, of which color, shape and size, and where does it go?
+"""Read a chunk of a toy-world video: what things it shows, of which color, shape and size, and how they move.
 
-    reading = read_chunk(frames)  # [F, 64, 64, 3]; nobody tells it the prompt
+    reading = read_chunk(frames)  # [F, 64, 64, 3]; it is not told the prompt
 
-Every frame is read by itself: the background is what most pixels have, things are connected patches (on the torus) of
-anything else, and each has a color, an outline and a center. Then the frames have to agree. What changes within a
+Every frame is read by itself: the background is the color of most pixels, things are connected patches (on the torus)
+of anything else, and each has a color, an outline and a center. Then the frames have to agree. What changes within a
 chunk - a color that drifts, a shape that melts, a thing that comes and goes, a motion that turns - is read as None,
-"cannot be told", which no caption says: so an error is never averaged away. `evaluation/marks.py` compares readings
+"cannot be told". No caption asks for that, so an error is never averaged away. `evaluation/marks.py` compares readings
 with what a caption asked for.
 
-Only numpy: a chunk takes a few milliseconds.
+It needs only numpy, and takes a few milliseconds per chunk.
 """
 
 import math
@@ -22,7 +22,7 @@ from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIDE, SIZES, coverage
 
 
 FOREGROUND = 40.0  # distance in RGB from the background; the weakest contrast of the world is 106
-DEBRIS = 20  # pixels; patches smaller than that are overlooked (a small thing has 113)
+DEBRIS = 20  # pixels; patches smaller than that are ignored (a small thing has 113)
 NEAR_BACKGROUND = 45.0  # distance in RGB within which a background has its name; two of them are 102 apart or more
 NEAR_COLOR = 60.0  # the same for things; the closest two are 128 apart
 BACKGROUND_SHARE = 0.7  # of the pixels; two large things leave 0.87
@@ -41,12 +41,12 @@ SOFTEN = np.linalg.matrix_power((NEXT + 2 * np.eye(len(NEXT)) + NEXT.T) / 4, 2) 
 
 @dataclass(frozen=True)
 class ThingReading:
-    """One object through a chunk; what cannot be told is None.
+    """One object throughout a chunk; what cannot be told is None.
 
     Args:
-        color, shape, size, motion: Names of `world.py`.
-        x, y: Center in the first frame, in pixels.
-        dx, dy: Mean velocity, in pixels per frame.
+        color, shape, size, motion: The names that `world.py` uses.
+        x, y: The center in the first frame, in pixels.
+        dx, dy: The mean velocity, in pixels per frame.
     """
 
     color: str | None
@@ -61,7 +61,7 @@ class ThingReading:
 
 @dataclass(frozen=True)
 class Reading:
-    """A chunk. `count` is None where frames differ in how many things they show; then `things` is empty."""
+    """What a chunk shows. `count` is None where frames differ in how many things they show; then `things` is empty."""
 
     background: str | None
     count: int | None
@@ -92,11 +92,13 @@ class _Patch:
 
 def read_chunk(frames: np.ndarray) -> Reading:
     """
+    Read what a chunk shows.
+
     Args:
-        frames: `[F, 64, 64, 3]` with F >= 2, uint8, or floating in [0, 1].
+        frames: The frames `[F, 64, 64, 3]` with F >= 2, in uint8, or in a floating dtype with values in [0, 1].
 
     Raises:
-        ValueError: For another shape, another type of numbers, or values that are not finite.
+        ValueError: For another shape, another dtype, or values that are not finite.
     """
     pictures = _pictures(frames)
     grounds = np.median(pictures.reshape(len(pictures), -1, 3), axis=1)  # things cover an eighth of a frame at most
@@ -110,24 +112,24 @@ def read_chunk(frames: np.ndarray) -> Reading:
 
 
 def agreed(values: Sequence) -> object | None:
-    """What nearly all frames say; None if there is no such thing, or if it is None."""
+    """Return the value that nearly all frames agree on; None if there is no such value, or if it is None."""
     commonest = max(values, key=lambda value: sum(other == value for other in values))
     return commonest if sum(other == commonest for other in values) >= AGREEMENT * len(values) else None
 
 
 def apart(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
-    """The shortest way from `b` to `a` on the torus, `[x, y]` in pixels."""
+    """Return the shortest way from `b` to `a` on the torus, `[x, y]` in pixels."""
     return (np.asarray(a, float) - np.asarray(b, float) + SIDE / 2) % SIDE - SIDE / 2
 
 
 def label_patches(mask: np.ndarray) -> np.ndarray:
-    """Number connected patches, on the torus, by their smallest pixel.
+    """Label connected patches on the torus by the smallest index of their pixels.
 
     Args:
-        mask: bool `[F, H, W]`.
+        mask: The pixels that belong to patches, bool `[F, H, W]`.
 
     Returns:
-        int `[F, H, W]`; another number for each patch of each frame, -1 outside.
+        int `[F, H, W]`: a different label for each patch of each frame, -1 outside.
     """
     labels = np.where(mask, np.arange(mask.size).reshape(mask.shape), mask.size)
     while True:
@@ -136,7 +138,7 @@ def label_patches(mask: np.ndarray) -> np.ndarray:
             for step in (-1, 1):
                 lowest = np.minimum(lowest, np.roll(labels, step, axis))
         lowest = np.where(mask, lowest, mask.size)
-        # A label is itself a pixel, whose label may be lower still: jumping there makes long patches short.
+        # A label is itself the index of a pixel, whose label may be lower still: jumping there saves iterations.
         lowest = np.append(lowest.ravel(), mask.size)[lowest]
         if np.array_equal(lowest, labels):
             return np.where(mask, labels, -1)
@@ -171,17 +173,17 @@ def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tup
 
 
 def _patches(picture: np.ndarray, ground: np.ndarray, labels: np.ndarray) -> list[_Patch]:
-    numbers, areas = np.unique(labels[labels >= 0], return_counts=True)
-    return [_patch(picture, ground, labels, number) for number in numbers[areas >= DEBRIS]]
+    found, areas = np.unique(labels[labels >= 0], return_counts=True)
+    return [_patch(picture, ground, labels, label) for label in found[areas >= DEBRIS]]
 
 
-def _patch(picture: np.ndarray, ground: np.ndarray, labels: np.ndarray, number: int) -> _Patch:
-    """Read the patch of this number, in a window around it that no longer is a torus."""
-    rows, columns = np.nonzero(labels == number)
+def _patch(picture: np.ndarray, ground: np.ndarray, labels: np.ndarray, label: int) -> _Patch:
+    """Read the patch with the label `label`, in a window around it that is not a torus any more."""
+    rows, columns = np.nonzero(labels == label)
     left, top = (_middle(pixels) - HALF_WINDOW for pixels in (columns, rows))
     span = np.arange(2 * HALF_WINDOW + 1)
     window = np.ix_((top + span) % SIDE, (left + span) % SIDE)
-    own, others = labels[window] == number, (labels[window] >= 0) & (labels[window] != number)
+    own, others = labels[window] == label, (labels[window] >= 0) & (labels[window] != label)
     if not own.any():  # a ring so wide that it goes around the window
         return _Patch(None, None, None, (left % SIDE, top % SIDE), float(len(rows)))
     above_ground = picture[window] - ground
@@ -191,7 +193,7 @@ def _patch(picture: np.ndarray, ground: np.ndarray, labels: np.ndarray, number: 
     contrast = np.median(above_ground[strong], axis=0)
     color = _color(above_ground[_eroded(own)], contrast, ground)
 
-    # How much of the thing there is in each pixel: where its color lies between the background's and its own.
+    # How much of each pixel the thing covers: where the pixel's color lies between the background's and the thing's.
     opacity = np.clip(above_ground @ contrast / max(contrast @ contrast, 1.0), 0, 1)
     opacity = np.where(_grown(_grown(own)) & ~others, opacity, 0)
     area = float(opacity.sum())
@@ -205,13 +207,13 @@ def _patch(picture: np.ndarray, ground: np.ndarray, labels: np.ndarray, number: 
 
 
 def _middle(pixels: np.ndarray) -> int:
-    """The mean of coordinates on the torus."""
+    """Return the mean of coordinates on the torus."""
     return round(np.angle(np.exp(2j * np.pi * pixels / SIDE).sum()) / (2 * np.pi) * SIDE)
 
 
 def _color(pixels: np.ndarray, contrast: np.ndarray, ground: np.ndarray) -> str | None:
-    """The palette's name for `ground + contrast`, if most of the thing's inner `pixels` `[n, 3]`, less the ground, are
-    of that color too, or of it mixed with the background's: a thing of two colors has no name."""
+    """Return the palette's name for `ground + contrast`, if most of the thing's inner `pixels` `[n, 3]`, less the
+    ground, are of that color too, or of it mixed with the background's: a thing of two colors has no name."""
     name, distance = _nearest(ground + contrast, COLORS)
     if distance > NEAR_COLOR or not len(pixels):
         return None
@@ -237,8 +239,8 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 
 def _shape(opacity: np.ndarray, dx: np.ndarray, dy: np.ndarray, radius: float) -> str | None:
-    """The shape of this area that overlaps most with `opacity` (intersection by union), drawn sharply or blurred by a
-    pixel: by blur alone, a square must not become a circle."""
+    """Return the shape of this area that overlaps most with `opacity` (intersection over union), drawn sharply or
+    blurred by a pixel, because a blurred square must not pass for a circle."""
     sharp = np.stack([coverage(name, radius, dx, dy) for name in SHAPES])
     drawn = np.stack([sharp, SOFTEN @ sharp @ SOFTEN])  # [2, shapes, H, W]
     overlaps = np.minimum(opacity, drawn).sum(axis=(2, 3)) / np.maximum(opacity, drawn).sum(axis=(2, 3))
@@ -248,13 +250,13 @@ def _shape(opacity: np.ndarray, dx: np.ndarray, dy: np.ndarray, radius: float) -
 
 # ------------------------------------------------------------------------------------------------ from frame to frame
 def _tracks(frames: list[list[_Patch]], count: int) -> list[tuple[list[int], list[_Patch]]]:
-    """Each thing's patches, and the frames that they are of: those that show `count` things."""
+    """Return, for each thing, the indices of the frames that show `count` things, and its patches in these frames."""
     tracks: list[tuple[list[int], list[_Patch]]] = []
-    for time, patches in enumerate(frames):
+    for index, patches in enumerate(frames):
         if len(patches) != count:
             continue
         if not tracks:
-            tracks = [([time], [patch]) for patch in sorted(patches, key=lambda patch: -patch.area)]
+            tracks = [([index], [patch]) for patch in sorted(patches, key=lambda patch: -patch.area)]
             continue
         ways = [
             (np.hypot(*apart(patch.center, track[1][-1].center)), i, j)
@@ -264,7 +266,7 @@ def _tracks(frames: list[list[_Patch]], count: int) -> list[tuple[list[int], lis
         continued, taken = set(), set()
         for _, i, j in sorted(ways):  # the closest go together
             if i not in continued and j not in taken:
-                tracks[i][0].append(time)
+                tracks[i][0].append(index)
                 tracks[i][1].append(patches[j])
                 continued.add(i)
                 taken.add(j)
@@ -277,7 +279,7 @@ def _thing(times: list[int], patches: list[_Patch]) -> ThingReading:
     when = np.array(times, float)
     velocity, start = np.polyfit(when, path, 1)
     strays = np.abs(start + velocity * when[:, None] - path).max()
-    # Both halves have to move like the whole: a thing that stops, starts or turns on the way has no motion by itself.
+    # Both halves have to move like the whole: a thing that stops, starts or turns on the way has no single motion.
     half = len(when) // 2
     parts = [(when, path)]
     if len(when) >= 4:
@@ -295,7 +297,7 @@ def _thing(times: list[int], patches: list[_Patch]) -> ThingReading:
 
 
 def _motion(velocity: np.ndarray) -> str | None:
-    """The motion that a velocity `[x, y]`, in pixels per frame, is one of; None for a diagonal one."""
+    """Return the motion of a velocity `[x, y]` in pixels per frame; None for a diagonal one."""
     direction = tuple(int(speed) for speed in np.where(np.abs(velocity) < STILL, 0, np.sign(velocity)))
     return next((name for name, step in MOTIONS.items() if step == direction), None)
 

@@ -1,10 +1,10 @@
-"""Tokenizer and text encoder of the embedded pipeline: python training/toy/train_text.py --output DIR
+"""Train the tokenizer and the text encoder of the embedded pipeline: python training/toy/train_text.py --output DIR
 
-A language model is out of proportion to the toy world, and an untrained text encoder hardly says which word stands
-where: "a red circle above a blue square" and "a blue square above a red circle" are nearly the same to it. So a UMT5
-of two layers learns to say what captions say - how many things, and of the upper or left one and of the other their
-color, shape, size and motion, and the background - to a reading head, which is then thrown away. Captions of held-out
-combinations are not among those it learns from.
+A language model would be out of proportion to the toy world, and an untrained text encoder hardly tells which word
+stands where: "a red circle above a blue square" and "a blue square above a red circle" are nearly the same to it. So a
+UMT5 of two layers learns to tell a reading head, which is then thrown away, what captions say: how many things there
+are, the color, shape, size and motion of the upper or left one and of the other one, and the background. It does not
+learn from captions of held-out combinations.
 """
 
 import argparse
@@ -63,8 +63,8 @@ zero one two three four five six seven eight nine ten|0 1 2 3 4 5 6 7 8 9""")
 
 
 def captions() -> list[str]:
-    """A few thousand sentences: those of the toy world, and others in which every word above appears, so that what
-    people type who do not know the toy world is still read as words."""
+    """Return a few thousand sentences: those of the toy world, and others in which every word above appears, so that
+    what people type who do not know the toy world is still read as words."""
     rng = random.Random(SEED)
     sentences = []
     for color, shape, motion in itertools.product(WORDS_OF_COLORS, WORDS_OF_SHAPES, WORDS_OF_MOTIONS):
@@ -76,7 +76,8 @@ def captions() -> list[str]:
 
 
 def build_tokenizer(sentences: list[str], max_length: int) -> PreTrainedTokenizerFast:
-    """Unigram pieces as T5 has them: padding is 0, `</s>` is appended, unknown characters fall back to their bytes."""
+    """Train a tokenizer of unigram pieces like T5's: padding is 0, `</s>` is appended, unknown characters fall back to
+    their bytes."""
     special = ["<pad>", "</s>", "<unk>"]
     normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
@@ -93,11 +94,12 @@ def build_tokenizer(sentences: list[str], max_length: int) -> PreTrainedTokenize
         show_progress=False,
     )
     trained.train_from_iterator(sentences, trainer)
-    # The trainer looks for what words have in common, and so cuts up all of these few; as T5's, ours are to be whole.
-    count = Counter(word for text in sentences for word, _ in words.pre_tokenize_str(normalizer.normalize_str(text)))
+    # The trainer looks for what words have in common, so it splits up all of these few words. They should be whole, as
+    # common words are in T5's tokenizer.
+    counts = Counter(word for text in sentences for word, _ in words.pre_tokenize_str(normalizer.normalize_str(text)))
     pieces = {piece: score for piece, score in json.loads(trained.to_str())["model"]["vocab"] if piece not in special}
-    pieces |= {word: math.log(number / count.total()) for word, number in count.items()}
-    # Trained scores are sums of many threads; rounded, they do not depend on how the threads shared the work.
+    pieces |= {word: math.log(count / counts.total()) for word, count in counts.items()}
+    # Trained scores are sums over many threads; rounded, they do not depend on how the threads shared the work.
     pieces = sorted(
         ((piece, round(score, 3)) for piece, score in pieces.items()), key=lambda pair: (-pair[1], pair[0])
     )
@@ -119,25 +121,25 @@ def build_text_encoder(vocab_size: int) -> UMT5EncoderModel:
 
 
 # ------------------------------------------------------------------------------------------------- what it learns from
-UNSAID = -100  # cross_entropy's label of what is not to be learned
+UNSAID = -100  # cross_entropy's label for what is not to be learned
 THING_ATTRIBUTES = {"color": tuple(COLORS), "shape": SHAPES, "size": tuple(SIZES), "motion": tuple(MOTIONS)}
 
 
 def questions() -> dict[str, int]:
-    """What there is to be read in a caption, and the number of possible answers."""
+    """Return what can be read in a caption, by name, and the number of possible answers to each."""
     things = {f"{name} {i}": len(values) for i in range(2) for name, values in THING_ATTRIBUTES.items()}
     return {"arrangement": 3, "background": len(BACKGROUNDS), **things}
 
 
 def answers(scene: Scene, text: str) -> list[int]:
-    """In the order of `questions`; what a caption leaves out has none."""
+    """Return the answers in the order of `questions`, with `UNSAID` for what the caption leaves out."""
     arrangement = (None, "stacked", "beside").index(scene.arrangement)
     ground = list(BACKGROUNDS).index(scene.background) if scene.background in text.split() else UNSAID
     labels = [arrangement, ground]
     for i in range(2):
         for name, values in THING_ATTRIBUTES.items():
             value = vars(scene.things[i])[name] if i < len(scene.things) else None
-            # A size is said of one of two things, or of none: to tell which, one would have to parse the caption.
+            # If a caption gives one size for two things, one would have to parse it to tell which of them is meant.
             said = value is not None and (
                 name != "size" or text.count("small") + text.count("large") == len(scene.things)
             )
@@ -146,7 +148,7 @@ def answers(scene: Scene, text: str) -> list[int]:
 
 
 class Reader(nn.Module):
-    """Asks a text's embeddings every question at once: one attention each, then a linear layer."""
+    """Asks every question of a text's embeddings at once: attention with one query each, then a linear layer."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -155,7 +157,7 @@ class Reader(nn.Module):
         self.answers = nn.ModuleList(nn.Linear(dim, count) for count in counts.values())
 
     def forward(self, embeds: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        """`[B, L, D]`, `[B, L]` -> for each question, logits `[B, answers]`."""
+        """Map embeddings `[B, L, D]` and their mask `[B, L]` to the logits `[B, answers]` of each question."""
         scores = torch.einsum("qd,bld->bql", self.queries, embeds) * embeds.shape[-1] ** -0.5
         weights = scores.masked_fill(mask[:, None] == 0, -torch.inf).softmax(dim=-1)
         read = weights @ embeds
@@ -163,7 +165,7 @@ class Reader(nn.Module):
 
 
 def draw_texts(seed: str, count: int, held_out: bool = False) -> tuple[list[str], torch.Tensor]:
-    """Captions, some with the scene-cut prefix, and their labels `[count, questions]`."""
+    """Draw captions, some with the scene-cut prefix, and return them with their labels `[count, questions]`."""
     rng = random.Random(seed)
     texts, labels = [], []
     for _ in range(count):
@@ -175,7 +177,7 @@ def draw_texts(seed: str, count: int, held_out: bool = False) -> tuple[list[str]
 
 
 def train_text_encoder(tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int = 64) -> UMT5EncoderModel:
-    """The trained encoder; prints how often its reader is right about captions of held-out combinations."""
+    """Train the encoder, and print how often its reader is right about captions of held-out combinations."""
     torch.manual_seed(SEED + 1)
     encoder = build_text_encoder(len(tokenizer))
     reader = Reader(TEXT_DIM)
@@ -216,7 +218,9 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="The folder to write tokenizer/ and text_encoder/ to; new or empty."
     )
-    parser.add_argument("--steps", type=int, default=600, help="Updates of the text encoder (default: %(default)s).")
+    parser.add_argument(
+        "--steps", type=int, default=600, help="The number of updates of the text encoder (default: %(default)s)."
+    )
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")

@@ -1,17 +1,17 @@
 """Train the small VAE of the embedded pipeline on the toy world: python training/toy/train_vae.py --output DIR
 
-It has the structure of Wan2.2's VAE (pictures enter as 2x2 patches, 4 times smaller in time, causal), a thousandth of
-its size, and makes latents 8 times smaller in space.
+It has the structure of Wan2.2's VAE (2x2 patches of pixels, causal, 4 times smaller in time) and a thousandth of its
+size; its latents are 8 times smaller in space.
 
-What takes long is learning to draw sharp edges, and that takes many small steps. So it first learns from single
-pictures, which cost a fifth of the shortest clip: of a causal kernel only the last slice meets a picture, and the
-others begin as zeros, which makes the network for clips one that repeats pictures. Then come clips, longer and longer:
-a causal VAE decodes frame 60 from features of the frames before it, which a clip of a few frames never builds up;
-trained on those alone it looks well on short clips and fails on long ones.
+What takes long is learning to draw sharp edges, which needs many small steps. So the VAE first learns from single
+pictures, which cost a fifth of the shortest clip. Of a causal kernel, only the last slice sees a single picture; the
+other slices begin as zeros, so on clips the network begins by repeating pictures. Then come longer and longer clips: a
+causal VAE decodes frame 60 from features of the frames before it, which never build up in a clip of a few frames;
+trained on short clips alone, it looks good on those and fails on long ones.
 
-The loss is the squared error, higher where there is more than background (most of a picture is not), and a little of
-the KL divergence, with latents drawn from the posterior. A killed run goes on from its last checkpoint; the result
-appears only when it is complete. `--start DIR` trains a finished VAE further, on clips from the first step.
+The loss is the squared error, with a higher weight on objects (most of a picture is background), plus a little of the
+KL divergence, with latents drawn from the posterior. A killed run resumes from its last checkpoint; the result appears
+only when it is complete. `--start DIR` trains a finished VAE further, on clips from the first step.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from world import draw_sample, render
 
 LATENT_CHANNELS = 16
 OBJECT_WEIGHT = 4.0
-# Up to this part of training: frames of a clip, clips of a step.
+# For each stage, the fraction of training at which it ends, the frames of a clip, and the clips of a step.
 STAGES = ((0.48, 1, 8), (0.88, 5, 2), (0.97, 29, 1), (1.0, 61, 1))
 
 
@@ -68,7 +68,7 @@ def build_vae(width: int) -> AutoencoderKLWan:
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
     )
-    # A posterior that begins narrow: at its usual width of 1 it drowns what the first steps could learn from.
+    # The posterior begins narrow: at its usual width of 1, noise would drown what the first steps could learn from.
     with torch.no_grad():
         vae.quant_conv.bias[LATENT_CHANNELS:] = -6
         vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.1
@@ -78,8 +78,8 @@ def build_vae(width: int) -> AutoencoderKLWan:
 
 @torch.no_grad()
 def inflate(vae: AutoencoderKLWan) -> None:
-    """Begin as a network for pictures that repeats them: kernels see the newest frame alone, and what halves or
-    doubles the frames passes it on."""
+    """Initialize the VAE so that it repeats single pictures: kernels see only the newest frame, and the layers that
+    halve or double the frames pass it on."""
     for module in vae.modules():
         if isinstance(module, WanCausalConv3d) and module.kernel_size[0] > 1:
             module.weight[:, :, :-1] = 0
@@ -93,8 +93,8 @@ def inflate(vae: AutoencoderKLWan) -> None:
 
 @contextmanager
 def for_pictures(vae: AutoencoderKLWan) -> Iterator[None]:
-    """Within it the VAE takes single frames, and convolves them in two dimensions with the last slices of its kernels:
-    the same, at a third of the cost."""
+    """In this context the VAE takes single frames, and convolves them in two dimensions with the last slices of its
+    kernels: the result is the same, at a third of the cost."""
     convolutions = [module for module in vae.modules() if isinstance(module, WanCausalConv3d)]
     for module in convolutions:
         module.forward = MethodType(convolve_picture, module)
@@ -112,7 +112,7 @@ def convolve_picture(self: WanCausalConv3d, x: torch.Tensor, cache_x: None = Non
 
 
 def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """As `vae.decode`, but not clamped to [-1, 1], where there would be no gradient."""
+    """Decode like `vae.decode`, but without clamping to [-1, 1], beyond which there would be no gradient."""
     cache = [None] * vae._cached_conv_counts["decoder"]
     frames = [
         vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
@@ -122,14 +122,15 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 
 
 def draw_clips(seed: str, batch: int, frames: int) -> torch.Tensor:
-    """Clips of the toy world from random moments, some with cuts and prompt switches; `[batch, 3, frames, 64, 64]`."""
+    """Draw clips of the toy world, `[batch, 3, frames, 64, 64]`, from random moments, some with cuts and prompt
+    switches."""
     rng = random.Random(seed)
     clips = []
     for _ in range(batch):
         parts = draw_sample(rng, 8, 2)
         lengths = [pixel_frames(part.num_chunks * 2, opens_video=index == 0) for index, part in enumerate(parts)]
-        # A cut falls between two latent frames, as it does in the dataset: the clip begins whole latent frames into
-        # the video.
+        # The clip begins a whole number of latent frames into the video, so that a cut falls between two latent
+        # frames, as it does in the dataset.
         start = TEMPORAL_SCALE * rng.randint(0, (sum(lengths) - frames) // TEMPORAL_SCALE)
         pictures = []
         for part, length in zip(parts, lengths, strict=True):
@@ -143,15 +144,15 @@ def draw_clips(seed: str, batch: int, frames: int) -> torch.Tensor:
 
 
 def stage_at(progress: float, further: bool = False) -> tuple[int, int]:
-    """Frames of a clip, and clips of a step, after a part of training in [0, 1). What is trained further has seen
-    its pictures."""
+    """Return the frames of a clip and the clips of a step at `progress`, the fraction of training in [0, 1) that is
+    done. A VAE that is trained further skips the stage of single pictures."""
     if further:
         progress = STAGES[0][0] + progress * (1 - STAGES[0][0])
     return next((frames, clips) for end, frames, clips in STAGES if progress < end)
 
 
 def train_step(vae: AutoencoderKLWan, clips: torch.Tensor, generator: torch.Generator, kl_weight: float):
-    """Loss and mean squared error (of pixels in [-1, 1])."""
+    """Return the loss and the mean squared error (of pixels in [-1, 1])."""
     posterior = vae.encode(clips).latent_dist
     errors = (decode(vae, posterior.sample(generator)) - clips).square()
     background = clips.flatten(2).median(dim=2).values[:, :, None, None, None]
@@ -162,7 +163,7 @@ def train_step(vae: AutoencoderKLWan, clips: torch.Tensor, generator: torch.Gene
 
 @torch.no_grad()
 def measure_statistics(vae: AutoencoderKLWan, seed: int) -> None:
-    """`latents_mean` and `latents_std`. A channel that is hardly used is not blown up to the scale of the others."""
+    """Set `latents_mean` and `latents_std`. A channel that is hardly used is not scaled up to the others."""
     latents = torch.cat([vae.encode(draw_clips(f"{seed} statistics {i}", 8, 61)).latent_dist.mean for i in range(8)])
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     std = std.clamp(min=0.25 * std.max().item())
@@ -172,7 +173,7 @@ def measure_statistics(vae: AutoencoderKLWan, seed: int) -> None:
 
 @torch.no_grad()
 def streamed_psnr(vae: AutoencoderKLWan, seed: str, clips: int, frames: int) -> float:
-    """Decibels over whole clips, encoded and decoded chunk by chunk, as pipelines do it."""
+    """Return the PSNR in dB of whole clips that are encoded and decoded chunk by chunk, as in pipelines."""
     pixels = draw_clips(seed, clips, frames)
     encoder, decoder = StreamingEncoder(vae), StreamingDecoder(vae)
     chunks = [pixels[:, :, :5], *pixels[:, :, 5:].split(8, dim=2)]
@@ -182,10 +183,10 @@ def streamed_psnr(vae: AutoencoderKLWan, seed: str, clips: int, frames: int) -> 
 
 def train(vae: AutoencoderKLWan, settings: Settings, device: str, checkpoint: Path) -> None:
     """
-    Train, from the checkpoint if there is one.
+    Train the VAE, from the checkpoint if there is one.
 
     Raises:
-        ValueError: The checkpoint is that of a run with other settings.
+        ValueError: If the checkpoint is that of a run with other settings.
     """
     steps, learning_rate = settings.steps, settings.learning_rate
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -228,13 +229,17 @@ def main() -> None:
         help="The folder to write the VAE to, in diffusers' format; new or empty.",
     )
     parser.add_argument("--start", help="A folder of a VAE to train further.")
-    parser.add_argument("--steps", type=int, default=7000, help="Updates of the weights (default: %(default)s).")
     parser.add_argument(
-        "--learning_rate", type=float, default=3e-3, help="Largest learning rate (default: %(default)s)."
+        "--steps", type=int, default=7000, help="The number of updates of the weights (default: %(default)s)."
     )
-    parser.add_argument("--kl_weight", type=float, default=2e-5, help="Weight of the KL term (default: %(default)s).")
-    parser.add_argument("--width", type=int, help="Channels of the first level (default: 16).")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of weights, clips and noise (default: 0).")
+    parser.add_argument(
+        "--learning_rate", type=float, default=3e-3, help="The largest learning rate (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--kl_weight", type=float, default=2e-5, help="The weight of the KL term (default: %(default)s)."
+    )
+    parser.add_argument("--width", type=int, help="The number of channels of the first level (default: 16).")
+    parser.add_argument("--seed", type=int, default=0, help="The seed of weights, clips and noise (default: 0).")
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",

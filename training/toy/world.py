@@ -4,15 +4,15 @@
 
 writes it as a dataset in LongLive-2.0's layout (see `training/data/samples.py`). Everything a caption may say - color,
 shape, size, motion, how many objects, the background - can be read back from the pixels (`judge.py`), so a model that
-was trained on it can be marked without a person looking.
+was trained on it can be judged without a person looking.
 
-The picture is a torus: what leaves on one side enters on the other. A motion can then go on for ever at the same
-speed, and a video of any length has one right answer at every moment, which is what long videos are judged by. Two
-objects keep to halves of the picture of their own, so that they never meet. A thing starts on one of 4 x 4 places: no
-caption says where, and what a small network need not learn about places it can learn about shapes.
+The picture is a torus: what leaves on one side enters on the other. So a motion can go on forever at the same speed,
+and a video of any length has one right answer at every moment, which is what long videos are judged by. Two objects
+stay in separate halves of the picture, so that they never meet. A thing starts at one of 4 x 4 places: no caption says
+where, and a small network that need not learn about places can learn more about shapes.
 
-Some combinations of color, shape and motion are held out: no training sample shows them, so that what a model makes
-of them was composed, not remembered.
+Some combinations of color, shape and motion are held out: no training sample shows them, so what a model makes of them
+is composed, not remembered.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class Thing:
     y: float
 
     def after(self, frames: int) -> "Thing":
-        """The same, `frames` frames later."""
+        """Return the same thing, `frames` frames later."""
         right, down = MOTIONS[self.motion]
         x, y = ((at + step * SPEED * frames) % SIDE for at, step in ((self.x, right), (self.y, down)))
         return replace(self, x=x, y=y)
@@ -89,25 +89,26 @@ class Part:
 
 
 def is_held_out(color: str, shape: str, motion: str) -> bool:
-    """A fifth of all combinations, so spread that every pair of attributes is still seen in training."""
-    places = list(COLORS).index(color), SHAPES.index(shape), list(MOTIONS).index(motion)
-    return (places[0] + 2 * places[1] + 3 * places[2]) % 5 == 0
+    """Whether a combination is held out. A fifth of them are; every pair of attributes is still seen in training."""
+    indices = list(COLORS).index(color), SHAPES.index(shape), list(MOTIONS).index(motion)
+    return (indices[0] + 2 * indices[1] + 3 * indices[2]) % 5 == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing
 def coverage(shape: str, radius: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """How much of each pixel, 0 to 1, a shape covers, from the pixel's distance to its edge.
+    """Return how much of each pixel a shape covers, from 0 to 1, by the pixel's distance to the shape's edge.
 
     Args:
-        radius: Of the circle of the same area.
-        dx, dy: Pixel centers as seen from the shape's center, in pixels; y points down.
+        shape: The name of the shape.
+        radius: The radius of the circle of the same area, in pixels.
+        dx, dy: The pixel centers relative to the shape's center, in pixels; y points down.
     """
     if shape == "circle":
         distance = np.hypot(dx, dy) - radius
     elif shape == "square":
         distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.886 * radius
     elif shape == "triangle":
-        inner = 0.7776 * radius  # of the inscribed circle; the three sides are this far from the center
+        inner = 0.7776 * radius  # radius of the inscribed circle: the distance of the three sides from the center
         slanted = 0.866 * np.abs(dx) - 0.5 * dy
         distance = np.maximum(dy, slanted) - inner
     elif shape == "cross":
@@ -120,7 +121,7 @@ def coverage(shape: str, radius: float, dx: np.ndarray, dy: np.ndarray) -> np.nd
 
 
 def render(scene: Scene, num_frames: int) -> np.ndarray:
-    """The frames of a scene, uint8 `[num_frames, SIDE, SIDE, 3]`."""
+    """Draw the frames of a scene, uint8 `[num_frames, SIDE, SIDE, 3]`."""
     picture = np.empty((num_frames, SIDE, SIDE, 3), np.float32)
     picture[:] = BACKGROUNDS[scene.background]
     pixels = np.arange(SIDE, dtype=np.float32) + 0.5
@@ -136,7 +137,7 @@ def render(scene: Scene, num_frames: int) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------- captions
 def phrase(thing: Thing, rng: random.Random, article: str = "a") -> str:
-    """`a large red circle`; the size is left out half the time."""
+    """Say `a large red circle`, for example; the size is left out half the time."""
     size = f"{thing.size} " if rng.random() < 0.5 else ""
     return f"{article} {size}{thing.color} {thing.shape}"
 
@@ -148,7 +149,7 @@ def verb(motion: str, rng: random.Random) -> str:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One of many ways to say what a scene shows; the upper or left one of two things comes first, and the background
+    """Say what a scene shows, in one of many ways; the upper or left one of two things comes first, and the background
     is left out one time in five."""
     first, *rest = scene.things
     text = f"{phrase(first, rng)} {verb(first.motion, rng)}"
@@ -167,7 +168,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- sampling
 def draw_thing(rng: random.Random, motions: tuple[str, ...], held_out: bool) -> Thing:
-    """Attributes independent and uniform, among the combinations that are (not) held out."""
+    """Draw independent and uniform attributes, among the combinations that are held out or those that are not."""
     while True:
         color, shape, motion = rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(motions)
         if is_held_out(color, shape, motion) == held_out:
@@ -176,7 +177,7 @@ def draw_thing(rng: random.Random, motions: tuple[str, ...], held_out: bool) -> 
 
 
 def draw_scene(rng: random.Random, *, num_things: int, held_out: bool = False) -> Scene:
-    """A scene of one thing or two; with `held_out`, all of its things are of held-out combinations."""
+    """Draw a scene of one thing or two; with `held_out`, all of its things are held-out combinations."""
     background = rng.choice(list(BACKGROUNDS))
     if num_things == 1:
         return Scene(background, (draw_thing(rng, tuple(MOTIONS), held_out),))
@@ -191,7 +192,7 @@ def draw_scene(rng: random.Random, *, num_things: int, held_out: bool = False) -
 
 
 def redirect(scene: Scene, rng: random.Random, *, held_out: bool = False) -> Scene:
-    """A scene of one thing as it goes on after a prompt switch: another motion, another color, or both."""
+    """Draw how a scene of one thing goes on after a prompt switch: with another motion, another color, or both."""
     (thing,) = scene.things
     what = rng.choice([("motion",), ("motion",), ("color",), ("motion", "color")])
     while True:
@@ -202,11 +203,11 @@ def redirect(scene: Scene, rng: random.Random, *, held_out: bool = False) -> Sce
             changed = replace(changed, color=rng.choice([name for name in COLORS if name != thing.color]))
         if is_held_out(changed.color, changed.shape, changed.motion) == held_out:
             return replace(scene, things=(changed,))
-        what = ("motion", "color")  # this change alone may have nowhere to go
+        what = ("motion", "color")  # this change alone may allow no combination
 
 
 def draw_sample(rng: random.Random, num_chunks: int, chunk_size: int) -> list[Part]:
-    """A video: one shot, two or three, or one shot whose prompt changes on the way."""
+    """Draw a video: one, two or three shots, or one shot whose prompt changes on the way."""
     kind = rng.random()
     if kind < 0.15 and num_chunks >= 4:
         first = draw_scene(rng, num_things=1)
@@ -226,7 +227,7 @@ def draw_sample(rng: random.Random, num_chunks: int, chunk_size: int) -> list[Pa
 
 
 def write_sample(root: Path, name: str, parts: list[Part], chunk_size: int) -> None:
-    """`video/<name>/000001.mp4 ...` and their captions, which come last: a sample without them is partial."""
+    """Write `video/<name>/000001.mp4 ...`, then their captions: a sample without captions is not complete."""
     videos, captions = root / "video" / name, root / "caption" / name
     videos.mkdir(parents=True, exist_ok=True)
     captions.mkdir(parents=True, exist_ok=True)
@@ -241,7 +242,7 @@ def write_sample(root: Path, name: str, parts: list[Part], chunk_size: int) -> N
 
 
 def draw_and_write(root: Path, seed: int, num_chunks: int, chunk_size: int, name: str) -> None:
-    """Sample `name`, a number, of the dataset of a seed."""
+    """Draw and write one sample of the dataset of a seed; `name` is its index."""
     parts = draw_sample(random.Random(f"{seed} {int(name)}"), num_chunks, chunk_size)
     write_sample(root, name, parts, chunk_size)
 
@@ -251,14 +252,21 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="The folder to write; samples that are in it are kept."
     )
-    parser.add_argument("--num_samples", type=int, default=2000, help="Videos to write (default: %(default)s).")
     parser.add_argument(
-        "--num_chunks", type=int, default=8, help="Length of each video in chunks (default: %(default)s)."
+        "--num_samples", type=int, default=2000, help="The number of videos to write (default: %(default)s)."
     )
-    parser.add_argument("--chunk_size", type=int, default=2, help="Latent frames of a chunk (default: %(default)s).")
+    parser.add_argument(
+        "--num_chunks", type=int, default=8, help="The length of each video in chunks (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--chunk_size", type=int, default=2, help="The number of latent frames of a chunk (default: %(default)s)."
+    )
     parser.add_argument("--seed", type=int, default=0, help="The same seed writes the same videos (default: 0).")
     parser.add_argument(
-        "--num_workers", type=int, default=2, help="Processes that draw and write (default: %(default)s)."
+        "--num_workers",
+        type=int,
+        default=2,
+        help="The number of processes that draw and write (default: %(default)s).",
     )
     arguments = parser.parse_args()
     if min(arguments.num_samples, arguments.num_chunks, arguments.chunk_size, arguments.num_workers) < 1:

@@ -296,7 +296,7 @@ def test_noise_does_not_depend_on_the_batch(pipe):
     stories = single_shots("x", 2, 1, num_things=1, held_out=False)
     sampling = Sampling(1, max_sequence_length=8)
     together = next(make_videos(pipe, stories, sampling))
-    alone = next(make_videos(pipe, stories[1:], sampling, first_number=1))
+    alone = next(make_videos(pipe, stories[1:], sampling, first_index=1))
     np.testing.assert_allclose(alone[0], together[1], atol=1e-4)
 
 

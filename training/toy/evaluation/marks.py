@@ -1,8 +1,8 @@
-"""What a caption asks for, and whether a chunk shows it: a mark for each attribute that the caption speaks of.
+"""What a caption asks for, and whether a chunk shows it: a mark for each attribute that the caption mentions.
 
-A caption may leave out the background or a size; what it does not say, nobody can get wrong. Where things cannot be
-told apart - another number of them than asked for, or two in the same half of the picture - none of their attributes
-is right, so that no mark is earned by choosing the most suitable of several.
+A caption may leave out the background or a size; what it does not say cannot be wrong. Where things cannot be told
+apart - because their number is not the one asked for, or two are in the same half of the picture - none of their
+attributes is right, so that no mark is earned by choosing the most suitable of several.
 """
 
 import re
@@ -26,7 +26,7 @@ _MOTION = rf"\b({'|'.join(MOTIONS)}|not)\b"
 
 @dataclass(frozen=True)
 class ExpectedThing:
-    """`size` is None where the caption does not say it."""
+    """What a thing has to look like; `size` is None if the caption does not say it."""
 
     color: str
     shape: str
@@ -36,18 +36,18 @@ class ExpectedThing:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a shot has to show; `background` is None where the caption does not say it. Of two things, the first is the
-    upper one ("stacked") or the left one ("beside")."""
+    """What a shot has to show; `background` is None if the caption does not say it. If there are two things, the first
+    is the upper one ("stacked") or the left one ("beside")."""
 
     background: str | None
     things: tuple[ExpectedThing, ...]
     arrangement: str | None = None
 
     def or_as(self, before: "Expectation") -> "Expectation":
-        """The expectation within a shot whose prompt was switched: what the new caption leaves out stays `before`'s.
+        """Return the expectation after a prompt switch in a shot: what the new caption leaves out stays as `before`.
 
         Raises:
-            ValueError: The two are of different numbers of things, so that they cannot be the same shot.
+            ValueError: If the two have different numbers of things, so that they cannot be the same shot.
         """
         if len(self.things) != len(before.things):
             raise ValueError(f"A shot of {len(before.things)} things cannot go on with {len(self.things)}.")
@@ -59,13 +59,15 @@ class Expectation:
 
 def expect(scene: Scene, caption: str | None = None) -> Expectation:
     """
+    Return what a caption of a scene asks for.
+
     Args:
-        scene: What is to be seen.
-        caption: One of `world.caption(scene, ...)`; None: everything is asked for, as if it were shown (by the
-            image that a video begins with).
+        scene: The scene that is to be seen.
+        caption: A result of `world.caption(scene, ...)`; None to ask for everything, as for a video that begins with
+            an image of the scene.
 
     Raises:
-        ValueError: The caption is not one of this scene.
+        ValueError: If the caption is not one of this scene.
     """
     if caption is None:
         things = tuple(ExpectedThing(thing.color, thing.shape, thing.size, thing.motion) for thing in scene.things)
@@ -86,7 +88,7 @@ def expect(scene: Scene, caption: str | None = None) -> Expectation:
 
 
 def _said_of(thing: Thing, phrase: re.Match, rest: str) -> ExpectedThing:
-    """What `phrase`, and the first motion in the `rest` behind it, say of `thing`."""
+    """Return what `phrase`, and the first motion in the `rest` after it, say about `thing`."""
     size, *said = phrase.groups()
     moves = re.search(_MOTION, rest)
     motion = "still" if moves is None or moves.group() == "not" else moves.group()
@@ -96,7 +98,7 @@ def _said_of(thing: Thing, phrase: re.Match, rest: str) -> ExpectedThing:
 
 
 def judge_chunk(reading: Reading, expected: Expectation) -> Marks:
-    """Right or wrong, for each attribute that is asked for. Of two things, both have to be right."""
+    """Mark each attribute that is asked for as right or wrong. If there are two things, both have to be right."""
     marks = {"count": reading.count == len(expected.things)}
     if expected.background is not None:
         marks["background"] = reading.background == expected.background
@@ -110,7 +112,7 @@ def judge_chunk(reading: Reading, expected: Expectation) -> Marks:
 
 
 def _in_order(reading: Reading, expected: Expectation) -> Sequence[ThingReading]:
-    """The things as the scene lists them; none where they cannot be told apart."""
+    """Return the things in the order of the scene; none if they cannot be told apart."""
     if len(reading.things) != len(expected.things):
         return ()
     if expected.arrangement is None:
@@ -124,19 +126,21 @@ def is_steady(before: Reading, after: Reading, *, same_prompt: bool = True) -> b
     """Whether a chunk shows the things of the chunk before it, where they were heading.
 
     Args:
-        same_prompt: False where the prompt was switched between the two; then colors may change (motions always may:
-            the marks tell whether they are those asked for).
+        before: The reading of the chunk before.
+        after: The reading of the chunk.
+        same_prompt: Whether both have the same prompt. If not, colors may change (motions may always change: the marks
+            tell whether they are those asked for).
     """
     if None in (before.count, before.background) or before.count != after.count:
         return False
     if before.background != after.background:
         return False
     names = ("color", "shape", "size") if same_prompt else ("shape", "size")
-    left = list(after.things)
+    remaining = list(after.things)
     for thing in before.things:
         heading = thing.x + thing.dx * before.num_frames, thing.y + thing.dy * before.num_frames
-        same = min(left, key=lambda other: float(np.hypot(*apart((other.x, other.y), heading))))
-        left.remove(same)
+        same = min(remaining, key=lambda other: float(np.hypot(*apart((other.x, other.y), heading))))
+        remaining.remove(same)
         if np.hypot(*apart((same.x, same.y), heading)) > MAX_JUMP:
             return False
         if any(getattr(thing, name) is None or getattr(thing, name) != getattr(same, name) for name in names):
@@ -145,7 +149,7 @@ def is_steady(before: Reading, after: Reading, *, same_prompt: bool = True) -> b
 
 
 def judge_shot(chunks: Sequence[Marks]) -> Marks:
-    """A shot is right in an attribute if all of its chunks are; and in `"all"` if it is in every one of them."""
+    """Mark a shot: an attribute is right if it is right in all chunks, and `"all"` if every attribute is."""
     if not chunks:
         raise ValueError("A shot has at least one chunk, got none.")
     names = dict.fromkeys(name for marks in chunks for name in marks)

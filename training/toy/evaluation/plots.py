@@ -1,4 +1,4 @@
-"""The evaluation's pictures. The only file that needs matplotlib."""
+"""The pictures of the evaluation. This is the only file that needs matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from longlive_diffusers.atomic_write import new_file
 
 
-ENLARGED = 3  # pixels of the strip for one of a frame
-GAP = 2  # white pixels of a frame's size between frames
+ENLARGED = 3  # pixels of the strip for one pixel of a frame
+GAP = 2  # white pixels between frames, enlarged as well
 
 
 def plot_curves(
@@ -21,17 +21,17 @@ def plot_curves(
     y_label: str,
     marker: tuple[float, str] | None = None,
 ) -> None:
-    """Lines of percentages as a PNG.
+    """Plot lines of percentages as a PNG.
 
     Args:
         path: The file to write.
         curves: The x and y values of each line, by its label; None leaves a gap.
-        x_label, y_label: What the axes are called.
+        x_label, y_label: The labels of the axes.
         marker: The x value and the label of a vertical line.
     """
     figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    styles = ("-", "--", "-.", ":")  # lines that lie on each other at 100 % can all be seen
+    styles = ("-", "--", "-.", ":")  # so that lines that coincide at 100 % can all be seen
     for index, (label, (x, y)) in enumerate(curves.items()):
         values = [np.nan if value is None else value for value in y]
         axes.plot(x, values, styles[index % len(styles)], marker="." if len(x) < 20 else "", label=label)
@@ -45,12 +45,12 @@ def plot_curves(
 
 
 def draw_strip(path: Path, rows: Sequence[tuple[str, np.ndarray]], columns: int) -> None:
-    """Videos as rows of frames, evenly spaced in time, each under its caption, as a PNG.
+    """Draw videos as rows of frames, evenly spaced in time, each under its caption, as a PNG.
 
     Args:
         path: The file to write.
-        rows: The caption and the frames `[F, H, W, 3]`, floating in [0, 1], of each video.
-        columns: How many frames of each are shown.
+        rows: The caption and the frames of each video, floating-point `[F, H, W, 3]` in [0, 1].
+        columns: The number of frames that are shown of each video.
     """
     height, width = rows[0][1].shape[1:3]
     size = (columns * (width + GAP) * ENLARGED / 100, len(rows) * (height * ENLARGED + 26) / 100)

@@ -1,6 +1,6 @@
 """What the evaluation asks a model for: stories of one shot, of several, with a prompt switch, a cut or an image.
 
-All are drawn from the toy world by a seed: the same seed, the same prompts, however many are made at a time.
+All are drawn from the toy world by a seed: the same seed gives the same prompts, however many are made at a time.
 """
 
 import random
@@ -15,12 +15,15 @@ from world import Scene, caption, draw_scene, redirect
 
 @dataclass(frozen=True)
 class Segment:
-    """Chunks under one caption.
+    """Successive chunks under one caption.
 
     Args:
-        scene: What is to be seen. The places of its things are a choice of the world's, not of the caption.
-        begins: "planned": a shot that is known from the start; "switch": a new prompt within the shot; "cut": a new
-            shot that is called for while the video is made.
+        scene: The scene that is to be seen. The caption does not say where its things are.
+        caption: The prompt of the chunks.
+        expectation: What the chunks have to show.
+        num_chunks: The number of chunks.
+        begins: How the segment begins: "planned" is a shot that is known from the start, "switch" a new prompt within
+            the shot, and "cut" a new shot that is requested while the video is made.
     """
 
     scene: Scene
@@ -32,7 +35,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Story:
-    """A video to make. `image`: the scene whose first frame it begins with. Planned segments come first."""
+    """A video to make; `image` is the scene whose first frame it begins with. Planned segments come first."""
 
     segments: tuple[Segment, ...]
     image: Scene | None = None
@@ -42,10 +45,10 @@ class Story:
         return sum(segment.num_chunks for segment in self.segments)
 
     def chunks(self) -> Iterator[tuple[int, bool]]:
-        """For each chunk, the number of its segment and whether it is the segment's first."""
-        for number, segment in enumerate(self.segments):
-            for index in range(segment.num_chunks):
-                yield number, index == 0
+        """Yield, for each chunk, the index of its segment and whether it is the segment's first."""
+        for index, segment in enumerate(self.segments):
+            for chunk in range(segment.num_chunks):
+                yield index, chunk == 0
 
     @property
     def outline(self) -> tuple:
@@ -59,7 +62,7 @@ def _segment(scene: Scene, rng: random.Random, num_chunks: int, begins: str = "p
 
 
 def single_shots(seed: str, count: int, num_chunks: int, *, num_things: int | None, held_out: bool) -> list[Story]:
-    """`num_things` None: one thing and two in turn."""
+    """Return stories of one shot; with `num_things=None`, they have one thing and two things in turn."""
     stories = []
     for index in range(count):
         rng = random.Random(f"{seed} {index}")
@@ -78,7 +81,7 @@ def multi_shots(seed: str, count: int, chunks_per_shot: int, num_shots: int = 3)
 
 
 def cuts(seed: str, count: int, chunks_per_shot: int) -> list[Story]:
-    """Two shots, the second of which is called for on the way."""
+    """Return stories of two shots, the second of which is requested on the way."""
     stories = []
     for story in multi_shots(seed, count, chunks_per_shot, num_shots=2):
         first, second = story.segments
@@ -88,16 +91,16 @@ def cuts(seed: str, count: int, chunks_per_shot: int) -> list[Story]:
 
 
 def _left_open(expectation: Expectation) -> set[str]:
-    """What a caption of one thing does not say."""
+    """Return what a caption of one thing does not say."""
     said = {"background": expectation.background, "size": expectation.things[0].size}
     return {name for name, value in said.items() if value is None}
 
 
 def switches(seed: str, count: int, num_chunks: int, chunk_size: int) -> list[Story]:
-    """One shot of a thing that, under a new prompt, changes its motion or its color in the middle.
+    """Return stories of one shot of a thing that changes its motion, color or both in the middle, under a new prompt.
 
-    The new caption speaks of the background and of the size only where the first one did: else it would ask to change
-    what a model was free to choose, and the shot could not go on as it was.
+    The new caption mentions the background and the size only if the first one did: otherwise it might ask to change
+    what the model was free to choose, and the shot could not go on as it was.
     """
     before = num_chunks // 2
     stories = []
@@ -117,7 +120,7 @@ def switches(seed: str, count: int, num_chunks: int, chunk_size: int) -> list[St
 
 
 def image_starts(seed: str, count: int, num_chunks: int) -> list[Story]:
-    """One shot that begins with a picture: all that it shows has to stay, and moves as the caption says."""
+    """Return stories of one shot that begins with an image: all that it shows stays, and moves as the caption says."""
     stories = []
     for index in range(count):
         rng = random.Random(f"{seed} {index}")

@@ -15,15 +15,18 @@ from longlive_diffusers import LongLivePipeline
 class Settings:
     """
     Args:
-        num_prompts: Of each kind; half as many for the long videos.
-        num_inference_steps: Of all sections but those that vary it.
-        step_counts: What the section `steps` compares.
-        long_steps: Steps of the long videos, of which there are many chunks.
-        num_chunks: Length of the videos; that of the training videos.
+        num_prompts: The number of prompts of each kind; half as many for the long videos.
+        num_inference_steps: The number of solver steps, except in sections that vary it.
+        step_counts: The numbers of solver steps that the section `steps` compares.
+        long_steps: The number of solver steps of the long videos, which have many chunks.
+        num_chunks: The number of chunks of the videos, as in the training videos.
         long_factor: How many times as long the long videos are.
-        dtype: That the model is loaded in, by name.
-        kv_cache_dtype: "nvfp4" or "fp8": how keys and values are stored; None: as the network computes.
-        max_sequence_length: Tokens that prompts are padded to; has to be as in training.
+        guidance_scale: The scale of classifier-free guidance; 1 is none.
+        dtype: The name of the dtype that the model is loaded in.
+        kv_cache_dtype: How keys and values are stored, "nvfp4" or "fp8"; None for the dtype of the network.
+        max_sequence_length: The number of tokens that prompts are padded to; must be as in training.
+        batch_size: The number of videos that are made at a time.
+        seed: The seed of prompts and noise.
     """
 
     num_prompts: int = 24
@@ -40,7 +43,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises a ValueError for anything that cannot be evaluated."""
+        """Raise a ValueError for anything that cannot be evaluated."""
         counts = asdict(self)
         guidance, steps = counts.pop("guidance_scale"), counts.pop("step_counts")
         for named_elsewhere in ("seed", "dtype", "kv_cache_dtype"):
@@ -77,9 +80,9 @@ class Evaluation:
     store: Store
 
     def judge(self, name: str, stories: Sequence[Story], sampling: Sampling) -> Videos:
-        """The judged chunks of these stories, made now or taken from the folder."""
+        """Return the judged chunks of these stories, made now or read from the folder."""
         settings = asdict(sampling) | {"stories": digest_of(stories)}
-        settings.pop("batch_size")  # a matter of speed
+        settings.pop("batch_size")  # it only changes the speed
         kept = self.store.get(
             name,
             settings,
@@ -96,7 +99,7 @@ class Evaluation:
 
 
 def accuracy(evaluation: Evaluation) -> list[Table]:
-    """Seen and held-out combinations, one thing and two."""
+    """Evaluate seen and held-out combinations of one thing and of two."""
     settings = evaluation.settings
     per_chunk = _table("Accuracy, chunk by chunk", f"Percent of chunks, {settings.num_inference_steps} steps.")
     per_shot = _table("Accuracy, whole shots", "Percent of videos that are right in every chunk.")
@@ -114,7 +117,7 @@ def accuracy(evaluation: Evaluation) -> list[Table]:
 
 
 def steps(evaluation: Evaluation) -> list[Table]:
-    """The same prompts with more and more solver steps."""
+    """Evaluate the same prompts with more and more solver steps."""
     settings = evaluation.settings
     stories = single_shots(
         f"steps {settings.seed}", settings.num_prompts, settings.num_chunks, num_things=None, held_out=False
@@ -134,7 +137,7 @@ def steps(evaluation: Evaluation) -> list[Table]:
 
 
 def time(evaluation: Evaluation) -> list[Table]:
-    """From the first chunk to several times the training length, with and without sinks, either RoPE."""
+    """Evaluate up to several times the training length, with and without sinks, with absolute and relative RoPE."""
     settings = evaluation.settings
     length, total = settings.num_chunks, settings.num_chunks * settings.long_factor
     stories = single_shots(f"time {settings.seed}", settings.num_long_prompts, total, num_things=None, held_out=False)
@@ -168,7 +171,7 @@ def time(evaluation: Evaluation) -> list[Table]:
 
 
 def events(evaluation: Evaluation) -> list[Table]:
-    """Several shots, prompt switches, cuts, and videos that begin with an image."""
+    """Evaluate several shots, prompt switches, cuts, and videos that begin with an image."""
     settings = evaluation.settings
     count, length, half = settings.num_prompts, settings.num_chunks, settings.num_chunks // 2
     seed = f"events {settings.seed}"

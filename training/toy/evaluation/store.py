@@ -1,7 +1,7 @@
-"""Finished parts of an evaluation, kept in its folder, so that one that was interrupted goes on where it was.
+"""The finished parts of an evaluation, kept in its folder, so that an interrupted evaluation can be resumed.
 
 A part is a JSON file with its result and the settings that it depends on. It appears only when it is complete. A part
-that is there with other settings is an error, not a reason to begin again: results of an evaluation that took an hour
+that exists with other settings is an error, not a reason to begin again: results of an evaluation that took an hour
 should not vanish because of a typing mistake in the next.
 """
 
@@ -17,8 +17,8 @@ from longlive_diffusers.atomic_write import write_text
 class Store:
     """
     Args:
-        folder: Created where it is missing.
-        model: What tells the model from others; part of all settings.
+        folder: The folder of the evaluation; created if it is missing.
+        model: A string that tells the model from others; it is part of all settings.
     """
 
     def __init__(self, folder: Path, model: str) -> None:
@@ -26,15 +26,15 @@ class Store:
         (folder / "parts").mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str, settings: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        """A part's result: what is there, or else what `compute` makes, which is then kept.
+        """Return a part's result: the one that is there, or else what `compute` returns, which is then kept.
 
         Args:
-            name: `section/part`.
-            settings: Of simple types; what the result depends on beside the model.
-            compute: Gives lists, dicts, strings, numbers and booleans.
+            name: The name of the part, `section/part`.
+            settings: What the result depends on besides the model, of types that JSON has.
+            compute: A function that returns lists, dicts, strings, numbers and booleans.
 
         Raises:
-            ValueError: The part is there, but of another model or other settings.
+            ValueError: If the part is there, but of another model or other settings.
         """
         settings = json.loads(json.dumps({"model": self.model} | settings))
         path = self.folder / "parts" / (name.replace("/", " - ") + ".json")
@@ -54,7 +54,7 @@ class Store:
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of a model folder's weights and settings; retrained in place, it is another model."""
+    """Return a digest of a model folder's weights and settings; a model retrained in place has another one."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".safetensors", ".json"):
@@ -65,5 +65,5 @@ def fingerprint(folder: Path) -> str:
 
 
 def digest_of(value: object) -> str:
-    """Of anything whose `repr` says all about it."""
+    """Return a digest of a value whose `repr` says all about it."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

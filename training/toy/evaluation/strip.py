@@ -19,7 +19,7 @@ COLUMNS = 8  # frames of each row
 
 
 def strip(evaluation: Evaluation) -> list[Table]:
-    """Rows of frames: single prompts, seen and held out; a video of several shots; a prompt switch."""
+    """Draw rows of frames: single prompts, seen and held out; a video of several shots; a prompt switch."""
     settings = evaluation.settings
     seed, length = f"strip {settings.seed}", settings.num_chunks
     groups = {
@@ -46,12 +46,12 @@ def _make(evaluation: Evaluation, groups: dict[str, Sequence[Story]]) -> list[li
     rows, described = [], []
     with tqdm(total=sum(len(stories) for stories in groups.values()), desc="strip", unit="video") as bar:
         for kind, stories in groups.items():
-            # Noise of their own, lest all rows begin at one place.
-            videos = make_videos(evaluation.pipe, stories, evaluation.settings.sampling(), first_number=len(rows))
+            # Each row has noise of its own, so that not all of them begin at the same place.
+            videos = make_videos(evaluation.pipe, stories, evaluation.settings.sampling(), first_index=len(rows))
             chunks = list(videos)
-            for number, frames in enumerate(np.concatenate(chunks, axis=1)):
+            for index, frames in enumerate(np.concatenate(chunks, axis=1)):
                 arrow = " \N{RIGHTWARDS ARROW} "
-                caption = arrow.join(segment.caption for segment in stories[number].segments)
+                caption = arrow.join(segment.caption for segment in stories[index].segments)
                 rows.append((f"{kind}: {caption}", frames))
                 described.append([kind, caption])
                 with VideoWriter(folder / "videos" / f"{len(rows):02d}.mp4", fps=FPS, crf=8) as writer:

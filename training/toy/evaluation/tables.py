@@ -1,4 +1,4 @@
-"""Shares of right marks, and tables of them, as aligned text and as Markdown."""
+"""The shares of right marks, and tables of them, as aligned text and as Markdown."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ Videos = Sequence[Sequence[JudgedChunk]]
 
 @dataclass(frozen=True)
 class Table:
-    """`note` explains, below the title. Floating cells are shown with one decimal, None as a dash."""
+    """A table; `note` explains it, below the title. Floats are shown with one decimal, None as a dash."""
 
     title: str
     columns: tuple[str, ...]
@@ -47,17 +47,18 @@ def percent(marks: Sequence[bool]) -> float | None:
 
 
 def chunk_shares(videos: Videos, is_wanted: Callable[[int], bool] = lambda index: True) -> list[Cell]:
-    """In how many chunks, of those whose index in the video is wanted, each of `COLUMNS` is right, in percent. "all":
-    everything that was asked for, at once."""
+    """Return in what percentage of chunks each of `COLUMNS` is right, among those whose index in the video is wanted.
+    "all" means that everything that was asked for is right at once."""
     chunks = [chunk.marks for video in videos for index, chunk in enumerate(video) if is_wanted(index)]
     return _shares([{"all": is_right(marks)} | marks for marks in chunks])
 
 
 def shot_shares(videos: Videos, segment: int | None = None) -> list[Cell]:
-    """In how many shots each of `COLUMNS` is right in every chunk, in percent; "all" asks for steadiness as well.
+    """Return in what percentage of shots each of `COLUMNS` is right in every chunk; "all" includes steadiness.
 
     Args:
-        segment: Count the chunks of this segment only.
+        videos: The judged chunks of each video.
+        segment: The index of the segment whose chunks count; None for all chunks.
     """
     shots = [[chunk.marks for chunk in video if segment in (None, chunk.segment)] for video in videos]
     return _shares([judge_shot(shot) for shot in shots])

@@ -1,4 +1,4 @@
-"""What the VAE alone makes of true videos: the ceiling of what any transformer can reach with it."""
+"""How well the VAE alone reproduces true videos: no transformer can do better with it."""
 
 import math
 import random
@@ -21,7 +21,7 @@ BATCH = 8  # clips at a time
 
 
 def vae(evaluation: Evaluation) -> list[Table]:
-    """PSNR and the judge's marks, over clips of the training length and of several times it."""
+    """Measure PSNR and the judge's marks, over clips of the training length and of several times that length."""
     settings, size = evaluation.settings, evaluation.chunk_size
     quality = Table("VAE: streamed encoding and decoding", ("", "clips", "PSNR, dB", "worst clip", "last chunk"))
     judged = Table(
@@ -52,7 +52,7 @@ def vae(evaluation: Evaluation) -> list[Table]:
 
 
 def decibels(error: float) -> float:
-    """The PSNR of a mean squared error of pixels in [0, 1]; at most that of 8 bits."""
+    """Return the PSNR of a mean squared error of pixels in [0, 1]; at most that of rounding to 8 bits."""
     return -10 * math.log10(max(error, 1 / 255**2 / 12))
 
 
@@ -79,13 +79,13 @@ def reconstruct(evaluation: Evaluation, num_chunks: int, count: int) -> dict[str
                 true = np.stack([render(scene.after(start), length) for scene in batch])
                 pixels = torch.from_numpy(true).permute(0, 4, 1, 2, 3).to(model.device, model.dtype) / 127.5 - 1
                 decoded = decoder.decode(encoder.encode(pixels)).float().cpu().permute(0, 2, 3, 4, 1).numpy() / 2 + 0.5
-                for row, scene in enumerate(batch, start=first):
-                    made = decoded[row - first]
-                    result["errors"][row].append(float(((made - true[row - first] / 255) ** 2).mean()))
-                    for name, frames in (("truth", true[row - first]), ("reconstruction", made)):
+                for clip, scene in enumerate(batch, start=first):
+                    made = decoded[clip - first]
+                    result["errors"][clip].append(float(((made - true[clip - first] / 255) ** 2).mean()))
+                    for name, frames in (("truth", true[clip - first]), ("reconstruction", made)):
                         reading = read_chunk(frames)
                         marks = judge_chunk(reading, expect(scene))
-                        result[name][row].append({"segment": 0, "marks": marks, "seen": str(reading)})
+                        result[name][clip].append({"segment": 0, "marks": marks, "seen": str(reading)})
                 start += length
                 bar.update(len(batch))
     return result

@@ -1,8 +1,8 @@
-"""Makes the videos of stories in batches, chunk by chunk, and hands each chunk to the judge; memory does not grow with
+"""Make the videos of stories in batches, chunk by chunk, and hand each chunk to the judge; memory does not grow with
 the videos' length.
 
-Every video has noise of its own, from the seed and its number, so that it does not depend on the size of the batches
-that it was made in.
+Every video has noise of its own, drawn from the seed and the index of its story, so that it does not depend on the
+size of the batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,10 +24,14 @@ class Sampling:
     """How videos are made.
 
     Args:
-        sinks: With the pipeline's attention sinks and pinned shot beginnings, or without any.
-        relative_rope: Count time positions from the cached frames.
-        kv_cache_dtype: "nvfp4" or "fp8": how keys and values are stored; None: as the network computes.
-        max_sequence_length: Tokens that prompts are padded to, as in training.
+        num_inference_steps: The number of solver steps of each chunk.
+        guidance_scale: The scale of classifier-free guidance; 1 is none.
+        sinks: Whether to use the pipeline's attention sinks and pinned shot beginnings.
+        relative_rope: Whether to count time positions from the cached frames.
+        kv_cache_dtype: How keys and values are stored, "nvfp4" or "fp8"; None for the dtype of the network.
+        max_sequence_length: The number of tokens that prompts are padded to, as in training.
+        batch_size: The number of videos that are made at a time.
+        seed: The seed of the noise.
     """
 
     num_inference_steps: int
@@ -49,7 +53,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class JudgedChunk:
-    """`segment` counts the story's segments; `seen` is the reading in words."""
+    """The marks of a chunk; `segment` is the index of its segment in the story, `seen` the reading in words."""
 
     segment: int
     marks: Marks
@@ -62,14 +66,16 @@ def judge_stories(
     """Make all videos and judge their chunks.
 
     Args:
-        stories: Of one outline (the same lengths, the same events).
-        description: Of the progress bar.
+        pipe: The pipeline that makes the videos.
+        stories: The stories, all with the same outline (the same lengths, the same events).
+        sampling: The settings of how videos are made.
+        description: The description of the progress bar.
 
     Returns:
-        For each story, its chunks.
+        The chunks of each story.
 
     Raises:
-        ValueError: The stories are not of one outline, or there are none.
+        ValueError: If the stories do not have the same outline, or there are none.
     """
     _check_stories(stories)
     judged: list[list[JudgedChunk]] = [[] for _ in stories]
@@ -78,37 +84,40 @@ def judge_stories(
         for start in range(0, len(stories), sampling.batch_size):
             batch = stories[start : start + sampling.batch_size]
             before = [_reading_of_image(story) for story in batch]
-            for index, frames in enumerate(make_videos(pipe, batch, sampling, first_number=start)):
-                number, opens = list(batch[0].chunks())[index]
-                for row, story in enumerate(batch):
-                    reading = read_chunk(frames[row])
-                    judged[start + row].append(_judge(story, number, opens, before[row], reading))
-                    before[row] = reading
+            for chunk, frames in enumerate(make_videos(pipe, batch, sampling, first_index=start)):
+                segment, opens = list(batch[0].chunks())[chunk]
+                for index, story in enumerate(batch):
+                    reading = read_chunk(frames[index])
+                    judged[start + index].append(_judge(story, segment, opens, before[index], reading))
+                    before[index] = reading
                 bar.update(len(batch))
     return judged
 
 
 def make_videos(
-    pipe: LongLivePipeline, stories: Sequence[Story], sampling: Sampling, *, first_number: int = 0
+    pipe: LongLivePipeline, stories: Sequence[Story], sampling: Sampling, *, first_index: int = 0
 ) -> Iterator[np.ndarray]:
-    """The chunks of a batch of videos, `[B, frames, 64, 64, 3]` in [0, 1], with their switches and cuts.
+    """Yield the chunks of a batch of videos, `[B, frames, 64, 64, 3]` in [0, 1], with their switches and cuts.
 
     Args:
-        first_number: Number of the first of these stories, of which its noise is drawn.
+        pipe: The pipeline that makes the videos.
+        stories: The stories, all with the same outline.
+        sampling: The settings of how videos are made.
+        first_index: The index of the first of these stories among all, from which the noise is drawn.
     """
     _check_stories(stories)
     outline = stories[0].segments
-    planned = [number for number, segment in enumerate(outline) if segment.begins == "planned"]
+    planned = [index for index, segment in enumerate(outline) if segment.begins == "planned"]
     chunk_size = pipe.transformer.config.chunk_size
     options = {} if sampling.sinks else {"sink_size": 0, "multi_shot_sink": False}
     if len(planned) == 1:
         options["prompt"] = [story.segments[0].caption for story in stories]
     else:
-        options["shot_prompts"] = [[story.segments[number].caption for number in planned] for story in stories]
-        options["chunks_per_shot"] = [[outline[number].num_chunks for number in planned]] * len(stories)
+        options["shot_prompts"] = [[story.segments[index].caption for index in planned] for story in stories]
+        options["chunks_per_shot"] = [[outline[index].num_chunks for index in planned]] * len(stories)
     if stories[0].image is not None:
         options["image"] = [render(story.image, 1)[0].astype(np.float32) / 255 for story in stories]
-    seeds = (sampling.seed * 1_000_003 + first_number + row for row in range(len(stories)))
+    seeds = (sampling.seed * 1_000_003 + first_index + index for index in range(len(stories)))
     with pipe.stream(
         num_frames=pixel_frames(stories[0].num_chunks * chunk_size),
         num_inference_steps=sampling.num_inference_steps,
@@ -120,10 +129,10 @@ def make_videos(
         output_type="np",
         **options,
     ) as session:
-        for number, opens in stories[0].chunks():
-            begins = outline[number].begins
+        for index, opens in stories[0].chunks():
+            begins = outline[index].begins
             if opens and begins != "planned":
-                captions = [story.segments[number].caption for story in stories]
+                captions = [story.segments[index].caption for story in stories]
                 if begins == "switch":
                     session.prompt = captions
                 else:
@@ -141,14 +150,14 @@ def _check_stories(stories: Sequence[Story]) -> None:
 
 
 def _reading_of_image(story: Story) -> Reading | None:
-    """What the picture shows, as the moment before the video: its things are at rest, and begin where they are."""
+    """Return what the image shows, as if it were a chunk before the video: its things stand still where they begin."""
     return None if story.image is None else read_chunk(np.repeat(render(story.image, 1), 2, axis=0))
 
 
-def _judge(story: Story, number: int, opens: bool, before: Reading | None, reading: Reading) -> JudgedChunk:
-    segment = story.segments[number]
+def _judge(story: Story, chunk_index: int, opens: bool, before: Reading | None, reading: Reading) -> JudgedChunk:
+    segment = story.segments[chunk_index]
     marks = judge_chunk(reading, segment.expectation)
-    begins_shot = opens and (number > 0 and segment.begins != "switch")
+    begins_shot = opens and (chunk_index > 0 and segment.begins != "switch")
     if before is not None and not begins_shot:
-        marks[STEADY] = is_steady(before, reading, same_prompt=not opens or number == 0)
-    return JudgedChunk(number, marks, str(reading))
+        marks[STEADY] = is_steady(before, reading, same_prompt=not opens or chunk_index == 0)
+    return JudgedChunk(chunk_index, marks, str(reading))
