@@ -2,6 +2,7 @@
 
 import configparser
 import email
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from longlive_diffusers.version import __version__
@@ -154,3 +156,37 @@ def test_constraints_pin_every_requirement_within_its_bounds():
 def test_the_command_line_is_installed(wheel):
     entry_points = wheel.read(f"longlive_diffusers-{__version__}.dist-info/entry_points.txt").decode()
     assert "longlive = longlive_diffusers.cli:main" in entry_points
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert citation["license"] == setup_cfg()["metadata"]["license_expression"]
+    assert "2605.18739" in citation["preferred-citation"]["journal"]
+
+
+def test_the_workflows_run_what_contributors_run():
+    ci, weekly = (
+        yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text()) for name in ("ci", "weekly")
+    )
+    (job,) = ci["jobs"].values()
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    assert job["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+    (job,) = weekly["jobs"].values()
+    assert job["strategy"]["matrix"]["resolution"] == ["highest", "lowest-direct"]
+    assert job["steps"][-1] == {"run": "pytest -n logical"}
+    template = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
+    assert any("longlive env" in field["attributes"]["label"] for field in template["body"])
+
+
+def test_the_files_without_types_only_become_fewer():
+    without_comments = re.sub(r"^\s*//.*$", "", (ROOT / "pyrightconfig.json").read_text(), flags=re.M)
+    config = json.loads(without_comments)
+    assert config["include"] == ["longlive_diffusers"] and config["typeCheckingMode"] == "basic"
+    assert set(config["exclude"]) <= {
+        "longlive_diffusers/models/streaming_vae.py",
+        "longlive_diffusers/nvfp4/kernels.py",
+        "longlive_diffusers/nvfp4/quantizer.py",
+        "longlive_diffusers/nvfp4/transformer_engine.py",
+    }
+    assert all((ROOT / path).is_file() for path in config["exclude"])

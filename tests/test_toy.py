@@ -14,6 +14,7 @@ from judge import Reading, read_chunk
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.models.streaming_vae import normalize_latents
+from tests.support.paths import ROOT
 from train_text import MAX_LENGTH
 from train_vae import draw_clips, streamed_psnr
 from world import SIDE, Scene, Thing, render
@@ -161,7 +162,8 @@ def test_prompt_and_seed_matter(toy):
 
 def test_the_card_says_how_it_was_made():
     card = (toy_pipeline_path() / "README.md").read_text()
-    for script in ("toy_world.py", "toy_text.py", "train_vae.py", "train_ar.py", "evaluate_toy.py"):
-        assert script in card
+    for script in ("world.py", "train_text.py", "train_vae.py", "train_ar.py", "evaluate.py"):
+        assert f"`{script}`" in card
+        assert len(list((ROOT / "training").rglob(script))) == 1
     configs = [path.read_text() for path in toy_pipeline_path().glob("*/config.json")]
     assert len(configs) == 3 and not any("_name_or_path" in config for config in configs)

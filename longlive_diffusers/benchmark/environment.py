@@ -7,7 +7,7 @@ from typing import Any
 
 import av.codec
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from ..nvfp4.backends import BACKENDS, LayerShape, choose_backend
 from ..version import __version__
@@ -24,6 +24,10 @@ PACKAGES = (
     "huggingface-hub",
     "numpy",
     "av",
+    "ftfy",
+    "pillow",
+    "tqdm",
+    "Jinja2",
 )
 OPTIONAL_PACKAGES = (
     "triton",
@@ -69,13 +73,13 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     return {
         "longlive_diffusers": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "packages": {name: found for name in PACKAGES if (found := _version_of(name))},
+        "packages": {name: _version_of(name) or "not installed" for name in PACKAGES},
         "optional packages": {name: _version_of(name) or "not installed" for name in OPTIONAL_PACKAGES},
         "device": f"{device.type}: {device_name(device)}{_memory_of(device)}",
         "compute capability": _capability_of(device),
         "CUDA of torch": str(torch.version.cuda or "none"),
         "CPU": f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads",
-        "attention backend": _AttentionBackendRegistry.get_active_backend()[0].value,
+        "attention backend": AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0]).value,
         "NVFP4 backend": backend.name,
         "NVFP4 backends": {name: "can run" if reason is None else reason for name, reason in reasons.items()},
         "video encoder": f"{ENCODER}: {'there' if ENCODER in av.codec.codecs_available else 'missing'}",

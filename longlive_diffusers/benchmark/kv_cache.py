@@ -51,7 +51,7 @@ def measure_kv_caches(
 
 def kv_cache_rows(results: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
     """Return the lines of the table, in which each kind is compared with the first."""
-    first, rows = next(iter(results), None), []
+    first, rows = next(iter(results), ""), []
     for dtype, result in results.items():
         compared = "" if dtype == first else f"{result['chunk'] / results[first]['chunk']:.2f} of {first}'s; "
         rows.append(

@@ -45,6 +45,6 @@ def as_time(seconds: float) -> str:
     return f"{seconds:.3f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
 
 
-def as_size(num_bytes: int) -> str:
+def as_size(num_bytes: float) -> str:
     """Format a number of bytes."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

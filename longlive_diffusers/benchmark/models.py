@@ -1,16 +1,20 @@
 """Pipelines with random weights, built where they are to run."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, ModelMixin
+from torch import nn
 
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..schedulers.scheduling_longlive import LongLiveScheduler
 from .sizes import BenchSize
+
+
+Model = TypeVar("Model", bound=ModelMixin)
 
 
 def random_pipeline(size: BenchSize, device: torch.device, dtype: torch.dtype) -> LongLivePipeline:
@@ -29,8 +33,8 @@ def random_pipeline(size: BenchSize, device: torch.device, dtype: torch.dtype) -
 
 
 def random_model(
-    model_class: type[ModelMixin], config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
-) -> ModelMixin:
+    model_class: type[Model], config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> Model:
     """Build a model in the dtypes that `from_pretrained` gives it: in `dtype`, except for the modules that are kept in
     float32.
 
@@ -49,4 +53,5 @@ def random_model(
         else:
             weights[name] = weight.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
     model.load_state_dict(weights, assign=True)
-    return model.to(device).requires_grad_(False).eval()
+    nn.Module.to(model, device)  # the buffers
+    return model.requires_grad_(False).eval()

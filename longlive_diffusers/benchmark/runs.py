@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ..pipelines.decoder import ChunkDecoder
@@ -77,10 +78,10 @@ def measure_forward(
     with profile(activities=activities) as profiler:
         forward()
         synchronize(device)
-    parts = dict.fromkeys(("attention", "linear", "rest"), 0.0)
+    parts: dict[str, float] = {"attention": 0.0, "linear": 0.0, "rest": 0.0}
     for event in profiler.key_averages():
         # Kernels are counted with the operator that launched them.
-        if event.device_type == torch.autograd.DeviceType.CPU:
+        if event.device_type == DeviceType.CPU:
             on_device = device.type == "cuda"
             parts[kind_of(event.key)] += event.self_device_time_total if on_device else event.self_cpu_time_total
     total = sum(parts.values()) or math.nan
@@ -134,16 +135,16 @@ def measure_whole(
     """
     synchronize(device)
     began = time.perf_counter()
-    first_frame = None
     with _stream(pipe, size, embeds, size.num_chunks, output_type="pt", async_decode=async_decode) as session:
-        for chunk in session:
-            if first_frame is None:
-                chunk.frames[..., :1].cpu()  # waits for these frames only
-                first_frame = time.perf_counter() - began
-            if chunk.index == size.num_chunks - 1:
-                kv_cache_bytes = session.kv_cache_bytes
-                synchronize(device)
-                seconds = time.perf_counter() - began
+        frames = next(session).frames
+        assert isinstance(frames, torch.Tensor)
+        frames[..., :1].cpu()  # waits for these frames only
+        first_frame = time.perf_counter() - began
+        for _ in range(size.num_chunks - 1):
+            next(session)
+        kv_cache_bytes = session.kv_cache_bytes  # of a stream that is not closed yet: it frees them at its end
+        synchronize(device)
+        seconds = time.perf_counter() - began
     return {
         "seconds": seconds,
         "first_frame": first_frame,

@@ -5,6 +5,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ..assets import toy_pipeline_path
 from ..benchmark.measure import as_size, peak_memory, reset_peak_memory
 from ..dtypes import DTYPES
@@ -126,12 +128,13 @@ class Progress:
     first_frame: float | None = None
     last_frame: float = 0.0
 
-    def add(self, chunk: VideoChunk) -> None:
+    def add(self, num_frames: int) -> None:
+        """Count a chunk of frames."""
         self.last_frame = time.perf_counter() - self.began
         if self.first_frame is None:
             self.first_frame = self.last_frame
         self.chunks += 1
-        self.frames += chunk.frames.shape[1]
+        self.frames += num_frames
 
 
 def run(args: argparse.Namespace) -> int:
@@ -160,8 +163,10 @@ def run(args: argparse.Namespace) -> int:
         try:
             with pipe.stream(**request.stream_arguments(args)) as session:
                 for chunk in session:
-                    writer.write(chunk.frames[0])
-                    progress.add(chunk)
+                    frames = chunk.frames[0]
+                    assert isinstance(frames, np.ndarray)  # the stream's output type is "np"
+                    writer.write(frames)
+                    progress.add(len(frames))
                     if args.stream:
                         print(status_line(chunk, progress), flush=True)
                     if typed is not None and not typed.apply_next(session, chunk):

@@ -116,14 +116,14 @@ def choose_length(
         needed = pixel_frames(chunk_size, temporal_scale=scale)
         raise ValueError(f"the video to continue has {video_frames} frames; at least {needed} are needed")
     condition_frames = pixel_frames(condition_chunks * chunk_size, temporal_scale=scale)
-    wanted = args.num_frames if args.seconds is None else max(1, round(args.seconds * FPS))
-    if wanted is not None:
-        if wanted <= condition_frames:
+    num_frames = args.num_frames if args.seconds is None else max(1, round(args.seconds * FPS))
+    if num_frames is not None:
+        if num_frames <= condition_frames:
             raise ValueError(
-                f"the length counts the whole video: {wanted} frames leave nothing to add to the {condition_frames} "
-                "of the video that is continued"
+                f"the length counts the whole video: {num_frames} frames leave nothing to add to the "
+                f"{condition_frames} of the video that is continued"
             )
-        num_chunks = chunks_to_cover(wanted, chunk_size, temporal_scale=scale)
+        num_chunks = chunks_to_cover(num_frames, chunk_size, temporal_scale=scale)
     elif args.stream:
         return None, condition_frames
     elif shots[0].chunks is not None:

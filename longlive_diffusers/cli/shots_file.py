@@ -19,7 +19,6 @@ divided evenly.
   JSON: a list
     [{"prompt": "A fox runs through the forest.", "chunks": 3}, {"prompt": "It drinks from a river.", "chunks": 2}]
 """
-_LINE = re.compile(r"(?:\[(?P<chunks>[^\]]*)\])?\s*(?P<prompt>.*)")
 _JSON_START = re.compile(r"\s*(\[\s*[\]{\"\[]|\{)")
 
 
@@ -61,13 +60,15 @@ def _parse_lines(text: str, path: Path) -> list[tuple[str, RequestedShot]]:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        match, place = _LINE.fullmatch(line), f"line {number}"
-        chunks = match["chunks"]
-        if chunks is not None and not (chunks.strip().isdecimal() and int(chunks) > 0):
+        place = f"line {number}"
+        chunks, prompt = None, line
+        if line.startswith("[") and "]" in line:
+            chunks, _, prompt = (part.strip() for part in line[1:].partition("]"))
+        if chunks is not None and not (chunks.isdecimal() and int(chunks) > 0):
             raise ValueError(f"'{path}', {place}: a shot lasts a whole number of chunks, at least 1, not '[{chunks}]'")
-        if not match["prompt"]:
+        if not prompt:
             raise ValueError(f"'{path}', {place}: there is no prompt after '[{chunks}]'")
-        shots.append((place, RequestedShot(match["prompt"], None if chunks is None else int(chunks))))
+        shots.append((place, RequestedShot(prompt, None if chunks is None else int(chunks))))
     return shots
 
 

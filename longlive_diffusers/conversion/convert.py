@@ -29,7 +29,7 @@ from ..loaders.original import (
     read_original_state_dict,
 )
 from ..models.transformer_longlive import LongLiveTransformer3DModel
-from ..nvfp4.format import NVFP4Tensor
+from ..nvfp4.format import NVFP4Tensor, Weight
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..schedulers.scheduling_longlive import LongLiveScheduler
 from .pipeline_folder import (
@@ -94,8 +94,7 @@ def convert_checkpoint(
 
     # 1. Check names, sizes and settings; only small files of the base are needed.
     weights = read_original_state_dict(checkpoint, use_ema=use_ema)
-    if lora is not None:
-        lora = _read_lora(lora, weights)
+    lora_to_fuse = None if lora is None else _read_lora(lora, weights)
     folder = _base_folder(base, _BASE_SETTINGS)
     index = _read_index(folder, base)
     from_longlive = index["_class_name"] == LongLivePipeline.__name__
@@ -108,7 +107,7 @@ def convert_checkpoint(
 
     # 2. Load. A LoRA is added before rounding to `dtype`, not after.
     packed = any(isinstance(weight, NVFP4Tensor) for weight in weights.values())
-    first_dtype = dtype if lora is None or packed else torch.float32
+    first_dtype = dtype if lora_to_fuse is None or packed else torch.float32
     transformer = load_original_transformer(
         weights, LongLiveTransformer3DModel, torch_dtype=first_dtype, **transformer_config
     )
@@ -117,8 +116,8 @@ def convert_checkpoint(
     components = _load_components(_base_folder(base, (*_BASE_SETTINGS, *_BASE_WEIGHTS)), base, dtype, from_longlive)
     report(f"text encoder: {_describe(components['text_encoder'])}; VAE: {_describe(components['vae'])}")
     pipeline = LongLivePipeline(transformer=transformer, **components, **settings)
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
+    if lora_to_fuse is not None:
+        pipeline.load_lora_weights(lora_to_fuse)
         fuse_lora(pipeline)
         if not packed:  # NVFP4 weights were rounded when they were fused
             fused = pipeline.transformer.state_dict()
@@ -134,7 +133,7 @@ def convert_checkpoint(
     return output
 
 
-def _read_lora(lora: str | os.PathLike | Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
+def _read_lora(lora: str | os.PathLike | Mapping[str, Any], weights: Mapping[str, Weight]) -> dict | str:
     """Return what to pass to `load_lora_weights`: the reference's LoRA converted, any other file or repo as it is."""
     if isinstance(lora, Mapping) or is_original_lora(lora):
         lora = read_original_lora(lora)

@@ -98,10 +98,10 @@ class PipelineFolder:
             transformers_logging.disable_progress_bar()
         folder = self._folder()
         if dtype == "auto":
-            wanted = torch.bfloat16 if device.type == "cuda" else cpu_dtype(folder / "transformer")
+            torch_dtype = torch.bfloat16 if device.type == "cuda" else cpu_dtype(folder / "transformer")
         else:
-            wanted = DTYPES[dtype]
-        pipe = LongLivePipeline.from_pretrained(folder, dtype=wanted)
+            torch_dtype = DTYPES[dtype]
+        pipe = LongLivePipeline.from_pretrained(folder, dtype=torch_dtype)
         pipe.set_progress_bar_config(disable=not show_progress)
         if lora is not None:
             self._load_lora(pipe, lora)

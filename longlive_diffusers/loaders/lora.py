@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..nvfp4.format import Weight
 from .checkpoint_file import read_checkpoint_file
 from .original import Checkpoint, rename_to_diffusers, strip_wrappers
 
@@ -91,7 +92,7 @@ def read_original_lora(checkpoint: Checkpoint, *, alpha: float | None = None) ->
     return {f"transformer.{name}": tensor for name, tensor in renamed.items()}
 
 
-def check_lora_fits(lora: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
+def check_lora_fits(lora: Mapping[str, torch.Tensor], weights: Mapping[str, Weight]) -> None:
     """Compare a LoRA with the weights of the transformer it is for; both may be on the meta device.
 
     Args:

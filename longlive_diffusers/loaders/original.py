@@ -13,15 +13,16 @@ import inspect
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from diffusers.utils import logging
+from torch import nn
 
-from ..nvfp4.format import NVFP4Tensor
+from ..nvfp4.format import NVFP4Tensor, Weight, Weights
 from ..nvfp4.quantizer import NVFP4Config, mark_quantized
 from .checkpoint_file import read_checkpoint_file
 from .packed_nvfp4 import is_packed, join_packed, packed_rule
@@ -30,6 +31,8 @@ from .packed_nvfp4 import is_packed, join_packed, packed_rule
 logger = logging.get_logger(__name__)
 
 Checkpoint = str | os.PathLike | Mapping[str, Any]
+Model = TypeVar("Model", bound=ModelMixin)
+AnyWeight = TypeVar("AnyWeight", bound=Weight)
 
 DEFAULT_HEAD_DIM = 128  # that of every published Wan model; the shapes do not show it
 
@@ -53,14 +56,14 @@ _DTYPES = (torch.float32, *_FP16_DTYPES, torch.float64)
 
 def load_original_transformer(
     checkpoint: Checkpoint,
-    model_class: type[ModelMixin],
+    model_class: type[Model],
     *,
     use_ema: bool = False,
     device: str | torch.device | None = None,
     torch_dtype: torch.dtype | None = None,
     weight_scale_rule: str | None = None,
     **config: Any,
-) -> ModelMixin:
+) -> Model:
     """Build the transformer from a checkpoint of the reference implementation.
 
     A checkpoint that is packed in NVFP4 stays packed: its layers are `NVFP4Linear`, and the model is saved as a
@@ -91,11 +94,13 @@ def load_original_transformer(
     if torch_dtype not in _DTYPES:
         raise ValueError(f"torch_dtype has to be one of {', '.join(map(str, _DTYPES))}, not {torch_dtype}.")
 
-    state_dict = read_original_state_dict(checkpoint, use_ema=use_ema, weight_scale_rule=weight_scale_rule)
-    model = _empty_model(model_class, infer_transformer_config(state_dict, **config))
-    _check_against_model(state_dict, model)
+    weights = read_original_state_dict(checkpoint, use_ema=use_ema, weight_scale_rule=weight_scale_rule)
+    model = _empty_model(model_class, infer_transformer_config(weights, **config))
+    _check_against_model(weights, model)
 
-    packed = {name: state_dict.pop(name) for name in list(state_dict) if isinstance(state_dict[name], NVFP4Tensor)}
+    packed = {name: weight for name, weight in weights.items() if isinstance(weight, NVFP4Tensor)}
+    state_dict = {name: weight for name, weight in weights.items() if isinstance(weight, torch.Tensor)}
+    del weights  # so that each of the caller's tensors can be freed once it has been copied
     fp32_modules = set(model_class._keep_in_fp32_modules or ()) if torch_dtype in _FP16_DTYPES else set()
     for name in list(state_dict):
         dtype = torch_dtype if fp32_modules.isdisjoint(name.split(".")) else torch.float32
@@ -106,7 +111,7 @@ def load_original_transformer(
     if packed:
         _put_packed(model, packed, device)
     if device is not None:
-        model.to(device)  # the buffers, which are computed and not in the checkpoint
+        nn.Module.to(model, device)  # the buffers, which are computed and not in the checkpoint
     return model.eval()
 
 
@@ -120,7 +125,9 @@ def _put_packed(model: ModelMixin, packed: Mapping[str, NVFP4Tensor], device: st
         name for name, module in model.named_modules() if config.converts(name, module) and name not in layers
     ]
     for name, weight in layers.items():
-        layer = config.empty_layer(model.get_submodule(name))
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)  # `_check_against_model` compared the weights' shapes with its own
+        layer = config.empty_layer(linear)
         layer.store(weight.to(device or "cpu"))
         model.set_submodule(name, layer)
     mark_quantized(model, config)
@@ -128,7 +135,7 @@ def _put_packed(model: ModelMixin, packed: Mapping[str, NVFP4Tensor], device: st
 
 def read_original_state_dict(
     checkpoint: Checkpoint, *, use_ema: bool = False, weight_scale_rule: str | None = None
-) -> dict[str, torch.Tensor | NVFP4Tensor]:
+) -> Weights:
     """Read the generator's weights under diffusers' names.
 
     Args:
@@ -157,7 +164,7 @@ def read_original_state_dict(
         rule = packed_rule(content, weight_scale_rule, source)
         weights = join_packed({strip_wrappers(key): tensor for key, tensor in weights.items()}, rule, source)
 
-    stripped: dict[str, torch.Tensor] = {}
+    stripped: Weights = {}
     for key, tensor in weights.items():
         name = strip_wrappers(key)
         if name in stripped:
@@ -181,7 +188,7 @@ def strip_wrappers(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPER_MODULES)
 
 
-def rename_to_diffusers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def rename_to_diffusers(weights: Mapping[str, AnyWeight]) -> dict[str, AnyWeight]:
     """Rename Wan's parameters, or LoRA layers on them, to diffusers' names; names that are diffusers' already stay."""
     # The renaming swaps norm2 and norm3, so it must not be applied to its own result.
     if any(name.startswith("condition_embedder.") or ".attn1." in name or ".attn2." in name for name in weights):
@@ -189,7 +196,7 @@ def rename_to_diffusers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return convert_wan_transformer_to_diffusers(dict(weights))
 
 
-def infer_transformer_config(state_dict: Mapping[str, torch.Tensor], **config: Any) -> dict[str, Any]:
+def infer_transformer_config(state_dict: Mapping[str, Weight], **config: Any) -> dict[str, Any]:
     """Read the sizes of the network from the shapes of its weights (diffusers' names).
 
     Args:
@@ -247,7 +254,7 @@ def _heads(inner_dim: int, num_heads: int | None, head_dim: int | None) -> dict[
     return {"num_attention_heads": num_heads, "attention_head_dim": head_dim}
 
 
-def _shape(state_dict: Mapping[str, torch.Tensor], name: str, ndim: int) -> tuple[int, ...]:
+def _shape(state_dict: Mapping[str, Weight], name: str, ndim: int) -> tuple[int, ...]:
     if name not in state_dict:
         raise ValueError(
             f"The checkpoint has no {name}, so it is not a complete transformer ({len(state_dict)} tensors)."
@@ -258,7 +265,7 @@ def _shape(state_dict: Mapping[str, torch.Tensor], name: str, ndim: int) -> tupl
     return shape
 
 
-def _empty_model(model_class: type[ModelMixin], config: Mapping[str, Any]) -> ModelMixin:
+def _empty_model(model_class: type[Model], config: Mapping[str, Any]) -> Model:
     accepted = set(inspect.signature(model_class.__init__).parameters) - {"self"}
     if unknown := sorted(set(config) - accepted):
         raise ValueError(
@@ -268,7 +275,7 @@ def _empty_model(model_class: type[ModelMixin], config: Mapping[str, Any]) -> Mo
         return model_class(**config)
 
 
-def _check_against_model(state_dict: Mapping[str, torch.Tensor], model: ModelMixin) -> None:
+def _check_against_model(state_dict: Mapping[str, Weight], model: ModelMixin) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = [name for name in expected if name not in state_dict]
     unexpected = [name for name in state_dict if name not in expected]
@@ -289,12 +296,12 @@ def _check_against_model(state_dict: Mapping[str, torch.Tensor], model: ModelMix
         )
 
 
-def _unwrap(content: Mapping[str, Any], *, use_ema: bool, source: str) -> dict[str, torch.Tensor]:
+def _unwrap(content: Mapping[str, Any], *, use_ema: bool, source: str) -> Weights:
     """Follow the wrapping dictionaries down to the one whose values are tensors."""
     for _ in range(4):  # nesting deeper than {"generator": {"model": {"state_dict": ...}}} was never seen
         inner = {key: value for key, value in content.items() if isinstance(value, Mapping) and value}
-        wanted = ("generator_ema", "generator") if use_ema else ("generator", "generator_ema")
-        found = [key for key in (*wanted, *_WRAPPER_DICTS) if key in inner]
+        preferred = ("generator_ema", "generator") if use_ema else ("generator", "generator_ema")
+        found = [key for key in (*preferred, *_WRAPPER_DICTS) if key in inner]
         if not found:
             break
         if use_ema and found[0] == "generator":
@@ -308,7 +315,7 @@ def _unwrap(content: Mapping[str, Any], *, use_ema: bool, source: str) -> dict[s
     return weights
 
 
-def _describe_foreign(weights: Mapping[str, torch.Tensor]) -> str | None:
+def _describe_foreign(weights: Mapping[str, Weight]) -> str | None:
     """Return what the weights are, if they are recognizably another model's, as the end of a sentence."""
 
     def has(*marks: str) -> bool:

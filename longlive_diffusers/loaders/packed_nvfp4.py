@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..nvfp4.format import BLOCK, NVFP4Tensor, check_stored
+from ..nvfp4.format import BLOCK, NVFP4Tensor, Weight, Weights, check_stored
 from ..nvfp4.matmul import unswizzle
 from ..nvfp4.rules import scale_rule_named
 
@@ -44,17 +44,18 @@ def packed_rule(content: Mapping[str, Any], given: str | None, source: str) -> s
     quantization = content.get("quantization")
     described = quantization if isinstance(quantization, Mapping) else {}
     stored = described.get("weight_scale_rule") or described.get("scale_rule")
-    if stored is None and given is None:
+    rule = stored or given
+    if rule is None:
         raise ValueError(
             f"{source} is packed in NVFP4, but does not say by which rule ('quantization' with 'weight_scale_rule'); "
             "its scales cannot be read without. Give weight_scale_rule, 'mse' for LongLive-2.0's inference models."
         )
     if None not in (stored, given) and stored != given:
         raise ValueError(f"{source} was quantized by the rule {stored!r}, weight_scale_rule={given!r} was given.")
-    return scale_rule_named(stored or given).name
+    return scale_rule_named(rule).name
 
 
-def join_packed(weights: Mapping[str, torch.Tensor], rule: str, source: str) -> dict[str, torch.Tensor | NVFP4Tensor]:
+def join_packed(weights: Mapping[str, Weight], rule: str, source: str) -> Weights:
     """
     Return the weights with the four tensors of each packed layer replaced by one `NVFP4Tensor`, `<layer>.weight`.
 
@@ -64,8 +65,9 @@ def join_packed(weights: Mapping[str, torch.Tensor], rule: str, source: str) -> 
     layers = {key.split(_MARK)[0] for key in weights if key.endswith(f"{_MARK}values")}
     joined = {key: tensor for key, tensor in weights.items() if _MARK not in key and _TRANSPOSED not in key}
     for layer in sorted(layers):
-        parts = {part: weights.get(f"{layer}{_MARK}{part}") for part in _PARTS}
-        if missing := [part for part, tensor in parts.items() if tensor is None]:
+        stored = {part: weights.get(f"{layer}{_MARK}{part}") for part in _PARTS}
+        parts = {part: tensor for part, tensor in stored.items() if isinstance(tensor, torch.Tensor)}
+        if missing := [part for part in _PARTS if part not in parts]:
             raise ValueError(f"{source}: {layer} has no quantized_weight_{', quantized_weight_'.join(missing)}.")
         try:
             joined[f"{layer}.weight"] = _join(**parts, rule=rule)

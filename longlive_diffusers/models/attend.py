@@ -14,7 +14,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 _SCORE_BYTES = 16 * 2**20  # per block of scores; larger allocations go back to the system each time, which is slower
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: AttentionBackendName | None = None
+) -> torch.Tensor:
     """Compute unmasked attention, `[B, tokens, heads, head_dim]`, with `backend` (None: diffusers' active one)."""
     if backend is None and _prefers_matmul(query):
         return _matmul_attention(query, key, value)
@@ -22,12 +24,15 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend:
 
 
 def attend_joined(
-    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], backend: str | None = None
+    query: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    backend: AttentionBackendName | None = None,
 ) -> torch.Tensor:
     """Call [`attend`] on `keys` and `values` concatenated along tokens; the backward does not keep the copies."""
     keys, values = ([part for part in parts if part.shape[1]] for parts in (keys, values))
     if len(keys) == 1:
-        return attend(query, *keys, *values, backend)
+        return attend(query, keys[0], values[0], backend)
     key, value = _join(keys), _join(values)
     if not in_plain_autograd():
         return attend(query, key, value, backend)
@@ -42,7 +47,7 @@ class _Joined:
     parts: list
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 @contextmanager
@@ -56,7 +61,7 @@ def _save_parts_of(parts: dict[int, list[torch.Tensor]]) -> Iterator[None]:
     is saved still goes through the hooks that were active before, which is why these are looked up: gradient
     checkpointing is a pair of such hooks, and would keep all of a layer if the tensors did not reach it.
     """
-    outer_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    outer_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
     outer_pack, outer_unpack = outer_hooks or (_identity, _identity)
 
     def pack(tensor: torch.Tensor):
@@ -92,7 +97,7 @@ def in_plain_autograd() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
     )
 
 

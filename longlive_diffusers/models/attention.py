@@ -19,7 +19,7 @@ class LongLiveAttnProcessor:
     Which of these a call computes depends on its arguments alone.
     """
 
-    _attention_backend = None
+    _attention_backend: AttentionBackendName | None = None
     _parallel_config = None
 
     def __call__(
@@ -90,7 +90,8 @@ class LongLiveAttnProcessor:
                 text = project_text(attn, encoder_hidden_states)
                 # Stored heads first, like the frames: each head's keys are then contiguous in every forward.
                 layer_cache.text = tuple(states.transpose(1, 2).contiguous().transpose(1, 2) for states in text)
-            return attend(query, *layer_cache.text, self._attention_backend)
+            key, value = layer_cache.text
+            return attend(query, key, value, self._attention_backend)
 
         key, value = project_text(attn, encoder_hidden_states)
         if key.ndim == 4:

@@ -322,7 +322,9 @@ class KVCache:
             for frame, slot in enumerate(chosen)
             if sample.slots[slot].index in sample.raw_slots
         ]
-        raw_indices = [self._indices(values) for values in zip(*raw, strict=True)] if raw else [None] * 3
+        raw_samples, raw_frames, raw_slots = (
+            (self._indices(values) for values in zip(*raw, strict=True)) if raw else (None, None, None)
+        )
         same_positions = all(own == positions[0] for own in positions)
         return ChunkSlots(
             len(slots[0]),
@@ -330,7 +332,9 @@ class KVCache:
             self._indices(slots),
             self.num_cached_frames,
             self._rotary(positions[:1] if same_positions else positions),
-            *raw_indices,
+            raw_samples,
+            raw_frames,
+            raw_slots,
         )
 
     def _rotary(self, positions: list[list[float]]) -> torch.Tensor:

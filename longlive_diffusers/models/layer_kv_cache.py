@@ -78,6 +78,7 @@ class LayerCacheBase:
 
     def _rotated(self, samples: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         """Return kept unrotated keys, `[n, heads, tokens, head_dim]`, rotated by `rotary`."""
+        assert self.raw_key is not None  # `KVCache` keeps them for relative RoPE, and only then rotates again
         raw = self.raw_key[samples, :, raw_slots].transpose(1, 2)  # [n, tokens, heads, head_dim]
         return apply_rotary(raw, rotary).transpose(1, 2)
 

@@ -115,6 +115,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         sample_height, sample_width: The default size of a video, in latents.
     """
 
+    config: Any  # diffusers' FrozenDict, whose entries are also attributes
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "norm"]
     _no_split_modules = ["LongLiveTransformerBlock"]
@@ -241,17 +242,17 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
 
         temb, modulation = self._embed_time(timestep, tokens.dtype)
         # Cached text has no graph, or one that an earlier backward has used up: with gradients, it is projected again.
-        caches_text = kv_cache is not None and not torch.is_grad_enabled()
-        if not caches_text or not kv_cache.has_text(encoder_hidden_states):
+        text_cache = kv_cache if not torch.is_grad_enabled() else None
+        if text_cache is None or not text_cache.has_text(encoder_hidden_states):
             text = self.condition_embedder.text_embedder(encoder_hidden_states)
-            if caches_text:
-                kv_cache.cache_text(encoder_hidden_states)
+            if text_cache is not None:
+                text_cache.cache_text(encoder_hidden_states)
 
         for index, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache[index]
             arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, chunk, sp_mesh)
             if self.gradient_checkpointing and torch.is_grad_enabled() and kv_cache is None:
-                tokens = self._gradient_checkpointing_func(block, *arguments)
+                tokens = self._gradient_checkpointing_func(block, *arguments)  # pyright: ignore[reportOptionalCall]
             else:
                 tokens = block(*arguments)
 
@@ -440,8 +441,8 @@ def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> 
 
 def add_gated(hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """Return `hidden_states + update * gate`, with `gate [B, frames, 1, dim]` applied to every token of its frame."""
-    by_frame = [states.unflatten(1, (gate.shape[1], -1)) for states in (hidden_states, update)]
-    return torch.addcmul(*by_frame, gate).flatten(1, 2)
+    by_frame, update = (states.unflatten(1, (gate.shape[1], -1)) for states in (hidden_states, update))
+    return torch.addcmul(by_frame, update, gate).flatten(1, 2)
 
 
 def per_frame(timestep: torch.Tensor, batch: int, frames: int, name: str) -> torch.Tensor:

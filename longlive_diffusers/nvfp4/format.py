@@ -97,8 +97,10 @@ class NVFP4Tensor:
         """
         if isinstance(device, torch.dtype):
             raise TypeError(f"An NVFP4Tensor has no other dtype: `dequantize({device})` gives its numbers.")
-        moved = (part.to(device, non_blocking=non_blocking) for part in (self.codes, self.scales, self.amax))
-        return NVFP4Tensor(*moved, self.scale_rule, self.block)
+        codes, scales, amax = (
+            part.to(device, non_blocking=non_blocking) for part in (self.codes, self.scales, self.amax)
+        )
+        return NVFP4Tensor(codes, scales, amax, self.scale_rule, self.block)
 
     def transpose(self) -> "NVFP4Tensor":
         """Transpose a matrix in 16 x 16 blocks. The numbers stay the same: nothing is rounded again.
@@ -112,6 +114,11 @@ class NVFP4Tensor:
         # Keep one scale per block, then repeat it sixteen times along the other axis.
         scales = self.scales[..., ::BLOCK, :].transpose(-1, -2).repeat_interleave(BLOCK, dim=-2)
         return replace(self, codes=pack(codes[..., ::2], codes[..., 1::2]), scales=scales.contiguous())
+
+
+Weight = torch.Tensor | NVFP4Tensor
+Weights = dict[str, Weight]
+"""A state dict in which a layer that is stored in NVFP4 has a single `weight`."""
 
 
 def quantize(
@@ -183,7 +190,8 @@ def _encode_operator(
     """Run the reference as an operator that `torch.compile` leaves alone. The reference has hundreds of steps and runs
     many times in a transformer block, so that compiling it would take many minutes."""
     noise = None if seed is None else uniform_noise(seed, x.shape)
-    encoded = encode_matrix(x, amax, scale_rule_named(scale_rule), tuple(block), noise)
+    rows, columns = block
+    encoded = encode_matrix(x, amax, scale_rule_named(scale_rule), (rows, columns), noise)
     return encoded.codes, encoded.scales
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .backends import LayerShape, LinearBackend, check_backend_name, choose_backend
-from .format import BLOCK, NVFP4Tensor, check_buffers, quantize
+from .format import BLOCK, NVFP4Tensor, Weights, check_buffers, quantize
 from .rules import scale_rule_named
 
 
@@ -63,7 +63,8 @@ class NVFP4Linear(nn.Linear):
         check_backend_name(backend)
         self.in_features, self.out_features = in_features, out_features
         self.weight_scale_rule, self.activation_scale_rule = weight_scale_rule, activation_scale_rule
-        self.weight_block, self.requested_backend = tuple(weight_block), backend
+        (rows, columns), self.requested_backend = weight_block, backend
+        self.weight_block = (rows, columns)
         blocks = in_features // BLOCK
         codes = torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device)
         scales = torch.zeros(out_features, blocks, dtype=torch.float8_e4m3fn, device=device)
@@ -152,9 +153,15 @@ class NVFP4Linear(nn.Linear):
         elif torch.is_grad_enabled() and x.requires_grad:
             product = _Product.apply(rows, self)
         else:
-            product = self.product(rows, self.weight_nvfp4)
+            product = self.multiply(rows)
         product = product.reshape(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[rows, in_features]` -> `[rows, out_features]`, without bias, by the layer's backend."""
+        if self.product is None:
+            raise RuntimeError("This NVFP4Linear has no weight yet: it is on the meta device.")
+        return self.product(rows, self.weight_nvfp4)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"  # one line: the backend's name says which product it is
@@ -191,16 +198,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, linear: NVFP4Linear) -> torch.Tensor:
         ctx.linear = linear
-        return linear.product(x, linear.weight_nvfp4)
+        return linear.multiply(x)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         return gradient @ ctx.linear.dequantize(gradient.dtype), None
 
 
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor | NVFP4Tensor]:
+def weights_of(model: nn.Module) -> Weights:
     """Return a model's state dict in which each layer in NVFP4 has a single `weight` again, as `NVFP4Tensor`."""
-    weights = dict(model.state_dict())
+    weights: Weights = dict(model.state_dict())
     for name, layer in nvfp4_layers(model).items():
         for part in STORED:
             del weights[f"{name}.{part}"]

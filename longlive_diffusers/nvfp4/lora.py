@@ -23,6 +23,7 @@ class NVFP4LoraLinear(LoraLinear):
         if not adapter_names:
             return
         layer = self.get_base_layer()
+        assert isinstance(layer, NVFP4Linear)  # by which `adopt_lora_layers` chooses this class
         weight = layer.dequantize(torch.float32)
         present = [name for name in adapter_names if name in self.lora_A]
         for name in present:

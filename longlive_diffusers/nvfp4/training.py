@@ -61,16 +61,18 @@ class _NVFP4Product(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor):
         recipe = ctx.recipe
         saved = ctx.saved_tensors  # read once: gradient checkpointing does not allow a second time
-        weight, kept = saved[:3], saved[3:]
+        codes, scales, amax, *kept = saved
         input_gradient = weight_gradient = None
         if ctx.needs_input_grad[0]:
             gradient_rounded = quantize_unchecked(gradient, recipe.gradient_rule, rounding="stochastic")
-            transposed = NVFP4Tensor(*weight, recipe.weight_rule, (BLOCK, BLOCK)).transpose()
+            transposed = NVFP4Tensor(codes, scales, amax, recipe.weight_rule, (BLOCK, BLOCK)).transpose()
             input_gradient = multiply(gradient_rounded, transposed, ctx.dtype)
         if ctx.needs_input_grad[1]:
-            x = kept[0]
             if recipe.rounds_input_twice:
-                x = NVFP4Tensor(*kept, recipe.activation_rule).dequantize(ctx.dtype)
+                codes, scales, amax = kept
+                x = NVFP4Tensor(codes, scales, amax, recipe.activation_rule).dequantize(ctx.dtype)
+            else:
+                (x,) = kept
             # Both are transposed, so that blocks lie along the tokens, which this product sums over.
             gradient_rounded = quantize_unchecked(over_tokens(gradient), recipe.gradient_rule, rounding="stochastic")
             x_rounded = quantize_unchecked(over_tokens(x), recipe.activation_rule)
@@ -111,24 +113,23 @@ def train_in_nvfp4(model: nn.Module, recipe: NVFP4Recipe, backend: str = "auto")
         ValueError: If no block is left to train in NVFP4, a layer's sizes are not multiples of 16, or
             TransformerEngine is requested but not available or not able to express the recipe.
     """
-    blocks = model.get_submodule("blocks")
-    layers = [
-        f"blocks.{index}.{name}"
+    blocks = list(model.get_submodule("blocks").children())
+    layers = {
+        f"blocks.{index}.{name}": module
         for index in recipe.chosen_blocks(len(blocks))
         for name, module in blocks[index].named_modules()
         if type(module) is nn.Linear
-    ]
+    }
     if not layers:
         raise ValueError(
             f"Nothing to train in NVFP4: of {len(blocks)} blocks, the recipe '{recipe.name}' keeps the first "
             f"{recipe.keep_first} and the last {recipe.keep_last}."
         )
-    for name in layers:
-        module = model.get_submodule(name)
-        check_sizes(module.in_features, module.out_features)
+    for linear in layers.values():
+        check_sizes(linear.in_features, linear.out_features)
     if backend == "te":
         check_te_recipe(recipe)
     layer_class = TETrainingLinear if backend == "te" else NVFP4TrainingLinear
-    for name in layers:
-        model.set_submodule(name, layer_class.from_linear(model.get_submodule(name), recipe))
-    return layers
+    for name, linear in layers.items():
+        model.set_submodule(name, layer_class.from_linear(linear, recipe))
+    return list(layers)

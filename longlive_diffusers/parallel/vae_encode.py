@@ -96,4 +96,4 @@ def encode_shard(
         )
     if frames.shape[2] != window.num_frames:
         frames = frames[:, :, window.start : window.stop]
-    return vae.encode(frames).latent_dist.mode()[:, :, window.num_dropped :]
+    return vae.encode(frames, return_dict=False)[0].mode()[:, :, window.num_dropped :]

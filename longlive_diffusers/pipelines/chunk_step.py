@@ -11,13 +11,24 @@ LongLive-2.0 (arXiv 2605.18739), streaming inference.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from diffusers import SchedulerMixin
 
 from ..models.kv_cache import KVCache
 from ..models.transformer_longlive import LongLiveTransformer3DModel
+
+
+class Solver(Protocol):
+    """What a chunk needs of a scheduler; `LongLiveScheduler` is one."""
+
+    timesteps: torch.Tensor
+
+    def set_timesteps(self, num_inference_steps: int, *, device: torch.device) -> None: ...
+
+    def step(
+        self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, *, return_dict: bool
+    ) -> tuple: ...
 
 
 OnStepEnd = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -47,7 +58,7 @@ class Conditioning:
 
 def chunk_step(
     transformer: LongLiveTransformer3DModel,
-    scheduler: SchedulerMixin,
+    scheduler: Solver,
     noise: torch.Tensor,
     kv_caches: list[KVCache],
     conditioning: Conditioning,
@@ -89,7 +100,7 @@ def chunk_step(
 
 def solve(
     transformer: LongLiveTransformer3DModel,
-    scheduler: SchedulerMixin,
+    scheduler: Solver,
     noise: torch.Tensor,
     kv_caches: list[KVCache],
     conditioning: Conditioning,

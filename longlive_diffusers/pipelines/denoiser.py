@@ -6,17 +6,16 @@ with the plain functions of `chunk_step.py`.
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.kv_cache import KVCache
 from ..models.transformer_longlive import LongLiveTransformer3DModel
-from .chunk_step import Conditioning, chunk_step, is_guided, write_clean
+from .chunk_step import Conditioning, Solver, chunk_step, is_guided, write_clean
 from .inputs import Request
 from .prompt_source import PromptSource
 from .shots import ChunkPrompt
@@ -69,7 +68,7 @@ class ChunkDenoiser:
     def __init__(
         self,
         transformer: LongLiveTransformer3DModel,
-        scheduler: SchedulerMixin,
+        scheduler: Solver,
         request: Request,
         prompts: PromptSource,
         *,
@@ -90,7 +89,7 @@ class ChunkDenoiser:
         self._progress_bar, self._show_run, self._callback = progress_bar, show_run, callback
         self._clean_latents: dict[int, torch.Tensor] = {}  # by chunk, for as long as one of its frames is cached
 
-    def chunks(self) -> Iterator[DenoisedChunk]:
+    def chunks(self) -> Generator[DenoisedChunk, None, None]:
         """Yield the chunks in order; those of a video that is continued come first."""
         total = self.request.num_chunks
         bar = self._progress_bar(itertools.count() if total is None else range(total))
@@ -155,9 +154,8 @@ class ChunkDenoiser:
             self.run.current_timestep = None
 
         def on_step_end(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-            return self._call_back(
-                new_index * self.request.num_inference_steps + step, timestep, latents, conditioning
-            )
+            step += new_index * self.request.num_inference_steps
+            return self._call_back(step, timestep, latents, conditioning)
 
         return chunk_step(
             self.transformer,
@@ -167,12 +165,14 @@ class ChunkDenoiser:
             conditioning,
             num_inference_steps=self.request.num_inference_steps,
             iterate=iterate,
-            on_step_end=None if self._callback is None else on_step_end,
+            on_step_end=on_step_end,
         )
 
     def _call_back(
         self, step: int, timestep: torch.Tensor, latents: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
+        if self._callback is None:
+            return latents
         tensors = {
             "latents": latents,
             "prompt_embeds": conditioning.prompt_embeds,
@@ -229,6 +229,7 @@ class ChunkDenoiser:
     def _given_latents(self, index: int) -> torch.Tensor:
         """Return the latents of a chunk of the video that is continued."""
         size = self.request.chunk_size
+        assert self._video_latents is not None  # `num_condition_chunks` counts its chunks
         return self._video_latents[:, :, index * size : (index + 1) * size].to(self.device, torch.float32)
 
     def _initial_noise(self, new_index: int) -> torch.Tensor:

@@ -86,9 +86,9 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
-        text_encoder: UMT5EncoderModel,
-        vae: AutoencoderKLWan,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_encoder: UMT5EncoderModel | None,
+        vae: AutoencoderKLWan | None,
         transformer: LongLiveTransformer3DModel | WanTransformer3DModel,
         scheduler: SchedulerMixin,
         window_size: int = 32,
@@ -102,7 +102,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if isinstance(transformer, WanTransformer3DModel):
             transformer = LongLiveTransformer3DModel.from_wan(transformer)
         if type(scheduler) is UniPCMultistepScheduler:
-            scheduler = LongLiveScheduler(flow_shift=scheduler.config.flow_shift)
+            scheduler = LongLiveScheduler(flow_shift=scheduler.config["flow_shift"])
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
@@ -113,8 +113,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             multi_shot_rope_offset=multi_shot_rope_offset,
             scene_cut_prefix=scene_cut_prefix,
         )
-        self.vae_scale_factor_temporal = vae.config.scale_factor_temporal if vae is not None else 4
-        self.vae_scale_factor_spatial = vae.config.scale_factor_spatial if vae is not None else 16
+        self.vae_scale_factor_temporal = vae.config["scale_factor_temporal"] if vae is not None else 4
+        self.vae_scale_factor_spatial = vae.config["scale_factor_spatial"] if vae is not None else 16
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
         self._run = RunState(guidance_scale=1.0, num_timesteps=0, attention_kwargs=None)
 
@@ -273,7 +273,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             options["output_type"] = "latent"
         with self.stream(**options) as session:
             frames = join_frames([chunk.frames for chunk in session], options["output_type"])
-        if decode_later:
+        if isinstance(frames, torch.Tensor) and decode_later:
             frames = self.decode_latents(frames, output_type)
         return LongLivePipelineOutput(frames) if return_dict else (frames,)
 
@@ -390,10 +390,16 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Returns:
             The embeddings of the prompts and, with guidance, of the negative prompts, each
             `[B * num_videos_per_prompt, max_sequence_length, D]`.
+
+        Raises:
+            ValueError: If there is neither a prompt nor `prompt_embeds`, there are not as many negative prompts as
+                prompts, or the pipeline has no tokenizer or text encoder.
         """
         if prompt_embeds is None:
-            prompt = [prompt] if isinstance(prompt, str) else prompt
-            prompt_embeds = self._embed_prompts(prompt, max_sequence_length, device, dtype)
+            if prompt is None:
+                raise ValueError("Pass `prompt` or `prompt_embeds`; both are None.")
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            prompt_embeds = self._embed_prompts(prompts, max_sequence_length, device, dtype)
             prompt_embeds = prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             batch = prompt_embeds.shape[0] // num_videos_per_prompt
@@ -438,7 +444,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_embeds=prompt_embeds,
             negative_embeds=negative_embeds,
             batch_size=request.batch_size,
-            scene_cut_prefix=self.config.scene_cut_prefix,
+            scene_cut_prefix=self.config["scene_cut_prefix"],
             num_new_chunks=request.num_new_chunks,
             continues=request.num_condition_chunks > 0,
         )
@@ -456,8 +462,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"Pixels need an AutoencoderKLWan, this pipeline's VAE is {type(self.vae).__name__}: pass latents, "
                 'and `output_type="latent"`.'
             )
-        if self.vae is not None and self.vae.config.z_dim != channels:
-            raise ValueError(f"The transformer's latents have {channels} channels, the VAE's {self.vae.config.z_dim}.")
+        if self.vae is not None and self.vae.config["z_dim"] != channels:
+            raise ValueError(
+                f"The transformer's latents have {channels} channels, the VAE's {self.vae.config['z_dim']}."
+            )
 
     def _embed_prompts(
         self,
@@ -528,7 +536,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs) -> Any:
         """Like diffusers' own `lora_state_dict`, except that LongLive's LoRA files (`lora.pt`) are read as well:
         directly, or by their `weight_name` from a folder or a repository on the Hub."""
         source, weight_name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")

@@ -1,6 +1,7 @@
 """What the pipeline returns, and what a stream yields."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -48,8 +49,8 @@ class VideoChunk:
     start_frame: int
 
 
-def join_frames(chunks: list[Frames], output_type: str) -> Frames:
-    """Join the chunks of a video, in the layout of `output_type`."""
+def join_frames(chunks: list[Any], output_type: str) -> Frames:
+    """Join the chunks of a video, each with frames in the layout of `output_type`."""
     if output_type == "np":
         return np.concatenate(chunks, axis=1)
     if output_type == "pil":

@@ -2,12 +2,27 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 
 Item = TypeVar("Item")
 _POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class _Produced(Generic[Item]):
+    """An item of the source."""
+
+    item: Item
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """The source has ended, or failed."""
+
+    error: BaseException | None = None
 
 
 class Prefetcher(Generic[Item]):
@@ -27,7 +42,7 @@ class Prefetcher(Generic[Item]):
         self._stopped = threading.Event()
         if depth < 1:
             raise ValueError(f"`depth` must be at least 1, got {depth}.")
-        self._queue: queue.Queue[tuple[str, Item | BaseException | None]] = queue.Queue(depth)
+        self._queue: queue.Queue[_Produced[Item] | _Finished] = queue.Queue(depth)
         self._finished = False
         self._thread = threading.Thread(
             target=_produce, args=(source, self._queue, self._stopped), name="longlive-denoise", daemon=True
@@ -40,13 +55,11 @@ class Prefetcher(Generic[Item]):
     def __next__(self) -> Item:
         if self._finished:
             raise StopIteration
-        kind, payload = self._queue.get()
-        if kind == "item":
-            return payload
-        self.close()
-        if kind == "error":
-            raise payload
-        raise StopIteration
+        message = self._queue.get()
+        if isinstance(message, _Finished):
+            self.close()
+            raise message.error or StopIteration
+        return message.item
 
     def close(self) -> None:
         self._finished = True
@@ -66,21 +79,21 @@ class Prefetcher(Generic[Item]):
 
 def _produce(source: Iterator, items: queue.Queue, stopped: threading.Event) -> None:
     """Do the thread's work. It must not hold the Prefetcher itself, or a dropped one would never stop."""
-    message = ("end", None)
+    finished = _Finished()
     try:
         try:
             for item in source:
-                if not _put(items, ("item", item), stopped):
+                if not _put(items, _Produced(item), stopped):
                     break
         finally:
-            if hasattr(source, "close"):
+            if isinstance(source, Generator):
                 source.close()
     except BaseException as error:  # whatever it is, it belongs to the consumer
-        message = ("error", error)
-    _put(items, message, stopped)
+        finished = _Finished(error)
+    _put(items, finished, stopped)
 
 
-def _put(items: queue.Queue, message: tuple, stopped: threading.Event) -> bool:
+def _put(items: queue.Queue, message: "_Produced | _Finished", stopped: threading.Event) -> bool:
     """Put a message once there is room, unless `stopped`: a consumer that is gone would never make room."""
     while not stopped.is_set():
         try:

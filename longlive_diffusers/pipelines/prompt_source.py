@@ -46,8 +46,7 @@ class PromptSource:
         self._next_chunk = 0
         self._redirection: tuple[list[str], bool] | None = None  # prompts and whether they cut
         self._lock = threading.Lock()  # redirections may come from another thread than the one that denoises
-        if plans is not None:
-            self._encode_upcoming()
+        self._encode_upcoming()
 
     def advance(self, index: int) -> tuple[list[ChunkPrompt], torch.Tensor, bool]:
         """
@@ -68,10 +67,11 @@ class PromptSource:
             self._redirect(prompts, max(index, 0), cut)
             switched = not cut
         if self._plans is None:
+            assert self._embeds is not None  # where there are no plans, embeddings were given
             return [ChunkPrompt(None, 0, False)] * self.batch_size, self._embeds, False
         prompts = [plan.chunk(max(index, 0)) for plan in self._plans]
         texts = tuple(prompt.conditioning(self._prefix) for prompt in prompts)
-        if texts != self._texts:
+        if texts != self._texts or self._embeds is None:
             self._texts = texts
             self._embeds = torch.stack([self._encoded[text] for text in texts])
         return prompts, self._embeds, switched
@@ -115,7 +115,7 @@ class PromptSource:
     def _encode_upcoming(self) -> None:
         """Encode, in one batch, the texts that are still to come and not encoded yet; forget all others."""
         texts = dict.fromkeys(
-            text for plan in self._plans for text in plan.conditionings(self._prefix, self._num_new_chunks)
+            text for plan in self._plans or () for text in plan.conditionings(self._prefix, self._num_new_chunks)
         )
         missing = [text for text in texts if text not in self._encoded]
         if missing:

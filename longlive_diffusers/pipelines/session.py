@@ -4,7 +4,7 @@ The session, its denoiser and its decoder hold all that changes while a video is
 number of sessions, advanced in any order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 
@@ -50,7 +50,9 @@ class StreamingSession:
         if async_decode and denoiser.device.type == "cuda":
             # Neither model runs on the default stream: what waits there for frames would hold up the other model.
             chunks = _on_stream(chunks, torch.cuda.Stream(denoiser.device))
-        self._source = Prefetcher(chunks) if async_decode else chunks
+        self._source: Prefetcher[DenoisedChunk] | Generator[DenoisedChunk, None, None] = (
+            Prefetcher(chunks) if async_decode else chunks
+        )
 
     def __iter__(self) -> "StreamingSession":
         return self
@@ -123,7 +125,9 @@ class StreamingSession:
             raise ValueError("This session is closed.")
 
 
-def _on_stream(chunks: Iterator[DenoisedChunk], stream: torch.cuda.Stream) -> Iterator[DenoisedChunk]:
+def _on_stream(
+    chunks: Generator[DenoisedChunk, None, None], stream: torch.cuda.Stream
+) -> Generator[DenoisedChunk, None, None]:
     """Run a generator on a separate CUDA stream, in the one thread that iterates over it."""
     stream.wait_stream(torch.cuda.current_stream(stream.device))  # embeddings and conditions were made there
     with torch.cuda.stream(stream):

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
@@ -137,9 +138,9 @@ def _render(
     license: str | None,
     tags: Iterable[str],
     prompt: str,
-    **values: str | int | float | None,
+    **values: Any,
 ) -> ModelCard:
-    license_fields = {"license": license}
+    license_fields: dict[str, Any] = {"license": license}
     if license is None and base_model is not None and LONGLIVE_WEIGHTS in base_model.lower():
         license_fields = NVIDIA_OPEN_MODEL_LICENSE
     data = ModelCardData(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import TypeGuard
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class ShotPlan:
         """
         if chunks_per_shot is None and num_chunks is None and len(prompts) > 1:
             raise ValueError(f"An endless video of {len(prompts)} shots needs `chunks_per_shot`.")
+        durations: Sequence[int | None]
         if chunks_per_shot is None:
             durations = [None] if num_chunks is None else _spread(num_chunks, len(prompts))
         elif is_count(chunks_per_shot):
@@ -93,12 +95,10 @@ class ShotPlan:
     def chunk(self, index: int) -> ChunkPrompt:
         """Return what conditions chunk `index`; beyond the last shot's duration, that shot goes on."""
         begin = self.start
-        for shot in self.shots[:-1]:
-            if index < begin + shot.num_chunks:
+        for shot in self.shots:
+            if shot is self.shots[-1] or shot.num_chunks is None or index < begin + shot.num_chunks:
                 break
             begin += shot.num_chunks
-        else:
-            shot = self.shots[-1]
         return ChunkPrompt(shot.prompt, shot.index, shot.opens and index == begin)
 
     def redirected(self, index: int, prompt: str, *, cut: bool, continues: bool = False) -> "ShotPlan":
@@ -125,6 +125,6 @@ def _spread(num_chunks: int, num_shots: int) -> list[int]:
     return [duration for duration in durations if duration]
 
 
-def is_count(value) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Whether `value` is an integer (NumPy's included) that is not a boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -68,12 +68,13 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         if sigmas is None:
             if num_inference_steps is None or num_inference_steps < 1:
                 raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
-            largest = np.float32(1 - 1 / self.config.num_train_timesteps)  # float32, to equal the reference exactly
+            largest = np.float32(1 - 1 / self.config["num_train_timesteps"])  # float32, to equal the reference exactly
             sigmas = np.linspace(float(largest), 0, num_inference_steps + 1)[:-1]
         sigmas = np.array(sigmas, dtype=np.float64)
         if not len(sigmas) or not (sigmas.min() > 0 and sigmas.max() <= 1 and (np.diff(sigmas) < 0).all()):
             raise ValueError(f"`sigmas` must fall strictly within (0, 1], got {sigmas.tolist()}.")
-        super().set_timesteps(device=device, sigmas=sigmas, mu=mu)
+        # UniPC takes all of these; its annotations say less.
+        super().set_timesteps(device=device, sigmas=sigmas, mu=mu)  # pyright: ignore[reportArgumentType]
 
     def sigmas_at(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the noise level of each timestep, float32, in the same shape: the training table's if the timestep is
@@ -83,7 +84,7 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         nearest = (table - timesteps[..., None]).abs().argmin(dim=-1)
         in_table = table[nearest] == timesteps
         sigmas = self.training_sigmas.to(timesteps.device)[nearest]
-        return torch.where(in_table, sigmas, timesteps / self.config.num_train_timesteps)
+        return torch.where(in_table, sigmas, timesteps / self.config["num_train_timesteps"])
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return `(1 - sigma) x0 + sigma noise`, with a noise level for each latent frame.

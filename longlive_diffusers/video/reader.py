@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import av
+import av.container
+import av.error
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 

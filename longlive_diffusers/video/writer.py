@@ -15,6 +15,7 @@ from types import TracebackType
 
 import av
 import av.codec
+import av.container
 import numpy as np
 import torch
 from av.video.frame import PictureType
@@ -93,8 +94,7 @@ class VideoWriter:
         self.crf = crf
         self.frames_written = 0
         self._size: tuple[int, int] | None = None  # height, width
-        self._container: av.container.OutputContainer | None = None
-        self._stream: av.VideoStream | None = None
+        self._output: tuple[av.container.OutputContainer, av.VideoStream] | None = None
         self._closed = False
 
     def write(self, frames: np.ndarray | torch.Tensor) -> None:
@@ -112,19 +112,21 @@ class VideoWriter:
             raise ValueError(f"Cannot write to '{self.path}': the writer is closed after {self.frames_written} frames")
         frames = _as_numpy(frames)
         self._check(frames)
-        if self._container is None:
-            self._open(height=frames.shape[1], width=frames.shape[2])
+        if self._output is None:
+            self._output = self._open(height=frames.shape[1], width=frames.shape[2])
+        container, stream = self._output
         for index, frame in enumerate(frames):
-            self._encode(_as_uint8(frame), is_key_frame=index == 0)
+            container.mux(stream.encode(self._video_frame(_as_uint8(frame), is_key_frame=index == 0)))
+            self.frames_written += 1
 
     def close(self) -> None:
         """Finish the video. Closing twice, or before any frame was written (there is no file then), does nothing."""
         self._closed = True
-        if self._container is None:
+        if self._output is None:
             return
-        container, self._container = self._container, None
+        (container, stream), self._output = self._output, None
         try:
-            container.mux(self._stream.encode(None))
+            container.mux(stream.encode(None))
         finally:
             container.close()
 
@@ -156,29 +158,28 @@ class VideoWriter:
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # written this way, it catches NaN too
             raise ValueError(f"floating point frames must be in [0, 1], but they are in [{low:g}, {high:g}]")
 
-    def _open(self, *, height: int, width: int) -> None:
+    def _open(self, *, height: int, width: int) -> tuple[av.container.OutputContainer, av.VideoStream]:
         # flush_packets: no frame waits in a buffer of the process, where a kill would lose it.
         options = {"flush_packets": "1", **CONTAINER_OPTIONS[self.path.suffix.lower()]}
-        self._container = av.open(str(self.path), mode="w", options=options)
+        container = av.open(str(self.path), mode="w", options=options)
         encoder_options = {"crf": str(self.crf), "preset": "medium", "tune": "zerolatency"}
-        stream = self._container.add_stream(ENCODER, rate=self.fps, options=encoder_options)
+        stream = container.add_stream(ENCODER, rate=self.fps, options=encoder_options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         # Untagged, players guess the colors from the size of the picture.
         stream.codec_context.colorspace = Colorspace.ITU709
         stream.codec_context.color_range = ColorRange.MPEG
         stream.codec_context.color_primaries = ColorPrimaries.BT709
         stream.codec_context.color_trc = ColorTrc.BT709
-        self._stream = stream
         self._size = (height, width)
+        return container, stream
 
-    def _encode(self, image: np.ndarray, *, is_key_frame: bool) -> None:
+    def _video_frame(self, image: np.ndarray, *, is_key_frame: bool) -> av.VideoFrame:
         frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
             format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
         )
         frame.pts, frame.time_base = self.frames_written, 1 / self.fps
         frame.pict_type = PictureType.I if is_key_frame else PictureType.NONE
-        self._container.mux(self._stream.encode(frame))
-        self.frames_written += 1
+        return frame
 
 
 def _as_numpy(frames: np.ndarray | torch.Tensor) -> np.ndarray:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -139,13 +139,15 @@ finite = st.floats(-(2.0**99), 2.0**99, width=32)
     st.sampled_from(sorted(RULES)),
     st.sampled_from(("nearest", "stochastic")),
 )
+@example([*[0.0] * 15, 5.2929862699354855e29, *[0.0] * 15, 4.946071405581597e29], "static_4", "stochastic")
 def test_any_finite_numbers(numbers, rule, rounding):
     x = torch.tensor(numbers).reshape(2, 16)
     stored = quantize(x, rule, rounding=rounding, generator=torch.Generator().manual_seed(0))
     back = stored.dequantize(torch.float32)
     assert torch.isfinite(back).all()
     amax = x.abs().max()
-    assert back.abs().max() <= 1.13 * amax
+    # Where a block's largest number is brought to 4 and its scale is rounded down, that number lies between 4 and 6.
+    assert back.abs().max() <= (1.13 if rounding == "nearest" else 6 / 4) * amax
     # A number is off by less than the coarsest step of its block, and by what a block scale that vanishes takes.
     peak = x.abs().amax(dim=1, keepdim=True)
     assert ((back - x).abs() <= 0.5 * peak + amax * 2**-9 + 1e-35).all()
@@ -153,10 +155,11 @@ def test_any_finite_numbers(numbers, rule, rounding):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(finite, min_size=16, max_size=16), st.integers(-40, 40))
+@given(st.lists(finite, min_size=16, max_size=16), st.integers(-20, 20))
 def test_powers_of_two_change_nothing_but_the_global_scale(numbers, power):
-    x = torch.tensor(numbers).reshape(1, 16).clamp(-1e15, 1e15)
-    x[x.abs() < 1e-10] = 0
+    """As long as the squares of the errors, by which a block's scale is chosen, are numbers of float32."""
+    x = torch.tensor(numbers).reshape(1, 16).clamp(-1e9, 1e9)
+    x[x.abs() < 1e-6] = 0
     once, again = quantize(x), quantize(x * 2.0**power)
     assert torch.equal(once.codes, again.codes)
     assert torch.equal(once.scales.view(torch.uint8), again.scales.view(torch.uint8))

@@ -64,6 +64,9 @@ class Checkpoints:
         shared_states: The further states that are the same in every process; the first one writes them for all.
         total_limit: The number of checkpoints to keep; None to keep all.
         identity: The settings that a run must have in common with the run that it resumes, by name.
+
+    Raises:
+        ValueError: If two states have the same name, or one that the checkpoint itself uses.
     """
 
     def __init__(
@@ -78,6 +81,9 @@ class Checkpoints:
     ):
         self.accelerator, self.folder, self.total_limit = accelerator, folder, total_limit
         self.states, self.shared_states, self.identity = dict(states), dict(shared_states), identity
+        names = ["step", "identity", *self.states, *self.shared_states]
+        if len(set(names)) < len(names):
+            raise ValueError(f"The states of a checkpoint need names of their own, got {', '.join(names)}")
 
     def save(self, step: int) -> Path:
         """Write `checkpoint-<step>`, after `step` updates. Every process has to call this."""
@@ -131,6 +137,8 @@ class Checkpoints:
             shared = _read(checkpoint / _state_name(0))
         for states, saved in ((self.states, content), (self.shared_states, shared)):
             for name, state in states.items():
+                if name not in saved:
+                    raise ValueError(f"'{checkpoint}' has no state '{name}': it is of another run")
                 state.load_state_dict(saved[name])
         accelerator.wait_for_everyone()
         return content["step"]
@@ -153,30 +161,30 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def resolve_checkpoint(folder: Path, wanted: str | None) -> Path | None:
+def resolve_checkpoint(folder: Path, requested: str | None) -> Path | None:
     """
     Find the checkpoint to resume from.
 
     Args:
         folder: The output folder of the run.
-        wanted: The checkpoint's folder, its name in `folder`, "latest", or None.
+        requested: The checkpoint's folder, its name in `folder`, "latest", or None.
 
     Returns:
-        The checkpoint's folder; None if none is wanted, or if "latest" is wanted and there is none yet.
+        The checkpoint's folder; None if none is requested, or if "latest" is and there is none yet.
 
     Raises:
         ValueError: If there is no such checkpoint; the message names those that exist.
     """
-    if wanted is None:
+    if requested is None:
         return None
     existing = find_checkpoints(folder)
-    if wanted == "latest":
+    if requested == "latest":
         return existing[-1] if existing else None
-    for path in (Path(wanted), folder / wanted):
+    for path in (Path(requested), folder / requested):
         if path.is_dir():
             return path
     names = ", ".join(path.name for path in existing) or "none"
-    raise ValueError(f"There is no checkpoint '{wanted}'; '{folder}' has: {names}")
+    raise ValueError(f"There is no checkpoint '{requested}'; '{folder}' has: {names}")
 
 
 def remove(path: Path) -> None:

@@ -1,21 +1,21 @@
 """Caches: what direct encoding gives, whole after any interruption, and never of other settings."""
 
-import multiprocessing
+import os
 import shutil
 import signal
-import time
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data import latent_cache
 from data.latent_cache import LatentDataset, collate
 from data.sampler import EpochSampler, WithSampleId
 from longlive_diffusers.models.streaming_vae import encode_video, normalize_latents
+from tests.support.paths import PROGRAMS, ROOT
 from tests.support.tiny_pipeline import TEXT_DIM, TEXT_LENGTH, tiny_pipeline
 from tests.support.tiny_vae import tiny_vae
 from tests.support.training_caches import build, build_text, contents, dataset, encode
@@ -193,32 +193,16 @@ def test_two_that_build_the_same_do_no_harm(root, tmp_path):
     assert contents(tmp_path / "both") == contents(build(data, vaes[2], tmp_path / "alone"))
 
 
-def _build_and_hang(root: Path, folder: Path, written: Connection) -> None:
-    """Never comes back from the second sample."""
-    torch.set_num_threads(1)
-    save = latent_cache.save_tensor
-
-    def save_and_tell(path: Path, tensor: torch.Tensor) -> None:
-        save(path, tensor)
-        written.send(path.name)
-        if path.name.startswith("00000001"):
-            time.sleep(600)
-
-    latent_cache.save_tensor = save_and_tell
-    build(dataset(root), tiny_vae(VAE_CHANNELS), folder)
-
-
 def test_a_build_that_is_killed_goes_on(root, tmp_path, vae):
     folder = tmp_path / "latents"
-    processes = multiprocessing.get_context("fork")
-    receiver, sender = processes.Pipe(duplex=False)
-    process = processes.Process(target=_build_and_hang, args=(root, folder, sender))
-    process.start()
-    sender.close()
-    assert [receiver.recv(), receiver.recv()] == ["00000000.safetensors", "00000001.safetensors"]
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    program = [sys.executable, str(PROGRAMS / "build_latent_cache.py"), str(root), str(folder), str(VAE_CHANNELS)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "training")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        written = [process.stdout.readline().strip() for _ in range(2)]
+        process.kill()
+    assert written == ["00000000.safetensors", "00000001.safetensors"]
+    assert process.returncode == -signal.SIGKILL
     assert sorted(path.name for path in folder.glob("*.safetensors")) == [f"0000000{i}.safetensors" for i in (0, 1)]
     first = (folder / "00000000.safetensors").stat().st_mtime_ns
     leftover = folder / "00000002.safetensors.0123.tmp"

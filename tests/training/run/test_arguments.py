@@ -4,6 +4,8 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from objectives.error_recycling import RecyclingSettings
+from objectives.teacher_forcing import TeacherForcingSettings
 from run.arguments import parse_arguments
 from tests.support.paths import CONFIGS
 
@@ -70,3 +72,33 @@ def test_accelerate_reads_the_ready_made_configurations(name, processes, groups)
         assert (sizes["dp_replicate_size"] * sizes["dp_shard_size"], sizes["cp_size"]) == groups
         assert config.fsdp_config["fsdp_version"] == 2
         assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == "LongLiveTransformerBlock"
+
+
+def test_settings_are_their_options():
+    """The dataclasses of the objective are what is parsed: each option is written once."""
+    words = [*NEEDED, "--error_recycling", "true", "--error_num_buckets", "7", "--prompt_dropout", "0.5"]
+    arguments = parse_arguments(words)
+    assert arguments.recycling == RecyclingSettings(error_recycling=True, error_num_buckets=7)
+    assert arguments.objective == TeacherForcingSettings(prompt_dropout=0.5)
+
+
+@pytest.mark.parametrize("option", ["prompt_dropout", "image_probability", "error_context_probability"])
+@pytest.mark.parametrize("value", ["-0.1", "1.5", "nan"])
+def test_a_probability_is_one(option, value):
+    with pytest.raises(ValueError, match=rf"{option}.*\[0, 1\].*{value}"):
+        parse_arguments([*NEEDED, f"--{option}", value])
+
+
+def test_an_abbreviated_config_is_not_read_and_said_so(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 1.0e-3\n")
+    with pytest.raises(ValueError, match="write --config in full"):
+        parse_arguments([*NEEDED, "--conf", str(file)])
+
+
+def test_help_is_sentences_with_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "The learning rate after warm-up. (default: 1e-05)" in told
+    assert "(default: None)" not in told

@@ -104,10 +104,10 @@ def judge_chunk(reading: Reading, expected: Expectation) -> Marks:
         marks["background"] = reading.background == expected.background
     seen = _in_order(reading, expected)
     for name in THING_ATTRIBUTES:
-        wanted = [getattr(thing, name) for thing in expected.things]
-        asked = [index for index, value in enumerate(wanted) if value is not None]
+        expected_values = [getattr(thing, name) for thing in expected.things]
+        asked = [index for index, value in enumerate(expected_values) if value is not None]
         if asked:
-            marks[name] = bool(seen) and all(getattr(seen[index], name) == wanted[index] for index in asked)
+            marks[name] = bool(seen) and all(getattr(seen[index], name) == expected_values[index] for index in asked)
     return marks
 
 

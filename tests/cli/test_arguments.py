@@ -1,0 +1,50 @@
+"""Options that all commands call alike, and what became of the names that they had."""
+
+import pytest
+
+from longlive_diffusers.cli import build_parser, main
+from longlive_diffusers.models.layer_kv_cache import KV_CACHE_DTYPES, resolve_kv_cache_dtype
+
+
+def parse(*words: str):
+    return build_parser().parse_args(list(words))
+
+
+@pytest.mark.parametrize("command", [("generate", "a fox"), ("bench",)], ids=["generate", "bench"])
+def test_the_cache_has_the_same_options_everywhere(command):
+    several = command[0] == "bench"  # which compares dtypes
+    for dtype in ("auto", *KV_CACHE_DTYPES):
+        args = parse(*command, "--window-size", "12", "--sink-size", "4", "--kv-cache-dtype", dtype)
+        assert (args.window_size, args.sink_size) == (12, 4)
+        assert args.kv_cache_dtype == ([dtype] if several else dtype)
+
+
+def test_every_dtype_that_can_be_chosen_is_one_that_a_cache_takes():
+    assert [resolve_kv_cache_dtype(name, head_dim=128) for name in KV_CACHE_DTYPES]
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (("generate", "a fox", "--kv-cache", "fp8"), "kv_cache_dtype", "fp8"),
+        (("bench", "--window", "12"), "window_size", 12),
+        (("bench", "--sink", "0"), "sink_size", 0),
+    ],
+)
+def test_former_names_still_work(words, name, value):
+    assert vars(parse(*words))[name] == value
+
+
+def test_a_former_name_that_cannot_work_says_the_new_one(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", "--kv-caches", "plain", "fp8"])
+    assert exit_.value.code == 2
+    assert "--kv-caches is now called --kv-cache-dtype" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["plain", "int8"])
+def test_a_dtype_that_does_not_exist_is_refused_with_those_that_do(value, capsys):
+    with pytest.raises(SystemExit):
+        parse("bench", "--kv-cache-dtype", value)
+    told = capsys.readouterr().err
+    assert all(name in told for name in ("auto", "nvfp4", "fp8", value))
