@@ -65,8 +65,10 @@ def test_what_the_base_gave_is_unchanged(folder, wan_base):
     assert stored.keys() == source.keys() and all(torch.equal(stored[name], source[name]) for name in source)
     stored = load_file(folder / "text_encoder" / "model.safetensors")
     source = load_file(wan_base / "text_encoder" / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    assert stored.keys() == source.keys() and all(torch.equal(stored[name], source[name]) for name in source)
+    # Releases of transformers differ in whether they keep T5's `wo` in float32 beside bfloat16, too.
+    assert {tensor.dtype for name, tensor in stored.items() if ".wo." not in name} == {torch.bfloat16}
+    assert stored.keys() == source.keys()
+    assert all(torch.equal(stored[name].float(), source[name].float()) for name in source)
 
 
 def test_index_names_the_package(folder):

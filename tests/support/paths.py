@@ -5,5 +5,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
+WEIGHTS = ROOT / "tests" / "support" / "weights"  # drawn once: releases of libraries draw them in other orders
 PROGRAMS = ROOT / "tests" / "programs"
 CONFIGS = ROOT / "training" / "configs"

@@ -6,9 +6,11 @@ Videos are 64x64 pixels (4x4 latents, 4 tokens a frame) unless asked for otherwi
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_model
 from transformers import UMT5Config, UMT5EncoderModel
 
 from longlive_diffusers import KVCache, LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
+from tests.support.paths import WEIGHTS
 from tests.support.tiny_tokenizer import VOCABULARY_SIZE, tiny_tokenizer
 from tests.support.tiny_vae import tiny_vae
 
@@ -37,10 +39,12 @@ def tiny_wan_transformer(seed: int = 0) -> WanTransformer3DModel:
     return WanTransformer3DModel(**WAN_CONFIG).eval()
 
 
-def tiny_text_encoder(seed: int = 0) -> UMT5EncoderModel:
-    torch.manual_seed(seed)
+def tiny_text_encoder() -> UMT5EncoderModel:
+    """Random weights that were drawn once: every release of transformers draws them in an order of its own."""
     config = UMT5Config(vocab_size=VOCABULARY_SIZE, d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    return UMT5EncoderModel(config).eval()
+    encoder = UMT5EncoderModel(config)
+    load_model(encoder, WEIGHTS / "tiny_text_encoder.safetensors")
+    return encoder.eval()
 
 
 def tiny_components() -> dict:

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_model
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from assemble import initialize
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, WEIGHTS
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from train_vae import build_vae
 from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, draw_sample, write_sample
@@ -69,10 +70,13 @@ def save_pipeline(folder: Path) -> Path:
     )
     initialize(transformer)
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)  # as zero, it would hide all other gradients
+    text_encoder, vae = UMT5EncoderModel(config), build_vae(8)
+    load_model(text_encoder, WEIGHTS / "training_text_encoder.safetensors")
+    load_model(vae, WEIGHTS / "training_vae.safetensors")
     pipe = LongLivePipeline(
         tokenizer=tokenizer,
-        text_encoder=UMT5EncoderModel(config).eval(),
-        vae=build_vae(8).eval(),
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
         transformer=transformer.eval(),
         scheduler=LongLiveScheduler(),
         window_size=8,
