@@ -3,15 +3,20 @@
 Whatever is written under a name that somebody else may read - a cached latent, a pipeline of many gigabytes - is
 written under a temporary name beside it first, and renamed when it is complete. A program that fails removes what it
 had written; one that is killed leaves a file whose name begins with a dot and ends in `.partial`, which nothing here
-reads. Temporary names are unique, so several processes may write the same file: the last one to finish wins.
+reads and `remove_unfinished` removes. Temporary names are unique, so several processes may write the same file: the
+last one to finish wins.
 """
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+_TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -66,6 +71,21 @@ def new_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Pa
     except BaseException:  # KeyboardInterrupt too: gigabytes must not stay behind under a hidden name
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """
+    Remove what killed programs left half-written in a folder.
+
+    Args:
+        folder: A folder that no other program is writing to; what is deeper in it stays.
+    """
+    for path in Path(folder).iterdir():
+        if _TEMPORARY_NAME.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _exchange(path: Path, temporary: Path) -> None:

@@ -40,6 +40,20 @@ def kill(run: subprocess.Popen) -> None:
     run.wait()
 
 
+def kill_while_writing(workshop, output: Path, pattern: str) -> None:
+    """Kill a run so that something half-written stays; what is complete before the signal arrives is tried again."""
+    for _ in range(5):
+        run = start(workshop, output)
+        while run.poll() is None and not list(output.glob(pattern)):
+            time.sleep(0.0005)
+        if run.poll() is None:
+            kill(run)
+        assert run.returncode in (0, -signal.SIGKILL), run.stderr.read().decode()[-4000:]
+        if list(output.glob(pattern)):
+            return
+    raise AssertionError(f"{pattern} was never seen half-written")
+
+
 def wait_for(run: subprocess.Popen, happened) -> None:
     deadline = time.monotonic() + 240
     while not happened():
@@ -53,16 +67,15 @@ def last_step(output: Path) -> int:
     return read_log(log)[-1]["step"] if log.exists() and log.stat().st_size else 0
 
 
-def test_a_run_killed_five_times_gives_the_uninterrupted_one(workshop, long_run, tmp_path):
+def test_a_run_killed_six_times_gives_the_uninterrupted_one(workshop, long_run, tmp_path):
     output, rng = tmp_path / "run", random.Random(time.time_ns())
     resumed_at = []
-    for number, after in enumerate((2, 7, 12, 17, 23)):
-        run = start(workshop, output)
-        if number == 3:  # while a checkpoint is being written
-            wait_for(run, lambda: list(output.glob("checkpoint-*.partial")))
-            kill(run)
-            assert list(output.glob("checkpoint-*.partial"))
+    half_written = {3: "checkpoint-*.partial", 5: ".result.*.partial"}
+    for number, after in enumerate((2, 7, 12, 17, 23, 28)):
+        if number in half_written:
+            kill_while_writing(workshop, output, half_written[number])
         else:
+            run = start(workshop, output)
             wait_for(run, lambda after=after: last_step(output) >= after)
             time.sleep(rng.uniform(0, 0.3))
             kill(run)
@@ -77,7 +90,7 @@ def test_a_run_killed_five_times_gives_the_uninterrupted_one(workshop, long_run,
     name = "transformer/diffusion_pytorch_model.safetensors"
     weights, expected = load_file(output / name), load_file(long_run / name)
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
-    assert not list(output.glob("*.partial"))
+    assert not list(output.glob("*.partial")) and not (output / "result").exists()
 
 
 def refuse(words: list[str], message: str) -> None:

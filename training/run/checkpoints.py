@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
 
+from longlive_diffusers.atomic_write import remove_unfinished
+
 
 PREFIX = "checkpoint-"
 PARTIAL = ".partial"
@@ -156,7 +158,8 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
+    """Remove what a killed run left half-written: checkpoints, its log, its result."""
+    remove_unfinished(folder)
     for path in folder.glob(f"{PREFIX}*{PARTIAL}"):
         shutil.rmtree(path)
 

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from run.checkpoints import Checkpoints, find_checkpoints
+from run.checkpoints import Checkpoints, find_checkpoints, remove_partial
 
 
 @pytest.fixture
@@ -70,3 +70,15 @@ def test_names_that_are_taken_are_refused(accelerator, tmp_path, name):
         checkpoints(accelerator, tmp_path, states={name: state})
     with pytest.raises(ValueError, match="need names of their own"):
         checkpoints(accelerator, tmp_path, states={"ema": state}, shared_states={"ema": state})
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
+    kept = {"checkpoint-2", "result", "log.jsonl", ".hidden", "download.partial", ".download.partial"}
+    left = {"checkpoint-4.partial", ".result.0123abcd.partial", ".log.jsonl.89efcdab.partial"}
+    for name in kept | left:
+        if "log" in name or "load" in name:
+            (tmp_path / name).write_text("text")
+        else:
+            (tmp_path / name / "transformer").mkdir(parents=True)
+    remove_partial(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
