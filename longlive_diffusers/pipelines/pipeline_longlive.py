@@ -46,11 +46,11 @@ EXAMPLE_DOC_STRING = """
         ```python
         >>> import torch, longlive_diffusers
         >>> from diffusers import DiffusionPipeline
-        >>> from diffusers.utils import export_to_video
+        >>> from diffusers.utils import encode_video
 
         >>> pipe = DiffusionPipeline.from_pretrained("path/or/repo", dtype=torch.bfloat16).to("cuda")
         >>> video = pipe("A lighthouse in a storm", num_frames=125).frames[0]
-        >>> export_to_video(video, "lighthouse.mp4", fps=24)
+        >>> encode_video(video, fps=24, output_path="lighthouse.mp4")
 
         >>> with pipe.stream("A lighthouse in a storm") as session:  # no end
         ...     for chunk in session:

@@ -193,7 +193,7 @@ def resolve_checkpoint(folder: Path, requested: str | None) -> Path | None:
 def remove(path: Path) -> None:
     """Delete a checkpoint, so that an interrupted deletion leaves nothing that looks like a complete one."""
     if path.exists():
-        doomed = path.with_name(path.name + PARTIAL)
+        doomed = path.with_name(f"{path.name}.removed{PARTIAL}")  # not the name that `save` writes to
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)

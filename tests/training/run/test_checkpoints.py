@@ -51,6 +51,19 @@ def test_every_named_state_comes_back(accelerator, tmp_path):
     assert learning_rates == [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
 
 
+def test_a_checkpoint_gives_way_to_one_of_the_same_step(accelerator, tmp_path):
+    for learning_rate_steps in (1, 2):
+        states = schedulers(1)
+        for _ in range(learning_rate_steps):
+            states["schedule_0"].optimizer.step()
+            states["schedule_0"].step()
+        saved = checkpoints(accelerator, tmp_path, states=states).save(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    fresh = schedulers(1)
+    assert checkpoints(accelerator, tmp_path, states=fresh).load(saved) == 3
+    assert fresh["schedule_0"].get_last_lr() == [1 / 4]
+
+
 def test_a_state_that_the_checkpoint_lacks_is_named(accelerator, tmp_path):
     saved = checkpoints(accelerator, tmp_path, states=schedulers(1)).save(1)
     with pytest.raises(ValueError, match="has no state 'schedule_1'"):
