@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 
+from .flex import flex_attend
+from .sdpa_kernels import kernel_named
+
 
 _SCORE_BYTES = 16 * 2**20  # per block of scores; larger allocations go back to the system each time, which is slower
 
@@ -20,6 +23,11 @@ def attend(
     """Compute unmasked attention, `[B, tokens, heads, head_dim]`, with `backend` (None: diffusers' active one)."""
     if backend is None and _prefers_matmul(query):
         return _matmul_attention(query, key, value)
+    name = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend)
+    if name == AttentionBackendName.FLEX:
+        return flex_attend(query, key, value)
+    if (kernel := kernel_named(name)) is not None:
+        return kernel(*(states.transpose(1, 2) for states in (query, key, value))).transpose(1, 2)
     return dispatch_attention_fn(query, key, value, backend=backend)
 
 

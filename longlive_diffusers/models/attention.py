@@ -2,13 +2,14 @@
 and to the prompt embeddings of each chunk."""
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..parallel.all_to_all import gather_heads, scatter_heads
 from .attend import attend
 from .chunk_mask import ChunkMask
+from .flex import flex_attend
 from .layer_kv_cache import ChunkSlots, LayerKVCache, PackedLayerKVCache
 from .rotary import apply_rotary
 
@@ -64,7 +65,9 @@ class LongLiveAttnProcessor:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key, value = split_heads(attn, attn.norm_q(query), attn.norm_k(key), value)
+        # Autocast normalizes in float32 on a GPU; attention takes queries, keys and values of one dtype.
+        query, key = attn.norm_q(query).type_as(value), attn.norm_k(key).type_as(value)
+        query, key, value = split_heads(attn, query, key, value)
         raw_key = key
         query, key = apply_rotary(query, rotary_emb), apply_rotary(key, rotary_emb)
 
@@ -79,12 +82,12 @@ class LongLiveAttnProcessor:
 
     def _attend_by_chunks(self, query, key, value, attention_mask):
         if self._attention_backend == AttentionBackendName.FLEX:
-            mask = attention_mask.block_mask(query.device)
-            return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
+            return flex_attend(query, key, value, attention_mask.block_mask(query.device))
         return attention_mask.dense(query, key, value, self._attention_backend)
 
     def _attend_to_text(self, attn, hidden_states, encoder_hidden_states, attention_mask, layer_cache):
-        (query,) = split_heads(attn, attn.norm_q(attn.to_q(hidden_states)))
+        query = attn.to_q(hidden_states)
+        (query,) = split_heads(attn, attn.norm_q(query).type_as(query))
         if layer_cache is not None and not torch.is_grad_enabled():
             if layer_cache.text is None:
                 text = project_text(attn, encoder_hidden_states)
@@ -117,4 +120,4 @@ def project_text(attn: WanAttention, text: torch.Tensor) -> list[torch.Tensor]:
         key, value = attn.to_kv(text).chunk(2, dim=-1)
     else:
         key, value = attn.to_k(text), attn.to_v(text)
-    return split_heads(attn, attn.norm_k(key), value)
+    return split_heads(attn, attn.norm_k(key).type_as(value), value)

@@ -90,7 +90,8 @@ def prefixes(states: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
 
 
 class _Prefixes(torch.autograd.Function):
-    """Prefixes whose gradients are summed in one buffer; with plain slices, each would fill a full one with zeros."""
+    """Prefixes whose gradients are summed in one buffer; with plain slices, each would fill a full one with zeros. The
+    sum has a term for every later chunk, so it is in float32."""
 
     @staticmethod
     def forward(ctx, states: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
@@ -101,10 +102,10 @@ class _Prefixes(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: torch.Tensor | None):
         given = [gradient for gradient in gradients if gradient is not None]
-        total = given[0].new_zeros(ctx.shape)
+        total = given[0].new_zeros(ctx.shape, dtype=torch.float32)
         for gradient in given:
             total[:, : gradient.shape[1]] += gradient
-        return total, None
+        return total.type_as(given[0]), None
 
 
 @functools.lru_cache(maxsize=8)

@@ -76,8 +76,9 @@ class NVFP4Frames:
         self.scales[samples, :, slots] = packed.scales.view(torch.uint8)
         self.amax[samples, :, slots] = amax
 
-    def read_into(self, target: torch.Tensor, length: int) -> None:
-        """Dequantize the first `length` slots into those of `target`, `[B, heads, slots, tokens, head_dim]`."""
+    def read_into(self, target: torch.Tensor) -> None:
+        """Dequantize the first slots into `target`, `[B, heads, length, tokens, head_dim]`, for as many as it has."""
+        length = target.shape[2]
         if not length:
             return
         rule, head_dim = scale_rule_named(self.scale_rule), target.shape[-1]
@@ -92,7 +93,7 @@ class NVFP4Frames:
         values = in_block_scales(codes, scales)
         if self.mean is not None:
             values += self.mean[:, :, :length]
-        target[:, :, :length] = values
+        target.copy_(values)
 
 
 class FP8Frames:
@@ -127,11 +128,11 @@ class FP8Frames:
         self.codes[samples, :, slots] = codes.view(torch.uint8)
         self.scale[samples, :, slots] = scale
 
-    def read_into(self, target: torch.Tensor, length: int) -> None:
+    def read_into(self, target: torch.Tensor) -> None:
         """Dequantize slots, like [`NVFP4Frames.read_into`]."""
-        if length:
-            codes = self.codes[:, :, :length].view(torch.float8_e4m3fn)
-            target[:, :, :length] = codes.float().mul_(self.scale[:, :, :length])
+        length = target.shape[2]
+        codes = self.codes[:, :, :length].view(torch.float8_e4m3fn)
+        target.copy_(codes.float().mul_(self.scale[:, :, :length]))
 
 
 FrameStore = NVFP4Frames | FP8Frames

@@ -77,7 +77,8 @@ class KVCache:
             video's start.
         dtype: What keys and values are stored as: float32, bfloat16, float16, "nvfp4" (3.5 times smaller than
             bfloat16) or "fp8"; see `resolve_kv_cache_dtype`.
-        raw_dtype: The dtype of the unrotated keys of sinks and pins that relative RoPE keeps, where `dtype` is packed.
+        compute_dtype: The dtype that the network computes in: where `dtype` is packed, that of the buffers it is
+            unpacked to, and of the unrotated keys of sinks and pins that relative RoPE keeps.
         device: The device that keys and values are stored on.
         theta: The base of the rotary frequencies.
 
@@ -101,7 +102,7 @@ class KVCache:
         multi_shot_sink: bool,
         relative_rope: bool = False,
         dtype: torch.dtype | str = torch.float32,
-        raw_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         theta: float = 10000.0,
     ):
@@ -119,11 +120,13 @@ class KVCache:
         self._num_raw_slots = sink_size + 2 * self.pin_size if relative_rope else 0
         shape = (batch_size, num_heads, window_size, grid_height * grid_width, head_dim)
         self.is_packed = isinstance(dtype, str)
-        self._dequant_buffers = DequantBuffers(shape, self.device)
+        self._dequant_buffers = DequantBuffers(shape, compute_dtype, self.device) if self.is_packed else None
         self._layers: list[LayerKVCache | PackedLayerKVCache] = [
-            PackedLayerKVCache(shape, self._num_raw_slots, dtype, raw_dtype, self.device, self._dequant_buffers)
-            if isinstance(dtype, str)
-            else LayerKVCache(shape, self._num_raw_slots, dtype, self.device)
+            LayerKVCache(shape, self._num_raw_slots, dtype, self.device)
+            if isinstance(dtype, torch.dtype)
+            else PackedLayerKVCache(
+                shape, self._num_raw_slots, dtype, compute_dtype, self.device, self._dequant_buffers
+            )
             for _ in range(num_layers)
         ]
         self.reset()
@@ -149,7 +152,8 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """The memory of the stored keys and values, in bytes; with the buffers that packed ones are unpacked to."""
-        return sum(layer.num_bytes for layer in self._layers) + self._dequant_buffers.num_bytes
+        buffers = 0 if self._dequant_buffers is None else self._dequant_buffers.num_bytes
+        return sum(layer.num_bytes for layer in self._layers) + buffers
 
     @property
     def chunk(self) -> ChunkSlots:
@@ -316,15 +320,16 @@ class KVCache:
             [sample.slots[slot].position for slot in chosen]
             for sample, chosen in zip(self._samples, slots, strict=True)
         ]
-        raw = [
-            (index, frame, sample.raw_slots[sample.slots[slot].index])
-            for index, (sample, chosen) in enumerate(zip(self._samples, slots, strict=True))
-            for frame, slot in enumerate(chosen)
-            if sample.slots[slot].index in sample.raw_slots
-        ]
-        raw_samples, raw_frames, raw_slots = (
-            (self._indices(values) for values in zip(*raw, strict=True)) if raw else (None, None, None)
-        )
+        raw_slots = None
+        if self._num_raw_slots:  # the keys of frames that are neither sinks nor open a shot go to a slot nobody reads
+            raw_slots = self._indices(
+                [
+                    [sample.raw_slots.get(sample.slots[slot].index, self._num_raw_slots) for slot in chosen]
+                    for sample, chosen in zip(self._samples, slots, strict=True)
+                ]
+            )
+        for layer in self._layers:
+            layer.begin_chunk(self.num_cached_frames)
         same_positions = all(own == positions[0] for own in positions)
         return ChunkSlots(
             len(slots[0]),
@@ -332,8 +337,6 @@ class KVCache:
             self._indices(slots),
             self.num_cached_frames,
             self._rotary(positions[:1] if same_positions else positions),
-            raw_samples,
-            raw_frames,
             raw_slots,
         )
 

@@ -40,12 +40,12 @@ def resolve_kv_cache_dtype(dtype: torch.dtype | str, head_dim: int) -> torch.dty
 
 @dataclass(frozen=True)
 class ChunkSlots:
-    """Where the forwards of one chunk write and read; created once for each chunk, the same for all layers.
+    """Where the forwards of one chunk write; created once for each chunk, the same for all layers.
 
     `samples` and `slots` are int64 `[B, 1]` and `[B, num_frames]`: sample b's frames are written to `slots[b]`.
-    `length` is the number of filled slots. `raw_samples`, `raw_frames`, `raw_slots` (int64 `[n]`, or None) name the
-    frames of the chunk whose unrotated keys are kept as well. `finished` tells whether the latents are the clean ones,
-    so that what the forward computes is what is remembered.
+    `length` is the number of slots that are filled then. `raw_slots`, in the shape of `slots`, are those of the
+    unrotated keys (None where no layer keeps any). `rotary` is the rotation of the chunk's queries and keys.
+    `finished` tells whether the latents are the clean ones, so that what the forward computes is what is remembered.
     """
 
     num_frames: int
@@ -53,17 +53,24 @@ class ChunkSlots:
     slots: torch.Tensor
     length: int
     rotary: torch.Tensor
-    raw_samples: torch.Tensor | None = None
-    raw_frames: torch.Tensor | None = None
     raw_slots: torch.Tensor | None = None
     finished: bool = False
 
 
 class LayerCacheBase:
-    """What both layer caches keep unpacked: keys and values of the text and, for relative RoPE, unrotated keys."""
+    """What a block of the network uses of its cache: `update`, and the keys and values of the text.
+
+    Only these run in a block, and they do the same for every kind of cache, every chunk and every forward of it: a
+    compiled block needs no graph of its own for any of them. What differs, `load` and `store`, runs before and after
+    the block.
+    """
+
+    visible: tuple[torch.Tensor, torch.Tensor]
+    """Keys and values of the filled slots, `[B, heads, length, tokens, head_dim]`, which are written in place."""
 
     def __init__(self, shape: Shape, num_raw_slots: int, raw_dtype: torch.dtype, device: torch.device):
-        raw_shape = (*shape[:2], num_raw_slots, *shape[3:])
+        # One more slot than there are, for the keys that nobody will ask for.
+        raw_shape = (*shape[:2], num_raw_slots + 1, *shape[3:])
         self.raw_key = torch.zeros(raw_shape, dtype=raw_dtype, device=device) if num_raw_slots else None
         self.text: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -71,10 +78,33 @@ class LayerCacheBase:
         """Forget the text; frames are forgotten by `KVCache.reset`, which owns their bookkeeping."""
         self.text = None
 
-    def _keep_raw(self, raw_key: torch.Tensor, chunk: ChunkSlots) -> None:
-        if self.raw_key is not None and chunk.raw_slots is not None:
-            raw_frames = in_frames(raw_key, chunk.num_frames)[chunk.raw_samples, chunk.raw_frames]
-            self.raw_key[chunk.raw_samples, :, chunk.raw_slots] = raw_frames.detach().to(self.raw_key.dtype)
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, chunk: ChunkSlots
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the chunk's keys (rotated; `raw_key` unrotated) and values, and return everything that is cached.
+
+        Args:
+            key, value, raw_key: `[B, num_frames * tokens, heads, head_dim]`.
+            chunk: Where this chunk's frames go.
+
+        Returns:
+            Keys and values `[B, length * tokens, heads, head_dim]`, in the dtype of `key`: views of `visible`. With
+            gradients enabled, copies: a backward needs them as they are now, and the next step overwrites the cache.
+        """
+        index = (chunk.samples, slice(None), chunk.slots)
+        heads_first = [in_frames(states, chunk.num_frames) for states in (key, value)]
+        for states, new in zip(self.visible, heads_first, strict=True):
+            states[index] = new.detach().to(states.dtype)
+        if self.raw_key is not None:
+            assert chunk.raw_slots is not None  # `KVCache` makes both, or neither
+            raw_frames = in_frames(raw_key, chunk.num_frames).detach().to(self.raw_key.dtype)
+            self.raw_key[chunk.samples, :, chunk.raw_slots] = raw_frames
+        if torch.is_grad_enabled():
+            cached = [states.to(key.dtype, copy=True) for states in self.visible]
+            cached[0][index], cached[1][index] = heads_first
+        else:
+            cached = [states.to(key.dtype) for states in self.visible]
+        return joined_tokens(cached[0]), joined_tokens(cached[1])
 
     def _rotated(self, samples: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         """Return kept unrotated keys, `[n, heads, tokens, head_dim]`, rotated by `rotary`."""
@@ -95,29 +125,15 @@ class LayerKVCache(LayerCacheBase):
         self.key = torch.zeros(shape, dtype=dtype, device=device)
         self.value = torch.zeros(shape, dtype=dtype, device=device)
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, chunk: ChunkSlots
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the chunk's keys (rotated; `raw_key` unrotated) and values, and return everything that is cached.
+    def begin_chunk(self, length: int) -> None:
+        """Make the first `length` slots visible."""
+        self.visible = (self.key[:, :, :length], self.value[:, :, :length])
 
-        Args:
-            key, value, raw_key: `[B, num_frames * tokens, heads, head_dim]`.
-            chunk: Where this chunk's frames go.
+    def load(self) -> None:
+        """Prepare for a forward of the chunk: nothing to do, because what is visible is the cache itself."""
 
-        Returns:
-            Keys and values `[B, length * tokens, heads, head_dim]`, in the dtype of `key`: views of the cache. With
-            gradients enabled, copies: a backward needs them as they are now, and the next step overwrites the cache.
-        """
-        heads_first = [in_frames(states, chunk.num_frames) for states in (key, value)]
-        self.key[chunk.samples, :, chunk.slots] = heads_first[0].detach().to(self.key.dtype)
-        self.value[chunk.samples, :, chunk.slots] = heads_first[1].detach().to(self.value.dtype)
-        self._keep_raw(raw_key, chunk)
-        if torch.is_grad_enabled():
-            index = (chunk.samples, slice(None), chunk.slots)
-            cached = [states[:, :, : chunk.length].to(key.dtype, copy=True) for states in (self.key, self.value)]
-            cached[0][index], cached[1][index] = heads_first
-            return joined_tokens(cached[0]), joined_tokens(cached[1])
-        return self.get(chunk.length, key.dtype)
+    def store(self, chunk: ChunkSlots) -> None:
+        """Keep what a forward of the chunk wrote: nothing to do, for the same reason."""
 
     def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` slots, `[B, length * tokens, heads, head_dim]`: views of the cache
@@ -141,20 +157,21 @@ class DequantBuffers:
     """The buffers that packed layers unpack into what a forward attends to: one pair for all layers, since these run
     one after the other."""
 
-    def __init__(self, shape: Shape, device: torch.device):
-        self.shape, self.device = shape, device
-        self._pairs: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device):
+        self.key = torch.zeros(shape, dtype=dtype, device=device)
+        self.value = torch.zeros(shape, dtype=dtype, device=device)
+        self._visible = (self.key, self.value)
 
-    def of_dtype(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the buffers for keys and for values; they are allocated when first needed."""
-        if dtype not in self._pairs:
-            key, value = (torch.zeros(self.shape, dtype=dtype, device=self.device) for _ in range(2))
-            self._pairs = {dtype: (key, value)}
-        return self._pairs[dtype]
+    def first(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first `length` slots of both: the same two tensors until `length` changes, so that a compiler
+        sees that the layers share them."""
+        if self._visible[0].shape[2] != length:
+            self._visible = (self.key[:, :, :length], self.value[:, :, :length])
+        return self._visible
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.nbytes for pair in self._pairs.values() for buffer in pair)
+        return self.key.nbytes + self.value.nbytes
 
 
 class PackedLayerKVCache(LayerCacheBase):
@@ -177,29 +194,31 @@ class PackedLayerKVCache(LayerCacheBase):
         super().__init__(shape, num_raw_slots, raw_dtype, device)
         self.key: FrameStore = FRAME_STORES[store](shape, device, for_keys=True)
         self.value: FrameStore = FRAME_STORES[store](shape, device, for_keys=False)
-        self._dequant_buffers = dequant_buffers
+        self._shape, self._dequant_buffers = shape, dequant_buffers
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, chunk: ChunkSlots
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the chunk and return everything that is cached, like [`LayerKVCache.update`], except that the views
-        returned without gradients are of buffers that the next layer's update overwrites."""
-        heads_first = [in_frames(states, chunk.num_frames) for states in (key, value)]
-        cached = self._unpack(chunk.length, key.dtype)
-        if torch.is_grad_enabled():
-            cached = (cached[0].clone(), cached[1].clone())
-        for states, new in zip(cached, heads_first, strict=True):
-            states[chunk.samples, :, chunk.slots] = new
+    def begin_chunk(self, length: int) -> None:
+        """Make the first `length` slots visible."""
+        self.visible = self._dequant_buffers.first(length)
+
+    def load(self) -> None:
+        """Unpack this layer into the buffers of all layers, before a forward of the chunk."""
+        self.key.read_into(self.visible[0])
+        self.value.read_into(self.visible[1])
+
+    def store(self, chunk: ChunkSlots) -> None:
+        """Quantize what the forward of a finished chunk wrote into the buffers."""
         if chunk.finished:
-            self.key.write(chunk.samples, chunk.slots, heads_first[0].detach())
-            self.value.write(chunk.samples, chunk.slots, heads_first[1].detach())
-            self._keep_raw(raw_key, chunk)
-        return joined_tokens(cached[0]), joined_tokens(cached[1])
+            for stored, states in zip((self.key, self.value), self.visible, strict=True):
+                stored.write(chunk.samples, chunk.slots, states[chunk.samples, :, chunk.slots])
 
     def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` slots as they were stored, `[B, length * tokens, heads, head_dim]`."""
-        key, value = self._unpack(length, dtype or torch.float32)
-        return joined_tokens(key).clone(), joined_tokens(value).clone()
+        shape = (*self._shape[:2], length, *self._shape[3:])
+        device = self._dequant_buffers.key.device
+        key, value = (torch.zeros(shape, dtype=dtype or torch.float32, device=device) for _ in range(2))
+        self.key.read_into(key)
+        self.value.read_into(value)
+        return joined_tokens(key), joined_tokens(value)
 
     def rotate_again(
         self, samples: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
@@ -212,12 +231,6 @@ class PackedLayerKVCache(LayerCacheBase):
         """The memory of the stored keys and values, in bytes, without the [`DequantBuffers`] that all layers share."""
         raw = 0 if self.raw_key is None else self.raw_key.nbytes
         return self.key.num_bytes + self.value.num_bytes + raw
-
-    def _unpack(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value = (buffer[:, :, :length] for buffer in self._dequant_buffers.of_dtype(dtype))
-        self.key.read_into(key, length)
-        self.value.read_into(value, length)
-        return key, value
 
 
 def in_frames(states: torch.Tensor, num_frames: int) -> torch.Tensor:

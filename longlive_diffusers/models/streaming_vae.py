@@ -204,11 +204,13 @@ def encode_video(
     return normalize_latents(vae, torch.cat(latents, dim=2).float())
 
 
-def latent_statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean and standard deviation of the VAE's latents, `[1, z_dim, 1, 1, 1]`, with the dtype and device of
-    `latents`."""
+def latent_statistics(
+    vae: AutoencoderKLWan, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean and standard deviation of the VAE's latents, `[1, z_dim, 1, 1, 1]`. On a GPU this waits for the
+    device: keep them for as long as they are needed."""
     mean, std = (
-        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+        torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, std
@@ -216,14 +218,8 @@ def latent_statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[tor
 
 def normalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """Normalize latents `[B, z_dim, F, h, w]` of the VAE for the transformer."""
-    mean, std = latent_statistics(vae, latents)
+    mean, std = latent_statistics(vae, latents.device, latents.dtype)
     return (latents - mean) / std
-
-
-def denormalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Turn normalized latents `[B, z_dim, F, h, w]` of the transformer back into those that the VAE decodes."""
-    mean, std = latent_statistics(vae, latents)
-    return latents * std + mean
 
 
 @apply_forward_hook

@@ -250,11 +250,15 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
 
         for index, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache[index]
+            if layer_cache is not None:
+                layer_cache.load()
             arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, chunk, sp_mesh)
             if self.gradient_checkpointing and torch.is_grad_enabled() and kv_cache is None:
                 tokens = self._gradient_checkpointing_func(block, *arguments)  # pyright: ignore[reportOptionalCall]
             else:
                 tokens = block(*arguments)
+            if layer_cache is not None and chunk is not None:
+                layer_cache.store(chunk)
 
         if has_clean:
             tokens, temb = tokens[:, tokens.shape[1] // 2 :], temb[:, frames:]
@@ -304,7 +308,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             multi_shot_sink=multi_shot_sink,
             relative_rope=relative_rope,
             dtype=dtype or self.dtype,
-            raw_dtype=self.dtype,
+            compute_dtype=self.dtype,
             device=device or self.device,
             theta=ROPE_THETA,
         )
@@ -344,6 +348,39 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         """Fuse LoRA like diffusers does, also into NVFP4 weights, which are rounded again and cannot be unfused."""
         adopt_lora_layers(self)
         super().fuse_lora(*args, **kwargs)
+
+    def fuse_qkv_projections(self) -> None:
+        """Fuse the projections of queries, keys and values like diffusers does, which keeps the separate ones.
+
+        Raises:
+            ValueError: If a projection is no plain linear layer: the weights of one in NVFP4 cannot be joined without
+                rounding them again, and a LoRA would be left out.
+        """
+        special = [
+            f"{name} ({type(layer).__name__})"
+            for name, layer in self.named_modules()
+            if name.rpartition(".")[2] in ("to_q", "to_k", "to_v") and type(layer) is not nn.Linear
+        ]
+        if special:
+            raise ValueError(
+                f"{len(special)} projections are not plain linear layers, for instance {special[0]}: fuse projections "
+                "before quantizing, and without a LoRA that is not fused."
+            )
+        super().fuse_qkv_projections()
+
+    def enable_parallelism(self, *, config, cp_plan=None) -> None:
+        """
+        Refuse diffusers' parallelism, also that of `from_pretrained(..., parallel_config=...)`: its plans split the
+        hidden states of a whole clip, of which the KV cache, the positions and the mask of a stream know nothing.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not support diffusers' parallelism ({type(config).__name__}): its plans know "
+            "nothing of the KV cache. Training splits clips over GPUs with `sp_mesh`, see "
+            "`longlive_diffusers.parallel`."
+        )
 
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
         """Embed latents `[B, C, F, h, w]` as tokens `[B, F * grid_height * grid_width, dim]`."""

@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 
-from ..models.streaming_vae import StreamingDecoder, denormalize_latents
+from ..models.streaming_vae import StreamingDecoder, latent_statistics
 from .pipeline_output import Frames
 
 
@@ -18,7 +18,7 @@ class ChunkDecoder:
         video_processor: Converts pixels to the output layout.
         output_type: The layout of the frames: "np", "pt" or "pil".
         device: The device that the VAE runs on, possibly another one than that of the latents.
-        own_stream: Whether to decode on a separate CUDA stream, in parallel with the denoising of the next latents.
+        stream: The CUDA stream to decode on, in parallel with what the caller's stream does; None for the caller's.
     """
 
     def __init__(
@@ -28,11 +28,12 @@ class ChunkDecoder:
         output_type: str,
         device: torch.device,
         *,
-        own_stream: bool = False,
+        stream: torch.cuda.Stream | None = None,
     ):
         self.vae, self.video_processor, self.output_type, self.device = vae, video_processor, output_type, device
-        self._decoder = StreamingDecoder(vae)
-        self._stream = torch.cuda.Stream(device) if own_stream else None
+        self._decoder, self._stream = StreamingDecoder(vae), stream
+        # Made once: on a GPU, making a tensor of Python's numbers waits for the device.
+        self._mean, self._std = latent_statistics(vae, device, torch.float32)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, ready: torch.cuda.Event | None = None) -> Frames:
@@ -40,25 +41,30 @@ class ChunkDecoder:
         Decode the next chunk.
 
         Args:
-            latents: The normalized latents of the next chunk, `[B, C, F, h, w]`.
-            ready: Marks when the latents are ready, for a separate stream to wait for.
+            latents: The normalized latents of the next chunk, `[B, C, F, h, w]`, float32.
+            ready: Marks when the latents are ready, where that is before the work of the current stream is done. A
+                decoder without a stream of its own does not look at it: the caller's stream has to wait.
 
         Returns:
             The chunk's frames in the output layout, ready to be used on the current stream.
         """
         if self._stream is None:
             return self._frames(latents)
-        if ready is not None:
+        caller = torch.cuda.current_stream(self.device)
+        if ready is None:
+            self._stream.wait_stream(caller)
+        else:
             self._stream.wait_event(ready)
         latents.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             frames = self._frames(latents)
-        consumer = torch.cuda.current_stream(self.device)
-        consumer.wait_stream(self._stream)
+        caller.wait_stream(self._stream)
         if isinstance(frames, torch.Tensor):
-            frames.record_stream(consumer)
+            frames.record_stream(caller)
         return frames
 
     def _frames(self, latents: torch.Tensor) -> Frames:
-        latents = denormalize_latents(self.vae, latents).to(self.device, self.vae.dtype)
-        return self.video_processor.postprocess_video(self._decoder.decode(latents), output_type=self.output_type)
+        latents = latents.to(self.device, torch.float32) * self._std + self._mean
+        # In float32: half of bfloat16's numbers in [0, 1] are further apart than half a level of 8 bits.
+        pixels = self._decoder.decode(latents.to(self.vae.dtype)).float()
+        return self.video_processor.postprocess_video(pixels, output_type=self.output_type)

@@ -38,13 +38,13 @@ class RunState:
 
 @dataclass(frozen=True)
 class DenoisedChunk:
-    """A finished chunk: normalized latents `[B, C, chunk_size, h, w]`, its index, and each sample's prompt. On a GPU,
-    `ready` marks when the latents are ready."""
+    """A finished chunk: normalized latents `[B, C, chunk_size, h, w]`, its index, and each sample's prompt. Where it
+    was made on another stream than the consumer's, `ready` marks when the latents are ready."""
 
     latents: torch.Tensor
     index: int
     prompts: list[ChunkPrompt]
-    ready: torch.cuda.Event | None
+    ready: torch.cuda.Event | None = None
 
 
 class ChunkDenoiser:
@@ -128,11 +128,7 @@ class ChunkDenoiser:
         else:
             latents = self._denoise(index, new_index, conditioning)
         self._remember(index, latents)
-        ready = None
-        if latents.is_cuda:
-            ready = torch.cuda.Event()
-            ready.record()
-        return DenoisedChunk(latents, index, prompts, ready)
+        return DenoisedChunk(latents, index, prompts)
 
     def _denoise(self, index: int, new_index: int, conditioning: Conditioning) -> torch.Tensor:
         """Denoise a chunk from its noise; what the pipeline shows, and what a callback changes, goes through the run's

@@ -28,6 +28,7 @@ from ..loaders.lora import is_original_lora, read_original_lora
 from ..models.streaming_vae import encode_video
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..schedulers.scheduling_longlive import LongLiveScheduler
+from .async_workers import AsyncWorkers
 from .chunk_step import is_guided
 from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser, RunState
@@ -117,6 +118,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.vae_scale_factor_spatial = vae.config["scale_factor_spatial"] if vae is not None else 16
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
         self._run = RunState(guidance_scale=1.0, num_timesteps=0, attention_kwargs=None)
+        self._workers = AsyncWorkers()
 
     # -- what callbacks read and change: the state of the session that is advancing ----------------------------------
 
@@ -168,10 +170,21 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return any("_hf_hook" in model.__dict__ for model in models if model is not None)
 
     @property
+    def _execution_device(self) -> torch.device:
+        """The device the transformer runs on, and with it caches and latents. Where nothing is offloaded, diffusers
+        would name the device of whatever component comes first, but every component may have one of its own."""
+        models = (self.text_encoder, self.transformer, self.vae)
+        offloaded = self.is_offloaded or any(_is_group_offload_enabled(model) for model in models if model is not None)
+        return super()._execution_device if offloaded or self.transformer is None else self.transformer.device
+
+    @property
     def vae_device(self) -> torch.device:
         """The device the VAE runs on: where the user moved it, or, if offloaded, where everything else runs."""
-        offloaded = self.is_offloaded or _is_group_offload_enabled(self.vae)
-        return self._execution_device if offloaded else self.vae.device
+        return self._device_of(self.vae)
+
+    def _device_of(self, model: torch.nn.Module) -> torch.device:
+        offloaded = self.is_offloaded or _is_group_offload_enabled(model)
+        return self._execution_device if offloaded else model.device
 
     @property
     def sizes(self) -> ModelSizes:
@@ -359,13 +372,14 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         decoder = None
         if output_type != "latent":
-            shares_device = async_decode and device.type == "cuda" and self.vae_device == device
-            decoder = self._chunk_decoder(output_type, own_stream=shares_device)
+            shares_gpu = async_decode and device.type == "cuda" and self.vae_device == device
+            stream = self._workers.decode_stream(device) if shares_gpu else None
+            decoder = self._chunk_decoder(output_type, stream)
         return StreamingSession(
             denoiser,
             decoder,
             is_single=request.is_single,
-            async_decode=async_decode,
+            worker=self._workers.denoise_worker(device) if async_decode else None,
             temporal_scale=self.vae_scale_factor_temporal,
             on_close=self.maybe_free_model_hooks,
         )
@@ -423,8 +437,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.maybe_free_model_hooks()
         return join_frames(frames, output_type)
 
-    def _chunk_decoder(self, output_type: str, *, own_stream: bool = False) -> ChunkDecoder:
-        return ChunkDecoder(self.vae, self.video_processor, output_type, self.vae_device, own_stream=own_stream)
+    def _chunk_decoder(self, output_type: str, stream: torch.cuda.Stream | None = None) -> ChunkDecoder:
+        return ChunkDecoder(self.vae, self.video_processor, output_type, self.vae_device, stream=stream)
 
     def _encode_prompts(self, request: Request) -> PromptSource:
         """Encode the prompts that are planned, and return a source that also encodes those that come later."""
@@ -489,9 +503,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return_attention_mask=True,
             return_tensors="pt",
         )
-        mask = tokens.attention_mask
-        embeds = self.text_encoder(tokens.input_ids.to(device), mask.to(device)).last_hidden_state
-        return (embeds * mask.to(device, embeds.dtype)[..., None]).to(device, dtype)
+        encoder_device = self._device_of(self.text_encoder)
+        mask = tokens.attention_mask.to(encoder_device)
+        embeds = self.text_encoder(tokens.input_ids.to(encoder_device), mask).last_hidden_state
+        return (embeds * mask.to(embeds.dtype)[..., None]).to(device, dtype)
 
     def _embed_negative_prompts(
         self, negative_prompt: str | list[str] | None, batch: int, max_sequence_length: int, device=None, dtype=None

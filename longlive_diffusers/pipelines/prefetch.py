@@ -1,14 +1,14 @@
-"""Run an iterator ahead of its consumer, in a separate thread."""
+"""Run an iterator ahead of its consumer, in the thread of a worker."""
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 
 Item = TypeVar("Item")
-_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -18,36 +18,30 @@ class _Produced(Generic[Item]):
     item: Item
 
 
-@dataclass(frozen=True)
-class _Finished:
-    """The source has ended, or failed."""
-
-    error: BaseException | None = None
-
-
 class Prefetcher(Generic[Item]):
     """
-    Iterates `source` in a background thread, at most `depth` items ahead of the consumer.
+    Iterates `source` in a worker's thread, ahead of the consumer: at most `depth` items wait while one more is made.
 
-    An exception in `source` is raised in the consumer, after the items that came before it. `close()` (also at the end
-    of a `with` block, or when the prefetcher is dropped) stops the thread after the item it is working on, closes
-    `source` and waits for both.
+    The items are made one task at a time, so that several prefetchers can share a worker: none holds its thread while
+    its consumer is busy. An exception in `source` is raised in the consumer, after the items that came before it.
+    `close()` (also at the end of a `with` block) drops what was not begun, waits for the item in progress, and closes
+    `source` in the thread that ran it. A prefetcher that is dropped makes no further items.
 
     Args:
-        source: The iterator to run; a generator is closed in the thread that ran it.
+        source: The iterator to run.
+        worker: An executor with one thread.
         depth: How many finished items may wait, at least 1.
     """
 
-    def __init__(self, source: Iterator[Item], depth: int = 1):
-        self._stopped = threading.Event()
+    def __init__(self, source: Iterator[Item], worker: ThreadPoolExecutor, depth: int = 1):
+        self._pending: deque[Future[_Produced[Item] | None]] = deque()
         if depth < 1:
             raise ValueError(f"`depth` must be at least 1, got {depth}.")
-        self._queue: queue.Queue[_Produced[Item] | _Finished] = queue.Queue(depth)
+        self._run = _Run(source)
+        self._worker = worker
         self._finished = False
-        self._thread = threading.Thread(
-            target=_produce, args=(source, self._queue, self._stopped), name="longlive-denoise", daemon=True
-        )
-        self._thread.start()
+        for _ in range(depth + 1):
+            self._pending.append(worker.submit(self._run.advance))
 
     def __iter__(self) -> "Prefetcher[Item]":
         return self
@@ -55,17 +49,26 @@ class Prefetcher(Generic[Item]):
     def __next__(self) -> Item:
         if self._finished:
             raise StopIteration
-        message = self._queue.get()
-        if isinstance(message, _Finished):
+        try:
+            produced = self._pending[0].result()
+        except BaseException:  # whatever it is, it ends the iteration
             self.close()
-            raise message.error or StopIteration
-        return message.item
+            raise
+        if produced is None:
+            self.close()
+            raise StopIteration
+        self._pending.popleft()
+        self._pending.append(self._worker.submit(self._run.advance))
+        return produced.item
 
     def close(self) -> None:
+        if self._finished:
+            return
         self._finished = True
-        self._stopped.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        self._drop()
+        closing = self._worker.submit(self._run.close)
+        if self._run.thread is not threading.current_thread():  # a thread cannot wait for itself
+            closing.result()
 
     def __enter__(self) -> "Prefetcher[Item]":
         return self
@@ -74,31 +77,38 @@ class Prefetcher(Generic[Item]):
         self.close()
 
     def __del__(self) -> None:
-        self._stopped.set()
+        self._drop()
+
+    def _drop(self) -> None:
+        for future in self._pending:
+            future.cancel()
+        self._pending.clear()
 
 
-def _produce(source: Iterator, items: queue.Queue, stopped: threading.Event) -> None:
-    """Do the thread's work. It must not hold the Prefetcher itself, or a dropped one would never stop."""
-    finished = _Finished()
-    try:
+class _Run(Generic[Item]):
+    """The worker's side of a prefetcher. It does not hold the prefetcher, so that one may be dropped meanwhile."""
+
+    def __init__(self, source: Iterator[Item]):
+        self.source = source
+        self.thread: threading.Thread | None = None
+        self._ended = False
+
+    def advance(self) -> _Produced[Item] | None:
+        """Make the next item; None after the last."""
+        self.thread = threading.current_thread()
+        if self._ended:
+            return None
         try:
-            for item in source:
-                if not _put(items, _Produced(item), stopped):
-                    break
-        finally:
-            if isinstance(source, Generator):
-                source.close()
-    except BaseException as error:  # whatever it is, it belongs to the consumer
-        finished = _Finished(error)
-    _put(items, finished, stopped)
+            return _Produced(next(self.source))
+        except BaseException as error:
+            self.close()
+            if isinstance(error, StopIteration):
+                return None
+            raise
 
-
-def _put(items: queue.Queue, message: "_Produced | _Finished", stopped: threading.Event) -> bool:
-    """Put a message once there is room, unless `stopped`: a consumer that is gone would never make room."""
-    while not stopped.is_set():
-        try:
-            items.put(message, timeout=_POLL_SECONDS)
-            return True
-        except queue.Full:
-            continue
-    return False
+    def close(self) -> None:
+        """Close the source; only once."""
+        if not self._ended and isinstance(self.source, Generator):
+            self._ended = True
+            self.source.close()
+        self._ended = True

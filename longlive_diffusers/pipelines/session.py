@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 import torch
 
 from ..frame_counts import TEMPORAL_SCALE, pixel_frames
+from .async_workers import DenoiseWorker
 from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser, DenoisedChunk
 from .pipeline_output import VideoChunk
@@ -28,7 +29,7 @@ class StreamingSession:
         denoiser: Makes the latents.
         decoder: Decodes them to frames; None if chunks have latents only.
         is_single: Whether a chunk's prompt and shot index are those of a single video, not lists.
-        async_decode: Whether to denoise in a separate thread, ahead of decoding.
+        worker: Denoises in its own thread (and stream), ahead of decoding; None to denoise and decode in turn.
         temporal_scale: The number of pixel frames that a latent frame stands for.
         on_close: Called once, when the session is closed.
     """
@@ -39,19 +40,16 @@ class StreamingSession:
         decoder: ChunkDecoder | None,
         *,
         is_single: bool,
-        async_decode: bool = False,
+        worker: DenoiseWorker | None = None,
         temporal_scale: int = TEMPORAL_SCALE,
         on_close: Callable[[], object] | None = None,
     ):
         self._denoiser, self._decoder, self._is_single = denoiser, decoder, is_single
         self._temporal_scale, self._on_close = temporal_scale, on_close
-        self._closed = False
+        self._closed, self._worker = False, worker
         chunks = denoiser.chunks()
-        if async_decode and denoiser.device.type == "cuda":
-            # Neither model runs on the default stream: what waits there for frames would hold up the other model.
-            chunks = _on_stream(chunks, torch.cuda.Stream(denoiser.device))
         self._source: Prefetcher[DenoisedChunk] | Generator[DenoisedChunk, None, None] = (
-            Prefetcher(chunks) if async_decode else chunks
+            chunks if worker is None else Prefetcher(worker.chunks(chunks), worker.thread)
         )
 
     def __iter__(self) -> "StreamingSession":
@@ -62,6 +60,8 @@ class StreamingSession:
             raise StopIteration
         try:
             chunk = next(self._source)
+            if chunk.ready is not None:
+                _hand_over(chunk.latents, chunk.ready)
             frames = chunk.latents if self._decoder is None else self._decoder.decode(chunk.latents, chunk.ready)
         except BaseException:  # the end of the stream included: nothing is left half-open
             self.close()
@@ -105,6 +105,8 @@ class StreamingSession:
             return
         self._closed = True
         self._source.close()
+        if self._worker is not None:
+            self._worker.join_stream()
         self._denoiser.kv_caches = []
         self._decoder = None
         if self._on_close is not None:
@@ -125,10 +127,8 @@ class StreamingSession:
             raise ValueError("This session is closed.")
 
 
-def _on_stream(
-    chunks: Generator[DenoisedChunk, None, None], stream: torch.cuda.Stream
-) -> Generator[DenoisedChunk, None, None]:
-    """Run a generator on a separate CUDA stream, in the one thread that iterates over it."""
-    stream.wait_stream(torch.cuda.current_stream(stream.device))  # embeddings and conditions were made there
-    with torch.cuda.stream(stream):
-        yield from chunks
+def _hand_over(latents: torch.Tensor, ready: torch.cuda.Event) -> None:
+    """Let the consumer's stream wait for latents of another stream, and keep their memory for as long as it needs."""
+    consumer = torch.cuda.current_stream(latents.device)
+    consumer.wait_event(ready)
+    latents.record_stream(consumer)

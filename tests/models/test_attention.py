@@ -10,7 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from longlive_diffusers.models.attend import attend
 from longlive_diffusers.models.attention import LongLiveAttnProcessor
 from longlive_diffusers.models.chunk_mask import ChunkMask
+from longlive_diffusers.models.flex import needs_compilation
 from longlive_diffusers.models.layer_kv_cache import LayerKVCache
+from tests.support.checks import needs_gpu
 
 
 HEADS, HEAD_DIM = 2, 8
@@ -212,10 +214,51 @@ def test_training_goes_to_the_dispatcher_in_every_dtype(dispatched):
 def test_a_backend_that_was_asked_for_is_used(dispatched):
     query, key, value = random_states(4, dtype=torch.bfloat16)
     with torch.no_grad():
-        attend(query, key, value, backend="_native_math")
-        with attention_backend("_native_math"):
-            attend(query, key, value)
-    assert dispatched == ["_native_math", None]
+        attend(query, key, value, backend="native")
+    assert dispatched == ["native"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["_native_math", "_native_flash"])
+def test_a_kernel_of_pytorch_computes_what_diffusers_would_have_it_compute(backend, dtype, monkeypatch):
+    states = [tensor.requires_grad_() for tensor in random_states(9, dtype=dtype)]
+    expected = dispatch_attention_fn(*states, backend=backend)
+    expected_gradients = torch.autograd.grad(expected.float().square().sum(), states)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("this sets flags of the whole process, also for a VAE that decodes in another thread")
+
+    monkeypatch.setattr("torch.nn.attention.sdpa_kernel", forbidden)
+    result = attend(*states, backend=backend)
+    assert torch.equal(result, expected)
+    gradients = torch.autograd.grad(result.float().square().sum(), states)
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected_gradients, strict=True))
+    with attention_backend(backend):
+        assert torch.equal(attend(*states), expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", ["_native_cudnn", "_native_flash", "_native_efficient", "_native_math"])
+def test_a_kernel_of_pytorch_is_the_one_that_was_asked_for_on_a_gpu(backend):
+    states = [tensor.to("cuda").requires_grad_() for tensor in random_states(64, dtype=torch.bfloat16)]
+    expected = dispatch_attention_fn(*states, backend=backend)
+    result = attend(*states, backend=backend)
+    assert torch.equal(result, expected)
+    result.float().square().sum().backward()
+    assert all(torch.isfinite(tensor.grad).all() for tensor in states)
+
+
+def test_flex_attention_is_compiled_where_it_would_materialize_the_scores():
+    assert needs_compilation(torch.device("cuda"))
+    assert not needs_compilation(torch.device("cpu"))
+    compiled = []
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        compiled.append(needs_compilation(torch.device("cuda")))
+        return x + 1
+
+    torch.compile(inside, backend="eager")(torch.zeros(1))
+    assert compiled == [False], "code that is being compiled compiles it anyway"
 
 
 # -- cross-attention to the text -------------------------------------------------------------------------------------

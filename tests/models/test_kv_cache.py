@@ -419,9 +419,9 @@ def test_num_bytes_counts_keys_and_values_and_the_unrotated_keys_of_relative_rop
     frame = HEADS * TOKENS * HEAD_DIM
     assert make_cache(num_layers=3, batch_size=2, window_size=10).num_bytes == 3 * 2 * 2 * 10 * frame * 4
     assert make_cache(dtype=torch.bfloat16).num_bytes == 2 * 6 * frame * 2
-    # sinks, the pin, and the frames that are about to become the next pin
-    assert make_cache(relative_rope=True).num_bytes == (2 * 6 + 2 + 2 + 2) * frame * 4
-    assert make_cache(relative_rope=True, multi_shot_sink=False).num_bytes == (2 * 6 + 2) * frame * 4
+    # sinks, the pin, the frames that are about to become the next pin, and a slot for all the others
+    assert make_cache(relative_rope=True).num_bytes == (2 * 6 + 2 + 2 + 2 + 1) * frame * 4
+    assert make_cache(relative_rope=True, multi_shot_sink=False).num_bytes == (2 * 6 + 2 + 1) * frame * 4
 
 
 def test_another_dtype_of_storage_is_converted_when_read():

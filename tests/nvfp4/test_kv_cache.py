@@ -25,7 +25,7 @@ def stored(store, states: torch.Tensor) -> torch.Tensor:
     for slot in range(states.shape[2]):
         store.write(rows, torch.full_like(rows, slot), states[:, :, slot : slot + 1].transpose(1, 2))
     target = torch.full(states.shape, torch.nan)
-    store.read_into(target, states.shape[2])
+    store.read_into(target)
     return target
 
 
@@ -68,7 +68,7 @@ def test_a_frame_is_read_as_it_was_written_and_alone(make, gate):
     assert relative(first[:, :, :2], states[:, :, :2]) < gate
     store.write(torch.tensor([[1]]), torch.tensor([[2]]), torch.zeros(1, 1, 3, 64, 32))
     target = torch.full(shape, torch.nan)
-    store.read_into(target, 3)
+    store.read_into(target[:, :, :3])
     assert torch.equal(target[1, :, 2], torch.zeros(3, 64, 32))
     assert torch.equal(target[0, :, :3], first[0, :, :3]) and torch.equal(target[1, :, :2], first[1, :, :2])
     assert target[:, :, 3].isnan().all()  # what is not filled is not read
@@ -167,18 +167,21 @@ def test_bytes_of_the_5b_configuration():
             1, 44, 80, window_size=32, sink_size=8, multi_shot_sink=True, dtype=dtype, device="meta"
         )
         sizes[dtype] = cache.num_bytes
-    assert sizes[torch.bfloat16] / sizes["nvfp4"] > 3.5
-    assert sizes[torch.bfloat16] / sizes["fp8"] > 1.99
+    # The buffers that are unpacked to are counted, too: two of the 60 of an unpacked cache.
+    assert sizes[torch.bfloat16] / sizes["nvfp4"] > 3.17
+    assert sizes[torch.bfloat16] / sizes["fp8"] > 1.87
 
 
 def test_layers_share_one_pair_of_buffers():
-    model = small_transformer(num_layers=3)
-    cache = model.create_kv_cache(1, 4, 4, window_size=6, sink_size=2, multi_shot_sink=True, dtype="nvfp4")
-    before = cache.num_bytes
-    cache.begin_chunk(2)
-    with torch.no_grad():
-        model(torch.randn(1, 8, 2, 4, 4), torch.zeros(1), torch.randn(1, 8, 16), kv_cache=cache)
-    assert cache.num_bytes - before == 2 * 6 * 4 * 32 * 4  # key and value, frames, tokens, width, float32
+    sizes = [
+        small_transformer(num_layers=layers)
+        .create_kv_cache(1, 4, 4, window_size=6, sink_size=2, multi_shot_sink=True, dtype="nvfp4")
+        .num_bytes
+        for layers in (1, 2, 3)
+    ]
+    layer = sizes[1] - sizes[0]
+    assert sizes[2] - sizes[1] == layer
+    assert sizes[0] - layer == 2 * 6 * 4 * 32 * 4  # key and value, frames, tokens, width, float32
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

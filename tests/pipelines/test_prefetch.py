@@ -1,9 +1,11 @@
 """Running ahead in a thread: order, depth, errors, and that nothing is left running."""
 
+import functools
 import gc
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,6 +13,13 @@ from longlive_diffusers.pipelines.prefetch import Prefetcher
 
 
 WAIT = 10  # seconds after which something that should happen is said not to
+
+
+@pytest.fixture
+def prefetch():
+    """Create prefetchers that share one worker."""
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        yield functools.partial(Prefetcher, worker=worker)
 
 
 class Source:
@@ -45,25 +54,24 @@ class Source:
             assert self.progress.wait_for(lambda: len(self.made) >= count, timeout=WAIT)
 
 
-def test_items_come_in_order_and_then_no_more():
-    prefetcher = Prefetcher(Source(stop=50).items(), depth=3)
+def test_items_come_in_order_and_then_no_more(prefetch):
+    prefetcher = prefetch(Source(stop=50).items(), depth=3)
     assert list(prefetcher) == list(range(50))
     assert list(prefetcher) == []
 
 
-def test_the_source_runs_in_one_other_thread_and_is_closed_there():
+def test_the_source_runs_in_one_other_thread_and_is_closed_there(prefetch):
     source = Source(stop=5)
-    list(Prefetcher(source.items()))
+    list(prefetch(source.items()))
     assert source.thread is not threading.current_thread()
     assert source.closed_in is source.thread
-    assert not source.thread.is_alive()
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_it_runs_ahead_and_no_further_than_depth(depth):
+def test_it_runs_ahead_and_no_further_than_depth(prefetch, depth):
     """`depth` items wait; one more has been made, for which there is no room."""
     source = Source()
-    with Prefetcher(source.items(), depth) as prefetcher:
+    with prefetch(source.items(), depth=depth) as prefetcher:
         for taken in range(1, 4):
             assert next(prefetcher) == taken - 1
             source.wait_until_made(taken + depth + 1)
@@ -71,7 +79,7 @@ def test_it_runs_ahead_and_no_further_than_depth(depth):
             assert len(source.made) == taken + depth + 1
 
 
-def test_making_and_using_items_overlap():
+def test_making_and_using_items_overlap(prefetch):
     """Each waits for the other here, which in one thread would never end."""
     used = threading.Event()
 
@@ -80,58 +88,57 @@ def test_making_and_using_items_overlap():
         assert used.wait(WAIT), "nobody used the first item while the second was being made"
         yield "second"
 
-    with Prefetcher(items()) as prefetcher:
+    with prefetch(items()) as prefetcher:
         assert next(prefetcher) == "first"
         used.set()
         assert next(prefetcher) == "second"
 
 
-def test_an_error_comes_after_the_items_before_it():
+def test_an_error_comes_after_the_items_before_it(prefetch):
     source = Source(fails_at=3)
-    prefetcher = Prefetcher(source.items())
+    prefetcher = prefetch(source.items())
     received = []
     with pytest.raises(RuntimeError, match="failed at 3"):
         for item in prefetcher:
             received.append(item)
     assert received == [0, 1, 2]
     assert list(prefetcher) == []
-    assert not source.thread.is_alive()
+    assert source.closed.is_set()
 
 
-def test_an_error_at_the_very_start_is_raised():
+def test_an_error_at_the_very_start_is_raised(prefetch):
     with pytest.raises(RuntimeError, match="failed at 0"):
-        next(Prefetcher(Source(fails_at=0).items()))
+        next(prefetch(Source(fails_at=0).items()))
 
 
-def test_an_error_knows_the_line_it_came_from():
+def test_an_error_knows_the_line_it_came_from(prefetch):
     with pytest.raises(RuntimeError) as caught:
-        list(Prefetcher(Source(fails_at=1).items()))
+        list(prefetch(Source(fails_at=1).items()))
     assert caught.traceback[-1].name == "items"
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_what_is_no_ordinary_exception_reaches_the_consumer_too(kind):
+def test_what_is_no_ordinary_exception_reaches_the_consumer_too(prefetch, kind):
     def items():
         yield 0
         raise kind
 
-    prefetcher = Prefetcher(items())
+    prefetcher = prefetch(items())
     assert next(prefetcher) == 0
     with pytest.raises(kind):
         next(prefetcher)
 
 
-def test_closing_while_the_source_waits_for_room_ends_its_thread():
+def test_closing_while_items_wait_closes_the_source(prefetch):
     source = Source()
-    prefetcher = Prefetcher(source.items())
-    source.wait_until_made(2)  # one waits, the other finds no room
+    prefetcher = prefetch(source.items())
+    source.wait_until_made(2)
     prefetcher.close()
-    assert not source.thread.is_alive()
     assert source.closed_in is source.thread
     assert list(prefetcher) == []
 
 
-def test_closing_waits_for_the_item_in_progress():
+def test_closing_waits_for_the_item_in_progress(prefetch):
     begun, go_on, finished = threading.Event(), threading.Event(), threading.Event()
 
     def items():
@@ -140,7 +147,7 @@ def test_closing_waits_for_the_item_in_progress():
         finished.set()
         yield 0
 
-    prefetcher = Prefetcher(items())
+    prefetcher = prefetch(items())
     assert begun.wait(WAIT)
     closing = threading.Thread(target=prefetcher.close)
     closing.start()
@@ -152,69 +159,77 @@ def test_closing_waits_for_the_item_in_progress():
     assert finished.is_set()
 
 
-def test_closing_twice_is_closing_once():
-    prefetcher = Prefetcher(Source().items())
+def test_closing_twice_is_closing_once(prefetch):
+    prefetcher = prefetch(Source().items())
     prefetcher.close()
     prefetcher.close()
     assert list(prefetcher) == []
 
 
-def test_leaving_a_with_block_closes_also_when_it_raises():
+def test_leaving_a_with_block_closes_also_when_it_raises(prefetch):
     source = Source()
-    with pytest.raises(ZeroDivisionError), Prefetcher(source.items()) as prefetcher:
+    with pytest.raises(ZeroDivisionError), prefetch(source.items()) as prefetcher:
         next(prefetcher)
         _ = 1 / 0
-    assert not source.thread.is_alive()
+    assert source.closed.is_set()
 
 
-def test_a_prefetcher_that_is_dropped_ends_its_thread():
-    """The thread does not hold it: once nobody else does, it stops and closes the source."""
+def test_a_prefetcher_that_is_dropped_closes_its_source(prefetch):
+    """The worker does not hold it: once nobody else does, nothing more is made."""
     source = Source()
-    prefetcher = Prefetcher(source.items())
+    prefetcher = prefetch(source.items())
     assert next(prefetcher) == 0
     del prefetcher
     gc.collect()
     assert source.closed.wait(WAIT)
-    source.thread.join(WAIT)
-    assert not source.thread.is_alive()
-    assert source.closed_in is source.thread
+    assert len(source.made) <= 3
 
 
-def test_the_source_may_close_what_runs_it():
+def test_the_source_may_close_what_runs_it(prefetch):
     """As when a callback, called while a chunk is denoised, closes its session: a thread cannot wait for itself."""
-    prefetchers, known = [], threading.Event()
+    prefetchers, known, ended = [], threading.Event(), threading.Event()
 
     def items():
         assert known.wait(WAIT)
-        yield 0
-        prefetchers[0].close()
-        yield 1
+        try:
+            yield 0
+            prefetchers[0].close()
+            yield 1
+        finally:
+            ended.set()
 
-    prefetchers.append(Prefetcher(items()))
+    prefetchers.append(prefetch(items()))
     known.set()
-    thread = prefetchers[0]._thread
-    thread.join(WAIT)
-    assert not thread.is_alive()
+    assert ended.wait(WAIT)
     assert list(prefetchers[0]) == []
 
 
-def test_any_iterator_will_do():
-    assert list(Prefetcher(iter([3, 1, 2]))) == [3, 1, 2]
-    assert list(Prefetcher(iter([]))) == []
+def test_any_iterator_will_do(prefetch):
+    assert list(prefetch(iter([3, 1, 2]))) == [3, 1, 2]
+    assert list(prefetch(iter([]))) == []
 
 
-def test_none_is_an_item_like_any_other():
-    assert list(Prefetcher(iter([None, 0, None]))) == [None, 0, None]
+def test_none_is_an_item_like_any_other(prefetch):
+    assert list(prefetch(iter([None, 0, None]))) == [None, 0, None]
 
 
-def test_an_exception_may_be_an_item():
+def test_an_exception_may_be_an_item(prefetch):
     error = ValueError("not raised")
-    assert list(Prefetcher(iter([error]))) == [error]
+    assert list(prefetch(iter([error]))) == [error]
 
 
 @pytest.mark.parametrize("depth", [0, -1])
-def test_a_depth_below_one_raises_before_a_thread_is_started(depth):
+def test_a_depth_below_one_raises_before_a_thread_is_started(prefetch, depth):
     source = Source()
     with pytest.raises(ValueError, match=f"`depth` must be at least 1, got {depth}"):
-        Prefetcher(source.items(), depth)
+        prefetch(source.items(), depth=depth)
     assert source.thread is None
+
+
+def test_several_share_a_worker_in_turn(prefetch):
+    """None of them holds the thread while its consumer is busy."""
+    first, second = Source(), Source()
+    with prefetch(first.items()) as one, prefetch(second.items(), depth=2) as other:
+        assert [(next(one), next(other)) for _ in range(20)] == [(number, number) for number in range(20)]
+    assert first.thread is second.thread
+    assert first.closed.is_set() and second.closed.is_set()

@@ -1,8 +1,10 @@
 """Streams: the same frames however they are consumed; prompt switches, cuts, and sessions that do not disturb each
 other."""
 
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -40,10 +42,6 @@ def values_by_age(cache) -> torch.Tensor:
     order = torch.tensor(sorted(range(len(slots)), key=slots.__getitem__))
     _, values = cache[len(cache) - 1].get(len(slots))
     return values.unflatten(1, (len(slots), -1))[:, order]
-
-
-def denoising_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "longlive-denoise"]
 
 
 def test_one_call_a_stream_and_an_asynchronous_stream_give_identical_frames(pipe):
@@ -234,27 +232,44 @@ def test_an_error_in_the_denoising_thread_reaches_the_consumer(pipe):
         next(session)
     assert received == [0, 1]
     assert list(session) == []
-    assert denoising_threads() == []
+    assert session.kv_cache_bytes == 0
 
 
-def test_a_consumer_that_stops_early_leaves_no_thread_and_no_cache(pipe):
+def test_a_consumer_that_stops_early_leaves_no_cache(pipe):
     with pipe.stream("a", async_decode=True, **options()) as session:
         next(session)
-        assert len(denoising_threads()) == 1
-    assert denoising_threads() == []
     assert session.kv_cache_bytes == 0
     with pytest.raises(ValueError, match="closed"):
         session.prompt = "b"
 
 
-def test_a_session_that_is_dropped_ends_its_thread(pipe):
-    session = pipe.stream("a", async_decode=True, **options())
+def test_a_session_that_is_dropped_makes_no_more_chunks(pipe):
+    begun = []
+    session = pipe.stream(
+        "a", async_decode=True, callback_on_step_end=lambda p, step, t, tensors: begun.append(step), **options()
+    )
+    caches = weakref.ref(session._denoiser)
     next(session)
     del session
     deadline = time.monotonic() + 10
-    while denoising_threads() and time.monotonic() < deadline:
+    while caches() is not None and time.monotonic() < deadline:
+        gc.collect()
         time.sleep(0.05)
-    assert denoising_threads() == []
+    assert caches() is None, "whatever it had in memory is free"
+    assert max(begun) // 2 <= 2
+
+
+def test_the_sessions_of_a_pipeline_share_one_thread_that_ends_with_it():
+    pipe = golden_pipeline(KEYS, load_rollout("multi_shot")["embeds"])
+    before = set(threading.enumerate())
+    for _ in range(3):
+        with pipe.stream("a", async_decode=True, **options()) as session:
+            next(session)
+    (thread,) = set(threading.enumerate()) - before
+    del pipe, session
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_denoising_runs_at_most_the_queue_ahead(pipe):
