@@ -330,11 +330,14 @@ class KVCache:
             )
         for layer in self._layers:
             layer.begin_chunk(self.num_cached_frames)
+        tokens = self.grid_height * self.grid_width
+        token_slots = torch.tensor(slots)[..., None] * tokens + torch.arange(tokens)
         same_positions = all(own == positions[0] for own in positions)
         return ChunkSlots(
             len(slots[0]),
             self._indices(range(self.batch_size))[:, None],
             self._indices(slots),
+            self._on_device(token_slots.flatten(1)),
             self.num_cached_frames,
             self._rotary(positions[:1] if same_positions else positions),
             raw_slots,
@@ -342,12 +345,17 @@ class KVCache:
 
     def _rotary(self, positions: list[list[float]]) -> torch.Tensor:
         time = torch.tensor(positions, dtype=torch.float64)
-        return rotary_embedding(time, self.grid_height, self.grid_width, self.head_dim, theta=self.theta).to(
-            self.device
-        )
+        rotary = rotary_embedding(time, self.grid_height, self.grid_width, self.head_dim, theta=self.theta)
+        return self._on_device(rotary)
 
     def _indices(self, values) -> torch.Tensor:
-        return torch.tensor(list(values), dtype=torch.long, device=self.device)
+        return self._on_device(torch.tensor(list(values), dtype=torch.long))
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy from the host without waiting for a GPU, which is possible from pinned memory only."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def _for_each_sample(self, value, name: str) -> list:
         if not isinstance(value, Sequence):

@@ -42,7 +42,8 @@ def resolve_kv_cache_dtype(dtype: torch.dtype | str, head_dim: int) -> torch.dty
 class ChunkSlots:
     """Where the forwards of one chunk write; created once for each chunk, the same for all layers.
 
-    `samples` and `slots` are int64 `[B, 1]` and `[B, num_frames]`: sample b's frames are written to `slots[b]`.
+    `samples` and `slots` are int64 `[B, 1]` and `[B, num_frames]`: sample b's frames are written to `slots[b]`, its
+    tokens to `token_slots[b]`, `[B, num_frames * tokens]`, where all slots' tokens are counted through.
     `length` is the number of slots that are filled then. `raw_slots`, in the shape of `slots`, are those of the
     unrotated keys (None where no layer keeps any). `rotary` is the rotation of the chunk's queries and keys.
     `finished` tells whether the latents are the clean ones, so that what the forward computes is what is remembered.
@@ -51,6 +52,7 @@ class ChunkSlots:
     num_frames: int
     samples: torch.Tensor
     slots: torch.Tensor
+    token_slots: torch.Tensor
     length: int
     rotary: torch.Tensor
     raw_slots: torch.Tensor | None = None
@@ -66,7 +68,7 @@ class LayerCacheBase:
     """
 
     visible: tuple[torch.Tensor, torch.Tensor]
-    """Keys and values of the filled slots, `[B, heads, length, tokens, head_dim]`, which are written in place."""
+    """Keys and values of the filled slots, `[B, heads, length * tokens, head_dim]`, which are written in place."""
 
     def __init__(self, shape: Shape, num_raw_slots: int, raw_dtype: torch.dtype, device: torch.device):
         # One more slot than there are, for the keys that nobody will ask for.
@@ -91,9 +93,8 @@ class LayerCacheBase:
             Keys and values `[B, length * tokens, heads, head_dim]`, in the dtype of `key`: views of `visible`. With
             gradients enabled, copies: a backward needs them as they are now, and the next step overwrites the cache.
         """
-        index = (chunk.samples, slice(None), chunk.slots)
-        heads_first = [in_frames(states, chunk.num_frames) for states in (key, value)]
-        for states, new in zip(self.visible, heads_first, strict=True):
+        index = (chunk.samples, slice(None), chunk.token_slots)
+        for states, new in zip(self.visible, (key, value), strict=True):
             states[index] = new.detach().to(states.dtype)
         if self.raw_key is not None:
             assert chunk.raw_slots is not None  # `KVCache` makes both, or neither
@@ -101,10 +102,10 @@ class LayerCacheBase:
             self.raw_key[chunk.samples, :, chunk.raw_slots] = raw_frames
         if torch.is_grad_enabled():
             cached = [states.to(key.dtype, copy=True) for states in self.visible]
-            cached[0][index], cached[1][index] = heads_first
+            cached[0][index], cached[1][index] = key, value
         else:
             cached = [states.to(key.dtype) for states in self.visible]
-        return joined_tokens(cached[0]), joined_tokens(cached[1])
+        return cached[0].transpose(1, 2), cached[1].transpose(1, 2)
 
     def _rotated(self, samples: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         """Return kept unrotated keys, `[n, heads, tokens, head_dim]`, rotated by `rotary`."""
@@ -122,12 +123,11 @@ class LayerKVCache(LayerCacheBase):
 
     def __init__(self, shape: Shape, num_raw_slots: int, dtype: torch.dtype, device: torch.device):
         super().__init__(shape, num_raw_slots, dtype, device)
-        self.key = torch.zeros(shape, dtype=dtype, device=device)
-        self.value = torch.zeros(shape, dtype=dtype, device=device)
+        self.key, self.value = (allocate_slots(shape, dtype, device) for _ in range(2))
 
     def begin_chunk(self, length: int) -> None:
         """Make the first `length` slots visible."""
-        self.visible = (self.key[:, :, :length], self.value[:, :, :length])
+        self.visible = (first_tokens(self.key, length), first_tokens(self.value, length))
 
     def load(self) -> None:
         """Prepare for a forward of the chunk: nothing to do, because what is visible is the cache itself."""
@@ -158,15 +158,14 @@ class DequantBuffers:
     one after the other."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device):
-        self.key = torch.zeros(shape, dtype=dtype, device=device)
-        self.value = torch.zeros(shape, dtype=dtype, device=device)
-        self._visible = (self.key, self.value)
+        self.key, self.value = (allocate_slots(shape, dtype, device) for _ in range(2))
+        self._length, self._visible = shape[2], (first_tokens(self.key, shape[2]), first_tokens(self.value, shape[2]))
 
     def first(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first `length` slots of both: the same two tensors until `length` changes, so that a compiler
-        sees that the layers share them."""
-        if self._visible[0].shape[2] != length:
-            self._visible = (self.key[:, :, :length], self.value[:, :, :length])
+        """Return the first `length` slots of both, `[B, heads, length * tokens, head_dim]`: the same two tensors until
+        `length` changes, so that a compiler sees that the layers share them."""
+        if self._length != length:
+            self._length, self._visible = length, (first_tokens(self.key, length), first_tokens(self.value, length))
         return self._visible
 
     @property
@@ -202,14 +201,14 @@ class PackedLayerKVCache(LayerCacheBase):
 
     def load(self) -> None:
         """Unpack this layer into the buffers of all layers, before a forward of the chunk."""
-        self.key.read_into(self.visible[0])
-        self.value.read_into(self.visible[1])
+        self.key.read_into(self._by_slot(self.visible[0]))
+        self.value.read_into(self._by_slot(self.visible[1]))
 
     def store(self, chunk: ChunkSlots) -> None:
         """Quantize what the forward of a finished chunk wrote into the buffers."""
         if chunk.finished:
             for stored, states in zip((self.key, self.value), self.visible, strict=True):
-                stored.write(chunk.samples, chunk.slots, states[chunk.samples, :, chunk.slots])
+                stored.write(chunk.samples, chunk.slots, self._by_slot(states)[chunk.samples, :, chunk.slots])
 
     def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` slots as they were stored, `[B, length * tokens, heads, head_dim]`."""
@@ -232,10 +231,31 @@ class PackedLayerKVCache(LayerCacheBase):
         raw = 0 if self.raw_key is None else self.raw_key.nbytes
         return self.key.num_bytes + self.value.num_bytes + raw
 
+    def _by_slot(self, states: torch.Tensor) -> torch.Tensor:
+        """View `[B, heads, length * tokens, head_dim]` as `[B, heads, length, tokens, head_dim]`."""
+        return states.unflatten(2, (-1, self._shape[3]))
+
 
 def in_frames(states: torch.Tensor, num_frames: int) -> torch.Tensor:
     """`[B, frames * tokens, heads, dim]` -> `[B, frames, heads, tokens, dim]`."""
     return states.unflatten(1, (num_frames, -1)).transpose(2, 3)
+
+
+def allocate_slots(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """
+    Allocate `[B, heads, slots, tokens, dim]`, zeros; what one head reads is contiguous.
+
+    Between the heads lies a token that belongs to no slot. So the filled slots are never all of the memory, and a
+    compiler, to which all of it is another layout than a part, needs no graph of its own for a cache that is full.
+    """
+    batch, heads, slots, tokens, dim = shape
+    memory = torch.zeros(batch, heads, slots * tokens + 1, dim, dtype=dtype, device=device)
+    return memory[:, :, :-1].unflatten(2, (slots, tokens))
+
+
+def first_tokens(states: torch.Tensor, length: int) -> torch.Tensor:
+    """View the first `length` slots of `[B, heads, slots, tokens, dim]` as `[B, heads, length * tokens, dim]`."""
+    return states.flatten(2, 3)[:, :, : length * states.shape[3]]
 
 
 def joined_tokens(states: torch.Tensor) -> torch.Tensor:
