@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 
 class LongLiveScheduler(UniPCMultistepScheduler):
@@ -75,6 +76,14 @@ class LongLiveScheduler(UniPCMultistepScheduler):
             raise ValueError(f"`sigmas` must fall strictly within (0, 1], got {sigmas.tolist()}.")
         # UniPC takes all of these; its annotations say less.
         super().set_timesteps(device=device, sigmas=sigmas, mu=mu)  # pyright: ignore[reportArgumentType]
+
+    def step(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple:
+        """Take one step of the solver, in the precision of `sample`, also under autocast: from order 3 on, sums over
+        previous steps are matrix products."""
+        with torch.autocast(sample.device.type, enabled=False):
+            return super().step(model_output, timestep, sample, return_dict)
 
     def sigmas_at(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the noise level of each timestep, float32, in the same shape: the training table's if the timestep is

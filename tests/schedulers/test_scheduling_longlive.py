@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longlive_diffusers import LongLiveScheduler
 from tests.support.checks import logged_by
@@ -110,6 +111,30 @@ def test_setting_timesteps_begins_anew():
     first = solve(scheduler, noise, velocities)
     scheduler.set_timesteps(4)
     assert torch.equal(solve(scheduler, noise, velocities), first)
+
+
+class ProductDtypes(TorchDispatchMode):
+    """Notes the dtypes of the matrix products that are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default, torch.ops.aten.mv.default):
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_autocast_does_not_reach_into_the_solver(order):
+    """Of order 3, it sums over several previous steps, as a matrix product; of order 2, there is one to sum over."""
+    velocities, noise = golden("unipc_8.velocity"), golden("unipc_8.samples")[0]
+    expected = solve(our_solver(8, solver_order=order), noise, velocities)
+    with torch.autocast("cpu", dtype=torch.bfloat16), ProductDtypes() as products:
+        found = solve(our_solver(8, solver_order=order), noise, velocities)
+    assert products.dtypes == ({torch.float32} if order == 3 else set())
+    assert torch.equal(found, expected)
 
 
 def test_a_copy_made_in_mid_solution_goes_on_by_itself():
