@@ -220,12 +220,15 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         check_positions(frame_positions, batch, frames, kv_cache)
         num_ranks = check_sp_mesh(sp_mesh, self.config.num_attention_heads, kv_cache)
 
-        tokens = self._embed_patches(hidden_states)
+        # Latents and text are converted here, where FSDP has gathered the weights. It must convert nothing by itself:
+        # rounded to bfloat16, timesteps and positions would be others.
+        dtype = get_parameter_dtype(self.patch_embedding)
+        tokens = self._embed_patches(hidden_states.to(dtype))
         if has_clean:
             clean_timestep = torch.zeros_like(timestep) if clean_timestep is None else clean_timestep
             clean_timestep = per_frame(clean_timestep, batch, frames, "clean_timestep")
             timestep = torch.cat([clean_timestep, timestep], dim=1)
-            tokens = torch.cat([self._embed_patches(clean_hidden_states), tokens], dim=1)
+            tokens = torch.cat([self._embed_patches(clean_hidden_states.to(dtype)), tokens], dim=1)
         if chunk is not None:
             rotary_emb = chunk.rotary
         else:
@@ -244,7 +247,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         # Cached text has no graph, or one that an earlier backward has used up: with gradients, it is projected again.
         text_cache = kv_cache if not torch.is_grad_enabled() else None
         if text_cache is None or not text_cache.has_text(encoder_hidden_states):
-            text = self.condition_embedder.text_embedder(encoder_hidden_states)
+            text = self.condition_embedder.text_embedder(encoder_hidden_states.to(dtype))
             if text_cache is not None:
                 text_cache.cache_text(encoder_hidden_states)
 

@@ -229,6 +229,18 @@ def test_text_is_projected_once_for_a_stream(model, text_projections):
 
 
 @torch.no_grad()
+def test_text_of_another_dtype_is_projected_once_as_well(model, text_projections):
+    model.to(torch.bfloat16)
+    cache = tiny_cache(model)
+    cache.begin_chunk(CHUNK_SIZE)
+    text = random_inputs()["encoder_hidden_states"]
+    assert text.dtype == torch.float32
+    outputs = [forward_chunk(model, cache, text) for _ in range(3)]
+    assert_counts(text_projections, 1)
+    assert all(torch.equal(output, outputs[0]) and output.dtype == torch.bfloat16 for output in outputs)
+
+
+@torch.no_grad()
 def test_text_is_projected_again_when_it_is_another(model, text_projections):
     cache = tiny_cache(model)
     cache.begin_chunk(CHUNK_SIZE)

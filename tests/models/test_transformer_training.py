@@ -236,3 +236,27 @@ def test_trains_a_float32_lora_on_bfloat16_weights(tmp_path):
     loss.backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained and all(p.dtype == p.grad.dtype == torch.float32 and p.grad.any() for p in trained)
+
+
+CONVERTED = ("hidden_states", "clean_hidden_states", "encoder_hidden_states")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@every_training_forward
+def test_latents_and_text_take_the_dtype_of_the_weights_and_times_keep_theirs(model, make_inputs, dtype):
+    """As with FSDP, whose sharded weights are in float32 while the network computes in bfloat16."""
+    model.to(dtype)
+    inputs = make_inputs()
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    rounded = {name: tensor.bfloat16() if name in CONVERTED else tensor for name, tensor in inputs.items()}
+    given = {name: tensor.to(other) if name in CONVERTED else tensor for name, tensor in rounded.items()}
+    expected = {name: tensor.to(dtype) if name in CONVERTED else tensor for name, tensor in rounded.items()}
+    assert torch.equal(model(**given).sample, model(**expected).sample)
+
+
+@every_training_forward
+def test_under_autocast_the_dtype_of_latents_and_text_does_not_matter(model, make_inputs):
+    inputs = make_inputs()
+    rounded = {name: tensor.bfloat16() if name in CONVERTED else tensor for name, tensor in inputs.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(**rounded).sample, model(**inputs).sample)
