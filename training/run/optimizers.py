@@ -35,7 +35,7 @@ def build_optimizers(
         ValueError: For Muon with FSDP, under which no process has a whole matrix.
     """
     if options.optimizer == "adamw":
-        return [_adamw(parameters, options)]
+        return [_adamw(parameters, accelerator, options)]
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("--optimizer muon needs whole matrices, and FSDP shards them: use adamw")
     matrices = [parameter for parameter in parameters if parameter.ndim == 2]
@@ -52,7 +52,7 @@ def build_optimizers(
             )
         )
     if others:
-        optimizers.append(_adamw(others, options))
+        optimizers.append(_adamw(others, accelerator, options))
     return optimizers
 
 
@@ -69,11 +69,15 @@ def build_schedules(optimizers: list[Optimizer], options: OptimizationArguments)
     ]
 
 
-def _adamw(parameters: list[torch.nn.Parameter], options: OptimizationArguments) -> torch.optim.AdamW:
+def _adamw(
+    parameters: list[torch.nn.Parameter], accelerator: Accelerator, options: OptimizationArguments
+) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         parameters,
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,
         weight_decay=options.adam_weight_decay,
+        # On a GPU, the default computes in temporaries as large as the weights: 20 GB for 5 billion.
+        fused=True if accelerator.device.type == "cuda" else None,
     )

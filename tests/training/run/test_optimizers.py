@@ -12,7 +12,8 @@ from run.arguments import OptimizationArguments
 from run.optimizers import build_optimizers, build_schedules
 
 
-ONE_PROCESS = SimpleNamespace(distributed_type=DistributedType.NO)
+ONE_PROCESS = SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device("cpu"))
+ONE_GPU = SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device("cuda", 0))
 MUON = {"optimizer": "muon", "learning_rate": 1e-2, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.1}
 
 
@@ -43,6 +44,13 @@ def test_adamw_has_everything():
     assert type(optimizer) is torch.optim.AdamW
     assert len(optimizer.param_groups[0]["params"]) == 4
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)
+
+
+@pytest.mark.parametrize(("accelerator", "fused"), [(ONE_PROCESS, None), (ONE_GPU, True)], ids=["CPU", "GPU"])
+def test_adamw_makes_no_large_temporaries_on_a_gpu(accelerator, fused):
+    options = OptimizationArguments(optimizer="adamw")
+    (optimizer,) = build_optimizers(list(network().parameters()), accelerator, options)
+    assert optimizer.param_groups[0]["fused"] is fused
 
 
 def test_muon_has_the_matrices_and_adamw_the_rest():
