@@ -26,11 +26,13 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from data.loading import ClipShape, batches, encode_batch, open_dataset
+from data.text_encoder import TextEncoder
 from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.parallel import FrameLayout, check_heads
 from objectives.error_recycling import ErrorRecycler
 from objectives.teacher_forcing import PreparedBatch, TeacherForcing
 from run.arguments import Arguments, parse_arguments
+from run.cached_prompts import texts_of
 from run.checkpoints import Checkpoints, EMAState, remove_partial, resolve_checkpoint
 from run.log import TrainingLog
 from run.network import prepare_transformer
@@ -71,7 +73,10 @@ def main(arguments: Arguments) -> None:
 
     # 3. Data: encoded once, then read.
     cache = Path(data_args.data_cache_dir or output / "cache")
-    dataset, texts = open_dataset(accelerator, data_args, shape, pipe, cache, output)
+    encoder = text_encoder(arguments, accelerator)
+    validation_texts = texts_of(run_args.validation_prompts, pipe.config.scene_cut_prefix)
+    dataset, texts = open_dataset(accelerator, data_args, shape, pipe, encoder, validation_texts, cache, output)
+    del encoder  # training needs none
     logger.info("%d clips of %d latent frames", len(dataset), shape.num_latent_frames)
 
     # 4. Network and optimizers.
@@ -115,7 +120,7 @@ def main(arguments: Arguments) -> None:
     log = TrainingLog(output / "training_log.jsonl", first_step) if accelerator.is_main_process else None
     if run_args.report_to is not None:
         accelerator.init_trackers(run_args.tracker_name)
-    validation = Validation(run_args, pipe, shape.num_latent_frames, output)
+    validation = Validation(run_args, pipe, texts, shape.num_latent_frames, output)
     accumulation = optimization.gradient_accumulation_steps
     loader = batches(
         dataset,
@@ -235,6 +240,19 @@ def clip_shape(arguments: Arguments, pipe, transformer: LongLiveTransformer3DMod
             f"--num_latent_frames {data.num_latent_frames} is no multiple of {config.chunk_size} (chunks)"
         )
     return ClipShape(height, width, data.num_latent_frames, config.chunk_size)
+
+
+def text_encoder(arguments: Arguments, accelerator: Accelerator) -> TextEncoder:
+    """Return the text encoder of the run, not loaded yet; it computes in bfloat16 where the network does."""
+    model = arguments.model
+    return TextEncoder(
+        model.pretrained_model_name_or_path,
+        model.revision,
+        model.variant,
+        dtype=torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32,
+        device=accelerator.device,
+        max_sequence_length=arguments.data.max_sequence_length,
+    )
 
 
 def checkpoint_states(schedules: list, recycler: ErrorRecycler | None, ema: EMAModel | None) -> tuple[dict, dict]:

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
 import train_ar
+from data.text_encoder import TextEncoder
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.video.reader import read_video
 from run.arguments import parse_arguments
@@ -129,6 +130,32 @@ def test_a_wan_pipeline_is_a_start_with_the_chunks_one_asks_for(workshop, tmp_pa
     assert trained.transformer.config.chunk_size == 4
 
 
+def test_the_text_encoder_is_loaded_only_where_prompts_are_missing(workshop, tmp_path, monkeypatch):
+    loaded = []
+    pipe_of = TextEncoder.pipe.func
+    monkeypatch.setattr(TextEncoder.pipe, "func", lambda encoder: loaded.append(encoder.dtype) or pipe_of(encoder))
+    options = {"data_cache_dir": tmp_path / "cache", "max_train_steps": 1, "validation_num_inference_steps": 1}
+    for prompts, expected in [
+        (["a red circle"], 1),  # nothing is cached
+        (["a red circle"], 1),
+        (["a red circle", "a red circle | a blue square"], 2),
+    ]:
+        words = workshop.options(tmp_path / "run", **options, validation_prompts=prompts)
+        main_in_this_process(words)
+        assert loaded == [torch.float32] * expected
+    words = workshop.options(tmp_path / "run", **options | {"train_data_dir": None}, validation_prompts=["a dot"])
+    main_in_this_process(words)
+    assert len(loaded) == 3
+    assert len(list((tmp_path / "run" / "validation" / "step-1").glob("*.mp4"))) == 2
+
+
+def main_in_this_process(words: list[str]) -> None:
+    try:
+        train_ar.main(parse_arguments(words))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -149,10 +176,7 @@ def test_a_wan_pipeline_is_a_start_with_the_chunks_one_asks_for(workshop, tmp_pa
 def test_bad_input_is_named_before_anything_is_encoded(workshop, tmp_path, changed, message):
     output = tmp_path / "run"
     words = workshop.options(output, **{"data_cache_dir": tmp_path / "cache"} | changed)
-    try:
-        with pytest.raises(ValueError, match=re.escape(message)):
-            train_ar.main(parse_arguments(words))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main_in_this_process(words)
     assert not list(tmp_path.glob("cache/latents"))
     assert not list(output.glob("checkpoint-*")) and not (output / "training_log.jsonl").exists()

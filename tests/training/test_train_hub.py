@@ -1,5 +1,7 @@
 """A trained pipeline on the Hub (a local stand-in): what is uploaded, what is not, and that it loads from there."""
 
+import json
+
 from tests.support.training_run import SCRIPT
 
 
@@ -10,6 +12,13 @@ script, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = script
 sys.path.insert(0, os.path.dirname(script))
 runpy.run_path(script, run_name="__main__")
+"""
+
+PUSH = """
+import sys
+from longlive_diffusers import LongLivePipeline
+
+LongLivePipeline.from_pretrained(sys.argv[1]).push_to_hub("someone/start")
 """
 
 LOOK = """
@@ -32,3 +41,13 @@ def test_the_result_is_pushed_with_its_card_and_loads_from_there(workshop, hub, 
     assert "checkpoint" not in files and "training_log" not in files and "cache" not in files
     assert card == "True text-to-video True"
     assert loaded == "LongLivePipeline"
+
+
+def test_a_repository_is_a_start_and_its_text_encoder_is_known_by_its_commit(workshop, hub, tmp_path):
+    hub.run_python(PUSH, str(workshop.folder / "pipeline"), cache="trainer")
+    options = {"pretrained_model_name_or_path": "someone/start", "data_cache_dir": tmp_path / "cache"}
+    hub.run_python(
+        TRAIN, str(SCRIPT), *workshop.options(tmp_path / "run", **options, max_train_steps=1), cache="trainer"
+    )
+    known = json.loads((tmp_path / "cache" / "text" / "known_encoders.json").read_text())
+    assert len(known["files"]) == 1

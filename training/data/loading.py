@@ -1,6 +1,6 @@
 """From a folder of videos to batches: caches that are not complete are built, then read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from data.cache_files import module_settings
 from data.clips import VideoDataset
 from data.latent_cache import LatentDataset, build_latent_cache, collate
 from data.sampler import EpochSampler, WithSampleId
-from data.text_cache import TextCache, build_text_cache
+from data.text_cache import TextCache, missing_prompts
+from data.text_encoder import TextEncoder, encode_missing
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.models.streaming_vae import normalize_latents
@@ -36,12 +36,15 @@ def open_dataset(
     arguments: DataArguments,
     shape: ClipShape,
     pipe: LongLivePipeline,
+    encoder: TextEncoder,
+    other_prompts: Sequence[str],
     cache: Path,
     output: Path,
 ) -> tuple[Dataset, TextCache]:
     """
     Scan the videos, encode what is not in the caches, and return the training set and its text embeddings, which
-    include those of the empty prompt. Without `train_data_dir`, only the caches are used.
+    include those of the empty prompt and of `other_prompts`. Without `train_data_dir`, only the caches are used, and
+    the text encoder if some of `other_prompts` are missing.
 
     Raises:
         ValueError: If there is neither a folder nor a complete cache, nothing in the folder can be used, or a cache
@@ -51,9 +54,13 @@ def open_dataset(
     if arguments.train_data_dir is None:
         if not arguments.cache_latents:
             raise ValueError("--cache_latents false encodes videos as they are needed: it needs --train_data_dir")
-        return _open_caches(latents, texts, arguments, shape)
+        dataset, text_cache = _open_caches(latents, texts, arguments, shape)
+        if missing_prompts(other_prompts, texts):
+            encode_missing(accelerator, encoder, other_prompts, texts)
+            accelerator.wait_for_everyone()
+        return dataset, text_cache
     videos = _scan_videos(accelerator, arguments, shape, pipe, cache / "index", output)
-    _build_text_cache(accelerator, arguments, pipe, videos, texts)
+    encode_missing(accelerator, encoder, ["", *videos.distinct_prompts(), *other_prompts], texts)
     if arguments.cache_latents:
         _build_latent_cache(accelerator, arguments, pipe, videos, latents)
     accelerator.wait_for_everyone()
@@ -95,30 +102,6 @@ def _scan_videos(
         reasons = [f"  {name}: {reason}" for name, reason in videos.skipped.items()]
         write_text(output / "skipped_samples.txt", "\n".join(reasons) + "\n")
     return videos
-
-
-def _build_text_cache(
-    accelerator: Accelerator, arguments: DataArguments, pipe: LongLivePipeline, videos: VideoDataset, folder: Path
-) -> None:
-    """Encode every prompt and the empty one; each process encodes its part."""
-    device = accelerator.device
-    pipe.text_encoder.to(device)
-    build_text_cache(
-        ["", *videos.distinct_prompts()],
-        lambda prompts: pipe.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            max_sequence_length=arguments.max_sequence_length,
-            device=device,
-        )[0],
-        folder,
-        max_sequence_length=arguments.max_sequence_length,
-        settings=module_settings("text_encoder", pipe.text_encoder),
-        progress=accelerator.is_main_process,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-    )
-    pipe.text_encoder.to("cpu")
 
 
 def _build_latent_cache(

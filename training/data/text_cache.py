@@ -61,9 +61,8 @@ def build_text_cache(
     if batch_size < 1 or not 0 <= rank < num_ranks:
         raise ValueError(f"batch_size must be at least 1 and rank in [0, {num_ranks}), got {batch_size} and {rank}")
     folder = Path(folder).expanduser()
-    open_cache(folder, {"text_format": TEXT_FORMAT, "max_sequence_length": max_sequence_length, **settings})
-    paths = {prompt_path(folder, prompt): prompt for prompt in prompts}
-    todo = [prompt for path, prompt in list(paths.items())[rank::num_ranks] if not is_complete(path)]
+    open_text_cache(folder, max_sequence_length, settings)
+    todo = missing_prompts(prompts, folder, rank=rank, num_ranks=num_ranks)
     with tqdm(total=len(todo), desc="Encoding prompts", disable=not progress or not todo) as bar:
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
@@ -79,6 +78,23 @@ def build_text_cache(
                     raise ValueError(f"The embedding of {prompt!r} has values that are not finite")
                 save_tensor(prompt_path(folder, prompt), own[: _length(own)])
             bar.update(len(batch))
+
+
+def open_text_cache(folder: Path, max_sequence_length: int, settings: Settings) -> None:
+    """
+    Make `folder` a text cache with these settings, unless it already is one.
+
+    Raises:
+        ValueError: If it is a cache with other settings; the message names those that differ, with both values.
+    """
+    open_cache(folder, {"text_format": TEXT_FORMAT, "max_sequence_length": max_sequence_length, **settings})
+
+
+def missing_prompts(prompts: Iterable[str], folder: Path, *, rank: int = 0, num_ranks: int = 1) -> list[str]:
+    """Return the prompts of this rank's part that are not in the cache, each once. Which part is whose does not depend
+    on what is in the cache."""
+    paths = {prompt_path(folder, prompt): prompt for prompt in prompts}
+    return [prompt for path, prompt in list(paths.items())[rank::num_ranks] if not is_complete(path)]
 
 
 class TextCache:

@@ -16,12 +16,14 @@ from longlive_diffusers.atomic_write import new_folder
 from longlive_diffusers.nvfp4 import nvfp4_layers
 from longlive_diffusers.pipelines.sharing import render_lora_card
 from run.arguments import Arguments, ModelArguments, RunArguments
+from run.averaging import averaged_weights
+from run.cached_prompts import CachedPromptsPipeline
 
 
-def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTransformer3DModel]:
+def load_start(arguments: ModelArguments) -> tuple[CachedPromptsPipeline, LongLiveTransformer3DModel]:
     """
-    Load the pipeline that training starts from, without its transformer, and the transformer in float32, the precision
-    of the weights that are trained. Wan pipelines are loaded as LongLive pipelines.
+    Load the pipeline that training starts from, without its transformer and its text encoder, and the transformer in
+    float32, the precision of the weights that are trained. Wan pipelines are loaded as LongLive pipelines.
 
     Raises:
         ValueError: If the folder has no transformer that this package can train.
@@ -37,24 +39,19 @@ def load_start(arguments: ModelArguments) -> tuple[LongLivePipeline, LongLiveTra
         raise ValueError(f"'{source}' has no transformer to start from: {error}") from error
     if nvfp4_layers(transformer) and arguments.rank is None:
         transformer.dequantize()  # all weights are trained; under a LoRA they stay in 4 bits
-    pipe = LongLivePipeline.from_pretrained(source, transformer=None, dtype=torch.float32, **options)
+    pipe = CachedPromptsPipeline.from_pretrained(
+        source, transformer=None, text_encoder=None, dtype=torch.float32, **options
+    )
     pipe.set_progress_bar_config(disable=True)
-    for model in (pipe.vae, pipe.text_encoder):
-        model.requires_grad_(False).eval()
+    pipe.vae.requires_grad_(False).eval()
     return pipe, transformer
 
 
 def trained_weights(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None) -> dict[str, torch.Tensor]:
     """Return the complete state dict of the network, of averaged weights if an average was kept. Every process has to
     call this function."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if ema is not None:
-        ema.store(trained)
-        ema.copy_to(trained)
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in accelerator.get_state_dict(model).items()}
-    if ema is not None:
-        ema.restore(trained)
-    return weights
+    with averaged_weights(model, ema):
+        return {name: tensor.detach().cpu().clone() for name, tensor in accelerator.get_state_dict(model).items()}
 
 
 def save_result(

@@ -1,0 +1,117 @@
+"""The text encoder of a run, which only those processes load that have prompts to encode.
+
+It is larger than the network that is trained. A run that finds all of its prompts in the text cache needs only to know
+that the cache was made with this text encoder. That is a matter of the weights, which have to be read to tell; so the
+cache also remembers which files were read, and as long as they are the same files, they are not read again.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub import snapshot_download
+
+from data.cache_files import Settings, module_settings, read_json, write_json
+from data.text_cache import build_text_cache, missing_prompts, open_text_cache
+from longlive_diffusers import LongLivePipeline
+
+
+KNOWN_FILES = "known_encoders.json"
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """
+    A text encoder that is loaded when it is first needed, and stays loaded for as long as this object.
+
+    Args:
+        source: The folder or Hub repository of its pipeline.
+        revision, variant: Which of the repository's files.
+        dtype: The dtype that it computes in.
+        device: The device that it computes on.
+        max_sequence_length: The number of tokens that prompts are padded or cut to.
+    """
+
+    source: str
+    revision: str | None
+    variant: str | None
+    dtype: torch.dtype
+    device: torch.device
+    max_sequence_length: int
+
+    @cached_property
+    def pipe(self) -> LongLivePipeline:
+        """The text encoder with its tokenizer."""
+        pipe = LongLivePipeline.from_pretrained(
+            self.source,
+            transformer=None,
+            vae=None,
+            dtype=self.dtype,
+            revision=self.revision,
+            variant=self.variant,
+        )
+        pipe.text_encoder.requires_grad_(False).eval()
+        return pipe
+
+    @cached_property
+    def settings(self) -> Settings:
+        """What its embeddings depend on; this reads all of its weights."""
+        return module_settings("text_encoder", self.pipe.text_encoder)
+
+    def encode(self, prompts: list[str]) -> torch.Tensor:
+        """Return the embeddings of n prompts, `[n, max_sequence_length, D]`, zero beyond the end of each."""
+        self.pipe.text_encoder.to(self.device)
+        return self.pipe.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=self.device,
+        )[0]
+
+    def files(self) -> str:
+        """Return a digest of where the files are and when they were written; of a repository on the Hub, of its
+        commit."""
+        folder = Path(self.source) / "text_encoder"
+        if folder.is_dir():
+            stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+            described = [str(folder.resolve()), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
+        else:  # the pipeline was loaded from there, so that this much of it is on this machine
+            snapshot = snapshot_download(
+                self.source, revision=self.revision, allow_patterns="model_index.json", local_files_only=True
+            )
+            described = [self.source, Path(snapshot).name]
+        return hashlib.sha256(json.dumps([*described, self.variant, str(self.dtype)]).encode()).hexdigest()
+
+
+def encode_missing(accelerator: Accelerator, encoder: TextEncoder, prompts: Sequence[str], folder: Path) -> None:
+    """
+    Encode the prompts that are not in the text cache yet; each process encodes its part. Every process has to call
+    this; wait for all before reading.
+
+    Raises:
+        ValueError: If the folder is a cache made with another text encoder, or other settings.
+    """
+    if accelerator.is_main_process and encoder.files() not in _known_files(folder):
+        open_text_cache(folder, encoder.max_sequence_length, encoder.settings)
+        write_json(folder / KNOWN_FILES, {"files": [*_known_files(folder), encoder.files()]})
+    accelerator.wait_for_everyone()
+    part = missing_prompts(prompts, folder, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
+    if part:
+        build_text_cache(
+            part,
+            encoder.encode,
+            folder,
+            max_sequence_length=encoder.max_sequence_length,
+            settings=encoder.settings,
+            progress=accelerator.is_main_process,
+        )
+
+
+def _known_files(folder: Path) -> list[str]:
+    path = folder / KNOWN_FILES
+    return read_json(path)["files"] if path.exists() else []
