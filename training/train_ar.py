@@ -37,6 +37,7 @@ from run.checkpoints import Checkpoints, EMAState, remove_partial, resolve_check
 from run.log import TrainingLog
 from run.network import prepare_transformer
 from run.optimizers import build_optimizers, build_schedules
+from run.precision import keep_inputs_in_float32
 from run.process_mesh import ProcessMesh, build_process_mesh
 from run.saving import load_start, publish, save_result, trained_weights
 from run.validation import Validation
@@ -57,6 +58,7 @@ def main(arguments: Arguments) -> None:
         log_with=run_args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
     )
+    keep_inputs_in_float32(accelerator)
     mesh = build_process_mesh(accelerator, optimization.sp_size)
     set_seed(optimization.seed)
     if accelerator.is_main_process:
@@ -203,8 +205,10 @@ def update(
     count = accelerator.reduce(count, "sum").clamp(min=1)
     scale = accelerator.num_processes * len(prepared) / count
     total, norm = torch.zeros((), device=accelerator.device), None
+    # Until the last batch, DDP leaves gradients to each process. FSDP would have to keep them whole, not in shards.
+    summed_last = () if accelerator.is_fsdp2 else (model,)
     for batch in prepared:
-        with accelerator.accumulate(model):
+        with accelerator.accumulate(*summed_last):
             velocity = model(**batch.arguments, sp_mesh=mesh.sp, return_dict=False)[0]
             error_sum = objective.error_sum(velocity, batch)
             accelerator.backward(error_sum * scale)

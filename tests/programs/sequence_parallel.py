@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType, ParallelismConfig
+from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.parallel import FrameLayout, gather_heads, scatter_heads
+from tests.support.fsdp2_on_cpu import use_fsdp2
 from tests.support.group_mean import group_mean
 
 
@@ -265,24 +265,10 @@ def compare_fsdp(num_ranks: int, cp_size: int = 2) -> dict[str, float]:
     """
     accelerate's FSDP2 with its `cp` dimension as the sequence-parallel group, with checkpointing; the loss is the mean
     over replicas of each one's mean.
-
-    accelerate offers neither on a CPU, though torch has both; so its state is told that they were asked for.
     """
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LongLiveTransformerBlock"],
-        reshard_after_forward=True,
-    )
     num_replicas = num_ranks // cp_size
-    config = ParallelismConfig(dp_shard_size=num_replicas, cp_size=cp_size)
     accelerator = Accelerator(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin
-    accelerator.state.parallelism_config = config
-    config._validate_accelerator(accelerator)
-    accelerator.state.device_mesh = config.get_device_mesh("cpu")
+    use_fsdp2(accelerator, cp_size=cp_size)
     sp_mesh = accelerator.torch_device_mesh["cp"]
 
     clips, reference = replicas_clips(num_replicas), new_model()
