@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .flex import flex_attend
 from .sdpa_kernels import kernel_named
@@ -41,11 +42,30 @@ def attend_joined(
     keys, values = ([part for part in parts if part.shape[1]] for parts in (keys, values))
     if len(keys) == 1:
         return attend(query, keys[0], values[0], backend)
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return checkpoint(
+            _attend_to_parts, query, keys, values, backend, use_reentrant=False, context_fn=_keep_attention_only
+        )
     key, value = _join(keys), _join(values)
     if not in_plain_autograd():
         return attend(query, key, value, backend)
     with _save_parts_of({_storage(key): keys, _storage(value): values}):
         return attend(query, key, value, backend)
+
+
+def _attend_to_parts(query, keys, values, backend):
+    return attend(query, _join(keys), _join(values), backend)
+
+
+def _keep_attention_only():
+    """Let the compiler keep what attention returns, which its backward needs, but concatenate again in the backward:
+    by itself it keeps the concatenations, like eager autograd would."""
+    return create_selective_checkpoint_contexts(_is_kept)
+
+
+def _is_kept(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    computes_attention = operator.namespace != "aten" or "attention" in operator.name()
+    return CheckpointPolicy.MUST_SAVE if computes_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @dataclass(frozen=True)

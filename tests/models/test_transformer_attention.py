@@ -4,12 +4,17 @@ from collections import Counter
 
 import pytest
 import torch
+from diffusers import ContextParallelConfig, WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from peft import LoraConfig
 from torch.nn.attention.flex_attention import flex_attention
 
 from longlive_diffusers import LongLiveTransformer3DModel
+from longlive_diffusers.models.attend import attend
 from longlive_diffusers.models.attention import LongLiveAttnProcessor
+from longlive_diffusers.nvfp4 import NVFP4Config, quantize_model
 from tests.support.checks import logged_by
+from tests.support.nvfp4_models import small_transformer
 from tests.support.tiny_pipeline import (
     CHUNK_SIZE,
     FORWARDS,
@@ -196,6 +201,42 @@ def test_flex_gets_the_rule_as_one_block_mask(model, monkeypatch, forward):
     self_attention = [mask for mask in masks if mask is not None]
     assert len(self_attention) == len(model.blocks), "one call for each block, not one for each chunk"
     assert len(masks) == 2 * len(model.blocks)
+
+
+@pytest.mark.parametrize("forward", list(FORWARDS.values()), ids=list(FORWARDS))
+def test_attention_has_one_dtype_where_autocast_normalizes_in_float32(model, forward, monkeypatch):
+    """A GPU's autocast does, a CPU's does not. Attention would convert to copies that nobody shares, or refuse."""
+    for block in model.blocks:
+        for attention in (block.attn1, block.attn2):
+            for norm in (attention.norm_q, attention.norm_k):
+                norm.register_forward_hook(lambda module, arguments, output: output.float())
+    dtypes = set()
+
+    def noting(query, key, value, backend=None):
+        dtypes.update({query.dtype, key.dtype, value.dtype})
+        return attend(query, key, value, backend)
+
+    for module in ("attend", "attention", "chunk_mask"):
+        monkeypatch.setattr(f"longlive_diffusers.models.{module}.attend", noting)
+    with torch.autocast("cpu", torch.bfloat16):
+        forward(model)
+    assert dtypes == {torch.bfloat16}
+
+
+def test_projections_that_are_no_plain_layers_are_not_fused(model):
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"4 projections .* for instance blocks.0.attn1.to_q \(Linear\)"):
+        model.fuse_qkv_projections()
+    quantized = small_transformer()
+    quantize_model(quantized, NVFP4Config())
+    with pytest.raises(ValueError, match="NVFP4Linear"):
+        quantized.fuse_qkv_projections()
+
+
+@pytest.mark.parametrize("plan", [None, WanTransformer3DModel._cp_plan])
+def test_the_parallelism_of_diffusers_is_refused(model, plan):
+    with pytest.raises(ValueError, match=r"does not support diffusers' parallelism \(ContextParallelConfig\)"):
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2), cp_plan=plan)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------

@@ -159,6 +159,37 @@ def test_gradients_pass_through_a_compiled_model(model):
     torch.testing.assert_close(model.blocks[0].attn1.to_q.weight.grad, expected)
 
 
+def kept_for_the_backward(model, frames: int) -> float:
+    """Bytes for each frame, without the weights, and a gradient."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage takes its place
+        return tensor
+
+    inputs = random_inputs(frames) | {"clean_hidden_states": random_inputs(frames, seed=1)["hidden_states"]}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(**inputs).sample
+    output.square().sum().backward()
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights) / frames
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_training_keeps_no_histories(model, checkpointing):
+    """What a step keeps grows with the clip, not with its square: concatenations are made again in the backward."""
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    kept_for_the_backward(model, 16)
+    expected = model.blocks[0].attn1.to_k.weight.grad.clone()
+    model.zero_grad()
+    # The backend's partitioner, which is also Inductor's, decides what is kept.
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager_decomp_partition", dynamic=False)
+    short = kept_for_the_backward(model, 16)
+    torch.testing.assert_close(model.blocks[0].attn1.to_k.weight.grad, expected, atol=1e-5, rtol=1e-5)
+    assert kept_for_the_backward(model, 64) <= short
+
+
 @torch.no_grad()
 def test_the_streaming_forward_is_functionalised(model):
     """aot_eager is what every real backend sees: writes to the cache must survive it."""
