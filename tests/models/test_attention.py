@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from longlive_diffusers.models.attend import attend
 from longlive_diffusers.models.attention import LongLiveAttnProcessor
-from longlive_diffusers.models.chunk_mask import ChunkMask
+from longlive_diffusers.models.chunk_mask import ChunkMask, prefixes
 from longlive_diffusers.models.flex import needs_compilation
 from longlive_diffusers.models.layer_kv_cache import LayerKVCache
 from tests.support.checks import needs_gpu
@@ -259,6 +259,15 @@ def test_flex_attention_is_compiled_where_it_would_materialize_the_scores():
 
     torch.compile(inside, backend="eager")(torch.zeros(1))
     assert compiled == [False], "code that is being compiled compiles it anyway"
+
+
+def test_gradients_of_many_chunks_are_summed_in_float32():
+    """The first chunk is seen by all others: 64 terms, each smaller than a step of bfloat16 at their sum."""
+    states = torch.zeros(1, 64, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    parts = prefixes(states, 1)
+    sum(part.float().sum() / 128 * 1.01 for part in parts).backward()
+    expected = torch.arange(64, 0, -1) * torch.tensor(1.01 / 128).bfloat16().float()
+    torch.testing.assert_close(states.grad[0, :, 0, 0].float(), expected, atol=0, rtol=2**-8)
 
 
 # -- cross-attention to the text -------------------------------------------------------------------------------------

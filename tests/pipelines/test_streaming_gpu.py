@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from tests.support.checks import needs_gpu
+from tests.support.checks import needs_gpu, needs_two_gpus
 from tests.support.tiny_pipeline import tiny_arguments, tiny_pipeline
 
 
@@ -15,21 +15,60 @@ def frames_of(session) -> np.ndarray:
 @needs_gpu
 def test_asynchronous_decoding_gives_identical_frames():
     pipe = tiny_pipeline().to("cuda")
-    arguments = tiny_arguments(num_frames=61)
+    arguments = tiny_arguments(num_frames=61, output_type="np")
     plain = frames_of(pipe.stream(**arguments))
     for _ in range(3):  # a race would not show every time
-        again = frames_of(pipe.stream(**tiny_arguments(num_frames=61), async_decode=True))
+        again = frames_of(pipe.stream(**tiny_arguments(num_frames=61, output_type="np"), async_decode=True))
         np.testing.assert_array_equal(again, plain)
 
 
 @needs_gpu
 def test_frames_that_stay_on_the_gpu_are_ready_for_the_consumer():
     pipe = tiny_pipeline().to("cuda")
-    expected = frames_of(pipe.stream(**tiny_arguments(num_frames=61)))
+    expected = frames_of(pipe.stream(**tiny_arguments(num_frames=61, output_type="np")))
     with pipe.stream(**tiny_arguments(num_frames=61, output_type="pt"), async_decode=True) as session:
         copies = [chunk.frames[0].clone() for chunk in session]
     frames = torch.cat(copies).permute(0, 2, 3, 1).cpu().numpy()
     np.testing.assert_allclose(frames, expected, atol=1e-6)
+
+
+@needs_gpu
+def test_embeddings_made_on_another_stream_are_waited_for():
+    pipe = tiny_pipeline().to("cuda")
+    expected = frames_of(pipe.stream(**tiny_arguments(output_type="np")))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        session = pipe.stream(**tiny_arguments(output_type="np"), async_decode=True)
+    np.testing.assert_array_equal(frames_of(session), expected)
+
+
+@needs_gpu
+def test_twenty_sessions_need_no_more_memory_than_two():
+    pipe = tiny_pipeline().to("cuda")
+    reserved = []
+    for _ in range(20):
+        frames_of(pipe.stream(**tiny_arguments(num_frames=61, output_type="np"), async_decode=True))
+        reserved.append(torch.cuda.memory_reserved())
+    assert max(reserved[2:]) <= reserved[1]
+
+
+@needs_gpu
+@needs_two_gpus
+def test_the_vae_on_a_second_gpu_gives_identical_frames():
+    pipe = tiny_pipeline().to("cuda:0")
+    expected = frames_of(pipe.stream(**tiny_arguments(num_frames=61, output_type="np")))
+    pipe.vae.to("cuda:1")
+    for _ in range(3):
+        again = frames_of(pipe.stream(**tiny_arguments(num_frames=61, output_type="np"), async_decode=True))
+        np.testing.assert_array_equal(again, expected)
+
+
+@needs_gpu
+@needs_two_gpus
+def test_a_pipeline_on_the_second_gpu_leaves_the_first_alone():
+    pipe = tiny_pipeline().to("cuda:1")
+    before = torch.cuda.memory_allocated(0)
+    frames_of(pipe.stream(**tiny_arguments(output_type="np"), async_decode=True))
+    assert torch.cuda.memory_allocated(0) == before
 
 
 @needs_gpu

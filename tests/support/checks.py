@@ -38,3 +38,6 @@ def needs_gpu(test):
     """For tests that no CPU can stand in for."""
     reason = "needs a CUDA device, and this machine has none"
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)(test))
+
+
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
