@@ -17,11 +17,13 @@ attention sees it.)
 import torch
 
 from ..nvfp4.format import BLOCK, in_block_scales, quantize_unchecked
-from ..nvfp4.load_kernels import load_kernels
+from ..nvfp4.load_kernels import uses_kernels
+from ..nvfp4.operators import read_fp8_frames, read_nvfp4_frames
 from ..nvfp4.rules import MAX_SCALE, scale_rule_named
 
 
 Shape = tuple[int, int, int, int, int]  # batch, heads, slots, tokens of a frame, head_dim
+READ_BY_KERNELS = (torch.float32, torch.bfloat16)
 
 
 class NVFP4Frames:
@@ -78,18 +80,15 @@ class NVFP4Frames:
 
     def read_into(self, target: torch.Tensor) -> None:
         """Dequantize the first slots into `target`, `[B, heads, length, tokens, head_dim]`, for as many as it has."""
-        length = target.shape[2]
+        length, head_dim = target.shape[2], target.shape[-1]
         if not length:
             return
-        rule, head_dim = scale_rule_named(self.scale_rule), target.shape[-1]
-        kernels = load_kernels() if target.is_cuda else None
-        fits = head_dim & (head_dim - 1) == 0 and target.dtype in (torch.float32, torch.bfloat16)
-        if kernels is not None and fits:
-            kernels.read_frames(self.codes, self.scales, self.amax, self.mean, rule, target, length)
+        if head_dim & (head_dim - 1) == 0 and target.dtype in READ_BY_KERNELS and uses_kernels(target):
+            read_nvfp4_frames(self.codes, self.scales, self.amax, self.mean, self.scale_rule, target)
             return
         codes, scales, amax = (part[:, :, :length] for part in (self.codes, self.scales, self.amax))
         # The block scales are few, so they absorb the global one; the large tensor is touched only once.
-        scales = scales.view(torch.float8_e4m3fn).float() * (amax / rule.span)
+        scales = scales.view(torch.float8_e4m3fn).float() * (amax / scale_rule_named(self.scale_rule).span)
         values = in_block_scales(codes, scales)
         if self.mean is not None:
             values += self.mean[:, :, :length]
@@ -131,6 +130,11 @@ class FP8Frames:
     def read_into(self, target: torch.Tensor) -> None:
         """Dequantize slots, like [`NVFP4Frames.read_into`]."""
         length = target.shape[2]
+        if not length:
+            return
+        if target.dtype in READ_BY_KERNELS and uses_kernels(target):
+            read_fp8_frames(self.codes, self.scale, target)
+            return
         codes = self.codes[:, :, :length].view(torch.float8_e4m3fn)
         target.copy_(codes.float().mul_(self.scale[:, :, :length]))
 

@@ -1,11 +1,14 @@
 """Ways to multiply by a weight that is stored in NVFP4.
 
 All take the same stored tensors. `scaled_mm` and `te` multiply in 4 bits on Blackwell's tensor cores; `emulate` gives
-their results anywhere, slowly; `fp8` multiplies in 8 bits on Hopper and Ada, which have no 4-bit products; `w4a16`
-only saves memory: it dequantizes the stored weight to the dtype of the input for the duration of the product.
+their results anywhere, slowly. `w4a16` only saves memory: it dequantizes the stored weight to the dtype of the input
+for the duration of the product. `fp8` multiplies in 8 bits where there are no 4-bit products, on Hopper and Ada. It
+pays where products dominate, that is with many rows, and where memory does not matter: it keeps the weight in FP8 as
+well, nearly three times the memory of `w4a16`, and rounds the inputs. "auto" never chooses it.
 
 A backend creates a *product* for a layer: a small module, `product(x, weight) -> x W^T`, that keeps what it needs
-besides the stored weight (swizzled scales, a weight in FP8) in buffers that are not saved.
+besides the stored weight (swizzled scales, a weight in FP8) in buffers that are not saved. A product is made for the
+weight's device and never moved: where the weight is moved, another is made.
 """
 
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .format import NVFP4Tensor, quantize_unchecked
+from .load_kernels import uses_kernels
 from .matmul import (
     capability_unsupported_reason,
     emulate,
@@ -23,6 +27,7 @@ from .matmul import (
     multiply_in_hardware,
     swizzle,
 )
+from .operators import quantize_rows
 from .rules import MAX_SCALE
 from .transformer_engine import TEProduct, te_unsupported_reason
 
@@ -75,7 +80,7 @@ def choose_backend(requested: str, layer: LayerShape, device: torch.device) -> t
         if unsupported is None:
             return BACKENDS[requested], None
         reason = f"'{requested}' {unsupported}"
-    suitable = ("scaled_mm", "fp8", "w4a16") if device.type == "cuda" else ("emulate",)
+    suitable = ("scaled_mm", "w4a16") if device.type == "cuda" else ("emulate",)
     candidates = (BACKENDS[name] for name in suitable)
     return next(backend for backend in candidates if backend.unsupported_reason(layer, device) is None), reason
 
@@ -114,25 +119,41 @@ class W4A16Product(nn.Module):
 
 
 class FP8Product(nn.Module):
-    """A product in 8 bits, with one scale for each row of either factor."""
+    """A product in 8 bits, with one scale for each row of either factor. On a CPU, where offloaded weights wait,
+    nothing is kept: the weight is quantized in each product."""
 
-    weight: torch.Tensor
-    scale: torch.Tensor
+    codes: torch.Tensor | None
+    scale: torch.Tensor | None
 
     def __init__(self, weight: NVFP4Tensor, activation_rule: str):
         super().__init__()
-        codes, scale = rows_to_fp8(weight.dequantize(torch.float32))
-        self.register_buffer("weight", codes, persistent=False)
+        codes, scale = self._in_fp8(weight) if weight.codes.is_cuda else (None, None)
+        self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x: torch.Tensor, weight: NVFP4Tensor) -> torch.Tensor:
         """`[rows, in_features]` -> `[rows, out_features]`."""
         codes, scale = rows_to_fp8(x)
+        weight_codes, weight_scale = self.codes, self.scale
+        if weight_codes is None or weight_scale is None:
+            weight_codes, weight_scale = self._in_fp8(weight)
         row_wise = F.ScalingType.RowWise
         product = F.scaled_mm(
-            codes, self.weight.t(), scale, row_wise, self.scale.t(), row_wise, output_dtype=torch.bfloat16
+            codes,
+            weight_codes.t(),
+            scale,
+            row_wise,
+            weight_scale.t(),
+            row_wise,
+            output_dtype=torch.bfloat16,
+            # Hopper's tensor cores then sum in fewer bits than float32 has, as is usual in inference. A CPU does not.
+            use_fast_accum=True,
         )
         return product.to(x.dtype)
+
+    @staticmethod
+    def _in_fp8(weight: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows_to_fp8(weight.dequantize(torch.float32))
 
 
 class ScaledMMProduct(nn.Module):
@@ -153,6 +174,8 @@ class ScaledMMProduct(nn.Module):
 
 def rows_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize to float8_e4m3fn `[rows, cols]`; also return the scales of the rows, float32 `[rows, 1]`."""
+    if uses_kernels(x):
+        return quantize_rows(x)
     scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / MAX_SCALE
     return (x.float() / scale).clamp(-MAX_SCALE, MAX_SCALE).to(torch.float8_e4m3fn), scale
 

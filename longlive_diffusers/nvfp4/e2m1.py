@@ -55,5 +55,6 @@ def unpack_values(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _values(device: torch.device) -> torch.Tensor:
-    magnitudes = torch.tensor(MAGNITUDES, device=device)
+    # Computed where it is needed: to copy a list from Python would wait for the GPU, at every call.
+    magnitudes = magnitudes_of(torch.arange(8, dtype=torch.float32, device=device))
     return torch.cat([magnitudes, -magnitudes])

@@ -41,8 +41,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from .e2m1 import magnitudes_of, pack, round_magnitudes, unpack, unpack_values, with_signs
-from .load_kernels import load_kernels
+from .hadamard import random_hadamard
+from .load_kernels import uses_kernels
 from .noise import draw_seed, uniform_noise
+from .operators import dequantize_matrix, hadamard_amax, quantize_matrix
 from .rules import MAX_SCALE, ScaleRule, scale_rule_named
 
 
@@ -160,6 +162,7 @@ def quantize_unchecked(
     generator: torch.Generator | None = None,
     *,
     amax: torch.Tensor | None = None,
+    hadamard: bool = False,
 ) -> NVFP4Tensor:
     """[`quantize`] for arguments that are known to be valid, without waiting for the device.
 
@@ -168,15 +171,18 @@ def quantize_unchecked(
         scale_rule, block, rounding, generator: As in [`quantize`].
         amax: The largest absolute number, float32 `[1]`, or `[..., 1, 1]` to give each matrix its own; None: that of
             the whole of `x`.
+        hadamard: Whether `random_hadamard(x)` is quantized, whose largest number `amax` then is.
     """
+    by_kernel = (x.ndim == 2 or block == (1, BLOCK)) and uses_kernels(x)
+    if hadamard and (not by_kernel or x.ndim != 2 or x.dtype == torch.float16):  # kernels do not round to float16
+        x, hadamard = random_hadamard(x), False
     if amax is None:
-        amax = x.abs().amax().float().reshape(1)
-    rule = scale_rule_named(scale_rule)
+        largest: torch.Tensor = hadamard_amax(x) if hadamard else x.abs().amax().float().reshape(1)
+        amax = largest
     seed = draw_seed(x.device, generator) if rounding == "stochastic" else None
-    kernels = load_kernels() if x.is_cuda and (x.ndim == 2 or block == (1, BLOCK)) else None
-    if kernels is not None:
+    if by_kernel:
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        codes, scales = kernels.quantize_matrix(rows, amax.flatten(), rule, block, seed)
+        codes, scales = quantize_matrix(rows, amax.flatten(), scale_rule, block, seed, hadamard)
         codes, scales = (part.reshape(*x.shape[:-1], -1) for part in (codes, scales))
         return NVFP4Tensor(codes, scales, amax, scale_rule, block)
     codes, scales = _encode_operator(x, amax, scale_rule, block, seed)
@@ -232,10 +238,8 @@ def encode_matrix(
 def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Return the numbers that an `NVFP4Tensor` stands for, `[..., rows, cols]`: `value * scale * amax / span`,
     computed in float32 in this order, and rounded to `dtype` at the end."""
-    kernels = load_kernels() if tensor.codes.is_cuda and tensor.codes.ndim == 2 else None
-    if kernels is not None and dtype in (torch.float32, torch.bfloat16):
-        rule = scale_rule_named(tensor.scale_rule)
-        return kernels.dequantize_matrix(tensor.codes, tensor.scales, tensor.amax, rule, dtype)
+    if tensor.codes.ndim == 2 and dtype in (torch.float32, torch.bfloat16) and uses_kernels(tensor.codes):
+        return dequantize_matrix(tensor.codes, tensor.scales, tensor.amax, tensor.scale_rule, dtype)
     scaled = in_block_scales(tensor.codes, tensor.scales.float())
     return scaled.mul_(tensor.amax).div_(scale_rule_named(tensor.scale_rule).span).to(dtype)
 

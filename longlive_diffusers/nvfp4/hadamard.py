@@ -11,6 +11,7 @@ import torch
 
 SIZE = 16
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+NEGATIVE = sum(1 << index for index, sign in enumerate(SIGNS) if sign < 0)  # the bits of the columns with -1
 
 
 def random_hadamard(x: torch.Tensor) -> torch.Tensor:
@@ -23,7 +24,9 @@ def random_hadamard(x: torch.Tensor) -> torch.Tensor:
     """
     if x.shape[-1] % SIZE:
         raise ValueError(f"The Hadamard transform takes {SIZE} numbers at a time, got {x.shape[-1]} columns.")
-    blocks = x.float().unflatten(-1, (-1, SIZE)) * torch.tensor(SIGNS, dtype=torch.float32, device=x.device)
+    # Computed where they are needed: to copy a list from Python would wait for the GPU, at every call.
+    signs = 1 - 2 * ((NEGATIVE >> torch.arange(SIZE, device=x.device)) & 1)
+    blocks = x.float().unflatten(-1, (-1, SIZE)) * signs
     # The fast transform: sums and differences of neighbors, four times. A matrix product would leave the order of
     # summation, and so the last bit, to the device.
     for _ in range(SIZE.bit_length() - 1):

@@ -1,4 +1,5 @@
-"""Triton kernels of NVFP4: what `format.py` specifies, on a GPU, bit for bit.
+"""Triton kernels: what `format.py` and the stores of the KV cache specify, on a GPU, bit for bit. `operators.py`
+launches them.
 
 Equality is by construction. Every operation is one that IEEE 754 defines to the last bit - products and sums that are
 not fused, quotients by `div_rn` - and where the order of a sum matters it is a tree that both sides follow. Rounding
@@ -12,23 +13,17 @@ conversion is arithmetic.
 Nothing here waits for the device: the kernels read `amax` and the seed from device memory.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from .hadamard import SIGNS
+from .hadamard import NEGATIVE
 from .noise import FACTORS, SHIFTS
-from .rules import ScaleRule
 
-
-ERRORS = {"mse": 1, "mae": 2, "abs_max": 3}  # four-over-six's measures of error; 0: there is only one candidate
-_SIGN_BITS = sum(1 << index for index, sign in enumerate(SIGNS) if sign < 0)
-_TILE = {False: 1024, True: 128}  # columns of a program's tile, which has 1 row (False) or 16 (True)
 
 # A kernel may use globals only as constants.
 _FACTOR_0, _FACTOR_1 = tl.constexpr(FACTORS[0]), tl.constexpr(FACTORS[1])
 _SHIFT_0, _SHIFT_1, _SHIFT_2 = (tl.constexpr(shift) for shift in SHIFTS)
-_NEGATIVE = tl.constexpr(_SIGN_BITS)
+_NEGATIVE = tl.constexpr(NEGATIVE)
 # For compute capability 10 and up. Two numbers share a byte; the first operand becomes its upper half.
 _TO_E2M1 = tl.constexpr("{.reg .b8 pair; cvt.rn.satfinite.e2m1x2.f32 pair, 0f00000000, $1; cvt.u32.u8 $0, pair;}")
 _FROM_E2M1 = tl.constexpr("{.reg .b8 pair; cvt.u8.u32 pair, $1; cvt.rn.f16x2.e2m1x2 $0, pair;}")
@@ -65,6 +60,12 @@ def _e4m3_value(code):
     code = code.to(tl.uint32)
     normal = (((code >> 3) + 120) << 23) | ((code & 7) << 20)
     return tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _e4m3_signed_value(code):
+    magnitude = tl.where((code & 127) == 127, float("nan"), _e4m3_value(code & 127))
+    return tl.where(code >= 128, -magnitude, magnitude)
 
 
 @triton.jit
@@ -139,6 +140,12 @@ def _hadamard(x, N: tl.constexpr):
 
 
 @triton.jit
+def _magnitude_bits(x):
+    """Return |x| as an integer, in whose order NaN comes after all numbers: `tl.max` of numbers would drop a NaN."""
+    return x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
 def _sum_of_16(x, N: tl.constexpr):
     """Sum `[N, 16]` to `[N]`, neighbors first."""
     even, odd = tl.split(tl.reshape(x, (N, 8, 2)))
@@ -200,7 +207,7 @@ def _load_tile(x, rows, columns, row_stride, column_stride, TALL: tl.constexpr, 
 
 
 @triton.jit
-def _quantize_kernel(
+def quantize_kernel(
     x, amax_pointer, seed, codes, scales, rows, columns, row_stride, column_stride, rows_of_an_amax,
     LARGEST_VALUE: tl.constexpr, SPAN: tl.constexpr, ERROR: tl.constexpr,
     HADAMARD: tl.constexpr, STOCHASTIC: tl.constexpr, TALL: tl.constexpr, TILE: tl.constexpr, PTX: tl.constexpr,
@@ -250,6 +257,43 @@ def _quantize_kernel(
 
 
 @triton.jit
+def hadamard_amax_kernel(x, amax, rows, columns, row_stride, column_stride, TILE: tl.constexpr):
+    """Store each tile's largest absolute number after the transform, as `quantize_kernel` computes it."""
+    tile, _ = _load_tile(x, rows, columns, row_stride, column_stride, False, TILE)
+    largest = tl.max(tl.max(_magnitude_bits(_hadamard(tile, TILE // 16)), axis=1), axis=0)
+    program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(amax + program, largest.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _load_row(x, column, columns, row_stride, column_stride):
+    pointer = x + tl.program_id(0).to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+    return tl.load(pointer, mask=column < columns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def quantize_rows_kernel(x, codes, scales, columns, row_stride, column_stride, TILE: tl.constexpr):
+    """Quantize a row to E4M3 by the scale of its largest number."""
+    largest = tl.zeros((TILE,), tl.uint32)
+    for first in range(0, columns, TILE):
+        number = _load_row(x, first + tl.arange(0, TILE), columns, row_stride, column_stride)
+        largest = tl.maximum(largest, _magnitude_bits(number))
+    amax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+    amax = tl.where(amax < 1e-12, 1e-12, amax)  # a NaN stays
+    scale = tl.div_rn(amax, 448.0 + tl.zeros_like(amax))
+    tl.store(scales + tl.program_id(0), scale)
+    for first in range(0, columns, TILE):
+        column = first + tl.arange(0, TILE)
+        number = _load_row(x, column, columns, row_stride, column_stride)
+        scaled = tl.div_rn(tl.abs(number), scale + tl.zeros_like(number))
+        bits, _ = _e4m3(tl.minimum(scaled, 448.0))
+        bits = tl.where(scaled != scaled, 127, bits).to(tl.uint8)  # NaN
+        negative = (number.to(tl.uint32, bitcast=True) >> 31).to(tl.uint8)
+        code = tl.program_id(0).to(tl.int64) * columns + column
+        tl.store(codes + code, bits | (negative << 7), mask=column < columns)
+
+
+@triton.jit
 def _error(x, code, value, amax, SPAN: tl.constexpr, ERROR: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr):
     magnitude = _e2m1_magnitude(code)
     signed = tl.where((x.to(tl.uint32, bitcast=True) >> 31) == 1, -magnitude, magnitude)
@@ -259,7 +303,7 @@ def _error(x, code, value, amax, SPAN: tl.constexpr, ERROR: tl.constexpr, TALL: 
 
 
 @triton.jit
-def _dequantize_kernel(
+def dequantize_kernel(
     codes, scales, amax_pointer, out, num_blocks,
     SPAN: tl.constexpr, BF16: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -278,12 +322,13 @@ def _dequantize_kernel(
 
 
 @triton.jit
-def _read_frames_kernel(
-    codes, scales, amax_pointer, mean, target, length, slots, tokens,
+def read_nvfp4_frames_kernel(
+    codes, scales, amax_pointer, mean, target, head_stride, length, slots, tokens,
     SPAN: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, HAS_MEAN: tl.constexpr, BF16: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    frame = tl.program_id(0) // length * slots + tl.program_id(0) % length
+    head, slot = tl.program_id(0) // length, tl.program_id(0) % length
+    frame = head * slots + slot
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     inside = (token < tokens)[:, None]
     row = frame.to(tl.int64) * tokens + token
@@ -295,98 +340,27 @@ def _read_frames_kernel(
     number = tl.reshape(value * scale[:, None], (TOKENS, DIM))
     if HAS_MEAN:
         number += tl.load(mean + frame * DIM + tl.arange(0, DIM))[None, :]
-    pointer = target + row[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    out = target + head.to(tl.int64) * head_stride + slot.to(tl.int64) * tokens * DIM
+    pointer = out + token[:, None] * DIM + tl.arange(0, DIM)[None, :]
     if BF16:
         tl.store(pointer, _bf16_bits(number), mask=inside)
     else:
         tl.store(pointer, number, mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------- launches
-def has_fp4_instructions(device: torch.device) -> bool:
-    """Whether the device has instructions that convert to and from E2M1."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
-
-
-def quantize_matrix(
-    x: torch.Tensor,
-    amax: torch.Tensor,
-    rule: ScaleRule,
-    block: tuple[int, int],
-    seed: torch.Tensor | None,
-    hadamard: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a matrix, as `format.encode_matrix` does.
-
-    Args:
-        x: float32, bfloat16 or float16 `[rows, cols]`, with any strides: a transposed view is not copied.
-        amax: float32 `[1]`, or `[n]` if each of n equal parts of the rows has its own (1x16 blocks only). With
-            `hadamard`, it is that of the transformed numbers.
-        rule: The scale rule.
-        block: As in `format.quantize`.
-        seed: The seed for stochastic rounding, int64 `[2]`; None: round to nearest.
-        hadamard: Whether to transform each group of 16 columns first.
-
-    Returns:
-        Codes `[rows, cols / 2]` and scales `[rows, cols / 16]` (float8_e4m3fn).
-    """
-    rows, columns = x.shape
-    tall = block[0] > 1
-    tile = _TILE[tall]
-    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(rows, columns // 16, dtype=torch.uint8, device=x.device)
-    grid = (triton.cdiv(rows, 16 if tall else 1), triton.cdiv(columns, tile))
-    _quantize_kernel[grid](
-        x, amax, amax if seed is None else seed, codes, scales, rows, columns, *x.stride(), rows // amax.numel(),
-        LARGEST_VALUE=rule.largest_value, SPAN=rule.span, ERROR=0 if rule.error is None else ERRORS[rule.name],
-        HADAMARD=hadamard, STOCHASTIC=seed is not None, TALL=tall, TILE=tile,
-        PTX=has_fp4_instructions(x.device),
-        # A product and a sum are rounded separately, as in the reference.
-        enable_fp_fusion=False,
-    )  # fmt: skip
-    return codes, scales.view(torch.float8_e4m3fn)
-
-
-def dequantize_matrix(
-    codes: torch.Tensor, scales: torch.Tensor, amax: torch.Tensor, rule: ScaleRule, dtype: torch.dtype
-) -> torch.Tensor:
-    """Dequantize a matrix: `[rows, cols]` in float32 or bfloat16."""
-    rows, columns = codes.shape[0], 2 * codes.shape[1]
-    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-    num_blocks = rows * columns // 16
-    is_bf16 = dtype == torch.bfloat16
-    _dequantize_kernel[(triton.cdiv(num_blocks, 64),)](
-        codes.contiguous(), scales.contiguous().view(torch.uint8), amax, out.view(torch.uint16) if is_bf16 else out,
-        num_blocks, SPAN=rule.span, BF16=is_bf16, BLOCKS=64, PTX=has_fp4_instructions(codes.device),
-        enable_fp_fusion=False,
-    )  # fmt: skip
-    return out
-
-
-def read_frames(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    amax: torch.Tensor,
-    mean: torch.Tensor | None,
-    rule: ScaleRule,
-    target: torch.Tensor,
-    length: int,
-) -> None:
-    """
-    Dequantize the first `length` slots of a cache into those of `target`, in one launch.
-
-    Args:
-        codes, scales: uint8 `[B, heads, slots, tokens, head_dim / 2]` and `[..., head_dim / 16]`; head_dim a power of
-            two.
-        amax, mean: float32 `[B, heads, slots, 1, 1]` and `[B, heads, slots, 1, head_dim]`, which is added, or None.
-        rule: The scale rule of the cache.
-        target: float32 or bfloat16 `[B, heads, slots, tokens, head_dim]`; like all the others, contiguous.
-        length: How many slots are read.
-    """
-    batch, heads, slots, tokens, head_dim = target.shape
-    is_bf16 = target.dtype == torch.bfloat16
-    _read_frames_kernel[(batch * heads * length, triton.cdiv(tokens, 16))](
-        codes, scales, amax, amax if mean is None else mean, target.view(torch.uint16) if is_bf16 else target,
-        length, slots, tokens, SPAN=rule.span, DIM=head_dim, TOKENS=16, HAS_MEAN=mean is not None, BF16=is_bf16,
-        PTX=has_fp4_instructions(codes.device), enable_fp_fusion=False,
-    )  # fmt: skip
+@triton.jit
+def read_fp8_frames_kernel(
+    codes, scales, target, head_stride, length, slots, size, TILE: tl.constexpr, BF16: tl.constexpr
+):
+    """`size` is that of a frame of one head, all of whose numbers have one scale."""
+    head, slot = (tl.program_id(0) // length).to(tl.int64), (tl.program_id(0) % length).to(tl.int64)
+    frame = head * slots + slot
+    index = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = index < size
+    code = tl.load(codes + frame * size + index, mask=inside, other=0)
+    number = _e4m3_signed_value(code) * tl.load(scales + frame)
+    pointer = target + head * head_stride + slot * size + index
+    if BF16:
+        tl.store(pointer, _bf16_bits(number), mask=inside)
+    else:
+        tl.store(pointer, number, mask=inside)

@@ -19,9 +19,9 @@ class NVFP4Linear(nn.Linear):
     the layer can be trained.
 
     The buffers `weight_codes`, `weight_scales` and `weight_amax` stand for the weight, and keep their dtypes under any
-    `.to(dtype)`. The backend (`backends.py`) decides how the product is computed. It is selected for the device when
-    the layer is created and whenever it is moved, and is named in the layer's `repr`; `product` is the module that it
-    created for this layer.
+    `.to(dtype)`. The backend (`backends.py`) decides how the product is computed. It is selected for the weight's
+    device when the layer is created and whenever it is moved, and is named in the layer's `repr`. Offloading moves
+    weights without telling the layer, which therefore looks where its weight is in every forward.
 
     Args:
         in_features, out_features: As in `nn.Linear`; the first is a multiple of 16.
@@ -133,7 +133,8 @@ class NVFP4Linear(nn.Linear):
         """Select the backend for the weight's current device, and precompute what it needs. On the meta device, there
         is no backend."""
         self.backend: LinearBackend | None = None
-        self.product: nn.Module | None = None
+        # Inside a tuple, the product is not a submodule, so that offloading neither moves nor drops its buffers.
+        self.product_on: tuple[torch.device, nn.Module] | None = None
         device = self.weight_codes.device
         if device.type == "meta":
             return
@@ -143,7 +144,7 @@ class NVFP4Linear(nn.Linear):
         if unmet is not None:
             # Python shows identical warnings only once, so the hundreds of layers of a model warn once.
             warnings.warn(f"NVFP4: {unmet}; '{self.backend.name}' is used instead.", stacklevel=2)
-        self.product = self.backend.prepare(self.weight_nvfp4, self.activation_scale_rule)
+        self.product_on = (device, self.backend.prepare(self.weight_nvfp4, self.activation_scale_rule))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` -> `[..., out_features]`, in the dtype of `x`; the bias is added after rounding."""
@@ -159,9 +160,18 @@ class NVFP4Linear(nn.Linear):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """`[rows, in_features]` -> `[rows, out_features]`, without bias, by the layer's backend."""
-        if self.product is None:
+        if self.product_on is None or self.product_on[0] != self.weight_codes.device:
+            self._select_backend_uncompiled()
+        if self.product_on is None:
             raise RuntimeError("This NVFP4Linear has no weight yet: it is on the meta device.")
-        return self.product(rows, self.weight_nvfp4)
+        _, product = self.product_on
+        return product(rows, self.weight_nvfp4)
+
+    @torch.compiler.disable()
+    def _select_backend_uncompiled(self) -> None:
+        """Select the backend in a forward, which happens only where weights are offloaded: what moves them is not
+        compiled either."""
+        self.select_backend()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"  # one line: the backend's name says which product it is
@@ -175,7 +185,7 @@ class NVFP4Linear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True):
         stored = {name: self.get_buffer(name) for name in STORED}
-        self.product = None  # created again on the weight's new device
+        self.product_on = None  # made again on the weight's new device
         super()._apply(fn, recurse)
         for name, before in stored.items():
             after = self.get_buffer(name)

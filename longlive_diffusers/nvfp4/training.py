@@ -5,7 +5,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from .format import BLOCK, NVFP4Tensor, quantize_unchecked
-from .hadamard import random_hadamard
 from .matmul import multiply
 from .recipes import NVFP4Recipe
 from .transformer_engine import TETrainingLinear, check_te_recipe
@@ -74,8 +73,10 @@ class _NVFP4Product(torch.autograd.Function):
             else:
                 (x,) = kept
             # Both are transposed, so that blocks lie along the tokens, which this product sums over.
-            gradient_rounded = quantize_unchecked(over_tokens(gradient), recipe.gradient_rule, rounding="stochastic")
-            x_rounded = quantize_unchecked(over_tokens(x), recipe.activation_rule)
+            gradient_rounded = quantize_unchecked(
+                over_tokens(gradient), recipe.gradient_rule, rounding="stochastic", hadamard=True
+            )
+            x_rounded = quantize_unchecked(over_tokens(x), recipe.activation_rule, hadamard=True)
             weight_gradient = multiply(gradient_rounded, x_rounded, ctx.dtype).to(ctx.weight_dtype)
         return input_gradient, weight_gradient, None
 
@@ -85,8 +86,8 @@ def _parts(tensor: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def over_tokens(states: torch.Tensor) -> torch.Tensor:
-    """`[tokens, n]` -> `[n, tokens]`, with the tokens padded with zeros to whole blocks, and their outliers spread."""
-    return random_hadamard(F.pad(states, (0, 0, 0, -states.shape[0] % (2 * BLOCK))).T)  # 2 * 16, for the hardware
+    """`[tokens, n]` -> `[n, tokens]`, with the tokens padded with zeros to whole blocks."""
+    return F.pad(states, (0, 0, 0, -states.shape[0] % (2 * BLOCK))).T  # 2 * 16, for the hardware
 
 
 def check_sizes(in_features: int, out_features: int) -> None:

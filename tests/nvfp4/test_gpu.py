@@ -1,11 +1,17 @@
 """NVFP4 on a GPU: what tensor cores and kernels make against what a CPU does."""
 
+import copy
+
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers.hooks import apply_group_offloading
 
 from longlive_diffusers import NVFP4Config
-from longlive_diffusers.nvfp4 import NVFP4Linear, nvfp4_layers, quantize_model
-from longlive_diffusers.nvfp4.backends import BACKENDS
+from longlive_diffusers.models.frame_store import FP8Frames, NVFP4Frames
+from longlive_diffusers.models.layer_kv_cache import allocate_slots
+from longlive_diffusers.nvfp4 import NVFP4Linear, nvfp4_layers, quantize, quantize_model
+from longlive_diffusers.nvfp4.backends import BACKENDS, rows_to_fp8
 from tests.nvfp4.test_linear import inputs, plain_linear, relative
 from tests.support.nvfp4_models import small_pipeline, small_transformer
 from tests.support.tiny_pipeline import tiny_arguments
@@ -47,8 +53,64 @@ def test_a_video_with_a_packed_cache_is_that_of_a_cpu(kind):
     assert relative(on_gpu, on_cpu) < 5e-3
 
 
-def test_a_quantised_pipeline_runs_and_names_its_backend():
+def test_a_quantized_pipeline_runs_and_names_its_backend():
     pipe = small_pipeline(transformer=quantize_model(small_transformer(), NVFP4Config())).to("cuda")
     frames = pipe(**tiny_arguments(kv_cache_dtype="nvfp4")).frames
     assert torch.isfinite(frames).all()
-    assert {layer.backend.name for layer in nvfp4_layers(pipe.transformer).values()} <= {"scaled_mm", "fp8", "w4a16"}
+    assert {layer.backend.name for layer in nvfp4_layers(pipe.transformer).values()} <= {"scaled_mm", "w4a16"}
+
+
+# ---------------------------------------------------------------------------------------------- kernels and offloading
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [FP8Frames, NVFP4Frames])
+def test_a_cache_is_unpacked_as_on_a_cpu(kind, dtype):
+    """Bit for bit, and nothing beyond the slots that are read; the tokens are no multiple of a program's."""
+    shape = (2, 3, 8, 880, 128)
+    on_cpu, on_gpu = (kind(shape, torch.device(device), for_keys=True) for device in ("cpu", "cuda"))
+    for slot in range(8):
+        states = torch.randn(2, 1, *shape[1:2], *shape[3:], generator=torch.Generator().manual_seed(slot))
+        on_cpu.write(torch.arange(2)[:, None], torch.full((2, 1), slot), states)
+    for name, stored in vars(on_cpu).items():
+        if isinstance(stored, torch.Tensor):
+            setattr(on_gpu, name, stored.to("cuda"))
+    expected, found = torch.zeros(shape, dtype=dtype), allocate_slots(shape, dtype, torch.device("cuda"))
+    on_cpu.read_into(expected[:, :, :5])
+    on_gpu.read_into(found[:, :, :5])
+    assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_their_tensors_are():
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    expected = quantize(x)
+    with torch.cuda.device(0):
+        found = quantize(x.to("cuda:1"))
+        assert torch.equal(found.codes.cpu(), expected.codes)
+        assert torch.equal(found.dequantize(torch.float32).cpu(), expected.dequantize(torch.float32))
+        codes, scales = rows_to_fp8(x.to("cuda:1"))
+        assert codes.device == scales.device == torch.device("cuda", 1)
+        expected_codes, expected_scales = rows_to_fp8(x)
+        assert torch.equal(codes.cpu().view(torch.uint8), expected_codes.view(torch.uint8))
+        assert torch.equal(scales.cpu(), expected_scales)
+
+
+@pytest.mark.parametrize("use_stream", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "fp8"])
+def test_offloaded_layers_compute_on_the_gpu(backend, use_stream):
+    layer = NVFP4Linear.from_linear(plain_linear(), backend=backend)
+    direct = copy.deepcopy(layer).to("cuda")
+    expected = direct(inputs().to("cuda"))
+    apply_group_offloading(layer, onload_device=torch.device("cuda"), offload_type="leaf_level", use_stream=use_stream)
+    for _ in range(3):
+        assert torch.equal(layer(inputs().to("cuda")), expected)
+    if use_stream:  # without, the layer has been selected anew for the CPU
+        assert layer.backend is direct.backend
+
+
+def test_sequentially_offloaded_layers_compute_on_the_gpu():
+    layer = NVFP4Linear.from_linear(plain_linear())
+    direct = copy.deepcopy(layer).to("cuda")
+    cpu_offload(layer, torch.device("cuda"), offload_buffers=True)
+    for _ in range(3):
+        assert torch.equal(layer(inputs().to("cuda")), direct(inputs().to("cuda")))
+    assert layer.backend is direct.backend

@@ -6,39 +6,43 @@ The interpreter takes what the compiler refuses, so that they are also compiled,
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 
-from tests.programs import compare_kernels, compile_kernels
+from tests.programs import check_operators, compare_branches, compare_kernels, compile_kernels
 
 
-def test_interpreted_kernels_equal_the_reference():
-    """In a process of its own: whether Triton interprets is decided when it is imported."""
+def run_program(program: ModuleType, *arguments: str, **environment: str) -> str:
+    """What a program prints. Whether Triton interprets is decided when it is imported, hence a process of its own."""
     run = subprocess.run(
-        [sys.executable, "-m", compare_kernels.__name__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-m", program.__name__, *arguments],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.startswith("0 of ") and "cases differ" in run.stdout, run.stdout
+    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
+    return run.stdout
+
+
+@pytest.mark.parametrize("program", [compare_kernels, compare_branches])
+def test_interpreted_kernels_equal_the_reference(program):
+    """Kernels by themselves; and streams, layers and training steps that call them."""
+    told = run_program(program, TRITON_INTERPRET="1")
+    assert told.startswith("0 of ") and "cases differ" in told
+
+
+def test_operators_are_what_torch_takes_them_for():
+    run_program(check_operators, TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     """Ampere, Hopper, Blackwell's two kinds; to E2M1 and back by instruction where it exists, and is needed."""
-    run = subprocess.run(
-        [sys.executable, "-m", compile_kernels.__name__, "80", "90", "100", "120"],
-        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.splitlines() == ["80 10 0", "90 10 0", "100 10 8", "120 10 8"]
+    told = run_program(compile_kernels, "80", "90", "100", "120", TRITON_CACHE_DIR=str(tmp_path))
+    assert told.splitlines() == ["80 16 0", "90 16 0", "100 16 8", "120 16 8"]
 
 
 @pytest.mark.gpu

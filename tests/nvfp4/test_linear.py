@@ -123,10 +123,9 @@ def test_a_wish_that_cannot_be_met_is_told():
     [
         ((10, 0), (64, 32), "scaled_mm"),
         ((12, 0), (64, 32), "scaled_mm"),
-        ((10, 0), (48, 32), "fp8"),
-        ((9, 0), (64, 32), "fp8"),
-        ((8, 9), (64, 32), "fp8"),
-        ((8, 9), (64, 24), "w4a16"),
+        ((10, 0), (48, 32), "w4a16"),
+        ((9, 0), (64, 32), "w4a16"),
+        ((8, 9), (64, 32), "w4a16"),
         ((8, 0), (64, 32), "w4a16"),
     ],
 )
@@ -134,6 +133,15 @@ def test_what_auto_takes_on_gpus(monkeypatch, capability, sizes, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     backend, unmet = choose_backend("auto", LayerShape(*sizes, "mse", "mse"), torch.device("cuda"))
     assert (backend.name, unmet) == (expected, None)
+
+
+def test_fp8_is_taken_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    layer, gpu = LayerShape(64, 32, "mse", "mse"), torch.device("cuda")
+    assert choose_backend("fp8", layer, gpu) == (BACKENDS["fp8"], None)
+    narrow = LayerShape(64, 24, "mse", "mse")
+    backend, unmet = choose_backend("fp8", narrow, gpu)
+    assert backend.name == "w4a16" and "64 -> 24" in unmet
 
 
 def test_backends_that_do_not_suit_a_layer_say_why(monkeypatch):

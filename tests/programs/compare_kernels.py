@@ -1,11 +1,14 @@
 """Compares the Triton kernels with the reference: TRITON_INTERPRET=1 python -m tests.programs.compare_kernels"""
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 
-from longlive_diffusers.models.frame_store import NVFP4Frames
-from longlive_diffusers.nvfp4 import e2m1, kernels
+from longlive_diffusers.models.frame_store import FP8Frames, NVFP4Frames
+from longlive_diffusers.models.layer_kv_cache import allocate_slots
+from longlive_diffusers.nvfp4 import e2m1, operators
+from longlive_diffusers.nvfp4.backends import rows_to_fp8
 from longlive_diffusers.nvfp4.format import NVFP4Tensor, encode_matrix
 from longlive_diffusers.nvfp4.hadamard import random_hadamard
 from longlive_diffusers.nvfp4.noise import uniform_noise
@@ -49,13 +52,13 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
         for rule, block, noise_seed in itertools.product(RULES.values(), ((1, 16), (16, 16)), (None, seed)):
             noise = None if noise_seed is None else uniform_noise(noise_seed, x.shape)
             expected = encode_matrix(x, amax, rule, block, noise)
-            found = kernels.quantize_matrix(
-                there, amax.to(device), rule, block, None if noise_seed is None else noise_seed.to(device)
+            found = operators.quantize_matrix(
+                there, amax.to(device), rule.name, block, None if noise_seed is None else noise_seed.to(device)
             )
             name = f"{rule.name} {block} {shape} {dtype} {'nearest' if noise_seed is None else 'stochastic'}"
             check(name, equal(*found, expected))
         for dtype_out in (torch.float32, torch.bfloat16):
-            back = kernels.dequantize_matrix(*found, amax.to(device), rule, dtype_out).cpu()
+            back = operators.dequantize_matrix(*found, amax.to(device), rule.name, dtype_out).cpu()
             values = e2m1.unpack_values(expected.codes).unflatten(-1, (-1, 16))
             values = (values * expected.scales.float().unsqueeze(-1)).flatten(-2) * amax / rule.span
             check(f"dequantize {shape} {dtype_out}", torch.equal(back, values.to(dtype_out)))
@@ -63,8 +66,8 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
         several = sample(48, 32, dtype).reshape(3, 16, 32)  # matrices with scales of their own
         amax = several.abs().amax(dim=(1, 2), keepdim=True).float()
         expected = encode_matrix(several, amax, RULES["mse"])
-        codes, scales = kernels.quantize_matrix(
-            several.flatten(0, 1).to(device), amax.flatten().to(device), RULES["mse"], (1, 16), None
+        codes, scales = operators.quantize_matrix(
+            several.flatten(0, 1).to(device), amax.flatten().to(device), "mse", (1, 16), None
         )
         check(f"several matrices {dtype}", equal(codes.reshape(3, 16, 16), scales.reshape(3, 16, 2), expected))
 
@@ -78,31 +81,49 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
             for rule, noise_seed in itertools.product((RULES["static_6"], RULES["mse"]), (None, seed)):
                 noise = None if noise_seed is None else uniform_noise(noise_seed, plain.shape)
                 expected = encode_matrix(plain, amax, rule, (1, 16), noise)
-                found = kernels.quantize_matrix(
+                found = operators.quantize_matrix(
                     on_device,
                     amax.to(device),
-                    rule,
+                    rule.name,
                     (1, 16),
                     None if noise_seed is None else noise_seed.to(device),
                     hadamard,
                 )
                 check(f"{name}, {rule.name} {shape} {dtype} {noise_seed is not None}", equal(*found, expected))
-    for dtype, centered in itertools.product((torch.float32, torch.bfloat16), (False, True)):
-        shape = (2, 2, 3, 20, 32)
-        store = NVFP4Frames(shape, torch.device("cpu"), for_keys=centered)
-        batch = torch.arange(2)[:, None]
+            if hadamard:
+                check(f"{name}, amax {shape} {dtype}", torch.equal(operators.hadamard_amax(on_device).cpu(), amax))
+        for name, matrix in (("rows", x), ("transposed rows", x.T)):
+            codes, scales = operators.quantize_rows(matrix.to(device))
+            expected_codes, expected_scales = rows_to_fp8(matrix.cpu())
+            same = torch.equal(codes.cpu().view(torch.uint8), expected_codes.view(torch.uint8))
+            check(f"FP8, {name} {shape} {dtype}", same and torch.equal(scales.cpu(), expected_scales))
+    for name, same in compare_frames(device):
+        check(name, same)
+    return differing, total
+
+
+def compare_frames(device: torch.device) -> Iterator[tuple[str, bool]]:
+    """Read two of the three slots of the KV cache's stores: the name of each case, and whether it is as on a CPU."""
+    shape, cpu = (2, 2, 3, 20, 32), torch.device("cpu")
+    stores = {
+        "nvfp4": NVFP4Frames(shape, cpu, for_keys=False),
+        "nvfp4, centered": NVFP4Frames(shape, cpu, for_keys=True),
+        "fp8": FP8Frames(shape, cpu, for_keys=True),
+    }
+    for (name, store), dtype in itertools.product(stores.items(), (torch.float32, torch.bfloat16)):
         for slot in range(3):
             frames = torch.randn(2, 1, 2, 20, 32, generator=torch.Generator().manual_seed(slot))
-            store.write(batch, torch.full((2, 1), slot), frames)
+            store.write(torch.arange(2)[:, None], torch.full((2, 1), slot), frames)
         expected = torch.zeros(shape, dtype=dtype)
-        store.read_into(expected, 2)
-        parts = [
-            None if part is None else part.to(device) for part in (store.codes, store.scales, store.amax, store.mean)
-        ]
-        found = torch.zeros(shape, dtype=dtype, device=device)
-        kernels.read_frames(*parts, RULES["mse"], found, 2)
-        check(f"frames {dtype} {'centered' if centered else ''}", torch.equal(found.cpu(), expected))
-    return differing, total
+        store.read_into(expected[:, :, :2])
+        found = allocate_slots(shape, dtype, device)
+        if isinstance(store, FP8Frames):
+            operators.read_fp8_frames(store.codes.to(device), store.scale.to(device), found[:, :, :2])
+        else:
+            mean = None if store.mean is None else store.mean.to(device)
+            stored = (store.codes.to(device), store.scales.to(device), store.amax.to(device), mean)
+            operators.read_nvfp4_frames(*stored, store.scale_rule, found[:, :, :2])
+        yield f"frames, {name} {dtype}", torch.equal(found.cpu(), expected)
 
 
 if __name__ == "__main__":

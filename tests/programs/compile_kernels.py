@@ -26,12 +26,20 @@ def variants(ptx: bool):
         for stochastic, error, dtype in ((False, 1, "*bf16"), (True, 3, "*fp32"), (False, 0, "*fp16")):
             rule = {"LARGEST_VALUE": 6.0, "SPAN": 2688.0, "ERROR": error}
             how = {"HADAMARD": stochastic and not tall, "STOCHASTIC": stochastic, "PTX": ptx}
-            yield kernels._quantize_kernel, {"x": dtype, **QUANTIZE}, rule | how | shape
+            yield kernels.quantize_kernel, {"x": dtype, **QUANTIZE}, rule | how | shape
     for is_bf16 in (False, True):
         out, common = "*u16" if is_bf16 else "*fp32", {"SPAN": 2688.0, "BF16": is_bf16, "PTX": ptx}
-        yield kernels._dequantize_kernel, {**PACKED, "out": out, "num_blocks": "i64"}, common | {"BLOCKS": 64}
-        frames = {**PACKED, "mean": "*fp32", "target": out, "length": "i32", "slots": "i32", "tokens": "i32"}
-        yield kernels._read_frames_kernel, frames, common | {"DIM": 128, "TOKENS": 16, "HAS_MEAN": is_bf16}
+        yield kernels.dequantize_kernel, {**PACKED, "out": out, "num_blocks": "i64"}, common | {"BLOCKS": 64}
+        place = {"target": out, "head_stride": "i64", "length": "i32", "slots": "i32"}
+        frames = {**PACKED, "mean": "*fp32"} | place | {"tokens": "i32"}
+        yield kernels.read_nvfp4_frames_kernel, frames, common | {"DIM": 128, "TOKENS": 16, "HAS_MEAN": is_bf16}
+        frames = {"codes": "*u8", "scales": "*fp32"} | place | {"size": "i32"}
+        yield kernels.read_fp8_frames_kernel, frames, {"TILE": 4096, "BF16": is_bf16}
+    for dtype in ("*bf16", "*fp32"):
+        strides = {"row_stride": "i64", "column_stride": "i64"}
+        yield kernels.hadamard_amax_kernel, {"x": dtype, "amax": "*fp32"} | MATRIX, {"TILE": 1024}
+        rows = {"x": dtype, "codes": "*u8", "scales": "*fp32", "columns": "i32"} | strides
+        yield kernels.quantize_rows_kernel, rows, {"TILE": 4096}
 
 
 def compile_for(capability: int) -> tuple[int, int]:

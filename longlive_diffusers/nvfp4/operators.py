@@ -1,0 +1,253 @@
+"""The Triton kernels as operators of torch.
+
+`torch.compile` leaves an operator that it does not know as it is. Given a kernel itself, it would compile the kernel
+again with options of its own, under which products and sums are fused and the last bits differ.
+
+The operators exist without Triton, which is imported when one is first run.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .load_kernels import load_kernels
+from .rules import scale_rule_named
+
+
+ERRORS = {"mse": 1, "mae": 2, "abs_max": 3}  # four-over-six's measures of error; 0: there is only one candidate
+TILE = {False: 1024, True: 128}  # columns of a program's tile, which has 1 row (False) or 16 (True)
+
+ROW_TILE = 4096  # where blocks do not matter
+
+
+def has_fp4_instructions(device: torch.device) -> bool:
+    """Whether the device has instructions that convert to and from E2M1."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
+
+
+def launch(kernel: str, grid: tuple[int, ...], on: torch.Tensor, *arguments, **constants) -> None:
+    """
+    Run a kernel on the device of `on`. Triton by itself takes the current one, but a pipeline may be on another GPU.
+
+    A product and a sum are rounded separately, as in the reference: on this rests that results are equal bit for bit.
+    """
+    kernels = load_kernels()
+    assert kernels is not None  # by which `uses_kernels` decides
+    with torch.cuda.device_of(on):
+        getattr(kernels, kernel)[grid](*arguments, **constants, enable_fp_fusion=False)
+
+
+def parts(total: int, size: int) -> int:
+    """How many parts of `size` it takes to hold `total`."""
+    return -(-total // size)
+
+
+@torch.library.custom_op("longlive_diffusers::nvfp4_quantize_matrix", mutates_args=())
+def quantize_matrix(
+    x: torch.Tensor,
+    amax: torch.Tensor,
+    scale_rule: str,
+    block: Sequence[int],
+    seed: torch.Tensor | None,
+    hadamard: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a matrix, as `format.encode_matrix` does.
+
+    Args:
+        x: float32, bfloat16 or float16 `[rows, cols]`, with any strides: a transposed view is not copied.
+        amax: float32 `[1]`, or `[n]` if each of n equal parts of the rows has its own (1x16 blocks only). With
+            `hadamard`, it is that of the transformed numbers.
+        scale_rule: The name of the scale rule.
+        block: As in `format.quantize`.
+        seed: The seed for stochastic rounding, int64 `[2]`; None: round to nearest.
+        hadamard: Whether to transform each group of 16 columns first.
+
+    Returns:
+        Codes `[rows, cols / 2]` and scales `[rows, cols / 16]` (float8_e4m3fn).
+    """
+    rows, columns = x.shape
+    rule, tall = scale_rule_named(scale_rule), block[0] > 1
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(rows, columns // 16, dtype=torch.uint8, device=x.device)
+    grid = (parts(rows, 16 if tall else 1), parts(columns, TILE[tall]))
+    launch(
+        "quantize_kernel", grid, x,
+        x, amax, amax if seed is None else seed, codes, scales, rows, columns, *x.stride(), rows // amax.numel(),
+        LARGEST_VALUE=rule.largest_value, SPAN=rule.span, ERROR=0 if rule.error is None else ERRORS[rule.name],
+        HADAMARD=hadamard, STOCHASTIC=seed is not None, TALL=tall, TILE=TILE[tall],
+        PTX=has_fp4_instructions(x.device),
+    )  # fmt: skip
+    return codes, scales.view(torch.float8_e4m3fn)
+
+
+@quantize_matrix.register_fake
+def _(x, amax, scale_rule, block, seed, hadamard=False) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = x.shape
+    codes = x.new_empty((rows, columns // 2), dtype=torch.uint8)
+    return codes, x.new_empty((rows, columns // 16), dtype=torch.float8_e4m3fn)
+
+
+@torch.library.custom_op("longlive_diffusers::hadamard_amax", mutates_args=())
+def hadamard_amax(x: torch.Tensor) -> torch.Tensor:
+    """The largest absolute number of `random_hadamard(x)`, float32 `[1]`, for [`quantize_matrix`] with `hadamard`.
+
+    Args:
+        x: float32 or bfloat16 `[rows, cols]`, with any strides.
+    """
+    rows, columns = x.shape
+    grid = (rows, parts(columns, TILE[False]))
+    amax = torch.empty(grid, dtype=torch.float32, device=x.device)
+    launch("hadamard_amax_kernel", grid, x, x, amax, rows, columns, *x.stride(), TILE=TILE[False])
+    return amax.amax().reshape(1)
+
+
+@hadamard_amax.register_fake
+def _(x) -> torch.Tensor:
+    return x.new_empty(1, dtype=torch.float32)
+
+
+@torch.library.custom_op("longlive_diffusers::fp8_quantize_rows", mutates_args=())
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a matrix to FP8, as `backends.rows_to_fp8` does, in one pass.
+
+    Args:
+        x: float32, bfloat16 or float16 `[rows, cols]`, with any strides.
+
+    Returns:
+        float8_e4m3fn `[rows, cols]`, and the scales of the rows, float32 `[rows, 1]`.
+    """
+    rows, columns = x.shape
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    launch("quantize_rows_kernel", (rows,), x, x, codes, scales, columns, *x.stride(), TILE=ROW_TILE)
+    return codes.view(torch.float8_e4m3fn), scales
+
+
+@quantize_rows.register_fake
+def _(x) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("longlive_diffusers::nvfp4_dequantize_matrix", mutates_args=())
+def dequantize_matrix(
+    codes: torch.Tensor, scales: torch.Tensor, amax: torch.Tensor, scale_rule: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """Dequantize a matrix: `[rows, cols]` in float32 or bfloat16."""
+    rows, columns = codes.shape[0], 2 * codes.shape[1]
+    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    num_blocks = rows * columns // 16
+    launch(
+        "dequantize_kernel", (parts(num_blocks, 64),), codes,
+        codes.contiguous(), scales.contiguous().view(torch.uint8), amax, as_bits(out), num_blocks,
+        SPAN=scale_rule_named(scale_rule).span, BF16=dtype == torch.bfloat16, BLOCKS=64,
+        PTX=has_fp4_instructions(codes.device),
+    )  # fmt: skip
+    return out
+
+
+@dequantize_matrix.register_fake
+def _(codes, scales, amax, scale_rule, dtype) -> torch.Tensor:
+    return codes.new_empty((codes.shape[0], 2 * codes.shape[1]), dtype=dtype)
+
+
+@torch.library.custom_op("longlive_diffusers::nvfp4_read_frames", mutates_args=("target",))
+def read_nvfp4_frames(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    amax: torch.Tensor,
+    mean: torch.Tensor | None,
+    scale_rule: str,
+    target: torch.Tensor,
+) -> None:
+    """
+    Dequantize the first slots of a cache in NVFP4, as many as `target` has, in one launch.
+
+    Args:
+        codes, scales: uint8 `[B, heads, slots, tokens, head_dim / 2]` and `[..., head_dim / 16]`; head_dim a power of
+            two.
+        amax, mean: float32 `[B, heads, slots, 1, 1]` and `[B, heads, slots, 1, head_dim]`, which is added, or None.
+        scale_rule: The name of the cache's scale rule.
+        target: float32 or bfloat16 `[B, heads, length, tokens, head_dim]`, at most as many slots as there are. What
+            one head has is contiguous, but there may be a gap between heads. All others are contiguous.
+
+    Raises:
+        ValueError: If a shape is another one, or a tensor is not contiguous.
+    """
+    batch, heads, slots, tokens, packed = codes.shape
+    frames, head_dim = (batch, heads, slots), 2 * packed
+    check_frames("codes", codes, (*frames, tokens, packed))
+    check_frames("scales", scales, (*frames, tokens, head_dim // 16))
+    check_frames("amax", amax, (*frames, 1, 1))
+    if mean is not None:
+        check_frames("mean", mean, (*frames, 1, head_dim))
+    length = check_target(target, (*frames, tokens, head_dim))
+    launch(
+        "read_nvfp4_frames_kernel", (batch * heads * length, parts(tokens, 16)), codes,
+        codes, scales, amax, amax if mean is None else mean, as_bits(target), target.stride(1), length, slots, tokens,
+        SPAN=scale_rule_named(scale_rule).span, DIM=head_dim, TOKENS=16, HAS_MEAN=mean is not None,
+        BF16=target.dtype == torch.bfloat16, PTX=has_fp4_instructions(codes.device),
+    )  # fmt: skip
+
+
+@read_nvfp4_frames.register_fake
+def _(codes, scales, amax, mean, scale_rule, target) -> None:
+    return None
+
+
+@torch.library.custom_op("longlive_diffusers::fp8_read_frames", mutates_args=("target",))
+def read_fp8_frames(codes: torch.Tensor, scale: torch.Tensor, target: torch.Tensor) -> None:
+    """
+    Dequantize the first slots of a cache in FP8, as many as `target` has, like [`read_nvfp4_frames`].
+
+    Args:
+        codes: uint8 (the bits of float8_e4m3fn) `[B, heads, slots, tokens, head_dim]`.
+        scale: float32 `[B, heads, slots, 1, 1]`.
+        target: float32 or bfloat16 `[B, heads, length, tokens, head_dim]`, as for [`read_nvfp4_frames`].
+
+    Raises:
+        ValueError: If a shape is another one, or a tensor is not contiguous.
+    """
+    batch, heads, slots, tokens, head_dim = codes.shape
+    check_frames("codes", codes, (batch, heads, slots, tokens, head_dim))
+    check_frames("scale", scale, (batch, heads, slots, 1, 1))
+    length = check_target(target, (batch, heads, slots, tokens, head_dim))
+    size = tokens * head_dim
+    launch(
+        "read_fp8_frames_kernel", (batch * heads * length, parts(size, ROW_TILE)), codes,
+        codes, scale, as_bits(target), target.stride(1), length, slots, size,
+        TILE=ROW_TILE, BF16=target.dtype == torch.bfloat16,
+    )  # fmt: skip
+
+
+@read_fp8_frames.register_fake
+def _(codes, scale, target) -> None:
+    return None
+
+
+def check_frames(name: str, part: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless a part of a cache is contiguous and of this shape."""
+    if tuple(part.shape) != shape or not part.is_contiguous():
+        found = f"{tuple(part.shape)}{'' if part.is_contiguous() else ', not contiguous'}"
+        raise ValueError(f"Frames are read with `{name}` {shape}, contiguous; got {found}.")
+
+
+def check_target(target: torch.Tensor, shape: tuple[int, int, int, int, int]) -> int:
+    """Return how many slots `target` has; raise a ValueError unless frames of a cache of this shape can be read into
+    it."""
+    batch, heads, slots, tokens, head_dim = shape
+    length = target.shape[2] if target.ndim == 5 else 0
+    head_stride = target.stride(1) if target.ndim == 5 else 0
+    strides = (heads * head_stride, head_stride, tokens * head_dim, head_dim, 1)
+    fits = 0 < length <= slots and tuple(target.shape) == (batch, heads, length, tokens, head_dim)
+    sizes = zip(target.stride(), strides, target.shape, strict=False)
+    if not fits or any(own != other for own, other, size in sizes if size > 1):
+        raise ValueError(
+            f"Frames of a cache {shape} are read into 1 to {slots} of its slots, contiguous for each head; got "
+            f"{tuple(target.shape)} with strides {target.stride()}."
+        )
+    return length
+
+
+def as_bits(out: torch.Tensor) -> torch.Tensor:
+    """Return bfloat16 as uint16, because the kernels round to bfloat16 on the bits; float32 as it is."""
+    return out.view(torch.uint16) if out.dtype == torch.bfloat16 else out

@@ -1,0 +1,120 @@
+"""Runs streams, layers and training as on a GPU, with Triton's interpreter, and as on a CPU, and compares the bits:
+TRITON_INTERPRET=1 python -m tests.programs.compare_branches
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch import nn
+
+from longlive_diffusers.nvfp4 import NVFP4Linear, load_kernels
+from longlive_diffusers.nvfp4.recipes import RECIPES, NVFP4Recipe
+from longlive_diffusers.nvfp4.training import NVFP4TrainingLinear
+from tests.support.nvfp4_models import small_transformer
+from tests.support.tiny_pipeline import CHANNELS, CHUNK_SIZE, SIDE, TEXT_DIM, TEXT_LENGTH, tiny_cache
+
+
+Case = tuple[str, Callable[[], list[torch.Tensor]]]
+
+
+def stream(kind: torch.dtype | str, relative_rope: bool) -> list[torch.Tensor]:
+    """The outputs of two videos streamed together, until frames are evicted: the shots of the one are not the other's,
+    and halfway another text rewrites what is cached."""
+    model = small_transformer(num_layers=1)
+    cache = tiny_cache(model, batch=2, window_size=6, dtype=kind, relative_rope=relative_rope)
+    generator = torch.Generator().manual_seed(1)
+    chunks = torch.randn(4, 2, CHANNELS, CHUNK_SIZE, SIDE, SIDE, generator=generator)
+    texts = torch.randn(2, 2, TEXT_LENGTH, TEXT_DIM, generator=generator)
+    outputs = []
+
+    def forward(latents: torch.Tensor, timestep: float, text: torch.Tensor) -> None:
+        timesteps = torch.full((2, latents.shape[2]), timestep)
+        outputs.append(model(latents, timesteps, text, kv_cache=cache).sample)
+
+    for index, latents in enumerate(chunks):
+        text = texts[index // 2]
+        if index == 2:
+            for frames in cache.recache():
+                clean = [
+                    torch.stack([chunks[i // CHUNK_SIZE, sample, :, i % CHUNK_SIZE] for i in indices], dim=1)
+                    for sample, indices in enumerate(frames)
+                ]
+                forward(torch.stack(clean), 0.0, text)
+        cache.begin_chunk(CHUNK_SIZE, opens_shot=[index == 1, index == 2])
+        forward(latents, 500.0, text)
+        cache.finish_chunk()
+        forward(latents, 0.0, text)
+    return outputs
+
+
+def linear_of(in_features: int, out_features: int) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(in_features, out_features)
+
+
+def layer(backend: str, rule: str, block: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
+    """A layer's output, and the gradient of its input."""
+    nvfp4 = NVFP4Linear.from_linear(
+        linear_of(48, 32), weight_scale_rule=rule, activation_scale_rule=rule, weight_block=block, backend=backend
+    )
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    with torch.enable_grad():
+        y = nvfp4(x)
+        y.square().sum().backward()
+    return [y.detach(), x.grad]
+
+
+def compiled_layer(backend: str) -> list[torch.Tensor]:
+    """The output of a layer that is compiled in one graph."""
+    torch._dynamo.reset()
+    nvfp4 = NVFP4Linear.from_linear(linear_of(48, 32), backend=backend)
+    nvfp4.compile(fullgraph=True, backend="aot_eager")
+    return [nvfp4(torch.randn(5, 48, generator=torch.Generator().manual_seed(1)))]
+
+
+def training_step(recipe: NVFP4Recipe, dtype: torch.dtype) -> list[torch.Tensor]:
+    """A layer's output, and the gradients of its input and its parameters."""
+    nvfp4 = NVFP4TrainingLinear.from_linear(linear_of(48, 32), recipe).to(dtype)
+    x = torch.randn(33, 48, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    torch.manual_seed(2)  # of the noise
+    with torch.enable_grad():
+        y = nvfp4(x)
+        y.square().sum().backward()
+    return [y.detach(), x.grad, nvfp4.weight.grad, nvfp4.bias.grad]
+
+
+def cases() -> Iterator[Case]:
+    """The name of each case, and what computes its results."""
+    for kind, relative_rope in itertools.product(("nvfp4", "fp8", torch.float32), (False, True)):
+        name = f"stream, {kind}, {'relative' if relative_rope else 'absolute'} RoPE"
+        yield name, lambda arguments=(kind, relative_rope): stream(*arguments)
+    dtypes = (torch.float32, torch.bfloat16)
+    for arguments in itertools.product(("emulate", "w4a16", "fp8"), ("mse", "static_6"), ((1, 16), (16, 16)), dtypes):
+        yield f"layer, {arguments}", lambda arguments=arguments: layer(*arguments)
+    for backend in ("emulate", "w4a16", "fp8"):
+        yield f"compiled layer, {backend}", lambda backend=backend: compiled_layer(backend)
+    for recipe, dtype in itertools.product(RECIPES.values(), dtypes):
+        yield f"training, {recipe.name} {dtype}", lambda arguments=(recipe, dtype): training_step(*arguments)
+
+
+@torch.no_grad()
+def compare() -> tuple[list[str], int]:
+    """The names of the cases that differ, with the first result that does, and the number of all."""
+    differing, total = [], 0
+    for name, compute in cases():
+        with mock.patch.object(load_kernels, "is_for_kernels", lambda device: True):
+            found = compute()
+        expected = compute()
+        total += 1
+        different = [index for index, pair in enumerate(zip(found, expected, strict=True)) if not torch.equal(*pair)]
+        if different:
+            differing.append(f"{name}: result {different[0]} of {len(expected)}")
+    return differing, total
+
+
+if __name__ == "__main__":
+    differing, total = compare()
+    print(f"{len(differing)} of {total} cases differ", *differing, sep="\n")
+    raise SystemExit(bool(differing))
