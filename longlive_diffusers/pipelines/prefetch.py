@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -24,8 +24,9 @@ class Prefetcher(Generic[Item]):
 
     The items are made one task at a time, so that several prefetchers can share a worker: none holds its thread while
     its consumer is busy. An exception in `source` is raised in the consumer, after the items that came before it.
-    `close()` (also at the end of a `with` block) drops what was not begun, waits for the item in progress, and closes
-    `source` in the thread that ran it. A prefetcher that is dropped makes no further items.
+    `close()` (also at the end of a `with` block, and from any thread: a consumer that waits gets its end) drops what
+    was not begun, waits for the item in progress, and closes `source` in the thread that ran it. A prefetcher that is
+    dropped makes no further items.
 
     Args:
         source: The iterator to run.
@@ -39,7 +40,7 @@ class Prefetcher(Generic[Item]):
             raise ValueError(f"`depth` must be at least 1, got {depth}.")
         self._run = _Run(source)
         self._worker = worker
-        self._finished = False
+        self._finished, self._lock = False, threading.Lock()
         for _ in range(depth + 1):
             self._pending.append(worker.submit(self._run.advance))
 
@@ -47,25 +48,32 @@ class Prefetcher(Generic[Item]):
         return self
 
     def __next__(self) -> Item:
-        if self._finished:
-            raise StopIteration
+        with self._lock:
+            if self._finished:
+                raise StopIteration
+            future = self._pending[0]
         try:
-            produced = self._pending[0].result()
+            produced = future.result()
+        except CancelledError:  # closed by another thread while this one waited
+            raise StopIteration from None
         except BaseException:  # whatever it is, it ends the iteration
             self.close()
             raise
         if produced is None:
             self.close()
-            raise StopIteration
-        self._pending.popleft()
-        self._pending.append(self._worker.submit(self._run.advance))
+        with self._lock:
+            if self._finished or produced is None:
+                raise StopIteration
+            self._pending.popleft()
+            self._pending.append(self._worker.submit(self._run.advance))
         return produced.item
 
     def close(self) -> None:
-        if self._finished:
-            return
-        self._finished = True
-        self._drop()
+        with self._lock:
+            if self._finished:
+                return
+            self._finished = True
+            self._drop()
         closing = self._worker.submit(self._run.close)
         if self._run.thread is not threading.current_thread():  # a thread cannot wait for itself
             closing.result()

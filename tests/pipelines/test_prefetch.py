@@ -159,6 +159,33 @@ def test_closing_waits_for_the_item_in_progress(prefetch):
     assert finished.is_set()
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_closing_from_another_thread_ends_a_consumer_that_waits(prefetch, begun):
+    """Whether the item that it waits for is being made or not begun yet."""
+    making, go_on, received = threading.Event(), threading.Event(), []
+
+    def items():
+        making.set()
+        assert go_on.wait(WAIT)
+        yield 0
+
+    other = None if begun else prefetch(items())  # holds the worker
+    prefetcher = prefetch(items() if begun else iter([0]))
+    assert making.wait(WAIT)
+    consumer = threading.Thread(target=lambda: received.extend(prefetcher))
+    consumer.start()
+    closing = threading.Thread(target=prefetcher.close)
+    closing.start()
+    time.sleep(0.1)
+    go_on.set()
+    for thread in (consumer, closing):
+        thread.join(WAIT)
+        assert not thread.is_alive()
+    assert received == []
+    if other is not None:
+        other.close()
+
+
 def test_closing_twice_is_closing_once(prefetch):
     prefetcher = prefetch(Source().items())
     prefetcher.close()

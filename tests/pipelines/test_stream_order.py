@@ -14,13 +14,19 @@ from longlive_diffusers.pipelines.decoder import ChunkDecoder
 from longlive_diffusers.pipelines.denoiser import DenoisedChunk, RunState
 from longlive_diffusers.pipelines.session import StreamingSession
 from longlive_diffusers.pipelines.shots import ChunkPrompt
-from tests.support.fake_cuda_streams import FakeStream, happens, kept_for, known, stream  # noqa: F401
+from tests.support.fake_cuda_streams import FakeStream, happens, known, put_in_place, stream
 from tests.support.tiny_vae import tiny_vae
 
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 NUM_CHUNKS = 4
 CASES = ["one GPU", "the VAE on another GPU", "latents only"]
+
+
+@pytest.fixture
+def kept_for(monkeypatch) -> list[tuple[torch.Tensor, FakeStream]]:
+    """Fake streams, and which tensors were kept for which of them."""
+    return put_in_place(monkeypatch)
 
 
 class Denoiser:
@@ -64,7 +70,7 @@ def reads(monkeypatch) -> list[bool]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_is_read_before_it_is_written(case, reads, kept_for):  # noqa: F811
+def test_nothing_is_read_before_it_is_written(case, reads, kept_for):
     workers = AsyncWorkers()
     happens("embedded")
     with begin(case, workers, Denoiser()) as session:
@@ -79,7 +85,7 @@ def test_nothing_is_read_before_it_is_written(case, reads, kept_for):  # noqa: F
 
 
 @pytest.mark.parametrize("case", ["the VAE on another GPU", "latents only"])
-def test_the_check_sees_a_wait_that_is_missing(case, reads, kept_for, monkeypatch):  # noqa: F811
+def test_the_check_sees_a_wait_that_is_missing(case, reads, kept_for, monkeypatch):
     monkeypatch.setattr("longlive_diffusers.pipelines.session._hand_over", lambda latents, ready: None)
     happens("embedded")
     with begin(case, AsyncWorkers(), Denoiser()) as session:
@@ -87,7 +93,7 @@ def test_the_check_sees_a_wait_that_is_missing(case, reads, kept_for, monkeypatc
     assert not any(reads)
 
 
-def test_denoising_waits_for_the_stream_of_whoever_asked(kept_for):  # noqa: F811
+def test_denoising_waits_for_the_stream_of_whoever_asked(kept_for):
     """Embeddings are made on the caller's current stream, which need not be the default one."""
     own = FakeStream(GPU)
     with stream(own):
@@ -97,7 +103,7 @@ def test_denoising_waits_for_the_stream_of_whoever_asked(kept_for):  # noqa: F81
         assert len(list(session)) == NUM_CHUNKS
 
 
-def test_closing_lets_the_caller_wait_for_what_was_begun(kept_for):  # noqa: F811
+def test_closing_lets_the_caller_wait_for_what_was_begun(kept_for):
     """What the session frees, the caller's stream may use at once."""
     happens("embedded")
     session = begin("latents only", AsyncWorkers(), Denoiser())
@@ -107,7 +113,7 @@ def test_closing_lets_the_caller_wait_for_what_was_begun(kept_for):  # noqa: F81
     assert len(begun) >= 1 and begun <= known()
 
 
-def test_twenty_sessions_share_their_streams_and_their_thread(kept_for):  # noqa: F811
+def test_twenty_sessions_share_their_streams_and_their_thread(kept_for):
     """The memory of a stream is given to no other stream: it would stay behind with each session."""
     workers, threads = AsyncWorkers(), set()
     happens("embedded")
@@ -120,7 +126,7 @@ def test_twenty_sessions_share_their_streams_and_their_thread(kept_for):  # noqa
     assert len(threads) == 1
 
 
-def test_two_sessions_advance_in_turn(kept_for):  # noqa: F811
+def test_two_sessions_advance_in_turn(kept_for):
     workers = AsyncWorkers()
     happens("embedded")
     with begin("one GPU", workers, Denoiser()) as one, begin("one GPU", workers, Denoiser()) as other:

@@ -66,9 +66,9 @@ def known() -> set:
     return current_stream().done
 
 
-@pytest.fixture
-def kept_for(monkeypatch) -> list[tuple[torch.Tensor, FakeStream]]:
-    """Put the streams in place, and list which tensors were kept for which streams (`record_stream`)."""
+def put_in_place(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, FakeStream]]:
+    """Put the streams in place of CUDA's; return a list of which tensors are kept for which streams
+    (`record_stream`), which grows with every call."""
     kept = []
     _default.done.clear()
     FakeStream.created.clear()
