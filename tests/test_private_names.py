@@ -166,6 +166,14 @@ PRIVATE_NAMES = [
         (ATTEND, PACKAGE + "benchmark/environment.py"),
         "Find out which attention backend is active another way; attend() may then always call the dispatcher.",
     ),
+    *(
+        PrivateName(
+            f"diffusers.models.attention_dispatch:AttentionBackendName.{name}",
+            (PACKAGE + "models/sdpa_kernels.py",),
+            "Look at what diffusers calls this kernel of PyTorch then.",
+        )
+        for name in ("_NATIVE_FLASH", "_NATIVE_CUDNN", "_NATIVE_EFFICIENT", "_NATIVE_MATH")
+    ),
     # -- diffusers: what callbacks write -----------------------------------------------------------------------------
     PrivateName(
         "_guidance_scale of a pipeline",
@@ -224,6 +232,21 @@ PRIVATE_NAMES = [
         lambda: any("_padding" in vars(module) for module in tiny_vae().modules()),
     ),
     # -- torch -------------------------------------------------------------------------------------------------------
+    *(
+        PrivateName(
+            f"{name} of torch.ops.aten",
+            (PACKAGE + "models/sdpa_kernels.py",),
+            "Refuse this attention backend while a session decodes in another thread, and leave it to diffusers else.",
+            lambda name=name: hasattr(torch.ops.aten, name),
+        )
+        for name in (
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_attention_math",
+        )
+    ),
     PrivateName(
         "torch:_C._autograd._top_saved_tensors_default_hooks",
         (ATTEND,),

@@ -1,6 +1,7 @@
 """FlexAttention, compiled where it has to be."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -15,9 +16,10 @@ def flex_attend(
     On a GPU, FlexAttention is one kernel only when it is compiled: called plainly, it materializes the scores of all
     pairs of tokens, 150 GB for a clip of 32 frames of 704x1280. In code that is being compiled, it is part of that.
     """
-    heads_first = [states.transpose(1, 2) for states in (query, key, value)]
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    kernel: Callable[..., torch.Tensor]  # its further results are returned on request only
     kernel = _compiled_flex_attention() if needs_compilation(query.device) else flex_attention
-    return kernel(*heads_first, block_mask=mask).transpose(1, 2)
+    return kernel(query, key, value, block_mask=mask).transpose(1, 2)
 
 
 def needs_compilation(device: torch.device) -> bool:

@@ -120,15 +120,16 @@ class KVCache:
         self._num_raw_slots = sink_size + 2 * self.pin_size if relative_rope else 0
         shape = (batch_size, num_heads, window_size, grid_height * grid_width, head_dim)
         self.is_packed = isinstance(dtype, str)
-        self._dequant_buffers = DequantBuffers(shape, compute_dtype, self.device) if self.is_packed else None
-        self._layers: list[LayerKVCache | PackedLayerKVCache] = [
-            LayerKVCache(shape, self._num_raw_slots, dtype, self.device)
-            if isinstance(dtype, torch.dtype)
-            else PackedLayerKVCache(
-                shape, self._num_raw_slots, dtype, compute_dtype, self.device, self._dequant_buffers
-            )
-            for _ in range(num_layers)
-        ]
+        self._dequant_buffers: DequantBuffers | None = None
+        self._layers: Sequence[LayerKVCache | PackedLayerKVCache]
+        if isinstance(dtype, torch.dtype):
+            self._layers = [LayerKVCache(shape, self._num_raw_slots, dtype, self.device) for _ in range(num_layers)]
+        else:
+            buffers = self._dequant_buffers = DequantBuffers(shape, compute_dtype, self.device)
+            self._layers = [
+                PackedLayerKVCache(shape, self._num_raw_slots, dtype, compute_dtype, self.device, buffers)
+                for _ in range(num_layers)
+            ]
         self.reset()
 
     def __getitem__(self, layer: int) -> LayerKVCache | PackedLayerKVCache:

@@ -182,7 +182,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """The device the VAE runs on: where the user moved it, or, if offloaded, where everything else runs."""
         return self._device_of(self.vae)
 
-    def _device_of(self, model: torch.nn.Module) -> torch.device:
+    def _device_of(self, model: AutoencoderKLWan | UMT5EncoderModel) -> torch.device:
         offloaded = self.is_offloaded or _is_group_offload_enabled(model)
         return self._execution_device if offloaded else model.device
 
