@@ -23,6 +23,7 @@ import argparse
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -39,51 +40,52 @@ NO_CUDA_BUILD = (
     "Nothing was run: PyTorch {version} is a build without CUDA. Have one beside it with `pip install --target FOLDER "
     "torch==2.13.0` (about 4.7 GB), and put FOLDER before everything on PYTHONPATH."
 )
+ERROR, NOT_RUN = "ERROR", "not run"
 NO_DRIVER = "active drivers"  # what Triton says when it is to launch a kernel
 
 
-def attempt(call: Callable[[], object]) -> tuple[str, bool]:
-    """Run a case: what became of it, and whether it met tensors of different devices."""
+def attempt(call: Callable[[], object]) -> str:
+    """Run a case, and say what became of it."""
     try:
         call()
     except RuntimeError as error:
         if is_mismatch(error):
-            return f"ERROR in {place_of(error)}: {error}", True
+            return f"{ERROR} in {place_of(error)}: {error}"
         if NO_DRIVER in str(error):
-            return f"not run: {place_of(error)} launches a Triton kernel", False
+            return f"{NOT_RUN}: {place_of(error)} launches a Triton kernel"
         raise
-    return "ok", False
+    return "ok"
 
 
-def report_checks() -> int:
-    """Print what became of each check, and return how many met tensors of different devices."""
-    rows, failures = [], 0
+def report_checks() -> list[str]:
+    """Print, and return, what became of each check; and print where the CPU waits for the GPU in any of them."""
+    outcomes, waits = {}, Counter()
     for name, capability, check in all_checks():
         began = time.perf_counter()
-        with fake_gpu(capability):
-            outcome, failed = attempt(check)
-        print(f"{name}: {outcome} ({time.perf_counter() - began:.0f} s)", file=sys.stderr)
-        rows.append([name, outcome])
-        failures += failed
-    print(markdown_table(["on a fake GPU", "tensors of different devices"], rows), end="\n\n")
-    return failures
+        with fake_gpu(capability) as host:
+            outcomes[name] = attempt(check)
+        waits.update(host.waits)
+        print(f"{name}: {outcomes[name]} ({time.perf_counter() - began:.0f} s)", file=sys.stderr)
+    print(markdown_table(["on a fake GPU", "tensors of different devices"], outcomes.items()), end="\n\n")
+    print(*(f"- The CPU waits {count} x in {where}" for where, count in sorted(waits.items())), "", sep="\n")
+    return list(outcomes.values())
 
 
-def report_work(operators: int) -> int:
-    """Print the work of each case, and return how many met tensors of different devices."""
-    rows, details, failures = [], [], 0
+def report_work(operators: int) -> list[str]:
+    """Print the work of each case, and return what became of it."""
+    outcomes, rows, details = [], [], []
     for name, capability, prepare in all_work():
         work = Work()
         with fake_gpu(capability) as host:
-            outcome, failed = attempt(lambda prepare=prepare, work=work, host=host: work.measure(prepare(), host))
+            outcome = attempt(lambda prepare=prepare, work=work, host=host: work.measure(prepare(), host))
         print(f"{name}: {outcome}", file=sys.stderr)
-        failures += failed
+        outcomes.append(outcome)
         rows.append([name, *(work.cells() if outcome == "ok" else [outcome, "", "", "", ""])])
         details += [f"- {name}: {describe(found)}" for found in most_moving(work.totals, operators)]
-        details += [f"- {name} waits {count} times in {where}" for where, count in sorted(work.waits.items())]
+        details += [f"- {name}: the CPU waits {count} x in {where}" for where, count in sorted(work.waits.items())]
     header = ["5B, 704x1280", "TFLOP", "GB moved", "in float32", "kernels", "waits"]
     print(markdown_table(header, rows, right_aligned=True), "", *details, "", sep="\n")
-    return failures
+    return outcomes
 
 
 def describe(found: tuple[str, Count]) -> str:
@@ -111,16 +113,17 @@ def main() -> None:
         raise SystemExit(2)
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a copy of the solver does
-    failures = 0
+    outcomes = []
     if "checks" in parts:
-        failures += report_checks()
+        outcomes += report_checks()
     if "work" in parts:
-        failures += report_work(arguments.operators)
+        outcomes += report_work(arguments.operators)
     if "kept" in parts:
         report_kept()
-    if failures:
-        raise SystemExit(f"{failures} cases met tensors of different devices.")
-    print(f"No tensors of different devices met, as far as cases were run (torch {torch.__version__}).")
+    failed, left_out = (sum(outcome.startswith(start) for outcome in outcomes) for start in (ERROR, NOT_RUN))
+    cases = f"of {len(outcomes)} cases, {failed} met tensors of different devices, {left_out} were not run"
+    print(f"On torch {torch.__version__}: {cases}.")
+    raise SystemExit(1 if failed else 0)
 
 
 if __name__ == "__main__":

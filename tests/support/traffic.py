@@ -22,7 +22,7 @@ WIDE = {torch.float32, torch.float64, torch.complex64}
 
 @dataclass
 class Count:
-    """Kernels, the bytes they move, and how many of these are of more than 16 bits."""
+    """Kernels, the bytes they move, and how many of these are of float32, complex64 or float64."""
 
     kernels: int = 0
     num_bytes: int = 0
