@@ -36,6 +36,7 @@ OPERATORS = {
     "broadcast": (lambda x: x[:1].expand(3, 4) + x, 1, MATRIX // 3 + 2 * MATRIX, MATRIX // 3 + 2 * MATRIX),
     "product": (lambda x: x @ x.t(), 1, 2 * MATRIX + 9 * 4, 2 * MATRIX + 9 * 4),
     "in place": (lambda x: x.mul_(x[:1].expand(3, 4)), 1, 2 * MATRIX + MATRIX // 3, 2 * MATRIX + MATRIX // 3),
+    "bits in place": (lambda x: x.view(torch.int32).bitwise_and_(1), 1, 2 * MATRIX, 0),
     "overwritten": (lambda x: x[:1].copy_(x[1:2]), 1, 2 * MATRIX // 3, 2 * MATRIX // 3),
     "joined": (lambda x: torch.cat([x, x]), 1, 4 * MATRIX, 4 * MATRIX),
     "two results": (lambda x: x.max(dim=1), 1, MATRIX + 3 * (4 + 8), MATRIX + 3 * 4),

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 VIEWS = {"_unsafe_view"}  # whose schema does not say so
 SELECTIONS = {"embedding", "gather", "index", "index_select"}  # read of their first input what they return
-ARITHMETIC = {"add_", "addcdiv_", "addcmul_", "clamp_", "div_", "lerp_", "mul_", "sub_"}  # read what they overwrite
+OVERWRITING = {"copy_", "fill_", "normal_", "random_", "uniform_", "zero_"}  # without reading it first
 WIDE = {torch.float32, torch.float64, torch.complex64}
 
 
@@ -79,10 +79,10 @@ def moved_tensors(func, args: tuple, kwargs: dict, result) -> list[torch.Tensor]
         written = tensors_in(result)
         if name in SELECTIONS:
             read[0] = written[0]
-    elif name in ARITHMETIC:
-        read += written
     elif name == "index_put_":
         written = read[-1:]  # the new values
+    elif name.endswith("_") and name not in OVERWRITING:
+        read += written
     return read + written
 
 
