@@ -84,5 +84,6 @@ def test_it_computes_in_the_dtype_that_is_asked_for_and_the_two_are_not_mixed(wo
     folder, cache = workshop.folder / "pipeline", tmp_path / "cache"
     assert encode(folder, cache, ["a red circle"], dtype=torch.bfloat16)
     assert TextCache(cache).load("a red circle").dtype == torch.bfloat16
-    with pytest.raises(ValueError, match=r"text_encoder\.dtype is 'torch.bfloat16' there, but 'torch.float32' here"):
+    # transformers 5.0 keeps some of its weights in float32.
+    with pytest.raises(ValueError, match=r"text_encoder\.dtype is 'torch.bfloat16.*' there, but 'torch.float32' here"):
         encode(folder, cache, ["a red circle"])
