@@ -178,7 +178,7 @@ def is_guided(guidance_scale: float) -> bool:
 
 def _forward(transformer, latents, timestep, prompt_embeds, kv_cache: KVCache, conditioning: Conditioning):
     return transformer(
-        latents.to(prompt_embeds.dtype),  # the network's dtype, which a wrapped network does not expose
+        latents,
         timestep,
         prompt_embeds,
         kv_cache=kv_cache,
