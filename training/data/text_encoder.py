@@ -96,19 +96,22 @@ def encode_missing(accelerator: Accelerator, encoder: TextEncoder, prompts: Sequ
     Raises:
         ValueError: If the folder is a cache made with another text encoder, or other settings.
     """
-    if accelerator.is_main_process and encoder.files() not in _known_files(folder):
-        open_text_cache(folder, encoder.max_sequence_length, encoder.settings)
-        write_json(folder / KNOWN_FILES, {"files": [*_known_files(folder), encoder.files()]})
+    if accelerator.is_main_process:
+        files, known = encoder.files(), _known_files(folder)
+        if files not in known:
+            open_text_cache(folder, encoder.max_sequence_length, encoder.settings)
+            write_json(folder / KNOWN_FILES, {"files": [*known, files]})
     accelerator.wait_for_everyone()
-    part = missing_prompts(prompts, folder, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
-    if part:
+    part = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
+    if missing_prompts(prompts, folder, **part):  # only then is the encoder loaded
         build_text_cache(
-            part,
+            prompts,
             encoder.encode,
             folder,
             max_sequence_length=encoder.max_sequence_length,
             settings=encoder.settings,
             progress=accelerator.is_main_process,
+            **part,
         )
 
 
