@@ -13,14 +13,12 @@ from longlive_diffusers.models.layer_kv_cache import allocate_slots
 from longlive_diffusers.nvfp4 import NVFP4Linear, nvfp4_layers, quantize, quantize_model
 from longlive_diffusers.nvfp4.backends import BACKENDS, rows_to_fp8
 from tests.nvfp4.test_linear import inputs, plain_linear, relative
+from tests.support.checks import NEEDS_GPU, needs_two_gpus
 from tests.support.nvfp4_models import small_pipeline, small_transformer
 from tests.support.tiny_pipeline import tiny_arguments
 
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [*NEEDS_GPU]
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -79,7 +77,7 @@ def test_a_cache_is_unpacked_as_on_a_cpu(kind, dtype):
     assert torch.equal(found.cpu(), expected)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_two_gpus
 def test_kernels_run_where_their_tensors_are():
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     expected = quantize(x)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.programs import check_operators, compare_branches, compare_kernels, compile_kernels
+from tests.support.checks import needs_gpu
 
 
 def run_program(program: ModuleType, *arguments: str, **environment: str) -> str:
@@ -45,8 +46,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     assert told.splitlines() == ["80 16 0", "90 16 0", "100 16 8", "120 16 8"]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_gpu
 def test_kernels_equal_the_reference_on_a_gpu():
     differing, total = compare_kernels.compare(torch.device("cuda"), large=True)
     assert total > 100 and differing == []

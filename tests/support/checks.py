@@ -34,10 +34,17 @@ def assert_raises(call: Callable, *numbers) -> None:
         assert re.search(rf"(?<![\w.]){re.escape(number)}(?!\d)", message), f"{number} is not in: {message}"
 
 
+NEEDS_GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
+)
+"""The marks of tests that no CPU can stand in for, for a whole module (`pytestmark = [*NEEDS_GPU]`)."""
+
+
 def needs_gpu(test):
-    """For tests that no CPU can stand in for."""
-    reason = "needs a CUDA device, and this machine has none"
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)(test))
+    """For a single test that no CPU can stand in for."""
+    gpu, skipped_without = NEEDS_GPU
+    return gpu(skipped_without(test))
 
 
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
