@@ -24,7 +24,8 @@ def attend(
     """Compute unmasked attention, `[B, tokens, heads, head_dim]`, with `backend` (None: diffusers' active one)."""
     if backend is None and _prefers_matmul(query):
         return _matmul_attention(query, key, value)
-    name = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend)
+    # A member of the enum already: making one of its value stops the compiler (seen on Python 3.12 with torch 2.11).
+    name = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
     if name == AttentionBackendName.FLEX:
         return flex_attend(query, key, value)
     if (kernel := kernel_named(name)) is not None:

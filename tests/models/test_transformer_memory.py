@@ -159,7 +159,10 @@ def test_group_offload_to_the_cpu_computes_the_same_on_a_gpu(grouping, use_strea
     for _ in range(2):  # with streams, the first forward only learns the order of the layers
         found = stream_chunks(Offloaded(model, placed))
         torch.testing.assert_close(found, stream_chunks(placed), atol=1e-5, rtol=1e-5)
-    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    # With streams a layer brings the next one: also keys of the text, which are made once and not in every forward.
+    left = {name for name, parameter in model.named_parameters() if parameter.is_cuda}
+    assert all(".attn2.to_k." in name for name in left), left
+    assert use_stream or not left
 
 
 # -- layerwise casting -----------------------------------------------------------------------------------------------

@@ -207,11 +207,14 @@ ON_GPU = {
 @needs_gpu
 @pytest.mark.parametrize("offload", ON_GPU.values(), ids=ON_GPU)
 @every_call
-def test_offloading_on_a_gpu_makes_the_same_video(arguments, offload):
+def test_offloading_on_a_gpu_makes_the_same_video(arguments, offload, request):
     pipe: LongLivePipeline = tiny_pipeline()
     expected = run(pipe.to("cuda"), **arguments)
     pipe = tiny_pipeline()
     offload(pipe)
     for _ in range(2):
         np.testing.assert_allclose(run(pipe, **arguments), expected, atol=1e-3)
-    assert "cuda" not in devices_of(pipe)
+    # With streams a layer brings the next one, which stays where a later forward does not run it.
+    weights = [weight for model in models_of(pipe).values() for weight in model.parameters()]
+    left = sum(weight.nbytes for weight in weights if weight.is_cuda)
+    assert left <= (sum(weight.nbytes for weight in weights) / 5 if "group" in request.node.callspec.id else 0)
