@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .format import NVFP4Tensor, quantize_unchecked
 from .load_kernels import uses_kernels
 from .matmul import (
     capability_unsupported_reason,
     emulate,
+    fp8_matmul,
     hardware_unsupported_reason,
     multiply_in_hardware,
     swizzle,
@@ -137,19 +137,7 @@ class FP8Product(nn.Module):
         weight_codes, weight_scale = self.codes, self.scale
         if weight_codes is None or weight_scale is None:
             weight_codes, weight_scale = self._in_fp8(weight)
-        row_wise = F.ScalingType.RowWise
-        product = F.scaled_mm(
-            codes,
-            weight_codes.t(),
-            scale,
-            row_wise,
-            weight_scale.t(),
-            row_wise,
-            output_dtype=torch.bfloat16,
-            # Hopper's tensor cores then sum in fewer bits than float32 has, as is usual in inference. A CPU does not.
-            use_fast_accum=True,
-        )
-        return product.to(x.dtype)
+        return fp8_matmul(codes, scale, weight_codes, weight_scale).to(x.dtype)
 
     @staticmethod
     def _in_fp8(weight: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor]:

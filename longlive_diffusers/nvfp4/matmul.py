@@ -90,6 +90,40 @@ def _(codes, scales, tensor_scale, other_codes, other_scales, other_tensor_scale
     return codes.new_empty((codes.shape[0], other_codes.shape[0]), dtype=torch.bfloat16)
 
 
+@torch.library.custom_op("longlive_diffusers::fp8_matmul", mutates_args=())
+def fp8_matmul(
+    codes: torch.Tensor, scales: torch.Tensor, other_codes: torch.Tensor, other_scales: torch.Tensor
+) -> torch.Tensor:
+    """
+    Compute torch's own product `A B^T` of two matrices in FP8, with one scale for each row of either. This is a custom
+    operator because `torch.compile` cannot trace the plain call in torch 2.11.
+
+    Args:
+        codes, other_codes: float8_e4m3fn `[M, K]` and `[N, K]`; K and N are multiples of 16.
+        scales, other_scales: float32 `[M, 1]` and `[N, 1]`.
+
+    Returns:
+        bfloat16 `[M, N]`.
+    """
+    row_wise = F.ScalingType.RowWise
+    return F.scaled_mm(
+        codes,
+        other_codes.t(),
+        scales,
+        row_wise,
+        other_scales.t(),
+        row_wise,
+        output_dtype=torch.bfloat16,
+        # Hopper's tensor cores then sum in fewer bits than float32 has, as is usual in inference. A CPU does not.
+        use_fast_accum=True,
+    )
+
+
+@fp8_matmul.register_fake
+def _(codes, scales, other_codes, other_scales) -> torch.Tensor:
+    return codes.new_empty((codes.shape[0], other_codes.shape[0]), dtype=torch.bfloat16)
+
+
 def hardware_unsupported_reason(device: torch.device, inner: int, columns: int) -> str | None:
     """Return why tensor cores cannot compute a product that sums over `inner` and has `columns` columns, as the end of
     a sentence; None if they can."""

@@ -159,9 +159,9 @@ def test_group_offload_to_the_cpu_computes_the_same_on_a_gpu(grouping, use_strea
     for _ in range(2):  # with streams, the first forward only learns the order of the layers
         found = stream_chunks(Offloaded(model, placed))
         torch.testing.assert_close(found, stream_chunks(placed), atol=1e-5, rtol=1e-5)
-    # With streams a layer brings the next one: also keys of the text, which are made once and not in every forward.
+    # With streams a layer brings the next one: also what only runs when the text is new, and not in every forward.
     left = {name for name, parameter in model.named_parameters() if parameter.is_cuda}
-    assert all(".attn2.to_k." in name for name in left), left
+    assert not {name for name in left if ".attn2.to_k." not in name and ".text_embedder." not in name}
     assert use_stream or not left
 
 

@@ -52,14 +52,14 @@ class Work:
 def product_flops() -> dict:
     """The products that PyTorch's counter does not know."""
 
-    def scaled_mm(left, right, *args, out_shape=None, **kwargs) -> int:
-        return 2 * left[0] * left[1] * right[1]
+    def in_fp8(codes, scales, other_codes, *args, out_shape=None, **kwargs) -> int:
+        return 2 * codes[0] * codes[1] * other_codes[0]
 
     def in_nvfp4(codes, scales, tensor_scale, other_codes, *args, out_shape=None, **kwargs) -> int:
         return 2 * codes[0] * 2 * codes[1] * other_codes[0]
 
     return {
-        torch.ops.aten._scaled_mm_v2: scaled_mm,
+        torch.ops.longlive_diffusers.fp8_matmul: in_fp8,
         torch.ops.longlive_diffusers.nvfp4_matmul: in_nvfp4,
     }
 

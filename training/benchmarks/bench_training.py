@@ -79,13 +79,13 @@ def kept_bytes(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:
     """Return the bytes held for the backward besides the weights. Tensors that are recomputed do not count."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
-    alive = []  # so that no address is reused
+    alive = []  # so that no address is reused; storages, as tensors would keep the graph and this list in a circle
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
+            alive.append(storage)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
