@@ -173,9 +173,6 @@ def _fp8_unsupported_reason(layer: LayerShape, device: torch.device) -> str | No
         return f"needs multiples of 16, this layer is {layer.in_features} -> {layer.out_features}"
     if device.type not in ("cuda", "cpu"):
         return f"does not run on '{device.type}'"
-    # torch 2.13 has the product on a CPU, 2.11 does not.
-    if device.type == "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU"):
-        return f"has no product on a CPU in torch {torch.__version__}"
     return capability_unsupported_reason(device, (8, 9)) if device.type == "cuda" else None
 
 

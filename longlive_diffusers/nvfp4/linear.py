@@ -7,6 +7,7 @@ from torch import nn
 
 from .backends import LayerShape, LinearBackend, check_backend_name, choose_backend
 from .format import BLOCK, NVFP4Tensor, Weights, check_buffers, quantize
+from .matmul import connected_to
 from .rules import scale_rule_named
 
 
@@ -208,7 +209,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, linear: NVFP4Linear) -> torch.Tensor:
         ctx.linear = linear
-        return linear.multiply(x)
+        return connected_to(x, linear.multiply(x))
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

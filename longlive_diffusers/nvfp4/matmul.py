@@ -95,8 +95,9 @@ def fp8_matmul(
     codes: torch.Tensor, scales: torch.Tensor, other_codes: torch.Tensor, other_scales: torch.Tensor
 ) -> torch.Tensor:
     """
-    Compute torch's own product `A B^T` of two matrices in FP8, with one scale for each row of either. This is a custom
-    operator because `torch.compile` cannot trace the plain call in torch 2.11.
+    Compute the product `A B^T` of two matrices in FP8, with one scale for each row of either: on a GPU by torch's own
+    operator; on a CPU, where torch 2.11 has none, in float32. This is a custom operator because `torch.compile` cannot
+    trace torch's in 2.11.
 
     Args:
         codes, other_codes: float8_e4m3fn `[M, K]` and `[N, K]`; K and N are multiples of 16.
@@ -105,6 +106,8 @@ def fp8_matmul(
     Returns:
         bfloat16 `[M, N]`.
     """
+    if not codes.is_cuda:
+        return ((codes.float() @ other_codes.float().t()) * scales * other_scales.t()).to(torch.bfloat16)
     row_wise = F.ScalingType.RowWise
     return F.scaled_mm(
         codes,
@@ -114,7 +117,7 @@ def fp8_matmul(
         other_scales.t(),
         row_wise,
         output_dtype=torch.bfloat16,
-        # Hopper's tensor cores then sum in fewer bits than float32 has, as is usual in inference. A CPU does not.
+        # Hopper's tensor cores then sum in fewer bits than float32 has, as is usual in inference.
         use_fast_accum=True,
     )
 
@@ -122,6 +125,16 @@ def fp8_matmul(
 @fp8_matmul.register_fake
 def _(codes, scales, other_codes, other_scales) -> torch.Tensor:
     return codes.new_empty((codes.shape[0], other_codes.shape[0]), dtype=torch.bfloat16)
+
+
+def connected_to(x: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+    """
+    Return a product that an autograd function computed from the codes of `x`, connected to `x` itself.
+
+    While compiling, torch 2.11 looks in the function's forward whether its result depends on an input that needs a
+    gradient. Codes are integers, which carry none: without the connection all gradients come out as zeros.
+    """
+    return product + x[:0].sum() if torch.compiler.is_compiling() else product
 
 
 def hardware_unsupported_reason(device: torch.device, inner: int, columns: int) -> str | None:

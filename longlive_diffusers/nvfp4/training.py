@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .format import BLOCK, NVFP4Tensor, quantize_unchecked
-from .matmul import multiply
+from .matmul import connected_to, multiply
 from .recipes import NVFP4Recipe
 from .transformer_engine import TETrainingLinear, check_te_recipe
 
@@ -54,7 +54,7 @@ class _NVFP4Product(torch.autograd.Function):
         weight_rounded = quantize_unchecked(weight, recipe.weight_rule, (BLOCK, BLOCK))
         ctx.save_for_backward(*_parts(weight_rounded), *(_parts(x_rounded) if recipe.rounds_input_twice else (x,)))
         ctx.recipe, ctx.dtype, ctx.weight_dtype = recipe, x.dtype, weight.dtype
-        return multiply(x_rounded, weight_rounded, x.dtype)
+        return connected_to(x, multiply(x_rounded, weight_rounded, x.dtype))
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

@@ -100,6 +100,18 @@ def test_gradients_flow_to_the_input_as_through_the_stored_weight():
         torch.testing.assert_close(x.grad, gradient @ layer.dequantize(torch.float32))
 
 
+@pytest.mark.parametrize("backend", RUNS_HERE)
+def test_a_compiled_layer_passes_the_same_gradient_on(backend):
+    layer = NVFP4Linear.from_linear(plain_linear(), backend=backend)
+    gradients = []
+    for network in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        x = inputs().requires_grad_()
+        network(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert gradients[0].any()
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_it_is_a_linear_layer_that_says_how_it_computes():
     layer = NVFP4Linear.from_linear(plain_linear(), activation_scale_rule="static_6", backend="w4a16")
     assert isinstance(layer, nn.Linear)
