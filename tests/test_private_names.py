@@ -299,13 +299,13 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "_actions of a parser",
-        ("training/run/arguments.py",),
+        ("training/run/command_line.py",),
         "Take the names of the options from the dataclasses' fields.",
         lambda: "_actions" in vars(argparse.ArgumentParser()),
     ),
     PrivateName(
         "argparse:ArgumentDefaultsHelpFormatter._get_help_string",
-        ("training/run/arguments.py",),
+        ("training/run/command_line.py",),
         "Write the defaults into the help texts.",
     ),
 ]

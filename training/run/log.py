@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from longlive_diffusers.atomic_write import write_text
 
 
@@ -22,6 +24,12 @@ class TrainingLog:
         """Append an entry, which has a "step"."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def check_tracker(accelerator: Accelerator, name: str | None) -> None:
+    """Raise a ValueError if the package of a tracker is not installed: accelerate would go on without a word."""
+    if name is not None and not accelerator.log_with:
+        raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}")
 
 
 def read_log(path: Path) -> list[dict[str, float | int]]:
