@@ -58,6 +58,7 @@ def main(arguments: Arguments) -> None:
     """Run the training that is asked for, alone in its folder; see `train`."""
     optimization, output = arguments.optimization, arguments.run.output
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    check_tracker(arguments.run.report_to)
     accelerator = Accelerator(
         gradient_accumulation_steps=optimization.gradient_accumulation_steps,
         log_with=arguments.run.report_to,
@@ -81,10 +82,9 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
     model_args, data_args, run_args = arguments.model, arguments.data, arguments.run
     optimization = arguments.optimization
 
-    # 1. What can be checked without loading anything: processes, trackers, the checkpoint to resume, the Hub.
+    # 1. What can be checked without loading anything: processes, the checkpoint to resume, the Hub.
     mesh = build_process_mesh(accelerator, optimization.sp_size)  # which processes share a clip
     check_optimizer(accelerator, optimization)
-    check_tracker(accelerator, run_args.report_to)
     resumed = resolve_checkpoint(accelerator, output, run_args.resume_from_checkpoint)
     repo_id = run_args.repo_name
     if run_args.push_to_hub:

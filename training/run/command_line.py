@@ -41,7 +41,11 @@ def parse_groups(groups: Sequence[type], argv: list[str], *, description: str) -
             if action.dest in defaults:
                 action.required = False
         parser.set_defaults(**defaults)
-    *settings, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    *settings, rest, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(f"there are no such options: {' '.join(unknown)}")
     if rest.config != file:
         raise ValueError(f"write --config in full: '{rest.config}' was not read")
     return tuple(settings)

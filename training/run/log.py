@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
 from longlive_diffusers.atomic_write import write_text
 
@@ -26,10 +27,15 @@ class TrainingLog:
             file.write(json.dumps(entry) + "\n")
 
 
-def check_tracker(accelerator: Accelerator, name: str | None) -> None:
-    """Raise a ValueError if the package of a tracker is not installed: accelerate would go on without a word."""
-    if name is not None and not accelerator.log_with:
-        raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+def check_tracker(name: str | None) -> None:
+    """Raise a ValueError if there is no such tracker, or its package is not installed: accelerate would go on without
+    a word."""
+    available = [tracker.value for tracker in get_available_trackers()]
+    if name not in (None, LoggerType.ALL.value, *available):
+        raise ValueError(
+            f"--report_to {name} is no tracker whose package is installed; those that are: "
+            f"{', '.join(available) or 'none'} (accelerate knows {', '.join(LoggerType.list())})"
+        )
 
 
 def read_log(path: Path) -> list[dict[str, float | int]]:
