@@ -241,8 +241,8 @@ def _check_is_new(folder: Path) -> None:
     left = [path.name for path in find_checkpoints(folder)] or [name for name in RESULTS if (folder / name).exists()]
     if left:
         raise ValueError(
-            f"--output_dir '{folder}' has {', '.join(left)} of an earlier run: choose another folder, remove them, or go "
-            "on from there with --resume_from_checkpoint"
+            f"--output_dir '{folder}' has {', '.join(left)} of an earlier run: choose another folder, remove them, or "
+            "go on from there with --resume_from_checkpoint"
         )
 
 
