@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
 from run.agreement import on_main_process
@@ -95,7 +96,12 @@ class Checkpoints:
             raise ValueError(f"The states of a checkpoint need names of their own, got {', '.join(names)}")
 
     def save(self, step: int) -> Path:
-        """Write `checkpoint-<step>`, after `step` updates. Every process has to call this."""
+        """
+        Write `checkpoint-<step>`, after `step` updates. Every process has to call this.
+
+        Raises:
+            OSError: If it cannot be written; nothing of it stays.
+        """
         accelerator = self.accelerator
         final = self.folder / f"{PREFIX}{step}"
         partial = self.folder / f"{PREFIX}{step}{PARTIAL}"
@@ -103,14 +109,12 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        states = self.states | (self.shared_states if accelerator.is_main_process else {})
-        content = {"step": step, "identity": self.identity}
-        content |= {name: state.state_dict() for name, state in states.items()}
-        torch.save(content, partial / _state_name(accelerator.process_index))
-        accelerator.wait_for_everyone()
-        ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
-        sums = gather_object(list(sync_files(partial, **ranks).items()))
+        try:
+            self._write(partial, step)
+            sums = gather_object(list(sync_files(partial, **_ranks(accelerator)).items()))
+        except (OSError, RuntimeError, SafetensorError) as error:  # what each library says about a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(f"'{final}' could not be written: {error}") from error
         if accelerator.is_main_process:
             write_seal(partial, dict(sums))
             replaced = _set_aside(final)
@@ -120,6 +124,15 @@ class Checkpoints:
             self._prune(step)
         accelerator.wait_for_everyone()
         return final
+
+    def _write(self, partial: Path, step: int) -> None:
+        accelerator = self.accelerator
+        accelerator.save_state(str(partial))
+        states = self.states | (self.shared_states if accelerator.is_main_process else {})
+        content = {"step": step, "identity": self.identity}
+        content |= {name: state.state_dict() for name, state in states.items()}
+        torch.save(content, partial / _state_name(accelerator.process_index))
+        accelerator.wait_for_everyone()
 
     def load(self, checkpoint: Path) -> int:
         """Restore a checkpoint. Every process has to call this.
@@ -202,9 +215,8 @@ def resolve_checkpoint(accelerator: Accelerator, folder: Path, requested: str | 
     wanted = on_main_process(accelerator, lambda: _candidates(folder, requested))
     reasons: list[str] = []
     for path in wanted:
-        ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
         # As long as the seal itself is damaged, every process says so.
-        damaged = list(dict.fromkeys(gather_object(damages(path, **ranks))))
+        damaged = list(dict.fromkeys(gather_object(damages(path, **_ranks(accelerator)))))
         if not damaged:
             on_main_process(accelerator, lambda path=path: _check_continues(folder, path, passed_over=len(reasons)))
             return path
@@ -281,6 +293,10 @@ def _read(path: Path) -> dict[str, Any]:
     except (RuntimeError, UnpicklingError, EOFError, AttributeError) as error:
         raise ValueError(f"'{path}' is damaged, {path.stat().st_size} bytes: resume from another one") from error
     raise ValueError(f"'{path}' is no state of this script")
+
+
+def _ranks(accelerator: Accelerator) -> dict[str, int]:
+    return {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

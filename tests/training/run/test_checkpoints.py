@@ -220,3 +220,15 @@ def test_a_checkpoint_of_another_network_is_refused(accelerator, tmp_path):
     accelerator.prepare(nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"(?s)does not fit this network.*size mismatch"):
         checkpoints(accelerator, tmp_path).load(saved)
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), RuntimeError("PytorchStreamWriter failed writing file")])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(accelerator, three, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("run.checkpoints.torch.save", fail)
+    with pytest.raises(OSError, match=rf"checkpoint-4' could not be written: {error}"):
+        checkpoints(accelerator, three).save(4)
+    assert {path.name for path in three.iterdir()} == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    assert resolve_checkpoint(accelerator, three, "latest") == three / "checkpoint-3"
