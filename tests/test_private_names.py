@@ -304,6 +304,11 @@ PRIVATE_NAMES = [
         lambda: "_actions" in vars(argparse.ArgumentParser()),
     ),
     PrivateName(
+        "os:_exit",
+        ("training/run/interruption.py",),
+        "Documented in spite of its name: it ends a process at once, from a signal handler too.",
+    ),
+    PrivateName(
         "argparse:ArgumentDefaultsHelpFormatter._get_help_string",
         ("training/run/command_line.py",),
         "Write the defaults into the help texts.",

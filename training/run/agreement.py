@@ -19,7 +19,8 @@ def check_processes(accelerator: Accelerator) -> None:
         ValueError: If each of them would be a run of its own, in the same folder. Accelerate starts them so on a CPU,
             unless it is told to use one.
     """
-    started = int(os.environ.get("WORLD_SIZE", 1))  # set by whoever started the processes
+    # Both are set by whoever started the processes; WORLD_SIZE alone may also be left in a shell.
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if accelerator.num_processes < started:
         raise ValueError(
             f"{started} processes were started, but each of them would be a run of its own; to train on the CPU with "

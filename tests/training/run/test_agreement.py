@@ -8,17 +8,29 @@ from accelerate import Accelerator
 from run.agreement import check_processes, on_main_process
 
 
+@pytest.mark.parametrize("started", [2, 8])
+def test_processes_that_would_be_runs_of_their_own_are_refused(monkeypatch, started):
+    monkeypatch.setenv("WORLD_SIZE", str(started))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match=rf"{started} processes were started.*set .*ACCELERATE_USE_CPU=true"):
+        check_processes(SimpleNamespace(num_processes=1))
+
+
 @pytest.mark.parametrize(
-    ("started", "known", "refused"), [(None, 1, False), (1, 1, False), (2, 2, False), (2, 1, True), (8, 1, True)]
+    "variables", [{}, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}]
 )
-def test_processes_that_would_be_runs_of_their_own_are_refused(monkeypatch, started, known, refused):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if started is not None:
-        monkeypatch.setenv("WORLD_SIZE", str(started))
-    if not refused:
-        return check_processes(SimpleNamespace(num_processes=known))
-    with pytest.raises(ValueError, match=f"{started} processes were started.*set .*ACCELERATE_USE_CPU=true"):
-        check_processes(SimpleNamespace(num_processes=known))
+def test_processes_that_know_of_each_other(monkeypatch, variables):
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check_processes(SimpleNamespace(num_processes=int(variables.get("WORLD_SIZE", 1))))
+
+
+def test_a_variable_that_was_left_in_the_shell_is_no_start(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    check_processes(SimpleNamespace(num_processes=1))
 
 
 def test_the_result_and_the_error_of_the_main_process():
