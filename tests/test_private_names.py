@@ -299,13 +299,18 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "_actions of a parser",
-        ("training/run/arguments.py",),
+        ("training/run/command_line.py",),
         "Take the names of the options from the dataclasses' fields.",
         lambda: "_actions" in vars(argparse.ArgumentParser()),
     ),
     PrivateName(
+        "os:_exit",
+        ("training/run/interruption.py",),
+        "Documented in spite of its name: it ends a process at once, from a signal handler too.",
+    ),
+    PrivateName(
         "argparse:ArgumentDefaultsHelpFormatter._get_help_string",
-        ("training/run/arguments.py",),
+        ("training/run/command_line.py",),
         "Write the defaults into the help texts.",
     ),
 ]

@@ -4,7 +4,7 @@
         --config training/configs/longlive2_ar.yaml \\
         --pretrained_model_name_or_path Wan-AI/Wan2.2-TI2V-5B-Diffusers --train_data_dir videos --output_dir runs/ar
 
-Read `main` from top to bottom. Its parts are in the folders next to this file: `data/` reads and caches the videos,
+Read `train` from top to bottom. Its parts are in the folders next to this file: `data/` reads and caches the videos,
 `objectives/` defines what the network is shown and what it has to predict, and `run/` holds what every run needs:
 options, checkpoints, results.
 
@@ -16,8 +16,11 @@ rounding, the errors that are recycled).
 
 import logging
 import math
+import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -31,15 +34,20 @@ from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.parallel import FrameLayout, check_heads
 from objectives.error_recycling import ErrorRecycler
 from objectives.teacher_forcing import PreparedBatch, TeacherForcing
+from run.agreement import check_processes, on_main_process
 from run.arguments import Arguments, parse_arguments
 from run.cached_prompts import texts_of
-from run.checkpoints import Checkpoints, EMAState, remove_partial, resolve_checkpoint
-from run.log import TrainingLog
+from run.checkpoints import Checkpoints, EMAState, resolve_checkpoint
+from run.history import Setting, SettingsHistory
+from run.interruption import StopRequest
+from run.log import TrainingLog, check_tracker
 from run.network import prepare_transformer
-from run.optimizers import build_optimizers, build_schedules
+from run.optimizers import build_optimizers, build_schedules, check_optimizer
+from run.output_folder import output_folder
 from run.precision import keep_inputs_in_float32
 from run.process_mesh import ProcessMesh, build_process_mesh
-from run.saving import load_start, publish, save_result, trained_weights
+from run.publishing import HUB_ERRORS, make_repository, publish
+from run.saving import load_start, save_result, trained_weights
 from run.validation import Validation
 
 
@@ -47,46 +55,69 @@ logger = logging.getLogger("train_ar")
 
 
 def main(arguments: Arguments) -> None:
-    model_args, data_args, run_args = arguments.model, arguments.data, arguments.run
-    optimization = arguments.optimization
+    """Run the training that is asked for, alone in its folder; see `train`."""
+    optimization, output = arguments.optimization, arguments.run.output
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-
-    # 1. Processes: how many there are, and which of them share a clip.
-    output = Path(run_args.output_dir)
+    check_tracker(arguments.run.report_to)
     accelerator = Accelerator(
         gradient_accumulation_steps=optimization.gradient_accumulation_steps,
-        log_with=run_args.report_to,
+        log_with=arguments.run.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
     )
+    check_processes(accelerator)
     keep_inputs_in_float32(accelerator)
-    mesh = build_process_mesh(accelerator, optimization.sp_size)
     set_seed(optimization.seed)
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        remove_partial(output)
-    accelerator.wait_for_everyone()
+    with output_folder(accelerator, output):
+        train(accelerator, arguments, output)
+
+
+def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
+    """
+    Train, save the result, and publish it if that is asked for.
+
+    Raises:
+        ValueError: If something that was asked for is not possible; before training.
+        SystemExit: After a signal asked the run to end, with the shells' status for it.
+    """
+    model_args, data_args, run_args = arguments.model, arguments.data, arguments.run
+    optimization = arguments.optimization
+
+    # 1. What can be checked without loading anything: processes, the checkpoint to resume, the Hub.
+    mesh = build_process_mesh(accelerator, optimization.sp_size)  # which processes share a clip
+    check_optimizer(accelerator, optimization)
+    resumed = resolve_checkpoint(accelerator, output, run_args.resume_from_checkpoint)
+    repo_id = run_args.repo_name
+    if run_args.push_to_hub:
+        repo_id = on_main_process(accelerator, lambda: make_repository(run_args))
 
     # 2. The pipeline and the transformer that training starts from.
     pipe, transformer = load_start(model_args)
     shape = clip_shape(arguments, pipe, transformer)
     layout = FrameLayout(shape.num_latent_frames, mesh.sp_size, shape.chunk_size)
     check_heads(transformer.config.num_attention_heads, mesh.sp_size)
-    resumed = resolve_checkpoint(output, run_args.resume_from_checkpoint)
+    validation = Validation(
+        run_args,
+        pipe,
+        transformer,
+        size=(shape.height, shape.width),
+        num_latent_frames=shape.num_latent_frames,
+        fps=data_args.fps,
+        output=output,
+    )
+    prepare_transformer(transformer, model_args, optimization)
 
     # 3. Data: encoded once, then read.
     cache = Path(data_args.data_cache_dir or output / "cache")
     encoder = text_encoder(arguments, accelerator)
     validation_texts = texts_of(run_args.validation_prompts, pipe.config.scene_cut_prefix)
     dataset, texts = open_dataset(accelerator, data_args, shape, pipe, encoder, validation_texts, cache, output)
+    pipe.texts = texts
     del encoder  # training needs none
     logger.info("%d clips of %d latent frames", len(dataset), shape.num_latent_frames)
 
-    # 4. Network and optimizers.
-    prepare_transformer(transformer, model_args, optimization)
+    # 4. Optimizers.
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     model, *optimizers = accelerator.prepare(transformer, *build_optimizers(trained, accelerator, optimization))
-    # Not prepared: accelerate would step them once for each process, but here one step is one update.
-    schedules = build_schedules(optimizers, optimization)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ema = None
     if optimization.ema_decay is not None:
@@ -108,21 +139,28 @@ def main(arguments: Arguments) -> None:
         recycler=recycler,
     )
 
-    # 6. The state of the run: its checkpoint, log and validation, and its position in the data.
-    states, shared_states = checkpoint_states(schedules, recycler, ema)
+    # 6. The state of the run: its checkpoint and log, its position in the data and in the learning-rate schedules.
+    history = SettingsHistory(settings_of(arguments, accelerator, shape))
+    states, shared_states = checkpoint_states(recycler, ema)
     checkpoints = Checkpoints(
         accelerator,
         output,
         states=states,
-        shared_states=shared_states,
+        shared_states=shared_states | {"settings": history},
         total_limit=run_args.checkpoints_total_limit,
         identity=run_identity(arguments, shape, mesh, len(dataset)),
     )
-    first_step = checkpoints.load(resumed) if resumed is not None else 0
+    first_step = 0
+    if resumed is not None:
+        first_step = checkpoints.load(resumed)
+        check_steps(resumed, first_step, optimization.max_train_steps)
+        for change in history.resume(first_step) if accelerator.is_main_process else ():
+            logger.info("resumed with other settings: %s", change)
+    # Not prepared: accelerate would step them once for each process, but here one step is one update.
+    schedules = build_schedules(optimizers, optimization, first_step)
     log = TrainingLog(output / "training_log.jsonl", first_step) if accelerator.is_main_process else None
     if run_args.report_to is not None:
         accelerator.init_trackers(run_args.tracker_name)
-    validation = Validation(run_args, pipe, texts, shape.num_latent_frames, output)
     accumulation = optimization.gradient_accumulation_steps
     loader = batches(
         dataset,
@@ -143,43 +181,56 @@ def main(arguments: Arguments) -> None:
         unit="step",
         disable=not accelerator.is_local_main_process,
     )
-    for step in bar:
-        # What torch itself draws (LoRA's dropout, stochastic rounding in NVFP4) depends on the seed and the step, too.
-        step_seed = optimization.seed * 1_000_003 + step
-        torch.manual_seed(step_seed * accelerator.num_processes + accelerator.process_index)
-        prepared = []
-        for _ in range(accumulation):
-            batch = next(loader)
-            if vae is not None:
-                batch = encode_batch(batch, vae, layout, mesh.sp_rank, data_args.vae_halo, accelerator.device)
-            prepared.append(objective.prepare(batch, step, accelerator.device))
-        loss, gradient_norm = update(
-            accelerator, model, optimizers, objective, prepared, mesh, optimization.max_grad_norm
-        )
-        for schedule in schedules:
-            schedule.step()
-        if ema is not None:
-            ema.step(trained)
+    stop = StopRequest(accelerator)
+    saved_step = first_step
+    with stop:
+        for step in bar:
+            fetched = stop.unless_requested(lambda: [next(loader) for _ in range(accumulation)])
+            if signal_number := stop.agreed():
+                if saved_step < step:
+                    checkpoints.save(step)
+                bar.close()
+                end_early(accelerator, signal_number, step, optimization.max_train_steps)
+            # What torch itself draws (LoRA's dropout, stochastic rounding in NVFP4) depends on the seed and the step.
+            step_seed = optimization.seed * 1_000_003 + step
+            torch.manual_seed(step_seed * accelerator.num_processes + accelerator.process_index)
+            prepared = []
+            for batch in fetched:
+                if vae is not None:
+                    batch = encode_batch(batch, vae, layout, mesh.sp_rank, data_args.vae_halo, accelerator.device)
+                prepared.append(objective.prepare(batch, step, accelerator.device))
+            loss, gradient_norm = update(
+                accelerator, model, optimizers, objective, prepared, mesh, optimization.max_grad_norm
+            )
+            for schedule in schedules:
+                schedule.step()
+            if ema is not None:
+                ema.step(trained)
 
-        entry = {"loss": loss, "gradient_norm": gradient_norm, "learning_rate": schedules[0].get_last_lr()[0]}
-        accelerator.log(entry, step=step + 1)
-        if log is not None:
-            log.write({"step": step + 1, **entry})
-        bar.set_postfix(loss=f"{loss:.4f}")
+            entry = {"loss": loss, "gradient_norm": gradient_norm, "learning_rate": schedules[0].get_last_lr()[0]}
+            accelerator.log(entry, step=step + 1)
+            if log is not None:
+                log.write({"step": step + 1, **entry})
+            bar.set_postfix(loss=f"{loss:.4f}")
 
-        done = step + 1
-        if done % run_args.checkpointing_steps == 0:
-            checkpoints.save(done)
-        if validation.is_due(done, optimization.max_train_steps):
-            validation.run(accelerator, model, ema, done)
+            done = step + 1
+            if done % run_args.checkpointing_steps == 0:
+                checkpoints.save(done)
+                saved_step = done
+            if done < optimization.max_train_steps and validation.is_due(done):
+                validation.run(accelerator, model, ema, done)
 
-    # 8. The result.
+    # 8. The result, and only then its videos, which may fail.
     weights = trained_weights(accelerator, model, ema)
+    written: list[str] = []
     if accelerator.is_main_process:
-        written = save_result(weights, transformer, arguments, output)
+        written = save_result(weights, transformer, arguments, history, repo_id)
         logger.info("saved to '%s'", output)
-        if run_args.push_to_hub:
-            publish(written, output, run_args)
+    del weights
+    if run_args.validation_prompts:
+        validation.run(accelerator, model, ema, optimization.max_train_steps)
+    if accelerator.is_main_process and run_args.push_to_hub:
+        publish(written, repo_id, run_args)
     accelerator.end_training()
 
 
@@ -259,12 +310,26 @@ def text_encoder(arguments: Arguments, accelerator: Accelerator) -> TextEncoder:
     )
 
 
-def checkpoint_states(schedules: list, recycler: ErrorRecycler | None, ema: EMAModel | None) -> tuple[dict, dict]:
+def check_steps(checkpoint: Path, step: int, max_train_steps: int) -> None:
+    """Raise a ValueError if a checkpoint has more updates than there are to be."""
+    if step > max_train_steps:
+        raise ValueError(f"'{checkpoint}' has {step} updates, more than --max_train_steps {max_train_steps}")
+
+
+def end_early(accelerator: Accelerator, signal_number: int, step: int, max_train_steps: int) -> NoReturn:
+    """End a run that was asked to, after `step` updates, of which a checkpoint has been written, unless it is 0."""
+    name = signal.Signals(signal_number).name
+    how = "go on with --resume_from_checkpoint latest" if step else "nothing was trained yet"
+    if accelerator.is_main_process:
+        logger.warning("ended by %s after update %d of %d; %s", name, step, max_train_steps, how)
+    accelerator.end_training()
+    raise SystemExit(128 + signal_number)
+
+
+def checkpoint_states(recycler: ErrorRecycler | None, ema: EMAModel | None) -> tuple[dict, dict]:
     """Return what is saved besides weights and optimizers, by name: the states that each process has of its own, and
     those that are the same in all processes."""
-    states = {f"lr_scheduler_{index}" if index else "lr_scheduler": state for index, state in enumerate(schedules)}
-    if recycler is not None:
-        states["errors"] = recycler.buffer
+    states = {} if recycler is None else {"errors": recycler.buffer}
     if ema is None:
         return states, {}
     average = EMAState(ema)
@@ -274,22 +339,55 @@ def checkpoint_states(schedules: list, recycler: ErrorRecycler | None, ema: EMAM
 def run_identity(arguments: Arguments, shape: ClipShape, mesh: ProcessMesh, num_samples: int) -> dict:
     """Return what must not change when a run is resumed. This includes the number of processes, because each process
     has its own part of the error buffers and of the random states."""
-    optimization = arguments.optimization
+    model, optimization, recycling = arguments.model, arguments.optimization, arguments.recycling
     return {
         "seed": optimization.seed,
         "batch": optimization.train_batch_size * mesh.dp_size,
         "gradient_accumulation_steps": optimization.gradient_accumulation_steps,
-        "num_latent_frames": shape.num_latent_frames,
+        **asdict(shape),
         "num_samples": num_samples,
-        "rank": arguments.model.rank,
+        "rank": model.rank,
+        "lora_alpha": model.lora_alpha,
+        "lora_layers": model.lora_layers if model.rank is not None else None,
         "optimizer": optimization.optimizer if optimization.optimizer == "adamw" else "torch.optim.Muon",
         "precision": optimization.precision,
         "nvfp4_recipe": optimization.nvfp4_recipe if optimization.precision == "nvfp4" else None,
         "ema_decay": optimization.ema_decay,
-        "error_recycling": arguments.recycling.error_recycling,
+        "error_recycling": recycling.error_recycling,
+        "error_num_buckets": recycling.error_num_buckets if recycling.error_recycling else None,
+        "error_bucket_size": recycling.error_bucket_size if recycling.error_recycling else None,
         "processes": mesh.dp_size * mesh.sp_size,
+        "sp_size": mesh.sp_size,
     }
 
 
+def settings_of(arguments: Arguments, accelerator: Accelerator, shape: ClipShape) -> dict[str, Setting]:
+    """Return all settings that the result depends on."""
+    groups = (arguments.model, arguments.data, arguments.objective, arguments.recycling, arguments.optimization)
+    settings = {name: value for group in groups for name, value in vars(group).items()}
+    for name in ("data_cache_dir", "dataloader_num_workers", "vae_batch_size"):
+        del settings[name]
+    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision)
+    return settings | asdict(shape) | {"mixed_precision": precision or accelerator.mixed_precision}
+
+
+def run(argv: list[str]) -> int:
+    """Run the script.
+
+    Returns:
+        The exit status: 0 on success; 1 if the disk, the network or the training itself failed; 2 if something was
+        asked for that is not possible (all of them are reported in one line); 130 after Ctrl-C.
+    """
+    try:
+        main(parse_arguments(argv))
+    except (ValueError, FloatingPointError, MemoryError, torch.OutOfMemoryError, *HUB_ERRORS) as error:
+        print(f"train_ar.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("train_ar.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
 if __name__ == "__main__":
-    main(parse_arguments(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:]))

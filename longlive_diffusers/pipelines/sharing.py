@@ -78,7 +78,7 @@ def render_model_card(
 def render_lora_card(
     repo_id: str,
     *,
-    base_model: str,
+    base_model: str | None = None,
     rank: int | None = None,
     num_inference_steps: int = 4,
     guidance_scale: float = 1.0,
@@ -88,7 +88,8 @@ def render_lora_card(
     license: str | None = None,
     tags: Iterable[str] = (),
 ) -> ModelCard:
-    """Render the card of LoRA weights, like `render_model_card`; `base_model` is the pipeline they are loaded into."""
+    """Render the card of LoRA weights, like `render_model_card`; `base_model` is the pipeline on the Hub that they are
+    loaded into, None if it is not there."""
     return _render(
         "lora.md",
         repo_id,

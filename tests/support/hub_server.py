@@ -2,7 +2,8 @@
 
 It speaks as much of the Hub's HTTP interface as `huggingface_hub` needs to create a repository, commit to it (text in
 the commit itself, weights through Git LFS) and download it again: enough for `push_to_hub` and `from_pretrained`.
-Repositories live in memory; every commit keeps its own files, and there is one branch, `main`. Anyone may do anything.
+Repositories live in memory; every commit keeps its own files, and there is one branch, `main`. Anyone may do anything,
+except to repositories in `read_only`.
 Xet storage is not spoken (clients set HF_HUB_DISABLE_XET=1), nor are multi-part uploads.
 """
 
@@ -66,6 +67,7 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.lfs_objects: dict[str, bytes] = {}
+        self.read_only: set[str] = set()  # repositories, there or not, that nobody may create or write to
         self.requests: list[tuple[str, str]] = []  # (method, path), in the order they came
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -157,10 +159,17 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, body: bytes) -> None:
         wish = json.loads(body)
         repo_id = f"{wish.get('organization') or 'user'}/{wish['name']}"
+        if repo_id in self.hub.read_only:
+            return self._error(403, "Forbidden", f"you may not create {repo_id}")
         existed = repo_id in self.hub.repositories
         self.hub.repositories.setdefault(repo_id, Repository(repo_id))
         answer = {"url": f"{self.hub.url}/{repo_id}"}
-        self._json({**answer, "error": "exists"} if existed else answer, status=409 if existed else 200)
+        return self._json({**answer, "error": "exists"} if existed else answer, status=409 if existed else 200)
+
+    def may_write(self, _: bytes, repo: Repository) -> None:
+        if repo.repo_id in self.hub.read_only:
+            return self._error(403, "Forbidden", f"you may not write to {repo.repo_id}")
+        return self._json({})
 
     def validate_card(self, _: bytes) -> None:
         self._json({"errors": [], "warnings": []})
@@ -230,6 +239,7 @@ ROUTES = [
     (("POST",), r"/api/repos/create", _Handler.create),
     (("POST",), r"/api/validate-yaml", _Handler.validate_card),
     (("GET",), rf"/api/models/{REPO}(?:/revision/(?P<revision>[^/]+))?", _Handler.info),
+    (("GET",), rf"/api/models/{REPO}/auth-check/write", _Handler.may_write),
     (("GET",), rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)", _Handler.tree),
     (("POST",), rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     (("POST",), rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", _Handler.commit),

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
+import train_ar
+from run.arguments import parse_arguments
 from tests.support.training_run import LONG_RUN, options, run_script, save_pipeline, write_videos
 
 
@@ -16,6 +19,13 @@ class Workshop:
 
     def options(self, output: Path, **changed: object) -> list[str]:
         return options(self.folder / "pipeline", self.folder / "videos", self.folder / "cache", output, **changed)
+
+    def main(self, output: Path, **changed: object) -> None:
+        """A run in this process."""
+        try:
+            train_ar.main(parse_arguments(self.options(output, **changed)))
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
     def run(self, output: Path, num_processes: int = 1, **changed: object):
         """A run to its end, which has to succeed."""

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, WanTransformer3DModel
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import train_ar
 from data.text_encoder import TextEncoder
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.video.reader import read_video
-from run.arguments import parse_arguments
 from run.log import read_log
 
 
+VALIDATED = {"validation_prompts": ["a red circle"], "validation_num_inference_steps": 1}
 CURVE = Path(__file__).with_name("loss_curve.json")
 
 
@@ -102,6 +102,11 @@ def test_a_lora_is_trained_saved_and_loaded(workshop, tmp_path):
     weights = load_file(output / "pytorch_lora_weights.safetensors")
     assert len(weights) == 2 * 2 * 10 and all(name.startswith("transformer.blocks.") for name in weights)
     assert not (output / "model_index.json").exists()
+    card = ModelCard.load(output / "README.md")
+    assert card.data.base_model is None and "| LoRA rank | 4 |" in card.text and "huggingface.co/None" not in card.text
+    for path in (output / "README.md", output / "pytorch_lora_weights.safetensors"):
+        assert str(tmp_path).encode() not in path.read_bytes()
+        assert str(workshop.folder).encode() not in path.read_bytes()
     pipe = DiffusionPipeline.from_pretrained(workshop.folder / "pipeline")
     arguments = {"prompt": "a red circle", "num_frames": 13, "num_inference_steps": 2, "output_type": "latent"}
     before = pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
@@ -140,20 +145,13 @@ def test_the_text_encoder_is_loaded_only_where_prompts_are_missing(workshop, tmp
         (["a red circle"], 1),
         (["a red circle", "a red circle | a blue square"], 2),
     ]:
-        words = workshop.options(tmp_path / "run", **options, validation_prompts=prompts)
-        main_in_this_process(words)
+        number = len(list(tmp_path.iterdir()))
+        workshop.main(tmp_path / f"run-{number}", **options, validation_prompts=prompts)
         assert loaded == [torch.float32] * expected
-    words = workshop.options(tmp_path / "run", **options | {"train_data_dir": None}, validation_prompts=["a dot"])
-    main_in_this_process(words)
+    output = tmp_path / "without videos"
+    workshop.main(output, **options | {"train_data_dir": None}, validation_prompts=["a dot"])
     assert len(loaded) == 3
-    assert len(list((tmp_path / "run" / "validation" / "step-1").glob("*.mp4"))) == 2
-
-
-def main_in_this_process(words: list[str]) -> None:
-    try:
-        train_ar.main(parse_arguments(words))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    assert len(list((output / "validation" / "step-1").glob("*.mp4"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -169,14 +167,68 @@ def main_in_this_process(words: list[str]) -> None:
         ({"resume_from_checkpoint": "checkpoint-3"}, "There is no checkpoint 'checkpoint-3'"),
         ({"sp_size": 3}, "--sp_size 3"),
         ({"pretrained_model_name_or_path": "no/such/model"}, "'no/such/model' has no transformer to start from"),
-        ({"lr_scheduler": "sine"}, "--lr_scheduler is one of"),
+        ({"lr_scheduler": "sine"}, "invalid choice: 'sine'"),
+        ({"report_to": "telegraph"}, "--report_to telegraph is no tracker"),
+        ({"rank": 2, "lora_layers": "nothing"}, "--lora_layers 'nothing': Target modules nothing not found"),
+        ({"attention_backend": "telepathy"}, "telepathy"),
+        (VALIDATED | {"validation_num_inference_steps": 999}, "the solver cannot take 999 steps"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_input_is_named_before_anything_is_encoded(workshop, tmp_path, changed, message):
     output = tmp_path / "run"
-    words = workshop.options(output, **{"data_cache_dir": tmp_path / "cache"} | changed)
     with pytest.raises(ValueError, match=re.escape(message)):
-        main_in_this_process(words)
+        workshop.main(output, **{"data_cache_dir": tmp_path / "cache"} | changed)
     assert not list(tmp_path.glob("cache/latents"))
     assert not list(output.glob("checkpoint-*")) and not (output / "training_log.jsonl").exists()
+
+
+def test_a_validation_that_fails_is_named_and_loses_nothing(workshop, tmp_path, monkeypatch, caplog):
+    """Not even the last one: the result is written before it."""
+    output, saved = tmp_path / "run", []
+
+    def full_disk(*_, **__):
+        saved.append((output / "model_index.json").exists())
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("run.validation.VideoWriter", full_disk)
+    workshop.main(output, **VALIDATED, max_train_steps=2, validation_steps=1)
+    assert saved == [False, True]
+    for step in (1, 2):
+        assert f"the validation after update {step} failed, training goes on: No space left on device" in caplog.text
+    assert len(losses(output)) == 2
+
+
+def test_validation_videos_are_like_the_clips(workshop, tmp_path):
+    output = tmp_path / "run"
+    shape = {"height": 32, "width": 48, "fps": 12, "data_cache_dir": tmp_path / "cache"}
+    workshop.main(output, **VALIDATED, **shape, num_latent_frames=4, max_train_steps=1)
+    frames, fps = read_video(output / "validation" / "step-1" / "0.mp4")
+    assert frames.shape == (13, 32, 48, 3) and fps == 12
+    assert "fps=12" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (ValueError("--rank must be\n  positive"), 2, "train_ar.py: error: --rank must be positive"),
+        (FileNotFoundError("no such video"), 1, "train_ar.py: error: no such video"),
+        (FloatingPointError("The loss is nan"), 1, "train_ar.py: error: The loss is nan"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "train_ar.py: error: CUDA out of memory"),
+        (KeyboardInterrupt(), 130, "train_ar.py: interrupted"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_mistake_is_told_in_one_line(tmp_path, monkeypatch, capsys, error, status, told):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(train_ar, "main", fail)
+    assert train_ar.run(["--pretrained_model_name_or_path", "model", "--output_dir", str(tmp_path)]) == status
+    assert capsys.readouterr().err.splitlines() == [told]
+
+
+def test_a_mistake_on_the_command_line_is_told_in_one_line(capsys):
+    assert train_ar.run(["--output_dir", "x", "--optimizer", "AdamW"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train_ar.py: error: argument --optimizer: invalid choice: 'AdamW'")

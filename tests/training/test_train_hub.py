@@ -34,7 +34,13 @@ print(type(DiffusionPipeline.from_pretrained("someone/tiny")).__name__)
 
 
 def test_the_result_is_pushed_with_its_card_and_loads_from_there(workshop, hub, tmp_path):
-    options = {"max_train_steps": 2, "checkpointing_steps": 1, "push_to_hub": True, "hub_model_id": "someone/tiny"}
+    options = {
+        "max_train_steps": 2,
+        "checkpointing_steps": 1,
+        "push_to_hub": True,
+        "hub_model_id": "someone/tiny",
+        "hub_token": "t",
+    }
     hub.run_python(TRAIN, str(SCRIPT), *workshop.options(tmp_path / "run", **options), cache="trainer")
     files, card, loaded = hub.run_python(LOOK, cache="reader").splitlines()[-3:]
     assert "model_index.json" in files and "transformer/diffusion_pytorch_model.safetensors" in files

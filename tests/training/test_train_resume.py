@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-import train_ar
-from run.arguments import parse_arguments
+from objectives.teacher_forcing import TeacherForcing
 from run.log import read_log
 from tests.support.training_run import LONG_RUN, SCRIPT, environment
 
@@ -93,29 +90,70 @@ def test_a_run_killed_six_times_gives_the_uninterrupted_one(workshop, long_run, 
     assert not list(output.glob("*.partial")) and not (output / "result").exists()
 
 
-def refuse(words: list[str], message: str) -> None:
-    """A run that does not begin, in this process."""
-    try:
-        with pytest.raises(ValueError, match=message):
-            train_ar.main(parse_arguments(words))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"rank": 4}, "rank is None there and 4 here"),
+        ({"optimizer": "muon"}, "optimizer is adamw there and torch.optim.Muon here"),
+        ({"ema_decay": 0.5}, "ema_decay is 0.9 there and 0.5 here"),
+        ({"error_recycling": False}, "error_recycling is True there and False here"),
+        ({"error_bucket_size": 4}, "error_bucket_size is 3 there and 4 here"),
+        ({"train_batch_size": 1}, "batch is 2 there and 1 here"),
+        ({"max_train_steps": 27}, "has 28 updates, more than --max_train_steps 27"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_may_not_change_is_named(workshop, long_run, tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message):
+        workshop.main(tmp_path / "run", **LONG_RUN | changed, resume_from_checkpoint=long_run / "checkpoint-28")
 
 
-def test_a_checkpoint_of_another_run_is_refused(workshop, long_run, tmp_path):
-    words = workshop.options(tmp_path / "run", **LONG_RUN | {"seed": 1})
-    refuse([*words, "--resume_from_checkpoint", str(long_run / "checkpoint-28")], "seed is 0 there and 1 here")
+def test_what_changes_is_used_named_and_on_the_card(workshop, long_run, tmp_path, caplog):
+    """Learning rate, schedule, decays and clipping are those of the command line, not those of the checkpoint."""
+    changed = {"learning_rate": 2e-4, "lr_scheduler": "linear", "lr_warmup_steps": 0, "max_train_steps": 32}
+    changed |= {"adam_beta1": 0.5, "adam_weight_decay": 0.1, "max_grad_norm": 0.01, "checkpointing_steps": 32}
+    output = tmp_path / "run"
+    with caplog.at_level("INFO"):
+        workshop.main(output, **LONG_RUN | changed, resume_from_checkpoint=long_run / "checkpoint-28")
+    for name, before in {"learning_rate": 0.0003, "lr_scheduler": "cosine", "lr_warmup_steps": 3}.items():
+        assert f"{name} was {before} until update 28 and is {changed[name]} from there on" in caplog.text
+    rates = [entry["learning_rate"] for entry in read_log(output / LOG)]
+    assert rates == pytest.approx([2e-4 * (32 - step) / 32 for step in range(29, 33)])
+    optimizer = torch.load(output / "checkpoint-32" / "optimizer.bin", weights_only=True)
+    (group,) = optimizer["param_groups"]
+    assert (group["betas"], group["weight_decay"], group["initial_lr"]) == ((0.5, 0.999), 0.1, 2e-4)
+    card = (output / "README.md").read_text()
+    assert "| learning rate | 0.0003; 0.0002 from update 29 on |" in card
+    assert "| schedule | cosine; linear from update 29 on |" in card
+    assert "| gradients clipped to a norm of | 1.0; 0.01 from update 29 on |" in card
 
 
-def test_a_truncated_checkpoint_is_named(workshop, long_run, tmp_path):
-    damaged = tmp_path / "checkpoint-28"
-    shutil.copytree(long_run / "checkpoint-28", damaged)
-    state = damaged / "training_state_0.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    words = workshop.options(tmp_path / "run", **LONG_RUN, resume_from_checkpoint=str(damaged))
-    refuse(words, "training_state_0.pt' is damaged, 1000 bytes")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_end_leaves_a_checkpoint_and_goes_on(
+    workshop, long_run, tmp_path, monkeypatch, caplog, number
+):
+    """The signal comes in the middle of update 6, of which and only of which there is no other checkpoint."""
+    output, prepare, updates = tmp_path / "run", TeacherForcing.prepare, []
+
+    def interrupted(objective, batch, step, device):
+        updates.append(step)
+        if step == 5:
+            os.kill(os.getpid(), number)
+        return prepare(objective, batch, step, device)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(TeacherForcing, "prepare", interrupted)
+        workshop.main(output, **LONG_RUN)
+    assert ended.value.code == 128 + number
+    assert updates[-1] == 5 and last_step(output) == 6
+    assert f"ended by {number.name} after update 6 of 30; go on with --resume_from_checkpoint latest" in caplog.text
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    workshop.main(output, **LONG_RUN, resume_from_checkpoint="latest")
+    ours, theirs = ([entry["loss"] for entry in read_log(folder / LOG)] for folder in (output, long_run))
+    assert ours == pytest.approx(theirs, rel=1e-3)  # as far as threads may round
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(workshop, tmp_path):
-    words = workshop.options(tmp_path / "run", resume_from_checkpoint=str(workshop.folder / "videos"))
-    refuse(words, "it is no checkpoint of this script")
+    with pytest.raises(ValueError, match="it is no checkpoint of this script"):
+        workshop.main(tmp_path / "run", resume_from_checkpoint=workshop.folder / "videos")

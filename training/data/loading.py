@@ -18,6 +18,7 @@ from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.models.streaming_vae import normalize_latents
 from longlive_diffusers.parallel import FrameLayout, encode_shard
 from run.arguments import DataArguments
+from run.interruption import ignore_stop_requests
 from run.process_mesh import ProcessMesh
 
 
@@ -155,7 +156,14 @@ def batches(
         group=mesh.dp_rank,
         start_batch=start_batch,
     )
-    return iter(DataLoader(WithSampleId(dataset), batch_sampler=sampler, collate_fn=collate, num_workers=num_workers))
+    loader = DataLoader(
+        WithSampleId(dataset),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        worker_init_fn=ignore_stop_requests,
+    )
+    return iter(loader)
 
 
 @torch.no_grad()

@@ -69,6 +69,8 @@ class TeacherForcingSettings:
                 raise ValueError(f"{name} is a probability in [0, 1], got {value}")
         if not 0 <= self.history_noise_max_timestep <= 1000:
             raise ValueError(f"history_noise_max_timestep is in [0, 1000], got {self.history_noise_max_timestep}")
+        if self.multi_shot_rope_offset is not None and self.multi_shot_rope_offset < 0:
+            raise ValueError(f"multi_shot_rope_offset must be at least 0, got {self.multi_shot_rope_offset}")
 
 
 @dataclass(frozen=True)

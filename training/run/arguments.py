@@ -1,19 +1,22 @@
 """The arguments of the training scripts: settings dataclasses that `HfArgumentParser` turns into options, which a YAML
-file may set. Each setting is defined once: as a field of its dataclass, with its default and its help."""
+file may set. Each setting is defined once: as a field of its dataclass, with its range, its default and its help."""
 
-import argparse
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from diffusers.optimization import SchedulerType
-from transformers import HfArgumentParser
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from longlive_diffusers.nvfp4.recipes import RECIPES, recipe_named
 from objectives.error_recycling import RecyclingSettings
 from objectives.teacher_forcing import TeacherForcingSettings
+from run.allowed import FRACTION, FRAME_RATE, NOT_NEGATIVE, POSITIVE, SEED, check_settings
+from run.command_line import parse_groups
+
+
+POLYNOMIAL_END = 1e-7  # the last learning rate of diffusers' polynomial schedule
 
 
 @dataclass(eq=False)
@@ -27,13 +30,19 @@ class ModelArguments:
     variant: str | None = field(
         default=None, metadata={"help": "The variant of the weight files, for example 'bf16'."}
     )
-    chunk_size: int | None = field(
+    chunk_size: Annotated[int | None, POSITIVE] = field(
         default=None,
         metadata={"help": "The number of latent frames that are denoised together (default: the model's own)."},
     )
-    rank: int | None = field(default=None, metadata={"help": "Train a LoRA of this rank instead of all weights."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "The scale of the LoRA (default: its rank)."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "The dropout probability of the LoRA."})
+    rank: Annotated[int | None, POSITIVE] = field(
+        default=None, metadata={"help": "Train a LoRA of this rank instead of all weights."}
+    )
+    lora_alpha: Annotated[int | None, POSITIVE] = field(
+        default=None, metadata={"help": "The scale of the LoRA (default: its rank)."}
+    )
+    lora_dropout: Annotated[float, FRACTION] = field(
+        default=0.0, metadata={"help": "The dropout probability of the LoRA."}
+    )
     lora_layers: str = field(
         default=r"blocks\..*\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)",
         metadata={
@@ -56,22 +65,22 @@ class DataArguments:
         default=True,
         metadata={"help": "Encode all videos before training; otherwise, each batch is encoded when it is needed."},
     )
-    height: int | None = field(
+    height: Annotated[int | None, POSITIVE] = field(
         default=None, metadata={"help": "The height of the videos in pixels (default: the model's own)."}
     )
-    width: int | None = field(
+    width: Annotated[int | None, POSITIVE] = field(
         default=None, metadata={"help": "The width of the videos in pixels (default: the model's own)."}
     )
-    fps: float = field(
+    fps: Annotated[float, FRAME_RATE] = field(
         default=24, metadata={"help": "The number of frames per second that the videos are brought to."}
     )
-    num_latent_frames: int = field(
+    num_latent_frames: Annotated[int, POSITIVE] = field(
         default=96, metadata={"help": "The length of the clips; n latent frames are 1 + 4 (n - 1) frames."}
     )
-    max_chunks_per_shot: int | None = field(
+    max_chunks_per_shot: Annotated[int | None, POSITIVE] = field(
         default=None, metadata={"help": "The longest shot in chunks; longer ones are cut."}
     )
-    max_sequence_length: int = field(
+    max_sequence_length: Annotated[int, POSITIVE] = field(
         default=512, metadata={"help": "The number of tokens that prompts are padded or cut to."}
     )
     pad_short_videos: bool = field(
@@ -80,27 +89,33 @@ class DataArguments:
     recache_switches: bool = field(
         default=True, metadata={"help": "Train prompt switches within a shot under the new prompt, as generated."}
     )
-    vae_batch_size: int = field(default=1, metadata={"help": "The number of videos encoded at a time for the cache."})
-    vae_halo: int = field(
+    vae_batch_size: Annotated[int, POSITIVE] = field(
+        default=1, metadata={"help": "The number of videos encoded at a time for the cache."}
+    )
+    vae_halo: Annotated[int, NOT_NEGATIVE] = field(
         default=28,
         metadata={"help": "The latents that a rank encodes left of its own, with --no_cache_latents and sp_size > 1."},
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "The number of processes that read data."})
+    dataloader_num_workers: Annotated[int, NOT_NEGATIVE] = field(
+        default=0, metadata={"help": "The number of processes that read data."}
+    )
 
 
 @dataclass(eq=False)
 class OptimizationArguments:
-    max_train_steps: int = field(default=600, metadata={"help": "The number of updates of the weights."})
-    train_batch_size: int = field(
+    max_train_steps: Annotated[int, POSITIVE] = field(
+        default=600, metadata={"help": "The number of updates of the weights."}
+    )
+    train_batch_size: Annotated[int, POSITIVE] = field(
         default=1, metadata={"help": "The number of clips of each data-parallel group in a batch."}
     )
-    gradient_accumulation_steps: int = field(
+    gradient_accumulation_steps: Annotated[int, POSITIVE] = field(
         default=1, metadata={"help": "The number of batches that make one update."}
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Save memory by computing the blocks twice."}
     )
-    sp_size: int | None = field(
+    sp_size: Annotated[int | None, POSITIVE] = field(
         default=None,
         metadata={
             "help": "How many processes share a clip (Balanced SP); with FSDP, set it as cp_size of the config."
@@ -110,22 +125,36 @@ class OptimizationArguments:
         default="adamw",
         metadata={"help": "Use AdamW for everything, or Muon for matrices and AdamW for the rest (not with FSDP)."},
     )
-    learning_rate: float = field(default=1e-5, metadata={"help": "The learning rate after warm-up."})
-    adam_beta1: float = field(default=0.0, metadata={"help": "The decay of AdamW's average of gradients."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "The decay of AdamW's average of squared gradients."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "The number added to AdamW's denominator."})
-    adam_weight_decay: float = field(default=0.0, metadata={"help": "The weight decay of AdamW, and of Muon."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "The norm that gradients are clipped to."})
-    lr_scheduler: str = field(
-        default="constant", metadata={"help": "The learning-rate schedule, one of diffusers.optimization."}
+    learning_rate: Annotated[float, POSITIVE] = field(
+        default=1e-5, metadata={"help": "The learning rate after warm-up."}
     )
-    lr_warmup_steps: int = field(
+    adam_beta1: Annotated[float, FRACTION] = field(
+        default=0.0, metadata={"help": "The decay of AdamW's average of gradients."}
+    )
+    adam_beta2: Annotated[float, FRACTION] = field(
+        default=0.999, metadata={"help": "The decay of AdamW's average of squared gradients."}
+    )
+    adam_epsilon: Annotated[float, POSITIVE] = field(
+        default=1e-8, metadata={"help": "The number added to AdamW's denominator."}
+    )
+    adam_weight_decay: Annotated[float, NOT_NEGATIVE] = field(
+        default=0.0, metadata={"help": "The weight decay of AdamW, and of Muon."}
+    )
+    max_grad_norm: Annotated[float, POSITIVE] = field(
+        default=1.0, metadata={"help": "The norm that gradients are clipped to."}
+    )
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = field(default="constant", metadata={"help": "The learning-rate schedule, one of diffusers.optimization."})
+    lr_warmup_steps: Annotated[int, NOT_NEGATIVE] = field(
         default=0, metadata={"help": "The number of steps until the learning rate is reached."}
     )
-    ema_decay: float | None = field(
+    ema_decay: Annotated[float | None, FRACTION] = field(
         default=None, metadata={"help": "Keep an exponential moving average of the weights, of this decay."}
     )
-    ema_start_step: int = field(default=100, metadata={"help": "The step from which weights are averaged."})
+    ema_start_step: Annotated[int, NOT_NEGATIVE] = field(
+        default=100, metadata={"help": "The step from which weights are averaged."}
+    )
     precision: Literal["auto", "nvfp4"] = field(
         default="auto",
         metadata={
@@ -145,14 +174,18 @@ class OptimizationArguments:
     attention_backend: str | None = field(
         default=None, metadata={"help": "The attention backend of diffusers, for example 'flex' or 'flash'."}
     )
-    seed: int = field(default=0, metadata={"help": "The seed of the order of samples and of all that is random."})
+    seed: Annotated[int, SEED] = field(
+        default=0, metadata={"help": "The seed of the order of samples and of all that is random."}
+    )
 
 
 @dataclass(eq=False)
 class RunArguments:
     output_dir: str = field(metadata={"help": "The folder of the result, the checkpoints and the validation videos."})
-    checkpointing_steps: int = field(default=100, metadata={"help": "The number of steps between two checkpoints."})
-    checkpoints_total_limit: int | None = field(
+    checkpointing_steps: Annotated[int, POSITIVE] = field(
+        default=100, metadata={"help": "The number of steps between two checkpoints."}
+    )
+    checkpoints_total_limit: Annotated[int | None, POSITIVE] = field(
         default=None,
         metadata={"help": "How many checkpoints are kept; older ones are deleted (default: all are kept)."},
     )
@@ -163,18 +196,22 @@ class RunArguments:
         default_factory=list,
         metadata={"help": "The prompts to make videos of while training; ' | ' separates the shots of one video."},
     )
-    validation_steps: int = field(default=100, metadata={"help": "The number of steps between two validations."})
-    validation_num_frames: int | None = field(
+    validation_steps: Annotated[int, POSITIVE] = field(
+        default=100, metadata={"help": "The number of steps between two validations."}
+    )
+    validation_num_frames: Annotated[int | None, POSITIVE] = field(
         default=None,
         metadata={"help": "The number of frames of the validation videos (default: the length of the clips)."},
     )
-    validation_num_inference_steps: int = field(
+    validation_num_inference_steps: Annotated[int, POSITIVE] = field(
         default=30, metadata={"help": "The number of solver steps of each chunk in validation."}
     )
-    validation_guidance_scale: float = field(default=3.0, metadata={"help": "The guidance scale of validation."})
+    validation_guidance_scale: Annotated[float, NOT_NEGATIVE] = field(
+        default=3.0, metadata={"help": "The guidance scale of validation."}
+    )
     report_to: str | None = field(
         default=None,
-        metadata={"help": "The tracker, for example 'tensorboard' or 'wandb'. A jsonl log is always kept."},
+        metadata={"help": "The tracker, for example 'tensorboard' or 'wandb', or 'none'. A jsonl log is always kept."},
     )
     tracker_name: str = field(default="longlive-ar", metadata={"help": "The name of the run for the tracker."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the result to the Hub."})
@@ -184,6 +221,20 @@ class RunArguments:
     hub_token: str | None = field(
         default=None, metadata={"help": "The token for the Hub (default: the one you are logged in with)."}
     )
+
+    def __post_init__(self):
+        if self.report_to == "none":
+            self.report_to = None
+
+    @property
+    def output(self) -> Path:
+        """The folder of the run."""
+        return Path(self.output_dir).expanduser()
+
+    @property
+    def repo_name(self) -> str:
+        """The name of the result: what the Hub repository is to be called."""
+        return self.hub_model_id or self.output.resolve().name
 
 
 @dataclass(frozen=True)
@@ -203,7 +254,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     Read the command line of `train_ar.py`.
 
     Raises:
-        ValueError: As in `parse_groups`, or if a number is out of range.
+        ValueError: As in `parse_groups` and `check_settings`, or if settings do not go together.
     """
     groups = parse_groups(
         (
@@ -222,83 +273,38 @@ def parse_arguments(argv: list[str]) -> Arguments:
     return arguments
 
 
-def parse_groups(groups: Sequence[type], argv: list[str], *, description: str) -> tuple[Any, ...]:
-    """
-    Read a command line into settings dataclasses; `--config FILE.yaml` anywhere in it gives defaults, which other
-    options override.
-
-    Args:
-        groups: The dataclasses; each field is an option.
-        argv: The arguments of the command line.
-        description: What `--help` begins with.
-
-    Raises:
-        ValueError: If the file cannot be read, has options that do not exist, or `--config` is abbreviated.
-    """
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--config", type=Path, help="A YAML file of options; options of the command line override it.")
-    file = before.parse_known_args(argv)[0].config
-    parser = HfArgumentParser(groups, description=description, parents=[before], formatter_class=_HelpFormatter)
-    if file is not None:
-        defaults = _read_yaml(file)
-        known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-        unknown = sorted(set(defaults) - set(known))
-        if unknown:
-            raise ValueError(f"'{file}' sets options that do not exist: {', '.join(unknown)}")
-        for name in defaults:
-            known[name].required = False
-        parser.set_defaults(**defaults)
-    *settings, rest = parser.parse_args_into_dataclasses(argv)
-    if rest.config != file:
-        raise ValueError(f"write --config in full: '{rest.config}' was not read")
-    return tuple(settings)
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to an option's help, unless it is None or the help already states it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help or ""
-        return text if action.default is None or "(default:" in text else super()._get_help_string(action)
-
-
-def _read_yaml(file: Path) -> dict:
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"'{file}' cannot be read as YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"'{file}' must hold `option: value` lines, it holds a {type(settings).__name__}")
-    return settings
-
-
 def _check(arguments: Arguments) -> None:
-    positive = {
-        arguments.optimization: (
-            "max_train_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "sp_size",
-            "learning_rate",
-            "max_grad_norm",
-        ),
-        arguments.data: ("num_latent_frames", "max_sequence_length", "vae_batch_size", "fps"),
-        arguments.run: ("checkpointing_steps", "checkpoints_total_limit", "validation_steps"),
-        arguments.model: ("rank", "lora_alpha", "chunk_size"),
-    }
-    for group, names in positive.items():
-        for name in names:
-            value = vars(group)[name]
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} must be positive, got {value}")
-    schedules = [schedule.value for schedule in SchedulerType]
-    if arguments.optimization.lr_scheduler not in schedules:
-        raise ValueError(
-            f"--lr_scheduler is one of {', '.join(schedules)}, got {arguments.optimization.lr_scheduler!r}"
-        )
+    check_settings(vars(arguments).values())
+    _check_schedule(arguments.optimization)
     recipe_named(arguments.optimization.nvfp4_recipe)
-    decay = arguments.optimization.ema_decay
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"--ema_decay must be in [0, 1), got {decay}")
-    if arguments.model.rank is None and arguments.model.lora_alpha is not None:
-        raise ValueError(f"--lora_alpha {arguments.model.lora_alpha} needs a --rank: without one, all weights train")
+    model, run = arguments.model, arguments.run
+    if model.rank is None and model.lora_alpha is not None:
+        raise ValueError(f"--lora_alpha {model.lora_alpha} needs a --rank: without one, all weights train")
+    try:
+        re.compile(model.lora_layers)
+    except re.error as error:
+        raise ValueError(f"--lora_layers {model.lora_layers!r} is no regular expression: {error}") from error
+    if run.push_to_hub or run.hub_model_id is not None:
+        try:
+            validate_repo_id(run.repo_name)
+        except HFValidationError as error:
+            raise ValueError(f"--hub_model_id: {error}") from error
+
+
+def _check_schedule(options: OptimizationArguments) -> None:
+    """Raise a ValueError for a schedule that would leave out the warm-up, or could not be computed."""
+    schedule, warmup = options.lr_scheduler, options.lr_warmup_steps
+    if schedule == "constant" and warmup:
+        raise ValueError(f"--lr_scheduler constant has no warm-up: for {warmup} steps of it, use constant_with_warmup")
+    if schedule != "polynomial":
+        return
+    if warmup >= options.max_train_steps:
+        raise ValueError(
+            f"--lr_scheduler polynomial needs fewer steps of warm-up than there are in all: --lr_warmup_steps is "
+            f"{warmup}, --max_train_steps {options.max_train_steps}"
+        )
+    if options.learning_rate <= POLYNOMIAL_END:
+        raise ValueError(
+            f"--lr_scheduler polynomial falls to {POLYNOMIAL_END}: --learning_rate must be higher, got "
+            f"{options.learning_rate}"
+        )

@@ -1,11 +1,13 @@
 """Checkpoints of a run: written completely or not at all, found again, and pruned.
 
-A checkpoint is written under another name and renamed when every process has written its part; what a killed run left
-half-written is removed at the next start. Besides what accelerate saves (weights, optimizers, random states) it holds
-the step and any number of named states: schedules, averaged weights, error buffers. The order of samples and their
-noise need no saving: they are functions of the seed and the step.
+A checkpoint is written under another name, and renamed when every process has written its part and all of it is on the
+disk; what a killed run left half-written is removed at the next start. Besides what accelerate saves (weights,
+optimizers, random states) it holds the step and any number of named states: averaged weights, error buffers. The order
+of samples, their noise and the learning rate need no saving: they are functions of the settings and the step.
 """
 
+import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +16,24 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
-from longlive_diffusers.atomic_write import remove_unfinished
+from run.agreement import on_main_process
+from run.seal import damages, sync, sync_files, write_seal
 
 
 PREFIX = "checkpoint-"
 PARTIAL = ".partial"
+RESULTS = ("model_index.json", "pytorch_lora_weights.safetensors")
+
+logger = logging.getLogger("checkpoints")
 
 
 class Stateful(Protocol):
-    """Anything whose state can be saved and loaded: schedules, buffers, averages."""
+    """Anything whose state can be saved and loaded: buffers, averages, schedules."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -88,7 +96,12 @@ class Checkpoints:
             raise ValueError(f"The states of a checkpoint need names of their own, got {', '.join(names)}")
 
     def save(self, step: int) -> Path:
-        """Write `checkpoint-<step>`, after `step` updates. Every process has to call this."""
+        """
+        Write `checkpoint-<step>`, after `step` updates. Every process has to call this.
+
+        Raises:
+            OSError: If it cannot be written; nothing of it stays.
+        """
         accelerator = self.accelerator
         final = self.folder / f"{PREFIX}{step}"
         partial = self.folder / f"{PREFIX}{step}{PARTIAL}"
@@ -96,18 +109,30 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
+        try:
+            self._write(partial, step)
+            sums = gather_object(list(sync_files(partial, **_ranks(accelerator)).items()))
+        except (OSError, RuntimeError, SafetensorError) as error:  # what each library says about a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(f"'{final}' could not be written: {error}") from error
+        if accelerator.is_main_process:
+            write_seal(partial, dict(sums))
+            replaced = _set_aside(final)
+            partial.rename(final)
+            sync(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            self._prune(step)
+        accelerator.wait_for_everyone()
+        return final
+
+    def _write(self, partial: Path, step: int) -> None:
+        accelerator = self.accelerator
         accelerator.save_state(str(partial))
         states = self.states | (self.shared_states if accelerator.is_main_process else {})
         content = {"step": step, "identity": self.identity}
         content |= {name: state.state_dict() for name, state in states.items()}
         torch.save(content, partial / _state_name(accelerator.process_index))
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            remove(final)
-            partial.rename(final)
-            self._prune()
-        accelerator.wait_for_everyone()
-        return final
 
     def load(self, checkpoint: Path) -> int:
         """Restore a checkpoint. Every process has to call this.
@@ -133,7 +158,10 @@ class Checkpoints:
         ]
         if differing:
             raise ValueError(f"'{checkpoint}' is of another run: {'; '.join(differing)}")
-        accelerator.load_state(str(checkpoint))
+        try:
+            accelerator.load_state(str(checkpoint))
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"'{checkpoint}' does not fit this network: {error}") from error
         shared = content
         if self.shared_states and not accelerator.is_main_process:
             shared = _read(checkpoint / _state_name(0))
@@ -145,30 +173,35 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         return content["step"]
 
-    def _prune(self) -> None:
+    def _prune(self, step: int) -> None:
+        """Remove the oldest checkpoints, up to that of `step`: later ones, which are damaged, do not count."""
         if self.total_limit is not None:
-            for path in find_checkpoints(self.folder)[: -self.total_limit]:
-                remove(path)
+            own = [path for path in find_checkpoints(self.folder) if _step(path) <= step]
+            for path in own[: -self.total_limit]:
+                shutil.rmtree(_set_aside(path))
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    pattern = re.compile(rf"{PREFIX}[0-9]+")
+    return sorted((path for path in folder.glob(f"{PREFIX}*") if pattern.fullmatch(path.name)), key=_step)
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed run left half-written: checkpoints, its log, its result."""
-    remove_unfinished(folder)
+    """Remove checkpoints that a killed run left half-written, or half-removed."""
     for path in folder.glob(f"{PREFIX}*{PARTIAL}"):
         shutil.rmtree(path)
 
 
-def resolve_checkpoint(folder: Path, requested: str | None) -> Path | None:
+def resolve_checkpoint(accelerator: Accelerator, folder: Path, requested: str | None) -> Path | None:
     """
-    Find the checkpoint to resume from.
+    Find the checkpoint to resume from, and check that all of it is there. Every process has to call this.
+
+    "latest" passes over damaged checkpoints, with a warning that names them. A folder holds the checkpoints and the
+    result of one run, which nothing but this run's own continuation may replace.
 
     Args:
+        accelerator: The accelerator of the run, whose processes share the reading.
         folder: The output folder of the run.
         requested: The checkpoint's folder, its name in `folder`, "latest", or None.
 
@@ -176,39 +209,103 @@ def resolve_checkpoint(folder: Path, requested: str | None) -> Path | None:
         The checkpoint's folder; None if none is requested, or if "latest" is and there is none yet.
 
     Raises:
-        ValueError: If there is no such checkpoint; the message names those that exist.
+        ValueError: If there is no such checkpoint, or it is damaged; the message says what is there. Or if the run
+            would overwrite what another run has left in its folder.
     """
+    wanted = on_main_process(accelerator, lambda: _candidates(folder, requested))
+    reasons: list[str] = []
+    for path in wanted:
+        # As long as the seal itself is damaged, every process says so.
+        damaged = list(dict.fromkeys(gather_object(damages(path, **_ranks(accelerator)))))
+        if not damaged:
+            on_main_process(accelerator, lambda path=path: _check_continues(folder, path, passed_over=len(reasons)))
+            return path
+        if requested != "latest":
+            raise ValueError(f"{'; '.join(damaged)}: resume from another checkpoint")
+        reasons.append("; ".join(damaged))
+        if accelerator.is_main_process:
+            logger.warning("'%s' is passed over: %s", path, reasons[-1])
+    if reasons:
+        raise ValueError(
+            f"No checkpoint in '{folder}' can be resumed from ({'; '.join(reasons)}); to begin anew, remove them or "
+            "choose another --output_dir"
+        )
+    on_main_process(accelerator, lambda: _check_is_new(folder))
+    return None
+
+
+def _candidates(folder: Path, requested: str | None) -> list[Path]:
+    """Return the checkpoints to try, in order."""
     if requested is None:
-        return None
+        return []
     existing = find_checkpoints(folder)
     if requested == "latest":
-        return existing[-1] if existing else None
-    for path in (Path(requested), folder / requested):
+        return existing[::-1]
+    for path in (Path(requested).expanduser(), folder / requested):
         if path.is_dir():
-            return path
+            return [path]
     names = ", ".join(path.name for path in existing) or "none"
     raise ValueError(f"There is no checkpoint '{requested}'; '{folder}' has: {names}")
 
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint, so that an interrupted deletion leaves nothing that looks like a complete one."""
+def _check_is_new(folder: Path) -> None:
+    """Raise a ValueError if a run that begins in this folder would replace what another has left there."""
+    left = [path.name for path in find_checkpoints(folder)] or [name for name in RESULTS if (folder / name).exists()]
+    if left:
+        raise ValueError(
+            f"--output_dir '{folder}' has {', '.join(left)} of an earlier run: choose another folder, remove them, or "
+            "go on from there with --resume_from_checkpoint"
+        )
+
+
+def _check_continues(folder: Path, checkpoint: Path, *, passed_over: int) -> None:
+    """Raise a ValueError if a run that resumes would replace what is not its own: later checkpoints of this folder
+    (but for damaged ones that were passed over), or anything if the checkpoint lies elsewhere."""
+    if checkpoint.resolve().parent != folder.resolve():
+        _check_is_new(folder)
+        return
+    later = [path.name for path in find_checkpoints(folder) if _step(path) > _step(checkpoint)]
+    if len(later) > passed_over:
+        raise ValueError(
+            f"'{folder}' also has {', '.join(later)}, which come after '{checkpoint.name}': remove them, or resume in "
+            "another --output_dir"
+        )
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a checkpoint, if it is there, so that an interrupted deletion leaves nothing that looks complete.
+
+    Returns:
+        Its new path, to be deleted.
+    """
+    doomed = path.with_name(f"{path.name}.removed{PARTIAL}")  # not the name that `save` writes to
+    shutil.rmtree(doomed, ignore_errors=True)
     if path.exists():
-        doomed = path.with_name(f"{path.name}.removed{PARTIAL}")  # not the name that `save` writes to
-        shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
-        shutil.rmtree(doomed)
+    return doomed
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if {"step", "identity"} <= content.keys():
+            return content
+    except (RuntimeError, UnpicklingError, EOFError, AttributeError) as error:
         raise ValueError(f"'{path}' is damaged, {path.stat().st_size} bytes: resume from another one") from error
+    raise ValueError(f"'{path}' is no state of this script")
+
+
+def _ranks(accelerator: Accelerator) -> dict[str, int]:
+    return {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process's part of a tensor that FSDP has sharded; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def _state_name(process: int) -> str:

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
 from longlive_diffusers.atomic_write import write_text
 
 
@@ -15,8 +18,8 @@ class TrainingLog:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        write_text(path, "".join(kept))
+        kept = [entry for entry in read_log(path) if entry["step"] <= step]
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def write(self, entry: dict[str, float | int]) -> None:
         """Append an entry, which has a "step"."""
@@ -24,13 +27,26 @@ class TrainingLog:
             file.write(json.dumps(entry) + "\n")
 
 
+def check_tracker(name: str | None) -> None:
+    """Raise a ValueError if there is no such tracker, or its package is not installed: accelerate would go on without
+    a word."""
+    available = [tracker.value for tracker in get_available_trackers()]
+    if name not in (None, LoggerType.ALL.value, *available):
+        raise ValueError(
+            f"--report_to {name} is no tracker whose package is installed; those that are: "
+            f"{', '.join(available) or 'none'} (accelerate knows {', '.join(LoggerType.list())})"
+        )
+
+
 def read_log(path: Path) -> list[dict[str, float | int]]:
-    """Return all entries, in order."""
-    return [json.loads(line) for line in _lines(path)]
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the complete lines; a killed run may have left half a line at the end."""
+    """Return all entries, in order. Lines that are none are left out: a killed run may have left half a line, and a
+    power cut zeros."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]

@@ -52,12 +52,14 @@ def use_nvfp4(
 def add_lora(transformer: LongLiveTransformer3DModel, model: ModelArguments) -> None:
     """Freeze the network, and add a LoRA that is trained instead."""
     transformer.requires_grad_(False)
-    transformer.add_adapter(
-        LoraConfig(
-            r=model.rank,
-            lora_alpha=model.lora_alpha or model.rank,
-            lora_dropout=model.lora_dropout,
-            target_modules=model.lora_layers,
-            init_lora_weights="gaussian",
-        )
+    config = LoraConfig(
+        r=model.rank,
+        lora_alpha=model.lora_alpha or model.rank,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_layers,
+        init_lora_weights="gaussian",
     )
+    try:
+        transformer.add_adapter(config)
+    except ValueError as error:
+        raise ValueError(f"--lora_layers {model.lora_layers!r}: {error}") from error

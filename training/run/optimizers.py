@@ -30,14 +30,9 @@ def build_optimizers(
         parameters: The parameters that are trained.
         accelerator: The accelerator of the run, which knows whether parameters are sharded.
         options: The optimizer to use, and its settings.
-
-    Raises:
-        ValueError: For Muon with FSDP, under which no process has a whole matrix.
     """
     if options.optimizer == "adamw":
         return [_adamw(parameters, accelerator, options)]
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("--optimizer muon needs whole matrices, and FSDP shards them: use adamw")
     matrices = [parameter for parameter in parameters if parameter.ndim == 2]
     others = [parameter for parameter in parameters if parameter.ndim != 2]
     optimizers: list[Optimizer] = []
@@ -56,14 +51,31 @@ def build_optimizers(
     return optimizers
 
 
-def build_schedules(optimizers: list[Optimizer], options: OptimizationArguments) -> list[LRScheduler]:
-    """Build the learning-rate schedule of each optimizer; they are stepped together, once for each update."""
+def check_optimizer(accelerator: Accelerator, options: OptimizationArguments) -> None:
+    """Raise a ValueError for Muon with FSDP, under which no process has a whole matrix."""
+    if options.optimizer == "muon" and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("--optimizer muon needs whole matrices, and FSDP shards them: use adamw")
+
+
+def build_schedules(optimizers: list[Optimizer], options: OptimizationArguments, step: int = 0) -> list[LRScheduler]:
+    """
+    Build the learning-rate schedule of each optimizer, after `step` updates. They are stepped together, once for each
+    update.
+
+    The optimizers get the settings of `options`: those of a checkpoint that was loaded into them may be others.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group |= {"initial_lr": options.learning_rate, "weight_decay": options.adam_weight_decay}
+            if "betas" in group:  # AdamW's
+                group |= {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
     return [
         get_scheduler(
             options.lr_scheduler,
             optimizer,
             num_warmup_steps=options.lr_warmup_steps,
             num_training_steps=options.max_train_steps,
+            last_epoch=step - 1,  # the last one whose rate was used
         )
         for optimizer in optimizers
     ]

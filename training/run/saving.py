@@ -4,20 +4,22 @@ model card."""
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel, _collate_lora_metadata
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from peft import get_peft_model_state_dict
 
 from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.atomic_write import new_folder
 from longlive_diffusers.nvfp4 import nvfp4_layers
 from longlive_diffusers.pipelines.sharing import render_lora_card
-from run.arguments import Arguments, ModelArguments, RunArguments
+from run.arguments import Arguments, ModelArguments
 from run.averaging import averaged_weights
-from run.cached_prompts import CachedPromptsPipeline
+from run.cached_prompts import CachedPromptsPipeline, split_shots
+from run.history import SettingsHistory
 
 
 def load_start(arguments: ModelArguments) -> tuple[CachedPromptsPipeline, LongLiveTransformer3DModel]:
@@ -55,18 +57,29 @@ def trained_weights(accelerator: Accelerator, model: torch.nn.Module, ema: EMAMo
 
 
 def save_result(
-    weights: dict[str, torch.Tensor], transformer: LongLiveTransformer3DModel, arguments: Arguments, output: Path
+    weights: dict[str, torch.Tensor],
+    transformer: LongLiveTransformer3DModel,
+    arguments: Arguments,
+    history: SettingsHistory,
+    repo_id: str,
 ) -> list[str]:
     """
     Write the trained pipeline or LoRA into the run's folder. All of it is first written to a subfolder, then moved.
 
+    Args:
+        weights: The complete state dict.
+        transformer: The network that was trained, for its configuration.
+        arguments: The settings of the run.
+        history: The settings that were used, also before the run was resumed.
+        repo_id: The name of the result on the Hub.
+
     Returns:
         The names of the files and folders that were written.
     """
-    repo_id = arguments.run.hub_model_id or output.name
+    output = arguments.run.output
     with new_folder(output / "result", replace=True) as result:
         card = _save_weights(weights, transformer, arguments, repo_id, result)
-        card.text += training_section(arguments, repo_id)
+        card.text += training_section(arguments, history, repo_id)
         card.save(result / "README.md")
     # The index is moved last: without it, the folder is not taken for a pipeline.
     names = sorted((path.name for path in (output / "result").iterdir()), key=lambda name: name == "model_index.json")
@@ -86,13 +99,14 @@ def _save_weights(
     folder: Path,
 ) -> ModelCard:
     """Write the LoRA or the complete pipeline, and return its model card, which is not saved yet."""
+    details = card_details(arguments)
     if arguments.model.rank is not None:
         LongLivePipeline.save_lora_weights(
             folder,
             transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=weights),
             **_collate_lora_metadata({"transformer": transformer}),
         )
-        return lora_card(arguments, repo_id)
+        return render_lora_card(repo_id, rank=arguments.model.rank, **details)
     source = arguments.model.pretrained_model_name_or_path
     with torch.device("meta"):
         trained = LongLiveTransformer3DModel.from_config(dict(transformer.config))
@@ -100,34 +114,29 @@ def _save_weights(
     options = {"revision": arguments.model.revision, "variant": arguments.model.variant}
     pipe = LongLivePipeline.from_pretrained(source, transformer=trained, dtype=torch.float32, **options)
     pipe.save_pretrained(folder)
-    return pipe.model_card(repo_id, **card_details(arguments))
+    return pipe.model_card(repo_id, **details)
 
 
-def lora_card(arguments: Arguments, repo_id: str) -> ModelCard:
-    details = card_details(arguments)
-    base = details["base_model"] or arguments.model.pretrained_model_name_or_path
-    return render_lora_card(repo_id, **details | {"base_model": base}, rank=arguments.model.rank)
-
-
-def card_details(arguments: Arguments) -> dict[str, str | int | float | None]:
+def card_details(arguments: Arguments) -> dict[str, Any]:
     """Return what a card says about using the result: the settings that validation used."""
-    run, source = arguments.run, arguments.model.pretrained_model_name_or_path
-    details = {
+    run, data, source = arguments.run, arguments.data, arguments.model.pretrained_model_name_or_path
+    details: dict[str, Any] = {
         "num_inference_steps": run.validation_num_inference_steps,
         "guidance_scale": run.validation_guidance_scale,
+        "fps": int(data.fps) if data.fps == int(data.fps) else data.fps,
         "base_model": None if Path(source).exists() else source,  # a local folder means nothing to others
     }
     if run.validation_prompts:
-        details["prompt"] = run.validation_prompts[0].split(" | ")[0]
+        details["prompt"] = split_shots(run.validation_prompts[0])[0]
     return details
 
 
-def training_section(arguments: Arguments, repo_id: str) -> str:
+def training_section(arguments: Arguments, history: SettingsHistory, repo_id: str) -> str:
     """Return the section of a card that says how the result was trained."""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in training_facts(arguments).items())
+    rows = "\n".join(f"| {key} | {value} |" for key, value in training_facts(arguments, history).items())
     intro = "Teacher forcing, with `training/train_ar.py` of longlive-diffusers."
     text = f"\n## Training\n\n{intro}\n\n| | |\n|---|---|\n{rows}\n"
-    if trains_in_nvfp4(arguments):
+    if arguments.optimization.precision == "nvfp4" and arguments.model.rank is None:
         recipe = arguments.optimization.nvfp4_recipe
         text += (
             "\nThese weights are in float32. Rounded to 4 bits as in training: "
@@ -136,42 +145,50 @@ def training_section(arguments: Arguments, repo_id: str) -> str:
     return text
 
 
-def training_facts(arguments: Arguments) -> dict[str, str | int | float]:
-    optimization, data = arguments.optimization, arguments.data
-    return {
+# Rows of a card, and the settings that they state.
+LORA_FACTS = {"LoRA rank": "rank", "LoRA dropout": "lora_dropout"}
+FACTS = {
+    "latent frames of a clip": "num_latent_frames",
+    "frames per second": "fps",
+    "optimizer": "optimizer",
+    "learning rate": "learning_rate",
+    "schedule": "lr_scheduler",
+    "warm-up steps": "lr_warmup_steps",
+    "AdamW beta 1": "adam_beta1",
+    "AdamW beta 2": "adam_beta2",
+    "AdamW epsilon": "adam_epsilon",
+    "weight decay": "adam_weight_decay",
+    "gradients clipped to a norm of": "max_grad_norm",
+    "weights averaged with decay": "ema_decay",
+    "error recycling": "error_recycling",
+    "weighting of timesteps": "weighting_scheme",
+    "image conditioning, share of clips": "image_probability",
+    "prompt dropout": "prompt_dropout",
+    "seed": "seed",
+}
+
+
+def training_facts(arguments: Arguments, history: SettingsHistory) -> dict[str, str | int]:
+    """Return the rows of a card: what the run was trained with."""
+    optimization = arguments.optimization
+    clips = optimization.train_batch_size * optimization.gradient_accumulation_steps
+    facts: dict[str, str | int] = {
         "updates": optimization.max_train_steps,
-        "clips of an update, each data-parallel group": (
-            optimization.train_batch_size * optimization.gradient_accumulation_steps
-        ),
-        "latent frames of a clip": data.num_latent_frames,
-        "precision": f"NVFP4, recipe {optimization.nvfp4_recipe}" if trains_in_nvfp4(arguments) else "as accelerate's",
-        "optimizer": optimization.optimizer,
-        "learning rate": optimization.learning_rate,
-        "schedule": optimization.lr_scheduler,
-        "weight average": optimization.ema_decay if optimization.ema_decay is not None else "none",
-        "error recycling": "yes" if arguments.recycling.error_recycling else "no",
-        "image conditioning, share of clips": arguments.objective.image_probability,
-        "seed": optimization.seed,
+        "clips of an update, each data-parallel group": clips,
+        "precision": precision_in_words(arguments, history),
     }
+    rows = FACTS if arguments.model.rank is None else LORA_FACTS | FACTS
+    return facts | {row: history.describe(name) for row, name in rows.items()}
 
 
-def trains_in_nvfp4(arguments: Arguments) -> bool:
-    return arguments.optimization.precision == "nvfp4" and arguments.model.rank is None
-
-
-def publish(names: list[str], output: Path, run: RunArguments) -> str:
-    """Upload what was written and the validation videos, but nothing else of the run's folder.
-
-    Returns:
-        The repository's id.
-    """
-    api = HfApi(token=run.hub_token)
-    repo_id = api.create_repo(run.hub_model_id or output.name, exist_ok=True).repo_id
-    patterns = [pattern for name in names for pattern in (name, f"{name}/*")] + ["validation/*"]
-    api.upload_folder(
-        repo_id=repo_id, folder_path=output, allow_patterns=patterns, commit_message="Result of training"
-    )
-    return repo_id
+def precision_in_words(arguments: Arguments, history: SettingsHistory) -> str:
+    """Return what was computed in, in which precision."""
+    words = history.describe("mixed_precision")
+    if arguments.optimization.precision != "nvfp4":
+        return words
+    if arguments.model.rank is not None:
+        return f"{words}, with the frozen weights in NVFP4"
+    return f"NVFP4, recipe {arguments.optimization.nvfp4_recipe}; everything else in {words}"
 
 
 def _plain(name: str) -> str:

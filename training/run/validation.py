@@ -1,55 +1,128 @@
 """Make videos during training, with the current weights (or with their average, if one is kept)."""
 
+import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from longlive_diffusers import VideoWriter, pixel_frames
+from longlive_diffusers import LongLiveScheduler, LongLiveTransformer3DModel, VideoWriter, pixel_frames
 from run.arguments import RunArguments
 from run.averaging import averaged_weights
-from run.cached_prompts import CachedPromptsPipeline, Texts, split_shots
+from run.cached_prompts import CachedPromptsPipeline, split_shots
 
 
 logger = logging.getLogger("validation")
 
 
+def check_solver(scheduler: LongLiveScheduler, num_inference_steps: int) -> None:
+    """Raise a ValueError if a solver cannot take so many steps: two of them may have the same timestep."""
+    scheduler, sample = copy.deepcopy(scheduler), torch.ones(1, 1, 1, 1, 1)
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(torch.zeros_like(sample), timestep, sample, return_dict=False)[0]
+    except (ValueError, ArithmeticError, AssertionError, IndexError, RuntimeError) as error:
+        sample = torch.full_like(sample, torch.nan)
+        reason = f": {error}" if str(error) else ""
+    else:
+        reason = ""
+    if not sample.isfinite().all():
+        raise ValueError(
+            f"Validation would fail: the solver cannot take {num_inference_steps} steps "
+            f"(--validation_num_inference_steps){reason}"
+        )
+
+
+class EmptyTexts:
+    """Embeddings without meaning, to check calls of a pipeline with before its prompts are encoded."""
+
+    max_sequence_length = 1
+
+    def __init__(self, text_dim: int):
+        self.text_dim = text_dim
+
+    def load(self, _: str) -> torch.Tensor:
+        return torch.zeros(self.max_sequence_length, self.text_dim)
+
+
 class Validation:
     """
+    Makes the videos of a run. The pipeline's `texts` have to be set before the first ones are made.
+
     Args:
         arguments: The prompts, and how and when videos are made.
         pipe: The run's pipeline, without a transformer.
-        texts: The run's text cache, which has all texts of the prompts.
+        transformer: The network that is trained.
+        size: The height and the width of the videos.
         num_latent_frames: The length of the training clips, by default also that of the videos.
+        fps: The number of frames per second.
         output: The run's folder; videos are written to `validation/step-N/`.
+
+    Raises:
+        ValueError: If the videos could not be made.
     """
 
     def __init__(
         self,
         arguments: RunArguments,
         pipe: CachedPromptsPipeline,
-        texts: Texts,
+        transformer: LongLiveTransformer3DModel,
+        *,
+        size: tuple[int, int],
         num_latent_frames: int,
+        fps: float,
         output: Path,
     ):
-        self.arguments, self.pipe, self.output = arguments, pipe, output
-        self.pipe.texts = texts
+        self.arguments, self.pipe, self.size, self.fps, self.output = arguments, pipe, size, fps, output
         self.num_frames = arguments.validation_num_frames or pixel_frames(num_latent_frames)
+        self._check(transformer)
 
-    def is_due(self, step: int, last_step: int) -> bool:
-        """Whether to make videos after update `step`."""
-        if not self.arguments.validation_prompts:
-            return False
-        return step % self.arguments.validation_steps == 0 or step == last_step
+    def is_due(self, step: int) -> bool:
+        """Whether to make videos after update `step` (and not only after the last one)."""
+        return bool(self.arguments.validation_prompts) and step % self.arguments.validation_steps == 0
 
     @torch.no_grad()
     def run(self, accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None, step: int) -> None:
-        """Make one video for each prompt. Every process has to call this: all of them gather sharded weights."""
+        """Make one video for each prompt. Every process has to call this: all of them gather sharded weights. Videos
+        that cannot be made are no reason to end the run: a warning says so."""
         if accelerator.is_main_process or accelerator.is_fsdp2:
-            self._make_videos(accelerator, model, ema, step)
+            try:
+                self._make_videos(accelerator, model, ema, step)
+            except (ValueError, ArithmeticError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
+                logger.warning("the validation after update %d failed, training goes on: %s", step, error)
         accelerator.wait_for_everyone()
+
+    def _check(self, transformer: LongLiveTransformer3DModel) -> None:
+        """Raise a ValueError if a video could not be made: begin each of them, without taking a step."""
+        pipe = self.pipe
+        pipe.texts, pipe.transformer = EmptyTexts(transformer.config.text_dim), transformer
+        try:
+            for prompt in self.arguments.validation_prompts:
+                pipe.stream(**self._options(0, prompt)).close()
+        except ValueError as error:
+            raise ValueError(f"Validation would fail: {error}") from error
+        finally:
+            pipe.transformer = None
+        if self.arguments.validation_prompts:
+            check_solver(pipe.scheduler, self.arguments.validation_num_inference_steps)
+
+    def _options(self, index: int, prompt: str) -> dict[str, Any]:
+        """Return the arguments of the pipeline for the video of a prompt."""
+        shots, (height, width) = split_shots(prompt), self.size
+        return {
+            **({"prompt": shots[0]} if len(shots) == 1 else {"shot_prompts": shots}),
+            "height": height,
+            "width": width,
+            "num_frames": self.num_frames,
+            "num_inference_steps": self.arguments.validation_num_inference_steps,
+            "guidance_scale": self.arguments.validation_guidance_scale,
+            "generator": torch.Generator().manual_seed(index),
+            "max_sequence_length": self.pipe.texts.max_sequence_length,
+        }
 
     def _make_videos(self, accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None, step: int) -> None:
         transformer = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -68,15 +141,9 @@ class Validation:
                 torch.set_rng_state(random_state)
 
     def _make_video(self, accelerator: Accelerator, index: int, prompt: str, step: int) -> None:
-        shots = split_shots(prompt)
         with accelerator.autocast():
             frames = self.pipe(
-                **({"prompt": shots[0]} if len(shots) == 1 else {"shot_prompts": shots}),
-                num_frames=self.num_frames,
-                num_inference_steps=self.arguments.validation_num_inference_steps,
-                guidance_scale=self.arguments.validation_guidance_scale,
-                generator=torch.Generator().manual_seed(index),
-                max_sequence_length=self.pipe.texts.max_sequence_length,
+                **self._options(index, prompt),
                 # The keys and values that the network computes, which has float32 weights, are in bfloat16.
                 kv_cache_dtype=torch.bfloat16 if accelerator.mixed_precision == "bf16" else None,
                 # Where weights are sharded, all processes have to run the network, but one decodes.
@@ -86,7 +153,7 @@ class Validation:
             return
         folder = self.output / "validation" / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        with VideoWriter(folder / f"{index}.mp4") as writer:
+        with VideoWriter(folder / f"{index}.mp4", fps=self.fps) as writer:
             writer.write(frames)
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":

@@ -1,11 +1,16 @@
 """Checkpoints hold any number of named states, beside what accelerate saves."""
 
+import logging
+import os
+import pickle
+import sys
+
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from run.checkpoints import Checkpoints, find_checkpoints, remove_partial
+from run.checkpoints import Checkpoints, find_checkpoints, resolve_checkpoint
 
 
 @pytest.fixture
@@ -24,13 +29,15 @@ def schedulers(count: int) -> dict[str, torch.optim.lr_scheduler.LRScheduler]:
     }
 
 
-def checkpoints(accelerator: Accelerator, folder, *, states=None, shared_states=None, identity=None) -> Checkpoints:
+def checkpoints(
+    accelerator: Accelerator, folder, *, states=None, shared_states=None, identity=None, total_limit=None
+) -> Checkpoints:
     return Checkpoints(
         accelerator,
         folder,
         states=states or {},
         shared_states=shared_states or {},
-        total_limit=None,
+        total_limit=total_limit,
         identity=identity or {"seed": 0},
     )
 
@@ -85,13 +92,143 @@ def test_names_that_are_taken_are_refused(accelerator, tmp_path, name):
         checkpoints(accelerator, tmp_path, states={"ema": state}, shared_states={"ema": state})
 
 
-def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
-    kept = {"checkpoint-2", "result", "log.jsonl", ".hidden", "download.partial", ".download.partial"}
-    left = {"checkpoint-4.partial", ".result.0123abcd.partial", ".log.jsonl.89efcdab.partial"}
-    for name in kept | left:
-        if "log" in name or "load" in name:
-            (tmp_path / name).write_text("text")
-        else:
-            (tmp_path / name / "transformer").mkdir(parents=True)
-    remove_partial(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == kept
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(path):
+    path.unlink()
+
+
+def another_pickle(path):
+    path.write_bytes(pickle.dumps({"step": 1}))
+
+
+DAMAGES = [truncate, empty, zeros, flip_a_bit, remove, another_pickle]
+FILES = ["training_state_0.pt", "random_states_0.pkl", "files.json"]
+
+
+@pytest.fixture
+def three(accelerator, tmp_path):
+    """A folder with the checkpoints 1, 2 and 3."""
+    for step in (1, 2, 3):
+        checkpoints(accelerator, tmp_path).save(step)
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_latest_passes_over_a_damaged_checkpoint_and_names_it(accelerator, three, caplog, damage, name):
+    damage(three / "checkpoint-3" / name)
+    with caplog.at_level(logging.WARNING, "checkpoints"):
+        assert resolve_checkpoint(accelerator, three, "latest") == three / "checkpoint-2"
+    (record,) = caplog.records
+    assert str(three / "checkpoint-3") in record.getMessage() and name in record.getMessage()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_that_is_asked_for_is_refused(accelerator, three, damage, name):
+    damage(three / "checkpoint-3" / name)
+    with pytest.raises(ValueError, match=rf"checkpoint-3.*{name}.*resume from another checkpoint") as error:
+        resolve_checkpoint(accelerator, three, "checkpoint-3")
+    assert "\n" not in str(error.value)
+
+
+def test_if_all_are_damaged_nothing_begins_anew(accelerator, three):
+    for path in find_checkpoints(three):
+        zeros(path / "random_states_0.pkl")
+    with pytest.raises(ValueError, match=r"No checkpoint in .* can be resumed from .*checkpoint-3.*checkpoint-1"):
+        resolve_checkpoint(accelerator, three, "latest")
+
+
+@pytest.mark.parametrize(
+    ("requested", "message"),
+    [
+        (None, r"has checkpoint-1, checkpoint-2, checkpoint-3 of an earlier run: choose another folder"),
+        ("checkpoint-1", "also has checkpoint-2, checkpoint-3, which come after 'checkpoint-1'"),
+        ("checkpoint-7", "There is no checkpoint 'checkpoint-7'; .* has: checkpoint-1, checkpoint-2, checkpoint-3"),
+    ],
+)
+def test_what_a_run_would_replace_is_named(accelerator, three, requested, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_checkpoint(accelerator, three, requested)
+
+
+@pytest.mark.parametrize("left", ["checkpoint-9", "model_index.json", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize("requested", [None, "latest", "elsewhere"])
+def test_a_result_or_a_checkpoint_of_another_run_stays(accelerator, three, tmp_path_factory, left, requested):
+    output = tmp_path_factory.mktemp("output")
+    elsewhere = str(three / "checkpoint-3")
+    assert resolve_checkpoint(accelerator, output, "latest") is None
+    assert resolve_checkpoint(accelerator, output, elsewhere) == three / "checkpoint-3"
+    (output / left).mkdir()
+    with pytest.raises(ValueError, match=rf"{left}"):
+        resolve_checkpoint(accelerator, output, elsewhere if requested == "elsewhere" else requested)
+
+
+def test_folders_with_other_names_are_no_checkpoints(tmp_path):
+    for name in (
+        "checkpoint-2",
+        "checkpoint-10",
+        "checkpoint-²",
+        "checkpoint-3.partial",
+        "checkpoint-",
+        "checkpoint-1a",
+    ):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+
+
+def test_the_newest_checkpoint_of_a_run_is_never_pruned(accelerator, three):
+    """Later ones that are still there are damaged; they are passed over, and do not count."""
+    checkpoints(accelerator, three, total_limit=1).save(2)
+    assert {path.name for path in find_checkpoints(three)} == {"checkpoint-2", "checkpoint-3"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks file descriptors up in /proc")
+def test_all_files_and_folders_are_synced_before_the_checkpoint_has_its_name(accelerator, tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        "run.seal.os.fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    )
+    saved = checkpoints(accelerator, tmp_path, states=schedulers(1)).save(1)
+    partial = tmp_path / "checkpoint-1.partial"
+    files = {str(partial / path.name) for path in saved.iterdir()}
+    assert set(synced) == files | {str(partial), str(tmp_path)}
+    assert synced[-2:] == [str(partial), str(tmp_path)]
+
+
+def test_a_checkpoint_of_another_network_is_refused(accelerator, tmp_path):
+    accelerator.prepare(nn.Linear(2, 2))
+    saved = checkpoints(accelerator, tmp_path).save(1)
+    accelerator.free_memory()
+    accelerator.prepare(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"(?s)does not fit this network.*size mismatch"):
+        checkpoints(accelerator, tmp_path).load(saved)
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), RuntimeError("PytorchStreamWriter failed writing file")])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(accelerator, three, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("run.checkpoints.torch.save", fail)
+    with pytest.raises(OSError, match=rf"checkpoint-4' could not be written: {error}"):
+        checkpoints(accelerator, three).save(4)
+    assert {path.name for path in three.iterdir()} == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    assert resolve_checkpoint(accelerator, three, "latest") == three / "checkpoint-3"

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from run.arguments import OptimizationArguments
-from run.optimizers import build_optimizers, build_schedules
+from run.optimizers import build_optimizers, build_schedules, check_optimizer
 
 
 ONE_PROCESS = SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device("cpu"))
@@ -108,4 +108,32 @@ def test_it_goes_on_from_its_state_bit_for_bit():
 def test_muon_is_refused_where_matrices_are_sharded():
     sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
     with pytest.raises(ValueError, match="needs whole matrices, and FSDP shards them"):
-        build_optimizers(list(network().parameters()), sharded, OptimizationArguments(**MUON))
+        check_optimizer(sharded, OptimizationArguments(**MUON))
+    check_optimizer(sharded, OptimizationArguments())
+    check_optimizer(ONE_PROCESS, OptimizationArguments(**MUON))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "polynomial", "cosine_with_restarts"])
+def test_a_schedule_begins_after_any_update(optimizer, schedule):
+    """The rates are those of a run that nothing interrupted, whatever the optimizer was loaded with."""
+    options = OptimizationArguments(**MUON | {"optimizer": optimizer}, lr_scheduler=schedule, max_train_steps=8)
+    whole = build(network(), optimizer=optimizer)
+    schedules = build_schedules(whole, options)
+    for step in range(8):
+        rate = schedules[0].get_last_lr()
+        resumed = build(network(), optimizer=optimizer)
+        for other in resumed:
+            other.param_groups[0] |= {"lr": 7.0, "initial_lr": 7.0, "weight_decay": 0.7}
+        resumed[-1].param_groups[0] |= {"betas": (0.7, 0.7), "eps": 0.7}
+        assert build_schedules(resumed, options, step)[-1].get_last_lr() == rate
+        for ours, theirs in zip(resumed, whole, strict=True):
+            names = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
+            values = [
+                {name: value for name, value in optimizer.param_groups[0].items() if name in names}
+                for optimizer in (ours, theirs)
+            ]
+            assert values[0] == values[1]
+        for stepped, its_schedule in zip(whole, schedules, strict=True):
+            stepped.step()
+            its_schedule.step()

@@ -1,0 +1,62 @@
+"""Ctrl-C and SIGTERM: a run that is asked to end finishes its update, writes a checkpoint, and says how to go on."""
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+class StopRequest:
+    """
+    While its block runs, notes the first SIGINT or SIGTERM, which then does nothing else; a second one ends the
+    process as always.
+
+    Args:
+        accelerator: The accelerator of the run; its processes agree on when to stop.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.signal = accelerator, 0
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._note) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def unless_requested(self, fetch: Callable[[], list]) -> list:
+        """Return what `fetch` returns; nothing if it fails because the signal also ended processes that read data."""
+        try:
+            return fetch()
+        except RuntimeError:
+            if not self.signal:
+                raise
+            return []
+
+    def agreed(self) -> int:
+        """Return the signal that some process got, or 0. Every process has to call this, at the same update."""
+        number = torch.tensor(float(self.signal), device=self.accelerator.device)
+        return int(self.accelerator.gather(number).max())
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+
+def ignore_stop_requests(_: int) -> None:
+    """Let a process that reads data outlive Ctrl-C, and end without an error on SIGTERM, both of which often go to all
+    processes of a run: the main one decides. Give this to a DataLoader as `worker_init_fn`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
