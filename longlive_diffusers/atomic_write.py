@@ -17,6 +17,45 @@ from pathlib import Path
 
 
 _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+_LONGEST_NAME = 255  # bytes, on every common file system
+
+
+def check_new_file(path: str | os.PathLike) -> Path:
+    """Check, before long work, that a file can be created or replaced at `path`.
+
+    Returns:
+        The path, with `~` resolved. Nothing is created or changed on the disk.
+
+    Raises:
+        ValueError: If its folder is missing or cannot be written to, if it is a folder, or a file that cannot be
+            written to, or if no file can have its name.
+    """
+    path = Path(os.path.expanduser(path))
+    try:
+        target = Path(os.path.realpath(path))  # a link is written through, also where it leads to nothing yet
+        if target.is_dir():
+            raise ValueError(f"Cannot write '{path}': it is a folder, not a file")
+        if not target.parent.is_dir():
+            leads = f", to which '{path}' leads," if path.is_symlink() else ""
+            raise ValueError(
+                f"Cannot write '{path}': the folder '{target.parent if leads else path.parent}'{leads} does not exist"
+            )
+        if target.is_symlink():
+            raise ValueError(f"Cannot write '{path}': it is a link that leads back to itself")
+        if target.is_socket() or target.is_block_device():
+            raise ValueError(f"Cannot write '{path}': it is not a file")
+        if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
+            raise ValueError(f"Cannot write '{path}': permission denied")
+    except OSError as error:  # a name that is too long, for instance
+        raise ValueError(f"Cannot write '{path}': {error.strerror}") from error
+    return path
+
+
+def shortened(name: str, room: int) -> str:
+    """Cut a name, if need be, so that `room` more bytes fit behind it."""
+    while len(os.fsencode(name)) > _LONGEST_NAME - room:
+        name = name[:-1]
+    return name
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -101,4 +140,5 @@ def _exchange(path: Path, temporary: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    ending = f".{uuid.uuid4().hex[:8]}.partial"
+    return path.with_name(f".{shortened(path.name, 1 + len(ending))}{ending}")

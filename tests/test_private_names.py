@@ -76,6 +76,11 @@ PRIVATE_NAMES = [
         "pipeline needs `trust_remote_code` or LongLivePipeline by name.",
     ),
     PrivateName(
+        "diffusers.models.attention_dispatch:_check_attention_backend_requirements",
+        (PACKAGE + "cli/backends.py",),
+        "Find how set_attention_backend checks that a package is installed; without it, the models are loaded first.",
+    ),
+    PrivateName(
         "diffusers.quantizers.auto:AUTO_QUANTIZER_MAPPING",
         (QUANTIZER,),
         "Register NVFP4Quantizer as diffusers' new documentation says.",

@@ -2,12 +2,12 @@
 
 import pytest
 
-from longlive_diffusers.cli import build_parser, main
+from longlive_diffusers.cli import main, parse_arguments
 from longlive_diffusers.models.layer_kv_cache import KV_CACHE_DTYPES, resolve_kv_cache_dtype
 
 
 def parse(*words: str):
-    return build_parser().parse_args(list(words))
+    return parse_arguments(words)
 
 
 @pytest.mark.parametrize("command", [("generate", "a fox"), ("bench",)], ids=["generate", "bench"])
