@@ -10,6 +10,7 @@ last one to finish wins.
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,9 +33,15 @@ def check_new_file(path: str | os.PathLike) -> Path:
     """
     path = Path(os.path.expanduser(path))
     try:
-        target = Path(os.path.realpath(path))  # a link is written through, also where it leads to nothing yet
-        if target.is_dir():
+        if path.is_dir():
             raise ValueError(f"Cannot write '{path}': it is a folder, not a file")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise ValueError(f"Cannot write '{path}': permission denied")
+        if path.is_socket() or path.is_block_device():
+            raise ValueError(f"Cannot write '{path}': it is not a file")
+        if is_stream(path):
+            return path
+        target = Path(os.path.realpath(path))  # a link is written through, also where it leads to nothing yet
         if not target.parent.is_dir():
             leads = f", to which '{path}' leads," if path.is_symlink() else ""
             raise ValueError(
@@ -42,13 +49,15 @@ def check_new_file(path: str | os.PathLike) -> Path:
             )
         if target.is_symlink():
             raise ValueError(f"Cannot write '{path}': it is a link that leads back to itself")
-        if target.is_socket() or target.is_block_device():
-            raise ValueError(f"Cannot write '{path}': it is not a file")
-        if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
-            raise ValueError(f"Cannot write '{path}': permission denied")
-    except OSError as error:  # a name that is too long, for instance
+        tempfile.TemporaryFile(dir=target.parent).close()  # os.access promises what some file systems do not keep
+    except OSError as error:  # a name that is too long, a file system that is read-only
         raise ValueError(f"Cannot write '{path}': {error.strerror}") from error
     return path
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is that of a pipe or a device, such as `/dev/stdout`: it is written to, and never replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def shortened(name: str, room: int) -> str:
@@ -70,9 +79,12 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
     Give a temporary path to write to; when the block ends without an error, the file takes the name `path`.
 
     Args:
-        path: The file to create or to replace.
+        path: The file to create or to replace. A link is written through; a pipe or a device is written to directly.
     """
-    path = Path(path)
+    if is_stream(Path(path)):
+        yield Path(path)
+        return
+    path = Path(os.path.realpath(path))
     temporary = _temporary(path)
     try:
         yield temporary

@@ -9,12 +9,15 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _check_att
 from ..nvfp4.backends import BACKENDS, LayerShape
 
 
-def check_attention_backend(name: str) -> None:
+RUN_ON_CPU = ("native", "_native_flash", "_native_math", "flex")
+
+
+def check_attention_backend(name: str, device: torch.device) -> None:
     """
     Check an attention backend of diffusers, before anything is loaded.
 
     Raises:
-        ValueError: If there is none of that name, or the package that it needs is not installed.
+        ValueError: If there is none of that name, the package that it needs is not installed, or it needs a GPU.
     """
     names = sorted(backend.value for backend in AttentionBackendName)
     if name.lower() not in names:
@@ -23,6 +26,8 @@ def check_attention_backend(name: str) -> None:
         _check_attention_backend_requirements(AttentionBackendName(name.lower()))
     except RuntimeError as error:
         raise ValueError(f"--attention-backend {name} cannot be used: {error}") from error
+    if device.type == "cpu" and name.lower() not in RUN_ON_CPU:
+        raise ValueError(f"--attention-backend {name} needs a GPU; on a CPU, there are {', '.join(RUN_ON_CPU)}")
 
 
 def check_nvfp4_backend(name: str, transformer: Mapping[str, Any], device: torch.device) -> None:

@@ -27,7 +27,7 @@ def one_line(error: Exception, args: argparse.Namespace | None) -> str | None:
     """
     names = {} if args is None else vars(args)
     if is_out_of_memory(error):
-        helps = [text for name, text in _LOWER.items() if name in names]
+        helps = [text for name, text in _LOWER.items() if name in names and (name != "offload" or _is_of_gpu(error))]
         advice = f"; what needs less: {', '.join(helps)}" if helps else ""
         return f"out of memory{advice} ({_first_sentence(error)})"
     if isinstance(error, OSError):
@@ -43,9 +43,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether memory did not suffice, on a GPU or for the process."""
     if isinstance(error, MemoryError):
         return True
-    # Its class cannot be named here: `torch` is imported only by the commands that need it.
-    on_gpu = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.split(".")[0] == "torch"
-    return isinstance(error, RuntimeError) and (on_gpu or _NO_MEMORY.search(str(error)) is not None)
+    return _is_of_gpu(error) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None)
 
 
 def with_option_names(message: str, names: dict[str, object]) -> str:
@@ -56,6 +54,11 @@ def with_option_names(message: str, names: dict[str, object]) -> str:
         return f"--{name.replace('_', '-')}" if name in names else match[0]
 
     return re.sub(r"`(\w+)`", option, message)
+
+
+def _is_of_gpu(error: Exception) -> bool:
+    """Whether it is `torch.OutOfMemoryError`, by name: only the commands that need torch import it."""
+    return type(error).__name__ == "OutOfMemoryError" and type(error).__module__.split(".")[0] == "torch"
 
 
 def _first_sentence(error: Exception) -> str:

@@ -107,7 +107,7 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
     if args.kv_cache_dtype != "auto":
         resolve_kv_cache_dtype(args.kv_cache_dtype, sizes.head_dim)
     if args.attention_backend:
-        check_attention_backend(args.attention_backend)
+        check_attention_backend(args.attention_backend, device)
     if args.nvfp4:
         check_nvfp4_backend(args.nvfp4, folder.transformer, device)
     seed = random.randrange(2**31) if args.seed is None else args.seed

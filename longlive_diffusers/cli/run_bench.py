@@ -46,7 +46,7 @@ def requested_options(args: argparse.Namespace) -> BenchOptions:
         raise ValueError(f"--kv-cache-dtype names one twice: {' '.join(args.kv_cache_dtype)}")
     device = choose_device(args.device)
     if args.attention_backend:
-        check_attention_backend(args.attention_backend)
+        check_attention_backend(args.attention_backend, device)
     if args.nvfp4:
         check_nvfp4_backend(args.nvfp4, size.transformer, device)
     return BenchOptions(
