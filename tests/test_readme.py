@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from longlive_diffusers.assets import toy_pipeline_path
-from longlive_diffusers.cli import parse_arguments as parse_command
+from longlive_diffusers.cli.command_line import parse_arguments as parse_command
 from longlive_diffusers.video.reader import read_video
 from run.arguments import parse_arguments
 from tests.support.paths import ROOT

@@ -1,7 +1,6 @@
 """Make the video that `longlive generate` was asked for, and write it while it is made."""
 
 import argparse
-import contextlib
 import sys
 import time
 from dataclasses import dataclass, field
@@ -63,20 +62,20 @@ def generate(args: argparse.Namespace) -> int:
     reset_peak_memory(request.device)
     writer, progress, interrupted = VideoWriter(args.output, FPS), Progress(), False
     replaces = writer.path.is_file()
-    with contextlib.suppress(KeyboardInterrupt), writer:
-        try:
-            write_video(pipe, request, args, writer, progress)
-        except KeyboardInterrupt:
-            interrupted = True
-            if request.num_frames is not None:  # the video is unfinished: it does not replace another
-                raise
+    try:
+        with writer:
+            try:
+                write_video(pipe, request, args, writer, progress)
+            except KeyboardInterrupt:
+                interrupted = True
+                if request.num_frames is not None:  # the video is unfinished: it does not replace another
+                    raise
+    except KeyboardInterrupt:
+        interrupted = True
     progress.frames = writer.frames_written  # the last chunk may have been interrupted while it was written
-    asked = "" if request.num_frames is None else f" of the {counted(request.num_frames, 'frame')} that were asked for"
-    if progress.first_frame is None:
-        print(f"interrupted before the first chunk was written{asked and ','}{asked}")
-    else:
-        if interrupted:
-            print(f"interrupted:         after {progress.frames}{asked or ' frames'}")
+    if interrupted:
+        print_interruption(request, progress)
+    if progress.first_frame is not None:
         print_summary(request, progress, loading)
         print(f"output:              {writer.written_to}{fate_of_the_old(writer, replaces)}")
     return 130 if interrupted else 0
@@ -95,7 +94,6 @@ def write_video(
     typed = None if descriptor is None else TypedPrompts(descriptor)
     if endless:
         print(f"Endless: Ctrl-C ends it{'' if typed is None else '; ' + HELP}.", flush=True)
-    shown_prompt = None
     with pipe.stream(**request.stream_arguments(args)) as session, StatusLine() as status:
         for chunk in session:
             frames = chunk.frames[0]
@@ -103,12 +101,7 @@ def write_video(
             writer.write(frames)
             progress.add(len(frames))
             if args.stream:
-                if chunk.prompt != shown_prompt:
-                    shown_prompt = chunk.prompt
-                    print(
-                        f"from chunk {chunk.index}, shot {chunk.shot_index}: {shortened(shown_prompt)!r}", flush=True
-                    )
-                status.show(describe_chunk(chunk, progress))
+                status.show(describe_chunk(chunk, progress), repr(shortened(chunk.prompt)))
             if typed is not None and not typed.apply_next(session, chunk):
                 break
 
@@ -134,6 +127,14 @@ def fate_of_the_old(writer: VideoWriter, replaces: bool) -> str:
     if writer.written_to == writer.path:
         return " (in place of the file that was there)"
     return f" (unfinished; '{writer.path}' is what it was)"
+
+
+def print_interruption(request: GenerationRequest, progress: Progress) -> None:
+    """Print how much there is of what was asked for."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        print()  # after the "^C" that terminals show
+    asked = "" if request.num_frames is None else f" of the {request.num_frames} that were asked for"
+    print(f"interrupted:         after {counted(progress.frames, 'frame')}{asked}")
 
 
 def print_summary(request: GenerationRequest, progress: Progress, loading: float) -> None:

@@ -13,10 +13,10 @@ SAVE, RESTORE, CLEAR_REST, WHOLE_SCREEN, UP = "\x1b7", "\x1b8", "\x1b[K", "\x1b[
 
 class StatusLine:
     """
-    Shows the newest of many messages.
+    Shows the newest of many messages, and what they are about.
 
-    On a terminal, its last row is taken out of what scrolls, and shows the message: what is typed above stays whole.
-    Elsewhere (a pipe, a file), each message is a line.
+    On a terminal, its last row is taken out of what scrolls, and shows both: what is typed above stays whole.
+    Elsewhere (a pipe, a file), each message is a line, and a new subject is another one.
 
     Args:
         stream: Where to write; stdout by default.
@@ -25,16 +25,20 @@ class StatusLine:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._size: os.terminal_size | None = None  # of the terminal whose last row is taken
+        self._subject: str | None = None
 
-    def show(self, message: str) -> None:
+    def show(self, message: str, subject: str) -> None:
         """Show a message in place of the last."""
         if not has_rows(self._stream):
+            if subject != self._subject:
+                self._subject = subject
+                print(subject, file=self._stream)
             print(message, file=self._stream, flush=True)
             return
         size = shutil.get_terminal_size()
         if size != self._size:
             self._take_last_row(size)
-        message = " ".join(message.split())[: size.columns - 1]
+        message = " ".join(f"{message}, {subject}".split())[: size.columns - 1]
         self._write(f"{SAVE}{_row(size.lines)}{message}{CLEAR_REST}{RESTORE}")
 
     def close(self) -> None:

@@ -63,7 +63,7 @@ class PipelineFolder:
             raise ValueError(f"'{source}' is a {index.get('_class_name')}, not a LongLivePipeline")
         defaults = default_settings(LongLivePipeline)
         return cls(
-            source=str(folder if Path(source).expanduser().is_dir() else source),
+            source=str(folder if os.path.isdir(os.path.expanduser(source)) else source),
             settings={name: index.get(name, default) for name, default in defaults.items()},
             transformer=_complete(LongLiveTransformer3DModel, transformer),
             vae=_complete(AutoencoderKLWan, vae),
@@ -116,11 +116,7 @@ class PipelineFolder:
             if offload != "sequential":  # by which the whole transformer may not fit on the device
                 pipe.transformer.to(device)
             use_nvfp4(pipe, nvfp4_backend)
-        names = [f"lora_{number}" for number in range(len(loras))]
-        for name, (lora, _) in zip(names, loras, strict=True):
-            self._load_lora(pipe, lora, name)
-        if names:
-            pipe.set_adapters(names, [scale for _, scale in loras])
+        self._load_loras(pipe, loras)
         if attention_backend is not None:
             pipe.transformer.set_attention_backend(attention_backend)
         if compile:
@@ -146,7 +142,7 @@ class PipelineFolder:
             dtypes["transformer"] = DTYPES[dtype]
         pipe = LongLivePipeline.from_pretrained(folder, dtype=dtypes)
         if lora is not None:
-            self._load_lora(pipe, lora)
+            self._load_loras(pipe, [(lora, 1.0)])
             fuse_lora(pipe)
         return pipe
 
@@ -154,10 +150,15 @@ class PipelineFolder:
         return Path(self.source) if Path(self.source).is_dir() else Path(DiffusionPipeline.download(self.source))
 
     @staticmethod
-    def _load_lora(pipe: LongLivePipeline, lora: str, name: str | None = None) -> None:
-        weights = pipe.lora_state_dict(lora)
-        check_lora_fits(weights, weights_of(pipe.transformer))
-        pipe.load_lora_weights(weights, adapter_name=name)
+    def _load_loras(pipe: LongLivePipeline, loras: Sequence[tuple[str, float]]) -> None:
+        """Load LoRAs, which are added up, each by its scale."""
+        weights = {f"lora_{number}": pipe.lora_state_dict(lora) for number, (lora, _) in enumerate(loras)}
+        for lora in weights.values():  # before any is loaded, which renames the layers
+            check_lora_fits(lora, weights_of(pipe.transformer))
+        for name, lora in weights.items():
+            pipe.load_lora_weights(lora, adapter_name=name)
+        if weights:
+            pipe.set_adapters(list(weights), [scale for _, scale in loras])
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -170,7 +171,7 @@ def find_folder(
     Raises:
         ValueError: If there is neither a folder nor a repository that can be reached.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         return folder
     try:

@@ -72,12 +72,12 @@ def test_what_is_typed_stays_whole_wherever_the_cursor_was(terminal, lines_befor
     typed = "a prompt that is longer than a row of this terminal"
     with StatusLine(terminal) as status:
         for index, letter in enumerate(typed):
-            status.show(f"chunk {index}")
+            status.show(f"chunk {index}", "'fox'")
             terminal.write(letter)
-        assert terminal.rows[-1] == f"chunk {len(typed) - 1}"
+        assert terminal.rows[-1] == f"chunk {len(typed) - 1}, 'fox'"
         assert typed in "".join(terminal.rows[:-1])
         terminal.write("\n" + "more\n" * 9)
-        assert terminal.rows == ["more"] * 4 + ["", f"chunk {len(typed) - 1}"]
+        assert terminal.rows == ["more"] * 4 + ["", f"chunk {len(typed) - 1}, 'fox'"]
     assert terminal.rows == ["more"] * 4 + ["", ""]
     terminal.write("\n" * ROWS)  # the whole screen scrolls again
     assert terminal.rows == [""] * ROWS
@@ -85,10 +85,10 @@ def test_what_is_typed_stays_whole_wherever_the_cursor_was(terminal, lines_befor
 
 def test_a_message_fits_in_its_row(terminal):
     with StatusLine(terminal) as status:
-        status.show("a long\nmessage " * 100)
+        status.show("chunk 0", "a long\nprompt " * 100)
         assert len(terminal.rows[-1]) == COLUMNS - 1
-        status.show("short")
-        assert terminal.rows[-1] == "short"
+        status.show("chunk 1", "short")
+        assert terminal.rows[-1] == "chunk 1, short"
 
 
 @pytest.mark.parametrize("stream", ["a pipe", "a terminal without rows"])
@@ -97,6 +97,6 @@ def test_elsewhere_each_message_is_a_line(monkeypatch, stream):
     shown = io.StringIO()
     shown.isatty = lambda: stream != "a pipe"
     with StatusLine(shown) as status:
-        status.show("chunk 0")
-        status.show("chunk 1")
-    assert shown.getvalue() == "chunk 0\nchunk 1\n"
+        for index, prompt in enumerate(["fox", "fox", "hen"]):
+            status.show(f"chunk {index}", prompt)
+    assert shown.getvalue() == "fox\nchunk 0\nchunk 1\nhen\nchunk 2\n"
