@@ -25,6 +25,7 @@ def choose_device(name: str | None) -> torch.device:
 def available_devices() -> dict[str, int]:
     """Return the kinds of devices that torch can compute on here, and how many there are of each."""
     devices = {"cpu": 1}
-    if torch.accelerator.is_available():
-        devices[torch.accelerator.current_accelerator().type] = torch.accelerator.device_count()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        devices[accelerator.type] = torch.accelerator.device_count()
     return devices

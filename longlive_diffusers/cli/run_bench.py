@@ -29,9 +29,10 @@ def bench(args: argparse.Namespace) -> int:
         for results in measurements(options, log_stage):
             report["results"].update(results)
     finally:  # what was measured before an error or Ctrl-C took time, too
-        print(as_table(report))
-        if json_file is not None:
-            write_text(json_file, json.dumps(report, indent=2) + "\n")
+        if report["results"]:
+            if json_file is not None:
+                write_text(json_file, json.dumps(report, indent=2) + "\n")
+            print(as_table(report))
     return 0
 
 

@@ -97,7 +97,7 @@ def write_video(
     with pipe.stream(**request.stream_arguments(args)) as session, StatusLine() as status:
         for chunk in session:
             frames = chunk.frames[0]
-            assert isinstance(frames, np.ndarray)  # the stream's output type is "np"
+            assert isinstance(frames, np.ndarray) and isinstance(chunk.prompt, str)  # as a single video in NumPy has
             writer.write(frames)
             progress.add(len(frames))
             if args.stream:

@@ -189,6 +189,19 @@ def test_what_was_measured_before_a_failure_is_reported(monkeypatch, tmp_path, c
     assert told in err.splitlines()[-1]
 
 
+def test_what_measured_nothing_replaces_no_report(monkeypatch, tmp_path, capsys):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("longlive_diffusers.benchmark.report.measure_matmul", fail)
+    path = tmp_path / "bench.json"
+    path.write_text("the last report")
+    assert main(["bench", "--json", str(path)]) == 1
+    assert path.read_text() == "the last report"
+    out, err = capsys.readouterr()
+    assert out == "" and "longlive: error: out of memory; what needs less: " in err
+
+
 def test_backend_and_compilation_reach_the_transformer(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(
