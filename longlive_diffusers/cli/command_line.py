@@ -42,7 +42,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser, commands = _build_parsers()
     if argv and argv[0] in commands:
-        return commands[argv[0]].parse_intermixed_args(argv[1:])
+        command, rest = commands[argv[0]], argv[1:]
+        # Parsing intermixed forgets that what follows "--" is no option.
+        return command.parse_args(rest) if "--" in rest else command.parse_intermixed_args(rest)
     return parser.parse_args(argv)  # shows the help or the version, or says what is wrong, and exits
 
 
