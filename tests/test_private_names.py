@@ -174,10 +174,15 @@ PRIVATE_NAMES = [
     *(
         PrivateName(
             f"diffusers.models.attention_dispatch:AttentionBackendName.{name}",
-            (PACKAGE + "models/sdpa_kernels.py",),
+            (PACKAGE + "models/sdpa_kernels.py", *others),
             "Look at what diffusers calls this kernel of PyTorch then.",
         )
-        for name in ("_NATIVE_FLASH", "_NATIVE_CUDNN", "_NATIVE_EFFICIENT", "_NATIVE_MATH")
+        for name, others in (
+            ("_NATIVE_FLASH", (PACKAGE + "cli/backends.py",)),
+            ("_NATIVE_CUDNN", ()),
+            ("_NATIVE_EFFICIENT", ()),
+            ("_NATIVE_MATH", (PACKAGE + "cli/backends.py",)),
+        )
     ),
     # -- diffusers: what callbacks write -----------------------------------------------------------------------------
     PrivateName(

@@ -9,7 +9,12 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _check_att
 from ..nvfp4.backends import BACKENDS, LayerShape
 
 
-RUN_ON_CPU = ("native", "_native_flash", "_native_math", "flex")
+RUN_ON_CPU = (
+    AttentionBackendName.NATIVE,
+    AttentionBackendName._NATIVE_FLASH,
+    AttentionBackendName._NATIVE_MATH,
+    AttentionBackendName.FLEX,
+)
 
 
 def check_attention_backend(name: str, device: torch.device) -> None:
@@ -22,12 +27,14 @@ def check_attention_backend(name: str, device: torch.device) -> None:
     names = sorted(backend.value for backend in AttentionBackendName)
     if name.lower() not in names:
         raise ValueError(f"no attention backend '{name}': there are {', '.join(names)}")
+    backend = AttentionBackendName(name.lower())
     try:
-        _check_attention_backend_requirements(AttentionBackendName(name.lower()))
+        _check_attention_backend_requirements(backend)
     except RuntimeError as error:
         raise ValueError(f"--attention-backend {name} cannot be used: {error}") from error
-    if device.type == "cpu" and name.lower() not in RUN_ON_CPU:
-        raise ValueError(f"--attention-backend {name} needs a GPU; on a CPU, there are {', '.join(RUN_ON_CPU)}")
+    if device.type == "cpu" and backend not in RUN_ON_CPU:
+        names = ", ".join(backend.value for backend in RUN_ON_CPU)
+        raise ValueError(f"--attention-backend {name} needs a GPU; on a CPU, there are {names}")
 
 
 def check_nvfp4_backend(name: str, transformer: Mapping[str, Any], device: torch.device) -> None:
