@@ -16,7 +16,8 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:  # not even the name of one
         raise ValueError(f"--device {name!r} is not a device; here, it is {' or '.join(devices)}") from error
-    if device.type not in devices or (device.index or 0) >= devices[device.type]:
+    # torch counts in 8 bits: to it, cuda:256 is cuda:0.
+    if str(device) != name or device.type not in devices or (device.index or 0) >= devices[device.type]:
         there = [kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}" for kind, count in devices.items()]
         raise ValueError(f"there is no device {name!r} here, only {' and '.join(there)}")
     return device

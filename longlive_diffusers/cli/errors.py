@@ -2,13 +2,14 @@
 
 import argparse
 import re
+from collections.abc import Collection
 
 
 # torch's errors where memory is not there, or cannot even be counted; on a GPU it has a class of its own.
 _NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|Storage size calculation overflowed|integer multiplication overflow"
 )
-_RENAMED = {"num_inference_steps": "steps", "kv_cache": "kv_cache_dtype"}
+_RENAMED = {"num_inference_steps": "steps"}
 _LOWER = {
     "window_size": "a smaller --window-size",
     "height": "a smaller --height and --width",
@@ -25,7 +26,7 @@ def one_line(error: Exception, args: argparse.Namespace | None) -> str | None:
         error: What was raised.
         args: The arguments of the command; None where they were not parsed.
     """
-    names = {} if args is None else vars(args)
+    names = set() if args is None else vars(args).keys() - {"run", "prompts"}  # which are no options
     if is_out_of_memory(error):
         helps = [text for name, text in _LOWER.items() if name in names and (name != "offload" or _is_of_gpu(error))]
         advice = f"; what needs less: {', '.join(helps)}" if helps else ""
@@ -46,7 +47,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return _is_of_gpu(error) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None)
 
 
-def with_option_names(message: str, names: dict[str, object]) -> str:
+def with_option_names(message: str, names: Collection[str]) -> str:
     """Replace what the library calls its arguments, such as `height`, by the options of the command that set them."""
 
     def option(match: re.Match) -> str:

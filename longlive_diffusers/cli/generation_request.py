@@ -19,6 +19,7 @@ from ..video.reader import read_image, read_video
 from ..video.writer import check_output
 from .backends import check_attention_backend, check_nvfp4_backend
 from .choices import DEFAULT_SECONDS, FPS
+from .console import counted
 from .device import choose_device
 from .shots_file import RequestedShot, read_shots
 
@@ -138,13 +139,13 @@ def choose_length(
     condition_chunks = whole_chunks(video_frames, chunk_size, temporal_scale=scale) if video_frames else 0
     if video_frames and not condition_chunks:
         needed = pixel_frames(chunk_size, temporal_scale=scale)
-        raise ValueError(f"the video to continue has {video_frames} frames; at least {needed} are needed")
+        raise ValueError(f"the video to continue has {counted(video_frames, 'frame')}; at least {needed} are needed")
     condition_frames = pixel_frames(condition_chunks * chunk_size, temporal_scale=scale)
     num_frames = args.num_frames if args.seconds is None else max(1, round(args.seconds * FPS))
     if num_frames is not None:
         if num_frames <= condition_frames:
             raise ValueError(
-                f"the length counts the whole video: {num_frames} frames leave nothing to add to the "
+                f"the length counts the whole video: {counted(num_frames, 'frame')} is no more than the "
                 f"{condition_frames} of the video that is continued"
             )
         num_chunks = chunks_to_cover(num_frames, chunk_size, temporal_scale=scale)

@@ -23,12 +23,14 @@ class StatusLine:
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = sys.stdout if stream is None else stream
+        self._stream: TextIO | None = sys.stdout if stream is None else stream  # None where stdout is closed
         self._size: os.terminal_size | None = None  # of the terminal whose last row is taken
         self._subject: str | None = None
 
     def show(self, message: str, subject: str) -> None:
         """Show a message in place of the last."""
+        if self._stream is None:
+            return
         if not has_rows(self._stream):
             if subject != self._subject:
                 self._subject = subject
@@ -61,6 +63,7 @@ class StatusLine:
         self._size = size
 
     def _write(self, text: str) -> None:
+        assert self._stream is not None
         self._stream.write(text)
         self._stream.flush()
 

@@ -166,6 +166,22 @@ def test_memory_that_is_not_there_is_one_line(output, monkeypatch, capsys):
     assert "--kv-cache-dtype fp8 or nvfp4, --nvfp4 auto, --offload model (CUDA out of memory)" in line
 
 
+@pytest.mark.parametrize(
+    ("is_terminal", "options", "shown"), [(True, [], True), (False, [], False), (True, ["--no-progress"], False)]
+)
+def test_bars_are_for_terminals(output, monkeypatch, is_terminal, options, shown):
+    asked = []
+
+    def load(self, *, show_progress, **options):
+        asked.append(show_progress)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PipelineFolder, "load", load)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert main(["generate", "x", "--output", str(output), *options]) == 130
+    assert asked == [shown]
+
+
 def test_a_bug_is_shown_whole(output, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -381,7 +397,8 @@ def test_a_model_of_the_hub(hub: "Hub", output):
         (["x", "--image", "shots.txt"], "'shots.txt' cannot be read as an image"),
         (["x", "--video", "missing.mp4"], "the video 'missing.mp4' does not exist"),
         (["x", "--video", "short.mp4"], "the video to continue has 4 frames; at least 5 are needed"),
-        (["x", "--video", "long.mp4", "--num-frames", "13"], "13 frames leave nothing to add to the 13"),
+        (["x", "--video", "long.mp4", "--num-frames", "1"], "1 frame is no more than the 13 of the video"),
+        (["x", "--video", "long.mp4", "--num-frames", "13"], "13 frames is no more than the 13 of the video"),
         (["x", "--output", "video.avi"], "its suffix is '.avi'"),
         (["x", "--output", "missing/video.mp4"], "the folder 'missing' does not exist"),
         (["x", "--output", "here.mp4", "--video", "long.mp4"], "--output 'here.mp4' is the file of --video"),

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import sys
 
 import pytest
 
@@ -89,6 +90,12 @@ def test_a_message_fits_in_its_row(terminal):
         assert len(terminal.rows[-1]) == COLUMNS - 1
         status.show("chunk 1", "short")
         assert terminal.rows[-1] == "chunk 1, short"
+
+
+def test_a_closed_stdout_is_shown_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with StatusLine() as status:
+        status.show("chunk 0", "fox")
 
 
 @pytest.mark.parametrize("stream", ["a pipe", "a terminal without rows"])
