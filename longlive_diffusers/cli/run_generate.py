@@ -72,12 +72,13 @@ def generate(args: argparse.Namespace) -> int:
                     raise
     except KeyboardInterrupt:
         interrupted = True
-    progress.frames = writer.frames_written  # the last chunk may have been interrupted while it was written
-    if interrupted:
-        print_interruption(request, progress)
-    if progress.first_frame is not None:
-        print_summary(request, progress, loading)
-        print(f"output:              {writer.written_to}{fate_of_the_old(writer, replaces)}")
+    finally:  # after an error, too, what was made is there
+        progress.frames = writer.frames_written  # the last chunk may have been interrupted while it was written
+        if interrupted:
+            print_interruption(request, progress)
+        if progress.first_frame is not None:
+            print_summary(request, progress, loading)
+            print(f"output:              {writer.written_to}{fate_of_the_old(writer, replaces)}")
     return 130 if interrupted else 0
 
 

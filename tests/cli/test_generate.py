@@ -332,6 +332,23 @@ def test_an_endless_video_is_finished_by_ctrl_c(output, capsys, monkeypatch):
     assert f"output:              {output} (in place of the file that was there)\n" in report
 
 
+def test_what_was_made_before_an_error_is_kept_and_told(output, capsys, monkeypatch):
+    add = Progress.add
+
+    def add_and_fail(progress: Progress, num_frames: int) -> None:
+        add(progress, num_frames)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Progress, "add", add_and_fail)
+    output.write_bytes(b"old")
+    assert main([*COMMAND, str(output), "--num-frames", "21"]) == 1
+    out, err = capsys.readouterr()
+    unfinished = output.with_name("out.unfinished.mp4")
+    assert f"output:              {unfinished} (unfinished; '{output}' is what it was)\n" in out
+    assert err.splitlines()[-1].startswith("longlive: error: out of memory; ")
+    assert output.read_bytes() == b"old" and len(read_video(unfinished)[0]) == 5
+
+
 def test_an_interruption_elsewhere_is_told(monkeypatch, output, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
