@@ -50,8 +50,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def with_option_names(message: str, names: Collection[str]) -> str:
     """Replace what the library calls its arguments, such as `height`, by the options of the command that set them."""
 
-    def option(match: re.Match) -> str:
-        name = _RENAMED.get(match[1], match[1])
+    def option(match: re.Match[str]) -> str:
+        name: str = _RENAMED.get(match[1], match[1])
         return f"--{name.replace('_', '-')}" if name in names else match[0]
 
     return re.sub(r"`(\w+)`", option, message)
