@@ -10,6 +10,7 @@ last one to finish wins.
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,53 @@ from pathlib import Path
 
 
 _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+_LONGEST_NAME = 255  # bytes, on every common file system
+
+
+def check_new_file(path: str | os.PathLike) -> Path:
+    """Check, before long work, that a file can be created or replaced at `path`.
+
+    Returns:
+        The path, with `~` resolved. Nothing is created or changed on the disk.
+
+    Raises:
+        ValueError: If its folder is missing or cannot be written to, if it is a folder, or a file that cannot be
+            written to, or if no file can have its name.
+    """
+    path = Path(os.path.expanduser(path))
+    try:
+        if path.is_dir():
+            raise ValueError(f"Cannot write '{path}': it is a folder, not a file")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise ValueError(f"Cannot write '{path}': permission denied")
+        if path.is_socket() or path.is_block_device():
+            raise ValueError(f"Cannot write '{path}': it is not a file")
+        if is_stream(path):
+            return path
+        target = Path(os.path.realpath(path))  # a link is written through, also where it leads to nothing yet
+        if not target.parent.is_dir():
+            leads = f", to which '{path}' leads," if path.is_symlink() else ""
+            raise ValueError(
+                f"Cannot write '{path}': the folder '{target.parent if leads else path.parent}'{leads} does not exist"
+            )
+        if target.is_symlink():
+            raise ValueError(f"Cannot write '{path}': it is a link that leads back to itself")
+        tempfile.TemporaryFile(dir=target.parent).close()  # os.access promises what some file systems do not keep
+    except OSError as error:  # a name that is too long, a file system that is read-only
+        raise ValueError(f"Cannot write '{path}': {error.strerror}") from error
+    return path
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is that of a pipe or a device, such as `/dev/stdout`: it is written to, and never replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def shortened(name: str, room: int) -> str:
+    """Cut a name, if need be, so that `room` more bytes fit behind it."""
+    while len(os.fsencode(name)) > _LONGEST_NAME - room:
+        name = name[:-1]
+    return name
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -31,9 +79,12 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
     Give a temporary path to write to; when the block ends without an error, the file takes the name `path`.
 
     Args:
-        path: The file to create or to replace.
+        path: The file to create or to replace. A link is written through; a pipe or a device is written to directly.
     """
-    path = Path(path)
+    if is_stream(Path(path)):
+        yield Path(path)
+        return
+    path = Path(os.path.realpath(path))
     temporary = _temporary(path)
     try:
         yield temporary
@@ -101,4 +152,5 @@ def _exchange(path: Path, temporary: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    ending = f".{uuid.uuid4().hex[:8]}.partial"
+    return path.with_name(f".{shortened(path.name, 1 + len(ending))}{ending}")

@@ -1,10 +1,13 @@
 """Files and folders appear complete or not at all; what fails leaves what was there, and nothing beside it."""
 
+import os
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 
-from longlive_diffusers.atomic_write import new_file, new_folder, write_text
+from longlive_diffusers.atomic_write import check_new_file, new_file, new_folder, write_text
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -94,3 +97,93 @@ def test_the_current_folder_can_be_named_by_dots(tmp_path, monkeypatch, name):
     with new_folder(name, replace=name != ".") as unfinished:
         (unfinished / "a.txt").write_text("a")
     assert contents(target) == {"a.txt": "a"}
+
+
+NAMES = (
+    "12:30.txt",
+    "C:a.txt",
+    "http:a",
+    "a\nb",
+    "-a",
+    "~nobody.txt",
+    "..txt",
+    "dot.",
+    " ",
+    "\udcff",
+    "x" * 255,
+    "é" * 127,
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_that_a_file_may_have_can_be_written(tmp_path, name):
+    assert check_new_file(tmp_path / name) == tmp_path / name
+    for text in ("new", "replaced"):
+        write_text(tmp_path / name, text)
+        assert contents(tmp_path) == {name: text}
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("old", "new"):
+        (tmp_path / name).symlink_to(tmp_path / "there" / name)
+    (tmp_path / "there" / "old").write_text("old")
+    for name in ("old", "new"):
+        write_text(check_new_file(tmp_path / name), "text")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "there" / name).read_text() == "text"
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path):
+    (tmp_path / "nothing").symlink_to(os.devnull)
+    write_text(check_new_file(tmp_path / "nothing"), "text")
+    assert (tmp_path / "nothing").is_char_device()
+
+
+@pytest.mark.parametrize("how", ["by name", "by descriptor"])
+def test_a_pipe_is_written_to(tmp_path, how):
+    """By descriptor, as a shell's `>(command)` names it."""
+    reader, writer = os.pipe()
+    if how == "by name":
+        os.mkfifo(tmp_path / "pipe")
+    path = check_new_file(tmp_path / "pipe" if how == "by name" else f"/dev/fd/{writer}")
+    received = []
+
+    def receive():
+        with open(path if how == "by name" else reader, "rb") as source:
+            received.append(source.read(4))
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    write_text(path, "text")
+    thread.join(timeout=10)
+    os.close(writer)
+    assert received == [b"text"]
+
+
+def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "astray").symlink_to(tmp_path / "missing" / "file")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("")
+    for name, message in [
+        ("folder", "it is a folder"),
+        ("missing/file", "missing' does not exist"),
+        ("astray", "missing', to which .*astray' leads, does not exist"),
+        ("loop", "leads back to itself"),
+        ("file/below", "file' does not exist"),
+        ("x" * 256, "File name too long"),
+        ("é" * 128, "File name too long"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_new_file(tmp_path / name)
+
+    def refuse(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"Cannot write '.*new': Read-only file system"):
+        check_new_file(tmp_path / "new")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "file")
+    with pytest.raises(ValueError, match="permission denied"):
+        check_new_file(tmp_path / "file")

@@ -76,6 +76,11 @@ PRIVATE_NAMES = [
         "pipeline needs `trust_remote_code` or LongLivePipeline by name.",
     ),
     PrivateName(
+        "diffusers.models.attention_dispatch:_check_attention_backend_requirements",
+        (PACKAGE + "cli/backends.py",),
+        "Find how set_attention_backend checks that a package is installed; without it, the models are loaded first.",
+    ),
+    PrivateName(
         "diffusers.quantizers.auto:AUTO_QUANTIZER_MAPPING",
         (QUANTIZER,),
         "Register NVFP4Quantizer as diffusers' new documentation says.",
@@ -169,10 +174,15 @@ PRIVATE_NAMES = [
     *(
         PrivateName(
             f"diffusers.models.attention_dispatch:AttentionBackendName.{name}",
-            (PACKAGE + "models/sdpa_kernels.py",),
+            (PACKAGE + "models/sdpa_kernels.py", *others),
             "Look at what diffusers calls this kernel of PyTorch then.",
         )
-        for name in ("_NATIVE_FLASH", "_NATIVE_CUDNN", "_NATIVE_EFFICIENT", "_NATIVE_MATH")
+        for name, others in (
+            ("_NATIVE_FLASH", (PACKAGE + "cli/backends.py",)),
+            ("_NATIVE_CUDNN", ()),
+            ("_NATIVE_EFFICIENT", ()),
+            ("_NATIVE_MATH", (PACKAGE + "cli/backends.py",)),
+        )
     ),
     # -- diffusers: what callbacks write -----------------------------------------------------------------------------
     PrivateName(

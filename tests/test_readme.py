@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from longlive_diffusers.assets import toy_pipeline_path
-from longlive_diffusers.cli import build_parser
+from longlive_diffusers.cli.command_line import parse_arguments as parse_command
 from longlive_diffusers.video.reader import read_video
 from run.arguments import parse_arguments
 from tests.support.paths import ROOT
@@ -92,7 +92,7 @@ ALL_LINES = [line for path in (ROOT / "README.md", *ROOMS) for line in shell_lin
 
 @pytest.mark.parametrize("line", [line for line in ALL_LINES if line.startswith("longlive ")])
 def test_the_command_line_takes_the_options_that_are_shown(line):
-    build_parser().parse_args(shlex.split(line)[1:])
+    parse_command(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize("line", [line for line in ALL_LINES if "training/train_ar.py" in line])

@@ -1,7 +1,7 @@
 """Everything that `longlive bench` measures, and everything that the numbers depend on, as one JSON-like report."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from ..dtypes import DTYPES, dtype_name
 from ..nvfp4.quantizer import NVFP4Config, quantize_model
+from ..pipelines.pipeline_longlive import LongLivePipeline
 from .environment import device_name, versions
 from .kv_cache import measure_kv_caches
 from .measure import peak_memory, reset_peak_memory, weights_bytes
@@ -42,19 +43,6 @@ class BenchOptions:
     kv_cache_dtypes: tuple[str, ...] = ()
 
 
-def make_report(options: BenchOptions, log_stage: Callable[[str], None]) -> dict[str, Any]:
-    """Measure, and describe what was measured.
-
-    Args:
-        options: What to measure.
-        log_stage: Called with the name of each stage as it begins.
-
-    Returns:
-        `{"setting": ..., "results": ...}`: strings, numbers, lists and dicts.
-    """
-    return {"setting": describe_setting(options), "results": measure(options, log_stage)}
-
-
 def describe_setting(options: BenchOptions) -> dict[str, Any]:
     """Describe everything that the numbers depend on."""
     size = options.size
@@ -86,22 +74,23 @@ def describe_setting(options: BenchOptions) -> dict[str, Any]:
     }
 
 
-def measure(options: BenchOptions, log_stage: Callable[[str], None]) -> dict[str, Any]:
-    """Run all measurements, in an order in which none disturbs the next; returns seconds, bytes and FLOP/s."""
+def measurements(options: BenchOptions, log_stage: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Run all measurements, in an order in which none disturbs the next.
+
+    Args:
+        options: What to measure.
+        log_stage: Called with the name of each stage as it begins.
+
+    Yields:
+        The results of each stage, by name: seconds, bytes and FLOP/s.
+    """
     size, device = options.size, options.device
     log_stage("the device's matrix products")
     matmul = {name: measure_matmul(device, DTYPES[name]) for name in ("float32", "bfloat16")}
+    yield {"matmul_flops_per_second": matmul}
     log_stage("building the networks")
-    pipe = random_pipeline(size, device, options.dtype)
-    if options.nvfp4_backend:
-        quantize_model(pipe.transformer, NVFP4Config(backend=options.nvfp4_backend))
-    if options.attention_backend:
-        pipe.transformer.set_attention_backend(options.attention_backend)
-    if options.compile:
-        pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    generator = torch.Generator().manual_seed(1)
-    embeds = torch.randn(1, size.text_tokens, size.transformer["text_dim"], generator=generator)
-    embeds = embeds.to(device, options.dtype)
+    pipe, embeds = build(options)
+    yield {"weights_bytes": {"transformer": weights_bytes(pipe.transformer), "vae": weights_bytes(pipe.vae)}}
 
     log_stage("warming up")
     # To a compiler and to a GPU's libraries, each length of the cache is a new shape.
@@ -110,37 +99,50 @@ def measure(options: BenchOptions, log_stage: Callable[[str], None]) -> dict[str
     measure_decode(pipe, latents[:2], device)
     log_stage("one forward")
     forward = measure_forward(pipe, size, embeds, device)
+    flops, name = forward_flops(size), dtype_name(options.dtype)
+    yield {
+        "forward": forward,
+        "forward_flops": flops,
+        "forward_flops_per_second": flops / forward["seconds"],
+        "forward_to_matmul": flops / forward["seconds"] / matmul[name] if name in matmul else None,
+    }
     log_stage("denoising")
     seconds, latents, _ = measure_denoise(pipe, size, embeds, device, size.num_chunks)
+    yield {
+        "denoise_chunk": statistics.median(seconds[size.chunks_to_fill - 1 :]),
+        "denoise_first_chunk": seconds[0],
+        "denoise_all_chunks": sum(seconds),
+    }
     log_stage("decoding")
     decode = measure_decode(pipe, latents, device)
+    yield {"decode_chunk": statistics.median(decode[1:] or decode), "decode_first_chunk": decode[0]}
     del latents
     log_stage("whole videos")
     reset_peak_memory(device)
     synchronous = measure_whole(pipe, size, embeds, device, async_decode=False)
     memory, memory_counts = peak_memory(device)
-    asynchronous = measure_whole(pipe, size, embeds, device, async_decode=True)
-    kv_caches = {}
-    if options.kv_cache_dtypes:
-        log_stage("kinds of KV cache")
-        kv_caches = measure_kv_caches(pipe, size, embeds, device, options.kv_cache_dtypes)
-    flops, name = forward_flops(size), dtype_name(options.dtype)
-    return {
-        "matmul_flops_per_second": matmul,
-        "forward": forward,
-        "forward_flops": flops,
-        "forward_flops_per_second": flops / forward["seconds"],
-        "forward_to_matmul": flops / forward["seconds"] / matmul[name] if name in matmul else None,
-        "denoise_chunk": statistics.median(seconds[size.chunks_to_fill - 1 :]),
-        "denoise_first_chunk": seconds[0],
-        "denoise_all_chunks": sum(seconds),
-        "decode_chunk": statistics.median(decode[1:] or decode),
-        "decode_first_chunk": decode[0],
+    yield {
         "synchronous": synchronous,
-        "asynchronous": asynchronous,
-        "weights_bytes": {"transformer": weights_bytes(pipe.transformer), "vae": weights_bytes(pipe.vae)},
         "kv_cache_bytes": synchronous["kv_cache_bytes"],
-        "kv_caches": kv_caches,
         "peak_memory_bytes": memory,
         "peak_memory_counts": memory_counts,
     }
+    yield {"asynchronous": measure_whole(pipe, size, embeds, device, async_decode=True)}
+    if options.kv_cache_dtypes:
+        log_stage("kinds of KV cache")
+        yield {"kv_caches": measure_kv_caches(pipe, size, embeds, device, options.kv_cache_dtypes)}
+
+
+def build(options: BenchOptions) -> tuple[LongLivePipeline, torch.Tensor]:
+    """Build the networks, and the embeddings of a prompt, `[1, text_tokens, text_dim]`."""
+    size = options.size
+    pipe = random_pipeline(size, options.device, options.dtype)
+    if options.nvfp4_backend:
+        quantize_model(pipe.transformer, NVFP4Config(backend=options.nvfp4_backend))
+    if options.attention_backend:
+        pipe.transformer.set_attention_backend(options.attention_backend)
+    if options.compile:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    generator = torch.Generator().manual_seed(1)
+    embeds = torch.randn(1, size.text_tokens, size.transformer["text_dim"], generator=generator)
+    return pipe, embeds.to(options.device, options.dtype)

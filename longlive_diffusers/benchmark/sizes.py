@@ -154,15 +154,26 @@ def forward_flops(size: BenchSize) -> int:
     return config["num_layers"] * (projections + feed_forward + attention) + ends + time_embedding
 
 
-def check_bench_size(size: BenchSize) -> None:
-    """Raise a ValueError that states the numbers, unless the window is filled and something is left to measure."""
+def check_bench_size(size: BenchSize, *, compares_caches: bool = False) -> None:
+    """Check that the window is filled, and that enough is left to measure.
+
+    Args:
+        size: What is to be measured.
+        compares_caches: Whether kinds of KV cache are compared, by the first and the second half of the chunks at the
+            full window.
+
+    Raises:
+        ValueError: If there are too few chunks, or the window is no whole number of them; it states the numbers.
+    """
     if size.window_size % size.chunk_size:
         raise ValueError(
             f"the window of {size.window_size} latent frames is not filled by whole chunks of {size.chunk_size}, so "
             "there is no steady state to measure"
         )
-    if size.num_chunks < size.chunks_to_fill:
+    needed = size.chunks_to_fill + 2 if compares_caches else size.chunks_to_fill
+    if size.num_chunks < needed:
+        also = ", and two more to compare kinds of KV cache over" if compares_caches else ""
         raise ValueError(
-            f"{size.num_chunks} chunks of {size.chunk_size} do not fill the window of {size.window_size} latent "
-            f"frames: at least {size.chunks_to_fill} are needed"
+            f"--chunks {size.num_chunks} is too few: at least {needed} are needed, to fill the window of "
+            f"{size.window_size} latent frames by chunks of {size.chunk_size}{also}"
         )

@@ -1,60 +1,85 @@
-"""The types of command-line arguments, and the options that several commands share."""
+"""The types of command-line arguments, and the options that several commands share.
+
+Nothing here imports torch: arguments are parsed before anything heavy is imported, so that help and errors come at
+once.
+"""
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import torch
-
-from ..models.layer_kv_cache import KV_CACHE_DTYPES
+from .choices import KV_CACHE_DTYPES, MAX_CACHED_FRAMES, NVFP4_BACKENDS
 
 
-def count(text: str) -> int:
-    """Parse an integer of at least 1."""
-    return _in_range(text, int, 1)
+def integer(least: int, most: int) -> Callable[[str], int]:
+    """Return the type of an integer from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:  # also for thousands of digits
+            value = None
+        if value is None or not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be an integer from {least} to {most}, not {_quoted(text)}")
+        return value
+
+    return parse
 
 
-def size(text: str) -> int:
-    """Parse an integer of at least 0."""
-    return _in_range(text, int, 0)
+def number(least: float, most: float, *, above: bool = False) -> Callable[[str], float]:
+    """Return the type of a number from `least` to `most`, or `above` the former."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (least < value if above else least <= value) or not value <= most:
+            limits = f"above {least} and at most {most}" if above else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a number {limits}, not {_quoted(text)}")
+        return value
+
+    return parse
 
 
-def positive(text: str) -> float:
-    """Parse a finite number above 0."""
-    value = _in_range(text, float, 0)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def non_negative(text: str) -> float:
-    """Parse a finite number of at least 0."""
-    return _in_range(text, float, 0)
-
-
-def device(text: str) -> torch.device:
-    """Parse a device that exists."""
+def text(argument: str) -> str:
+    """Check that an argument is text; bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer takes."""
     try:
-        found = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a device; try cpu, cuda or cuda:1") from error
-    num_devices = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= num_devices:
-        raise argparse.ArgumentTypeError(f"there is no device '{text}': torch sees {num_devices} CUDA devices")
-    if found.type == "mps" and not torch.backends.mps.is_available():
-        raise argparse.ArgumentTypeError("there is no device 'mps'")
-    return found
-
-
-def default_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"is not UTF-8 text: {_quoted(argument)}") from error
+    return argument
 
 
 def add_device_option(parser: argparse._ActionsContainer, what: str = "The device to run on") -> None:
-    """Add `--device`."""
-    parser.add_argument("--device", type=device, help=f"{what}: cuda, cuda:1, cpu (default: cuda if there is one).")
+    """Add `--device`, whose value `device.choose_device` resolves."""
+    parser.add_argument("--device", help=f"{what}: cuda, cuda:1, cpu (default: cuda if there is one).")
+
+
+def add_attention_backend_option(parser: argparse._ActionsContainer) -> None:
+    """Add `--attention-backend`, whose value `backends.check_attention_backend` checks."""
+    parser.add_argument(
+        "--attention-backend", metavar="NAME", help="One of diffusers' attention backends, such as flash or sage."
+    )
+
+
+def add_nvfp4_option(parser: argparse._ActionsContainer) -> None:
+    """Add `--nvfp4`, whose value `backends.check_nvfp4_backend` checks; without a value, it is "auto"."""
+    parser.add_argument(
+        "--nvfp4",
+        choices=("auto", *NVFP4_BACKENDS),
+        nargs="?",
+        const="auto",
+        metavar="BACKEND",
+        help="Store the blocks' weights in 4 bits, and multiply by this backend: auto, "
+        f"{', '.join(NVFP4_BACKENDS)} (default: weights stay as they are).",
+    )
+
+
+def add_compile_option(parser: argparse._ActionsContainer) -> None:
+    """Add `--compile`."""
+    parser.add_argument("--compile", action="store_true", help="Compile the transformer's blocks.")
 
 
 def add_cache_options(parser: argparse._ActionsContainer, *, compares_dtypes: bool = False) -> None:
@@ -65,11 +90,13 @@ def add_cache_options(parser: argparse._ActionsContainer, *, compares_dtypes: bo
         compares_dtypes: Whether `--kv-cache-dtype` takes several dtypes, to compare them.
     """
     parser.add_argument(
-        "--window-size", type=count, help="The number of latent frames that the KV cache holds (default: the model's)."
+        "--window-size",
+        type=integer(1, MAX_CACHED_FRAMES),
+        help="The number of latent frames that the KV cache holds (default: the model's).",
     )
     parser.add_argument(
         "--sink-size",
-        type=size,
+        type=integer(0, MAX_CACHED_FRAMES),
         help="How many of the video's first latent frames are never forgotten (default: the model's).",
     )
     choices = ("auto", *KV_CACHE_DTYPES)
@@ -112,11 +139,5 @@ class _Renamed(argparse.Action):
         parser.error(f"{option_string} is now called {self.new_name}")
 
 
-def _in_range(text: str, kind: type, least: int) -> Any:
-    try:
-        value = kind(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a{'n integer' if kind is int else ' number'}") from error
-    if not math.isfinite(value) or value < least:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {least}")
-    return value
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")

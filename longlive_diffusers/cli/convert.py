@@ -2,8 +2,7 @@
 
 import argparse
 
-from ..conversion.convert import convert_checkpoint
-from ..dtypes import DTYPES
+from .choices import DTYPES
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -36,13 +35,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert the checkpoint."""
+    from .. import dtypes
+    from ..conversion.convert import convert_checkpoint
+
     convert_checkpoint(
         args.checkpoint,
         args.base,
         args.output,
         lora=args.lora,
         use_ema=args.use_ema,
-        dtype=DTYPES[args.dtype],
+        dtype=dtypes.DTYPES[args.dtype],
         report=print,
     )
     return 0

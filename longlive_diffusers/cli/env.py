@@ -2,8 +2,7 @@
 
 import argparse
 
-from ..benchmark.environment import describe_environment
-from .arguments import add_device_option, default_device
+from .arguments import add_device_option
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -19,7 +18,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the environment."""
-    described = describe_environment(args.device or default_device())
+    from ..benchmark.environment import describe_environment
+    from .device import choose_device
+
+    described = describe_environment(choose_device(args.device))
     width = max(map(len, described))
     for name, value in described.items():
         lines = [f"{key} {entry}" for key, entry in value.items()] if isinstance(value, dict) else [value]

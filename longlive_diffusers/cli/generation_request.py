@@ -1,6 +1,7 @@
 """The request to `longlive generate`, checked and completed before anything large is loaded."""
 
 import argparse
+import os
 import random
 from dataclasses import dataclass
 
@@ -16,12 +17,11 @@ from ..pipelines.chunk_step import is_guided
 from ..pipelines.inputs import ModelSizes, resolve_size
 from ..video.reader import read_image, read_video
 from ..video.writer import check_output
-from .arguments import default_device
+from .backends import check_attention_backend, check_nvfp4_backend
+from .choices import DEFAULT_SECONDS, FPS
+from .console import counted
+from .device import choose_device
 from .shots_file import RequestedShot, read_shots
-
-
-FPS = 24  # the frame rate of the model
-DEFAULT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,19 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
         ValueError: For arguments that contradict each other, files that are missing or malformed, an output that
             cannot be written, and sizes that the model cannot have.
     """
-    check_output(args.output)
+    output = check_output(args.output)
+    for option in ("shots_file", "image", "video"):
+        path = vars(args)[option]
+        if path is not None and output.exists() and os.path.exists(path) and os.path.samefile(output, path):
+            name = option.replace("_", "-")
+            raise ValueError(f"--output '{args.output}' is the file of --{name}, which would be lost")
     if bool(args.prompts) == bool(args.shots_file):
         raise ValueError("give either prompts or a --shots-file" + (", not both" if args.prompts else ""))
     if args.image and args.video:
         raise ValueError("give either --image or --video, not both: a video begins with one of them")
     if args.negative_prompt is not None and not is_guided(args.guidance_scale):
         raise ValueError(f"--negative-prompt does nothing with a --guidance-scale of {args.guidance_scale:g}")
-    device = args.device or default_device()
+    device = choose_device(args.device)
     if args.offload != "none" and device.type == "cpu":
         raise ValueError("--offload keeps models away from a GPU until they are needed; this runs on the CPU")
     if args.offload != "none" and args.stream:
@@ -85,8 +90,8 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
     shots = read_shots(args.shots_file) if args.shots_file else [RequestedShot(prompt) for prompt in args.prompts]
     image = read_image(args.image) if args.image else None
     video = at_frame_rate(*read_video(args.video)) if args.video else None
-    if args.lora:
-        check_lora_file(args.lora)
+    for lora, _ in scaled_loras(args):
+        check_lora_file(lora)
 
     folder = PipelineFolder.find(args.model)
     sizes, settings = folder.sizes, folder.settings
@@ -102,8 +107,28 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
     )
     if args.kv_cache_dtype != "auto":
         resolve_kv_cache_dtype(args.kv_cache_dtype, sizes.head_dim)
+    if args.attention_backend:
+        check_attention_backend(args.attention_backend, device)
+    if args.nvfp4:
+        check_nvfp4_backend(args.nvfp4, folder.transformer, device)
     seed = random.randrange(2**31) if args.seed is None else args.seed
     return GenerationRequest(shots, image, video, num_frames, condition_frames, seed, device), folder
+
+
+def scaled_loras(args: argparse.Namespace) -> list[tuple[str, float]]:
+    """Return the LoRAs to load, each with its scale.
+
+    Raises:
+        ValueError: If the scales are neither none, nor one for all, nor one for each.
+    """
+    scales = args.lora_scale or [1.0]
+    if args.lora_scale and not args.lora:
+        raise ValueError("--lora-scale needs a --lora")
+    if len(scales) not in (1, len(args.lora)):
+        raise ValueError(
+            f"there are {len(scales)} --lora-scale for {len(args.lora)} --lora; give one for all, or one for each"
+        )
+    return list(zip(args.lora, scales * len(args.lora) if len(scales) == 1 else scales, strict=True))
 
 
 def choose_length(
@@ -114,13 +139,13 @@ def choose_length(
     condition_chunks = whole_chunks(video_frames, chunk_size, temporal_scale=scale) if video_frames else 0
     if video_frames and not condition_chunks:
         needed = pixel_frames(chunk_size, temporal_scale=scale)
-        raise ValueError(f"the video to continue has {video_frames} frames; at least {needed} are needed")
+        raise ValueError(f"the video to continue has {counted(video_frames, 'frame')}; at least {needed} are needed")
     condition_frames = pixel_frames(condition_chunks * chunk_size, temporal_scale=scale)
     num_frames = args.num_frames if args.seconds is None else max(1, round(args.seconds * FPS))
     if num_frames is not None:
         if num_frames <= condition_frames:
             raise ValueError(
-                f"the length counts the whole video: {num_frames} frames leave nothing to add to the "
+                f"the length counts the whole video: {counted(num_frames, 'frame')} is no more than the "
                 f"{condition_frames} of the video that is continued"
             )
         num_chunks = chunks_to_cover(num_frames, chunk_size, temporal_scale=scale)

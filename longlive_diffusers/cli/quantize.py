@@ -2,20 +2,15 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..benchmark.measure import as_size, weights_bytes
-from ..conversion.pipeline_folder import PipelineFolder, check_lora_file, check_output, save_atomically
-from ..dtypes import DTYPES
-from ..nvfp4.backends import BACKENDS
-from ..nvfp4.format import BLOCKS
-from ..nvfp4.linear import nvfp4_layers
-from ..nvfp4.quantizer import DEFAULT_MODULES_TO_NOT_CONVERT, NVFP4Config, quantize_model
-from ..nvfp4.recipes import RECIPES
-from ..nvfp4.rules import RULES
-from .arguments import add_device_option, default_device
+from .arguments import add_device_option
+from .choices import DTYPES, KEPT_MODULES, NVFP4_BACKENDS, RECIPES, SCALE_RULES, WEIGHT_BLOCKS
 
 
-BLOCK_NAMES = {f"{rows}x{columns}": (rows, columns) for rows, columns in BLOCKS}
+if TYPE_CHECKING:
+    from ..nvfp4.quantizer import NVFP4Config
+
 RECIPE_SAYS = ("weight_rule", "activation_rule", "block", "keep")
 
 
@@ -35,16 +30,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         choices=RECIPES,
         help="For a model that was trained in NVFP4: take the rules, blocks and kept modules of this recipe.",
     )
-    parser.add_argument("--weight-rule", choices=RULES, help="How the scales of weights are chosen (default: mse).")
     parser.add_argument(
-        "--activation-rule", choices=RULES, help="How the scales of activations are chosen (default: mse)."
+        "--weight-rule", choices=SCALE_RULES, help="How the scales of weights are chosen (default: mse)."
     )
     parser.add_argument(
-        "--block", choices=BLOCK_NAMES, help="The numbers of a weight that share a scale (default: 1x16)."
+        "--activation-rule", choices=SCALE_RULES, help="How the scales of activations are chosen (default: mse)."
+    )
+    parser.add_argument(
+        "--block", choices=WEIGHT_BLOCKS, help="The numbers of a weight that share a scale (default: 1x16)."
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", *BACKENDS),
+        choices=("auto", *NVFP4_BACKENDS),
         default="auto",
         help="How products are computed (default: the best that the device can run).",
     )
@@ -52,7 +49,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--keep",
         nargs="+",
         metavar="MODULE",
-        help=f"The modules that are not quantized, by name (default: {' '.join(DEFAULT_MODULES_TO_NOT_CONVERT)}).",
+        help=f"The modules that are not quantized, by name (default: {' '.join(KEPT_MODULES)}).",
     )
     parser.add_argument("--lora", metavar="FILE", help="A LoRA to add to the transformer first, for good.")
     parser.add_argument(
@@ -66,6 +63,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize the pipeline's transformer."""
+    from ..benchmark.measure import as_size, weights_bytes
+    from ..conversion.pipeline_folder import PipelineFolder, check_lora_file, check_output, save_atomically
+    from ..nvfp4.linear import nvfp4_layers
+    from ..nvfp4.quantizer import quantize_model
+    from .device import choose_device
+
+    device = choose_device(args.device)
     output = Path(args.output)
     check_output(output)
     if args.lora is not None:
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if args.recipe is not None and own:
         raise ValueError(f"--recipe {args.recipe} says what {', '.join(own)} would")
     pipe = PipelineFolder.find(args.model).load_stored(dtype=args.dtype, lora=args.lora)
-    transformer = pipe.transformer.to(args.device or default_device())
+    transformer = pipe.transformer.to(device)
     before = weights_bytes(transformer)
     config = requested_config(args, transformer.config.num_layers)
     quantize_model(transformer, config)
@@ -89,14 +93,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def requested_config(args: argparse.Namespace, num_blocks: int) -> NVFP4Config:
+def requested_config(args: argparse.Namespace, num_blocks: int) -> "NVFP4Config":
     """Return the configuration that the options ask for, for a transformer of `num_blocks` blocks."""
+    from ..nvfp4 import recipes
+    from ..nvfp4.quantizer import NVFP4Config
+
     if args.recipe is not None:
-        return NVFP4Config.from_recipe(RECIPES[args.recipe], num_blocks, args.backend)
+        return NVFP4Config.from_recipe(recipes.RECIPES[args.recipe], num_blocks, args.backend)
     return NVFP4Config(
         weight_scale_rule=args.weight_rule or "mse",
         activation_scale_rule=args.activation_rule or "mse",
-        weight_block=BLOCK_NAMES[args.block or "1x16"],
+        weight_block=WEIGHT_BLOCKS[args.block or "1x16"],
         backend=args.backend,
         modules_to_not_convert=args.keep,
     )

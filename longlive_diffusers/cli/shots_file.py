@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .choices import MAX_CHUNKS
+
 
 FORMAT = """\
 A shots file lists the shots of one video, in order, as text or as JSON. A duration is a number of chunks (of 2 to 8
@@ -37,11 +39,13 @@ def read_shots(path: str | os.PathLike) -> list[RequestedShot]:
         ValueError: If there is no such file, or it has no shots, a malformed one (the message names its line, or its
             number in a JSON list), or some with and some without a duration.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(path))
+    if not path.exists():
         raise ValueError(f"there is no shots file '{path}'")
+    if path.is_dir():
+        raise ValueError(f"the shots file '{path}' is a folder")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")  # of a pipe as well
     except UnicodeDecodeError as error:
         raise ValueError(f"the shots file '{path}' is not UTF-8 text: {error}") from error
     is_json = path.suffix.lower() == ".json" or _JSON_START.match(text)
@@ -64,8 +68,10 @@ def _parse_lines(text: str, path: Path) -> list[tuple[str, RequestedShot]]:
         chunks, prompt = None, line
         if line.startswith("[") and "]" in line:
             chunks, _, prompt = (part.strip() for part in line[1:].partition("]"))
-        if chunks is not None and not (chunks.isdecimal() and int(chunks) > 0):
-            raise ValueError(f"'{path}', {place}: a shot lasts a whole number of chunks, at least 1, not '[{chunks}]'")
+        if chunks is not None and not (chunks.isdecimal() and len(chunks) < 10 and 0 < int(chunks) <= MAX_CHUNKS):
+            raise ValueError(
+                f"'{path}', {place}: a shot lasts a whole number of chunks, from 1 to {MAX_CHUNKS}, not '[{chunks}]'"
+            )
         if not prompt:
             raise ValueError(f"'{path}', {place}: there is no prompt after '[{chunks}]'")
         shots.append((place, RequestedShot(prompt, None if chunks is None else int(chunks))))
@@ -77,6 +83,10 @@ def _parse_json(text: str, path: Path) -> list[tuple[str, RequestedShot]]:
         entries = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"'{path}', line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError(f"'{path}' is not a list of shots: it is nested too deeply") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"'{path}' holds a number that is too large") from error
     if not isinstance(entries, list):
         raise ValueError(f"'{path}' holds a JSON {type(entries).__name__}, not a list of shots")
     return [(f"shot {number}", _parse_entry(entry, path, number)) for number, entry in enumerate(entries, start=1)]
@@ -88,6 +98,10 @@ def _parse_entry(entry: object, path: Path, number: int) -> RequestedShot:
     if unknown := sorted(set(entry) - {"prompt", "chunks"}):
         raise ValueError(f"'{path}', shot {number}: no such setting: {', '.join(unknown)}; there is prompt and chunks")
     chunks = entry.get("chunks")
-    if chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
-        raise ValueError(f"'{path}', shot {number}: \"chunks\" is not an integer of at least 1: {json.dumps(chunks)}")
+    if chunks is not None and (
+        isinstance(chunks, bool) or not isinstance(chunks, int) or not 1 <= chunks <= MAX_CHUNKS
+    ):
+        raise ValueError(
+            f"'{path}', shot {number}: \"chunks\" is not an integer from 1 to {MAX_CHUNKS}: {json.dumps(chunks)}"
+        )
     return RequestedShot(entry["prompt"].strip(), chunks)

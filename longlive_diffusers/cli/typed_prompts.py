@@ -6,11 +6,12 @@ import queue
 import stat
 import sys
 import threading
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from ..pipelines.pipeline_output import VideoChunk
-from ..pipelines.session import StreamingSession
 
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_output import VideoChunk
+    from ..pipelines.session import StreamingSession
 
 HELP = "type a line to change the prompt, '/cut TEXT' to cut to a new shot, '/quit' to end"
 
@@ -28,7 +29,7 @@ class TypedPrompts:
         self._awaited: str | None = None
         threading.Thread(target=self._read, args=(descriptor,), name="longlive-prompts", daemon=True).start()
 
-    def apply_next(self, session: StreamingSession, chunk: VideoChunk) -> bool:
+    def apply_next(self, session: "StreamingSession", chunk: "VideoChunk") -> bool:
         """Act on the next line, if there is one; return False if it says to end.
 
         A line has to wait until `chunk`, the last that was made, shows the prompt of the line before, so that each of

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from ..dtypes import DTYPES
 from ..loaders.checkpoint_file import read_checkpoint_file
 from ..loaders.lora import LORA_SUFFIXES, check_lora_fits
 from ..models.transformer_longlive import LongLiveTransformer3DModel
-from ..nvfp4.linear import weights_of
+from ..nvfp4.linear import nvfp4_layers, weights_of
+from ..nvfp4.quantizer import NVFP4Config, quantize_model
 from ..pipelines.inputs import ModelSizes
 from ..pipelines.pipeline_longlive import LongLivePipeline
 
@@ -61,7 +63,7 @@ class PipelineFolder:
             raise ValueError(f"'{source}' is a {index.get('_class_name')}, not a LongLivePipeline")
         defaults = default_settings(LongLivePipeline)
         return cls(
-            source=str(folder if Path(source).expanduser().is_dir() else source),
+            source=str(folder if os.path.isdir(os.path.expanduser(source)) else source),
             settings={name: index.get(name, default) for name, default in defaults.items()},
             transformer=_complete(LongLiveTransformer3DModel, transformer),
             vae=_complete(AutoencoderKLWan, vae),
@@ -79,7 +81,10 @@ class PipelineFolder:
         device: torch.device,
         dtype: str = "auto",
         offload: str = "none",
-        lora: str | None = None,
+        loras: Sequence[tuple[str, float]] = (),
+        nvfp4_backend: str | None = None,
+        attention_backend: str | None = None,
+        compile: bool = False,
         show_progress: bool = True,
     ) -> LongLivePipeline:
         """Load the models and bring them to the device.
@@ -90,7 +95,11 @@ class PipelineFolder:
                 that float16 becomes float32, because CPUs are slow in float16.
             offload: "none", or what is kept on the GPU only while it is needed: "model" for a model at a time,
                 "sequential" for a layer at a time.
-            lora: The file, folder or repository of a LoRA.
+            loras: LoRAs, each a file, folder or repository, and its scale.
+            nvfp4_backend: How products with weights in 4 bits are computed; the transformer's blocks are quantized
+                where they are not yet. None to leave them as they are.
+            attention_backend: An attention backend of diffusers; None for its default.
+            compile: Whether to compile the transformer's blocks.
             show_progress: Whether to show progress bars while loading and generating.
         """
         if not show_progress:
@@ -103,8 +112,15 @@ class PipelineFolder:
             torch_dtype = DTYPES[dtype]
         pipe = LongLivePipeline.from_pretrained(folder, dtype=torch_dtype)
         pipe.set_progress_bar_config(disable=not show_progress)
-        if lora is not None:
-            self._load_lora(pipe, lora)
+        if nvfp4_backend is not None:
+            if offload != "sequential":  # by which the whole transformer may not fit on the device
+                pipe.transformer.to(device)
+            use_nvfp4(pipe, nvfp4_backend)
+        self._load_loras(pipe, loras)
+        if attention_backend is not None:
+            pipe.transformer.set_attention_backend(attention_backend)
+        if compile:
+            pipe.transformer.compile_repeated_blocks(fullgraph=True)
         if offload == "model":
             pipe.enable_model_cpu_offload(device=device)
         elif offload == "sequential":
@@ -126,7 +142,7 @@ class PipelineFolder:
             dtypes["transformer"] = DTYPES[dtype]
         pipe = LongLivePipeline.from_pretrained(folder, dtype=dtypes)
         if lora is not None:
-            self._load_lora(pipe, lora)
+            self._load_loras(pipe, [(lora, 1.0)])
             fuse_lora(pipe)
         return pipe
 
@@ -134,10 +150,15 @@ class PipelineFolder:
         return Path(self.source) if Path(self.source).is_dir() else Path(DiffusionPipeline.download(self.source))
 
     @staticmethod
-    def _load_lora(pipe: LongLivePipeline, lora: str) -> None:
-        weights = pipe.lora_state_dict(lora)
-        check_lora_fits(weights, weights_of(pipe.transformer))
-        pipe.load_lora_weights(weights)
+    def _load_loras(pipe: LongLivePipeline, loras: Sequence[tuple[str, float]]) -> None:
+        """Load LoRAs, which are added up, each by its scale."""
+        weights = {f"lora_{number}": pipe.lora_state_dict(lora) for number, (lora, _) in enumerate(loras)}
+        for lora in weights.values():  # before any is loaded, which renames the layers
+            check_lora_fits(lora, weights_of(pipe.transformer))
+        for name, lora in weights.items():
+            pipe.load_lora_weights(lora, adapter_name=name)
+        if weights:
+            pipe.set_adapters(list(weights), [scale for _, scale in loras])
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -150,7 +171,7 @@ def find_folder(
     Raises:
         ValueError: If there is neither a folder nor a repository that can be reached.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         return folder
     try:
@@ -217,6 +238,15 @@ def check_lora_file(lora: str) -> None:
         raise ValueError(f"there is no LoRA file '{lora}'")
     if Path(lora).is_file():
         read_checkpoint_file(lora)
+
+
+def use_nvfp4(pipe: LongLivePipeline, backend: str) -> None:
+    """Let the transformer's blocks multiply by weights in 4 bits; those that have other weights are quantized."""
+    if layers := nvfp4_layers(pipe.transformer):
+        for layer in layers.values():
+            layer.set_backend(backend)
+    else:
+        quantize_model(pipe.transformer, NVFP4Config(backend=backend))
 
 
 def fuse_lora(pipe: LongLivePipeline) -> None:

@@ -279,7 +279,6 @@ class NVFP4Quantizer(DiffusersQuantizer):
         return model
 
 
-def register_quantizer() -> None:
-    """Let diffusers find `NVFP4Config` and its quantizer by the name of the method."""
-    AUTO_QUANTIZER_MAPPING[NVFP4Method.NVFP4.value] = NVFP4Quantizer
-    AUTO_QUANTIZATION_CONFIG_MAPPING[NVFP4Method.NVFP4.value] = NVFP4Config
+# diffusers finds the configuration and its quantizer by the name of the method.
+AUTO_QUANTIZER_MAPPING[NVFP4Method.NVFP4.value] = NVFP4Quantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[NVFP4Method.NVFP4.value] = NVFP4Config

@@ -6,9 +6,15 @@ fragmented: the header comes first and empty, and every frame is a fragment of i
 (about 110 bytes). The encoder keeps nothing back either (x264's zero-latency tuning: no B-frames, no look-ahead). Thus
 when `write` returns, all its frames but the last are on the disk, and that one follows with the next frame or at the
 end, whatever then becomes of the process. Every chunk begins with a key frame, so a player can start or seek at any.
+
+A video that is there already is not lost to one that may never be finished: the new one is written beside it, and
+takes its name at the end.
 """
 
+import contextlib
+import itertools
 import os
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +22,13 @@ from types import TracebackType
 import av
 import av.codec
 import av.container
+import av.error
 import numpy as np
 import torch
 from av.video.frame import PictureType
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+from ..atomic_write import check_new_file, shortened
 
 
 ENCODER = "libx264"
@@ -40,19 +49,14 @@ def check_output(path: str | os.PathLike) -> Path:
         The path as a `pathlib.Path`. Nothing is created or changed on the disk.
 
     Raises:
-        ValueError: If the suffix is not that of a video this can write, the folder is missing or cannot be written to,
-            the path is a folder or a file that cannot be written to, or PyAV was built without the H.264 encoder.
+        ValueError: If the suffix is not that of a video this can write, no file can be written there (see
+            `atomic_write.check_new_file`), or PyAV was built without the H.264 encoder.
     """
-    path = Path(path).expanduser()
-    if path.suffix.lower() not in CONTAINER_OPTIONS:
+    suffix = Path(path).suffix
+    if suffix.lower() not in CONTAINER_OPTIONS:
         suffixes = ", ".join(CONTAINER_OPTIONS)
-        raise ValueError(f"Cannot write '{path}': its suffix is '{path.suffix}', but a video's is one of {suffixes}")
-    if path.is_dir():
-        raise ValueError(f"Cannot write '{path}': it is a folder, not a file")
-    if not path.parent.is_dir():
-        raise ValueError(f"Cannot write '{path}': the folder '{path.parent}' does not exist")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ValueError(f"Cannot write '{path}': permission denied")
+        raise ValueError(f"Cannot write '{path}': its suffix is '{suffix}', but a video's is one of {suffixes}")
+    path = check_new_file(path)
     try:
         av.codec.Codec(ENCODER, "w")
     except av.codec.codec.UnknownCodecError as error:
@@ -66,8 +70,11 @@ def check_output(path: str | os.PathLike) -> Path:
 class VideoWriter:
     """Writes frames to an H.264 video (yuv420p, BT.709) as they come, in constant memory.
 
-    The file is created, or an existing one replaced, at the first `write`. It is playable at any time from then on,
-    also while it is being written and after the process was killed: at most the last frame written is missing.
+    The file is created at the first `write`. It is playable at any time from then on, also while it is being written
+    and after the process was killed: at most the last frame written is missing.
+
+    Where there is a file already, the video is written to `NAME.unfinished.mp4` beside it, and replaces it when the
+    writer is closed; if the `with` block ends with an error, both stay. `written_to` says where the video is.
 
     Args:
         path: The path of the file to write; ends with .mp4, .mov or .mkv.
@@ -92,6 +99,7 @@ class VideoWriter:
         if not 0 <= crf <= 51:
             raise ValueError(f"crf must be in [0, 51], but it is {crf}")
         self.crf = crf
+        self.written_to = self.path
         self.frames_written = 0
         self._size: tuple[int, int] | None = None  # height, width
         self._output: tuple[av.container.OutputContainer, av.VideoStream] | None = None
@@ -107,28 +115,32 @@ class VideoWriter:
         Raises:
             ValueError: For another shape, size, dtype or range of values, or if the writer is closed; the video is
                 then unchanged.
+            OSError: If the file cannot be written, such as on a full disk; what is in it still plays.
         """
         if self._closed:
             raise ValueError(f"Cannot write to '{self.path}': the writer is closed after {self.frames_written} frames")
         frames = _as_numpy(frames)
         self._check(frames)
-        if self._output is None:
-            self._output = self._open(height=frames.shape[1], width=frames.shape[2])
-        container, stream = self._output
-        for index, frame in enumerate(frames):
-            container.mux(stream.encode(self._video_frame(_as_uint8(frame), is_key_frame=index == 0)))
-            self.frames_written += 1
+        with self._naming_the_file():
+            if self._output is None:
+                self._output = self._open(height=frames.shape[1], width=frames.shape[2])
+            container, stream = self._output
+            for index, frame in enumerate(frames):
+                container.mux(stream.encode(self._video_frame(_as_uint8(frame), is_key_frame=index == 0)))
+                self.frames_written += 1
 
     def close(self) -> None:
-        """Finish the video. Closing twice, or before any frame was written (there is no file then), does nothing."""
-        self._closed = True
-        if self._output is None:
-            return
-        (container, stream), self._output = self._output, None
-        try:
-            container.mux(stream.encode(None))
-        finally:
-            container.close()
+        """Finish the video, and let it replace what had its name.
+
+        Closing twice, or before any frame was written (there is no file then), does nothing.
+
+        Raises:
+            OSError: If the end of the video cannot be written.
+        """
+        self._finish()
+        if self.written_to != self.path:
+            os.replace(self.written_to, os.path.realpath(self.path))
+            self.written_to = self.path
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -136,8 +148,30 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # After an error too: what was made so far is worth keeping.
-        self.close()
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(OSError):  # the error that is under way says more
+            self._finish()  # what was made so far is worth keeping, and so is what it was to replace
+
+    def _finish(self) -> None:
+        self._closed = True
+        if self._output is None:
+            return
+        (container, stream), self._output = self._output, None
+        with self._naming_the_file():
+            try:
+                container.mux(stream.encode(None))
+            finally:
+                container.close()
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Turn FFmpeg's errors into those of the operating system, with the name of the file."""
+        try:
+            yield
+        except av.error.FFmpegError as error:
+            raise OSError(error.errno, error.strerror, str(self.written_to)) from error
 
     def _check(self, frames: np.ndarray) -> None:
         if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
@@ -161,7 +195,10 @@ class VideoWriter:
     def _open(self, *, height: int, width: int) -> tuple[av.container.OutputContainer, av.VideoStream]:
         # flush_packets: no frame waits in a buffer of the process, where a kill would lose it.
         options = {"flush_packets": "1", **CONTAINER_OPTIONS[self.path.suffix.lower()]}
-        container = av.open(str(self.path), mode="w", options=options)
+        if Path(os.path.realpath(self.path)).is_file():
+            self.written_to = _unfinished_path(Path(os.path.realpath(self.path)))
+        # Named as a file: "12:30.mp4" would be taken for a protocol called 12.
+        container = av.open(f"file:{self.written_to}", mode="w", options=options)
         encoder_options = {"crf": str(self.crf), "preset": "medium", "tune": "zerolatency"}
         stream = container.add_stream(ENCODER, rate=self.fps, options=encoder_options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
@@ -180,6 +217,13 @@ class VideoWriter:
         frame.pts, frame.time_base = self.frames_written, 1 / self.fps
         frame.pict_type = PictureType.I if is_key_frame else PictureType.NONE
         return frame
+
+
+def _unfinished_path(path: Path) -> Path:
+    """Return the first free path of `NAME.unfinished.mp4`, `NAME.unfinished-2.mp4`, ... beside a file."""
+    endings = (f".unfinished{'' if number == 1 else f'-{number}'}{path.suffix}" for number in itertools.count(1))
+    paths = (path.with_name(shortened(path.stem, len(os.fsencode(ending))) + ending) for ending in endings)
+    return next(candidate for candidate in paths if not os.path.lexists(candidate))
 
 
 def _as_numpy(frames: np.ndarray | torch.Tensor) -> np.ndarray:

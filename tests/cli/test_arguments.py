@@ -2,12 +2,13 @@
 
 import pytest
 
-from longlive_diffusers.cli import build_parser, main
+from longlive_diffusers.cli import main
+from longlive_diffusers.cli.command_line import parse_arguments
 from longlive_diffusers.models.layer_kv_cache import KV_CACHE_DTYPES, resolve_kv_cache_dtype
 
 
 def parse(*words: str):
-    return build_parser().parse_args(list(words))
+    return parse_arguments(words)
 
 
 @pytest.mark.parametrize("command", [("generate", "a fox"), ("bench",)], ids=["generate", "bench"])
@@ -40,6 +41,36 @@ def test_a_former_name_that_cannot_work_says_the_new_one(capsys):
         main(["bench", "--kv-caches", "plain", "fp8"])
     assert exit_.value.code == 2
     assert "--kv-caches is now called --kv-cache-dtype" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "prompts"),
+    [
+        (["a", "--steps", "3", "b", "--stream", "c"], ["a", "b", "c"]),
+        (["--steps", "3", "a", "b"], ["a", "b"]),
+        (["a", "b", "--steps", "3"], ["a", "b"]),
+        (["-5 degrees, snow", "--steps", "3", "b"], ["-5 degrees, snow", "b"]),
+        (["a", "--steps", "3", "--nvfp4"], ["a"]),
+        (["--steps", "3", "--", "--dashed"], ["--dashed"]),
+        (["--steps", "3"], []),
+    ],
+)
+def test_options_may_stand_between_prompts(line, prompts):
+    args = parse("generate", *line)
+    assert (args.prompts, args.steps) == (prompts, 3)
+
+
+def test_an_option_that_is_given_twice_counts_twice():
+    args = parse("generate", "x", "--lora", "a", "--lora-scale", "0.5", "y", "--lora", "b", "--lora-scale", "-1")
+    assert (args.lora, args.lora_scale, args.prompts) == (["a", "b"], [0.5, -1.0], ["x", "y"])
+    args = parse("generate", "x")
+    assert (args.lora, args.lora_scale, args.nvfp4) == ([], None, None)
+
+
+@pytest.mark.parametrize("command", [("generate", "x"), ("bench",)])
+def test_four_bits_need_no_backend(command):
+    assert parse(*command, "--nvfp4").nvfp4 == "auto"
+    assert parse(*command, "--nvfp4", "w4a16").nvfp4 == "w4a16"
 
 
 @pytest.mark.parametrize("value", ["plain", "int8"])

@@ -125,11 +125,11 @@ def test_operators_are_told_apart(operator, kind):
     assert kind_of(operator) == kind
 
 
-def test_the_table_and_the_file_say_the_same(tmp_path, capsys):
+def test_the_table_and_the_file_say_the_same(tmp_path, capfd):
     path = tmp_path / "bench.json"
     options = ["--window", "6", "--sink", "2", "--chunks", "5", "--steps", "2", "--height", "64", "--width", "128"]
     assert main(["bench", *options, "--threads", "1", "--json", str(path)]) == 0
-    table, progress = capsys.readouterr()
+    table, progress = capfd.readouterr()
     report = json.loads(path.read_text())
     setting, results = report["setting"], report["results"]
 
@@ -157,6 +157,49 @@ def test_the_table_and_the_file_say_the_same(tmp_path, capsys):
     assert f"{results['synchronous']['frames_per_second']:.2f} frames/s" in table
     assert "resident memory" in table
     assert "decoding" in progress and "decoding" not in table  # stdout is the table alone
+    assert all(line.startswith("longlive bench: ") for line in progress.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 1, "error: out of memory; "),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_was_measured_before_a_failure_is_reported(monkeypatch, tmp_path, capsys, error, status, told):
+    def fail(*args, **kwargs):
+        raise error
+
+    report = "longlive_diffusers.benchmark.report."
+    monkeypatch.setattr(report + "measure_matmul", lambda device, dtype: 2e9)
+    parts = {"seconds": 4.0, "attention": 1.0, "linear": 2.0, "rest": 1.0}
+    monkeypatch.setattr(report + "measure_forward", lambda *args: parts)
+    monkeypatch.setattr(report + "measure_denoise", lambda *args: ([0.5] * 12, [], 0))
+    monkeypatch.setattr(report + "measure_whole", fail)
+    monkeypatch.setattr(report + "measure_decode", lambda *args: [0.25] * 12)
+    path = tmp_path / "bench.json"
+    assert main(["bench", "--json", str(path)]) == status
+    table, err = capsys.readouterr()
+    results = json.loads(path.read_text())["results"]
+    assert results["forward"] == parts and results["denoise_chunk"] == 0.5 and results["decode_chunk"] == 0.25
+    assert "synchronous" not in results and "synchronous" not in table
+    for row in ("matmul float32", "forward", "denoise", "decode", "weights"):
+        assert any(line.startswith(row) for line in table.splitlines()), row
+    assert told in err.splitlines()[-1]
+
+
+def test_what_measured_nothing_replaces_no_report(monkeypatch, tmp_path, capsys):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("longlive_diffusers.benchmark.report.measure_matmul", fail)
+    path = tmp_path / "bench.json"
+    path.write_text("the last report")
+    assert main(["bench", "--json", str(path)]) == 1
+    assert path.read_text() == "the last report"
+    out, err = capsys.readouterr()
+    assert out == "" and "longlive: error: out of memory; what needs less: " in err
 
 
 def test_backend_and_compilation_reach_the_transformer(monkeypatch, tmp_path):
@@ -176,11 +219,16 @@ def test_backend_and_compilation_reach_the_transformer(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--height", "100"], "`height` must be a positive multiple of 16, got 100"),
+        (["--height", "100"], "--height must be a positive multiple of 16, got 100"),
         (["--window", "9"], "the window of 9 latent frames is not filled by whole chunks of 2"),
-        (["--window", "4"], "`window_size` 4 is too small"),
-        (["--chunks", "3"], "3 chunks of 2 do not fill the window of 16 latent frames: at least 8 are needed"),
-        (["--json", "missing/bench.json"], "there is no folder 'missing'"),
+        (["--window", "4"], "--window-size 4 is too small"),
+        (["--chunks", "3"], "--chunks 3 is too few: at least 8 are needed"),
+        (["--chunks", "9", "--kv-cache-dtype", "fp8"], "--chunks 9 is too few: at least 10 are needed"),
+        (["--json", "missing/bench.json"], "the folder 'missing' does not exist"),
+        (["--json", "."], "it is a folder"),
+        (["--device", "cuda:9"], "there is no device 'cuda:9' here"),
+        (["--nvfp4", "te"], "--nvfp4 te needs TransformerEngine"),
+        (["--attention-backend", "flash"], "--attention-backend flash cannot be used"),
         (["--kv-cache-dtype", "fp8", "nvfp4", "fp8"], "names one twice: fp8 nvfp4 fp8"),
         (["--attention-backend", "abacus"], "no attention backend 'abacus': there are "),
     ],
@@ -191,7 +239,7 @@ def test_what_cannot_be_measured_is_one_line(tmp_path, monkeypatch, capsys, argu
     def must_not_measure(*args, **kwargs):
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr("longlive_diffusers.cli.bench.make_report", must_not_measure)
+    monkeypatch.setattr("longlive_diffusers.cli.run_bench.measurements", must_not_measure)
     assert main(["bench", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("longlive: error: ") and message in line

@@ -20,7 +20,10 @@ from transformers.utils import logging as transformers_logging
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.cli import generate, main
 from longlive_diffusers.cli.generation_request import at_frame_rate
-from longlive_diffusers.conversion.pipeline_folder import PipelineFolder, stored_dtype
+from longlive_diffusers.cli.run_generate import Progress
+from longlive_diffusers.conversion.pipeline_folder import PipelineFolder, stored_dtype, use_nvfp4
+from longlive_diffusers.models.transformer_longlive import LongLiveTransformer3DModel
+from longlive_diffusers.nvfp4.linear import nvfp4_layers
 from longlive_diffusers.video.reader import read_video
 from longlive_diffusers.video.writer import VideoWriter
 from tests.support.paths import ROOT
@@ -108,11 +111,84 @@ def test_options_reach_the_pipeline(output):
 
 def test_a_lora_changes_the_video(output, tmp_path, capsys):
     lora = save_original_lora(tmp_path / "lora.pt")
-    plain = make(output, "a red circle", "--num-frames", 13)
-    assert difference(make(output, "a red circle", "--num-frames", 13, "--lora", lora), plain) > 1e-3
+    options = ["a red circle", "--num-frames", 13, "--steps", 2]
+    plain = make(output, *options)
+    whole = make(output, *options, "--lora", lora)
+    assert difference(whole, plain) > 1e-3
+    assert difference(make(output, *options, "--lora", lora, "--lora-scale", 0), plain) < 1e-4
+    two = ["--lora", lora, "--lora", lora, "--lora-scale", 0.25, "--lora-scale", 0.75]
+    assert difference(make(output, *options, *two), whole) < 1e-4
     misfit = save_original_lora(tmp_path / "misfit.pt", width=96)
     assert main(["generate", "x", "--lora", str(misfit), "--output", str(output)]) == 2
     assert "The LoRA is for another model" in capsys.readouterr().err
+
+
+def test_backends_and_compilation_reach_the_transformer(output, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        LongLiveTransformer3DModel, "compile_repeated_blocks", lambda self, **options: asked.append(options)
+    )
+    monkeypatch.setattr(LongLiveTransformer3DModel, "set_attention_backend", lambda self, name: asked.append(name))
+    monkeypatch.setattr(
+        "longlive_diffusers.conversion.pipeline_folder.quantize_model",
+        lambda model, config: asked.append((type(model), config.backend)),
+    )
+    options = ["--attention-backend", "_native_math", "--nvfp4", "w4a16", "--compile"]
+    make(output, "a red circle", "--num-frames", 5, "--steps", 1, *options)
+    assert asked == [(LongLiveTransformer3DModel, "w4a16"), "_native_math", {"fullgraph": True}]
+
+
+def test_a_pipeline_in_four_bits_keeps_its_weights_and_changes_its_backend():
+    pipe = PipelineFolder.find(toy_pipeline_path()).load(device=torch.device("cpu"), nvfp4_backend="emulate")
+    layers = nvfp4_layers(pipe.transformer)
+    codes = {name: layer.weight_codes for name, layer in layers.items()}
+    assert {layer.backend.name for layer in layers.values()} == {"emulate"}
+    use_nvfp4(pipe, "w4a16")
+    assert {layer.backend.name for layer in layers.values()} == {"w4a16"}
+    assert all(layer.weight_codes is codes[name] for name, layer in nvfp4_layers(pipe.transformer).items())
+
+
+def test_memory_that_is_not_there_is_one_line(output, monkeypatch, capsys):
+    """A cache of 100 TB, on a CPU; and what a GPU says."""
+    command = ["generate", "x", "--output", str(output), "--num-frames", "100000"]
+    assert main([*command, "--window-size", "100000", "--height", "4096", "--width", "4096"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("longlive: error: out of memory; what needs less: a smaller --window-size, ")
+    assert "tried to allocate" in line and "--offload" not in line
+    assert not output.exists()
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB.")
+
+    monkeypatch.setattr(PipelineFolder, "load", fail)
+    assert main(command) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--kv-cache-dtype fp8 or nvfp4, --nvfp4 auto, --offload model (CUDA out of memory)" in line
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "options", "shown"), [(True, [], True), (False, [], False), (True, ["--no-progress"], False)]
+)
+def test_bars_are_for_terminals(output, monkeypatch, is_terminal, options, shown):
+    asked = []
+
+    def load(self, *, show_progress, **options):
+        asked.append(show_progress)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PipelineFolder, "load", load)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert main(["generate", "x", "--output", str(output), *options]) == 130
+    assert asked == [shown]
+
+
+def test_a_bug_is_shown_whole(output, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(PipelineFolder, "load", fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        main(["generate", "x", "--output", str(output)])
 
 
 # -- shots, images, videos -------------------------------------------------------------------------------------------
@@ -120,9 +196,14 @@ def test_a_lora_changes_the_video(output, tmp_path, capsys):
 
 def test_several_prompts_are_shots(output, capsys):
     make(output, "a red circle", "a blue square", "--num-frames", 29, "--stream")
-    shots = re.findall(r"chunk (\d+), shot (\d+): .* '(.*)'", capsys.readouterr().out)
-    red, blue = "a red circle", "a blue square"
-    assert shots == [("0", "0", red), ("1", "0", red), ("2", "1", blue), ("3", "1", blue)]
+    out = capsys.readouterr().out
+    assert re.findall(r"^chunk (\d+), shot (\d+): .* s of video", out, re.M) == [
+        ("0", "0"),
+        ("1", "0"),
+        ("2", "1"),
+        ("3", "1"),
+    ]
+    assert re.findall(r"^'(.*)'\nchunk (\d+)", out, re.M) == [("a red circle", "0"), ("a blue square", "2")]
 
 
 def test_a_shots_file_says_how_long_shots_last(output, tmp_path, capsys):
@@ -130,7 +211,7 @@ def test_a_shots_file_says_how_long_shots_last(output, tmp_path, capsys):
     path.write_text("[1] a red circle\n[2] a blue square\n")
     assert len(make(output, "--shots-file", path)) == 21
     assert len(make(output, "--shots-file", path, "--seconds", 1.2, "--stream")) == 29  # the last shot goes on
-    shots = re.findall(r"chunk \d+, shot (\d+)", capsys.readouterr().out)
+    shots = re.findall(r"^chunk \d+, shot (\d+)", capsys.readouterr().out, re.M)
     assert shots == ["0", "1", "1", "1"]
 
 
@@ -176,10 +257,11 @@ def test_an_endless_stream_is_directed_by_typed_lines(output, monkeypatch, capsy
         frames = make(output, "a red circle", "--stream")
         os.close(writer)
     out, err = capsys.readouterr()
-    prompts = re.findall(r"chunk \d+, shot (\d+): .* '(.*)'", out)
-    assert list(dict.fromkeys(prompts)) == [("0", "a red circle"), ("0", "a blue square"), ("1", "a green star")]
+    prompts = re.findall(r"^'(.*)'\nchunk \d+, shot (\d+)", out, re.M)
+    assert prompts == [("a red circle", "0"), ("a blue square", "0"), ("a green star", "1")]
+    chunks = re.findall(r"^chunk (\d+),", out, re.M)
     assert "'/zoom' is not a command" in err and "/quit" in out
-    assert len(frames) == 8 * len(prompts) - 3
+    assert len(frames) == 8 * len(chunks) - 3
     assert re.search(rf"frames: +{len(frames)} ", out)
 
 
@@ -207,6 +289,64 @@ def test_ctrl_c_ends_a_stream_with_a_file_that_plays(output):
     written = int(re.search(r"frames: +(\d+) ", out)[1])
     assert written >= 21
     assert abs(len(read_video(output)[0]) - written) <= 1  # it may be hit between writing a frame and counting it
+
+
+@pytest.fixture
+def ctrl_c_after_the_first_chunk(monkeypatch) -> None:
+    add = Progress.add
+
+    def add_and_interrupt(progress: Progress, num_frames: int) -> None:
+        add(progress, num_frames)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "add", add_and_interrupt)
+
+
+COMMAND = ["generate", "a red circle", "--steps", "1", "--seed", "0", "--output"]
+
+
+@pytest.mark.usefixtures("ctrl_c_after_the_first_chunk")
+@pytest.mark.parametrize("there_before", [False, True])
+def test_an_interrupted_video_replaces_nothing(output, capsys, there_before):
+    if there_before:
+        output.write_bytes(b"old")
+    assert main([*COMMAND, str(output), "--num-frames", "21"]) == 130
+    written = output.with_name("out.unfinished.mp4") if there_before else output
+    assert len(read_video(written)[0]) == 5
+    report = capsys.readouterr().out
+    assert "interrupted:         after 5 frames of the 21 that were asked for\n" in report
+    assert "frames:              5 (1 chunk)\n" in report
+    if there_before:
+        assert output.read_bytes() == b"old"
+        assert f"output:              {written} (unfinished; '{output}' is what it was)\n" in report
+
+
+@pytest.mark.usefixtures("ctrl_c_after_the_first_chunk")
+def test_an_endless_video_is_finished_by_ctrl_c(output, capsys, monkeypatch):
+    output.write_bytes(b"old")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main([*COMMAND, str(output), "--stream"]) == 130
+    assert len(read_video(output)[0]) == 5
+    report = capsys.readouterr().out
+    assert "interrupted:         after 5 frames\n" in report
+    assert f"output:              {output} (in place of the file that was there)\n" in report
+
+
+def test_what_was_made_before_an_error_is_kept_and_told(output, capsys, monkeypatch):
+    add = Progress.add
+
+    def add_and_fail(progress: Progress, num_frames: int) -> None:
+        add(progress, num_frames)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Progress, "add", add_and_fail)
+    output.write_bytes(b"old")
+    assert main([*COMMAND, str(output), "--num-frames", "21"]) == 1
+    out, err = capsys.readouterr()
+    unfinished = output.with_name("out.unfinished.mp4")
+    assert f"output:              {unfinished} (unfinished; '{output}' is what it was)\n" in out
+    assert err.splitlines()[-1].startswith("longlive: error: out of memory; ")
+    assert output.read_bytes() == b"old" and len(read_video(unfinished)[0]) == 5
 
 
 def test_an_interruption_elsewhere_is_told(monkeypatch, output, capsys):
@@ -274,12 +414,17 @@ def test_a_model_of_the_hub(hub: "Hub", output):
         (["x", "--image", "shots.txt"], "'shots.txt' cannot be read as an image"),
         (["x", "--video", "missing.mp4"], "the video 'missing.mp4' does not exist"),
         (["x", "--video", "short.mp4"], "the video to continue has 4 frames; at least 5 are needed"),
-        (["x", "--video", "long.mp4", "--num-frames", "13"], "13 frames leave nothing to add to the 13"),
+        (["x", "--video", "long.mp4", "--num-frames", "1"], "1 frame is no more than the 13 of the video"),
+        (["x", "--video", "long.mp4", "--num-frames", "13"], "13 frames is no more than the 13 of the video"),
         (["x", "--output", "video.avi"], "its suffix is '.avi'"),
         (["x", "--output", "missing/video.mp4"], "the folder 'missing' does not exist"),
-        (["x", "--height", "100"], "`height` must be a positive multiple of 16, got 100"),
-        (["x", "--window-size", "4"], "`window_size` 4 is too small"),
-        (["x", "--sink-size", "3"], "`sink_size` must be a multiple of `chunk_size` (2), got 3"),
+        (["x", "--output", "here.mp4", "--video", "long.mp4"], "--output 'here.mp4' is the file of --video"),
+        (["x", "--output", "long.mp4", "--video", "./here.mp4"], "--output 'long.mp4' is the file of --video"),
+        (["--output", "also.mp4", "--shots-file", "shots.txt"], "--output 'also.mp4' is the file of --shots-file"),
+        (["x", "--output", "also.mp4", "--image", "shots.txt"], "--output 'also.mp4' is the file of --image"),
+        (["x", "--height", "100"], "--height must be a positive multiple of 16, got 100"),
+        (["x", "--window-size", "4"], "--window-size 4 is too small"),
+        (["x", "--sink-size", "3"], "--sink-size must be a multiple of `chunk_size` (2), got 3"),
         (["x", "--negative-prompt", "y"], "--negative-prompt does nothing with a --guidance-scale of 1"),
         (
             ["x", "--negative-prompt", "y", "--guidance-scale", 0],
@@ -287,10 +432,24 @@ def test_a_model_of_the_hub(hub: "Hub", output):
         ),
         (["x", "--device", "cpu", "--offload", "model"], "this runs on the CPU"),
         (["x", "y", "--stream"], "an endless video of 2 shots needs a --shots-file"),
+        (["x", "--device", "meta"], "there is no device 'meta' here, only cpu"),
+        (["x", "--device", "cpu:1"], "there is no device 'cpu:1' here, only cpu"),
+        (["x", "--device", "abacus"], "--device 'abacus' is not a device; here, it is cpu"),
+        (["x", "--attention-backend", "abacus"], "no attention backend 'abacus': there are "),
+        (["x", "--attention-backend", "sage"], "sage cannot be used: Sage Attention backend 'sage' is not usable"),
+        (["x", "--attention-backend", "_native_cudnn"], "needs a GPU; on a CPU, there are native, "),
+        (["x", "--nvfp4", "te"], "--nvfp4 te needs TransformerEngine"),
+        (["x", "--nvfp4", "scaled_mm"], "--nvfp4 scaled_mm needs a GPU of compute capability 10.0"),
+        (["x", "--lora-scale", "2"], "--lora-scale needs a --lora"),
+        (
+            ["x", *["--lora", "a.pt"] * 3, *["--lora-scale", 1] * 2],
+            "there are 2 --lora-scale for 3 --lora; give one for all, or one for each",
+        ),
         (["x", "--lora", "missing.pt"], "there is no LoRA file 'missing.pt'"),
         (["x", "--lora", "shots.txt"], "shots.txt (7 bytes) is not a checkpoint"),
         (["x", "--model", "."], "'.' is not a pipeline: it has no model_index.json"),
         (["x", "--model", str(toy_pipeline_path() / "transformer")], "it has no model_index.json"),
+        (["x", "--model", "~nobody/model"], "'~nobody/model' is no folder, and no Hub repository"),
         (["x", "--model", "other"], "'other' is a FluxPipeline, not a LongLivePipeline"),
     ],
 )
@@ -304,6 +463,8 @@ def test_what_cannot_be_is_one_line_before_any_model_is_loaded(tmp_path, monkeyp
     for name, frames in (("short.mp4", 4), ("long.mp4", 13)):
         with VideoWriter(name) as writer:
             writer.write(np.zeros((frames, 32, 32, 3)))
+    Path("here.mp4").symlink_to("long.mp4")
+    Path("also.mp4").hardlink_to("shots.txt")
     Path("other/transformer").mkdir(parents=True)
     Path("other/vae").mkdir()
     Path("other/model_index.json").write_text('{"_class_name": "FluxPipeline"}')
@@ -311,7 +472,7 @@ def test_what_cannot_be_is_one_line_before_any_model_is_loaded(tmp_path, monkeyp
     Path("other/vae/config.json").write_text("{}")
     files = set(Path().iterdir())
 
-    assert main(["generate", *arguments]) == 2
+    assert main(["generate", *map(str, arguments)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     (line,) = err.splitlines()
@@ -322,14 +483,20 @@ def test_what_cannot_be_is_one_line_before_any_model_is_loaded(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seconds", "0"], "0 is not above 0"),
-        (["--seconds", "nan"], "nan is not a finite number"),
-        (["--num-frames", "-3"], "-3 is not a finite number of at least 1"),
-        (["--steps", "2.5"], "'2.5' is not an integer"),
-        (["--guidance-scale", "-1"], "-1 is not a finite number of at least 0"),
+        (["--seconds", "0"], "--seconds: must be a number above 0 and at most 1000000, not '0'"),
+        (["--seconds", "nan"], "--seconds: must be a number above 0 and at most 1000000, not 'nan'"),
+        (["--num-frames", "-3"], "--num-frames: must be an integer from 1 to 24000000, not '-3'"),
+        (["--steps", "2.5"], "--steps: must be an integer from 1 to 1000, not '2.5'"),
+        (["--steps", "9" * 5000], f"not '{'9' * 60}...'"),
+        (["--guidance-scale", "-1"], "--guidance-scale: must be a number from 0 to 1000, not '-1'"),
+        (["--guidance-scale", "inf"], "--guidance-scale: must be a number from 0 to 1000, not 'inf'"),
+        (["--height", "16385"], "--height: must be an integer from 1 to 16384, not '16385'"),
+        (["--seed", str(2**64)], f"--seed: must be an integer from 0 to {2**64 - 1}, not '{2**64}'"),
+        (["--lora-scale", "1e9"], "--lora-scale: must be a number from -100 to 100, not '1e9'"),
+        (["--nvfp4", "abacus"], "invalid choice: 'abacus'"),
+        (["a \udcff prompt"], "PROMPT: is not UTF-8 text: 'a \\udcff prompt'"),
+        (["--negative-prompt", "\udcff"], "--negative-prompt: is not UTF-8 text"),
         (["--seconds", "1", "--num-frames", "5"], "not allowed with argument"),
-        (["--device", "abacus"], "'abacus' is not a device"),
-        (["--device", "cuda:99"], "there is no device 'cuda:99'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )

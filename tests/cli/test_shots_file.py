@@ -36,8 +36,12 @@ def test_durations_may_be_left_to_the_length_of_the_video(tmp_path, text):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", "[2] one\n\n[x] two", "line 3: a shot lasts a whole number of chunks, at least 1, not '[x]'"),
-        ("a.txt", "[0] one", "line 1: a shot lasts a whole number of chunks, at least 1, not '[0]'"),
+        (
+            "a.txt",
+            "[2] one\n\n[x] two",
+            "line 3: a shot lasts a whole number of chunks, from 1 to 10000000, not '[x]'",
+        ),
+        ("a.txt", "[0] one", "line 1: a shot lasts a whole number of chunks, from 1 to 10000000, not '[0]'"),
         ("a.txt", "[-1] one", "line 1: a shot lasts"),
         ("a.txt", "[2] one\n[3]", "line 2: there is no prompt after '[3]'"),
         ("a.txt", "[2] one\n# two\nthree", "line 3: no duration, but other shots have one"),
@@ -52,7 +56,12 @@ def test_durations_may_be_left_to_the_length_of_the_video(tmp_path, text):
         ),
         ("a.json", '["one"]', "shot 1: not an object"),
         ("a.json", '[{"prompt": " "}]', "shot 1: not an object"),
-        ("a.json", '[{"prompt": "one", "chunks": 1.5}]', 'shot 1: "chunks" is not an integer of at least 1: 1.5'),
+        ("a.json", '[{"prompt": "one", "chunks": 1.5}]', 'shot 1: "chunks" is not an integer from 1 to 10000000: 1.5'),
+        ("a.txt", "[10000001] one", "from 1 to 10000000, not '[10000001]'"),
+        ("a.txt", f"[{'9' * 5000}] one", "line 1: a shot lasts"),
+        ("a.json", '[{"prompt": "one", "chunks": 10000001}]', "from 1 to 10000000: 10000001"),
+        ("a.json", f'[{{"prompt": "one", "chunks": {"9" * 5000}}}]', "holds a number that is too large"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.json", '[{"prompt": "one", "chunks": true}]', 'shot 1: "chunks" is not'),
         ("a.json", '[{"prompt": "one", "seconds": 2}]', "shot 1: no such setting: seconds"),
         ("a.json", '[{"prompt": "one", "chunks": 2}, {"prompt": "two"}]', "shot 2: no duration"),

@@ -1,0 +1,60 @@
+"""All commands in one parser, and what becomes of a command's errors."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..version import __version__
+from .bench import add_parser as add_bench
+from .console import flush, show_any_character
+from .convert import add_parser as add_convert
+from .env import add_parser as add_env
+from .errors import one_line
+from .generate import add_parser as add_generate
+from .quantize import add_parser as add_quantize
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse the arguments and run the command; return the exit status (see `main`)."""
+    show_any_character()
+    args = None
+    try:
+        try:
+            args = parse_arguments(argv)
+            return args.run(args)
+        finally:
+            flush()
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and error.filename is None:  # as in `longlive env | head -1`
+            return 141
+        message = one_line(error, args)
+        if message is None:
+            raise
+        print(f"longlive: error: {message}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of any command; its options may stand between its positional arguments.
+
+    Returns:
+        The namespace; its `run` is the function to call with it.
+    """
+    parser, commands = _build_parsers()
+    if argv and argv[0] in commands:
+        command, rest = commands[argv[0]], argv[1:]
+        # Parsing intermixed forgets that what follows "--" is no option.
+        return command.parse_args(rest) if "--" in rest else command.parse_intermixed_args(rest)
+    return parser.parse_args(argv)  # shows the help or the version, or says what is wrong, and exits
+
+
+def _build_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Build the parser of the whole command line, and those of the commands, by name."""
+    parser = argparse.ArgumentParser(
+        prog="longlive", description="Streaming, multi-shot video with LongLive-2.0 and diffusers."
+    )
+    parser.add_argument("--version", action="version", version=f"longlive_diffusers {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add_parser in (add_generate, add_convert, add_quantize, add_bench, add_env):
+        add_parser(commands)
+    return parser, commands.choices

@@ -1,0 +1,157 @@
+"""Make the video that `longlive generate` was asked for, and write it while it is made."""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..benchmark.measure import as_size, peak_memory, reset_peak_memory
+from ..pipelines.pipeline_longlive import LongLivePipeline
+from ..pipelines.pipeline_output import VideoChunk
+from ..video.writer import VideoWriter
+from .choices import FPS
+from .console import counted
+from .generation_request import GenerationRequest, check_request, scaled_loras
+from .status_line import StatusLine
+from .typed_prompts import HELP, TypedPrompts, readable_descriptor
+
+
+SHOWN_PROMPT = 100  # characters; prompts have up to thousands
+
+
+@dataclass
+class Progress:
+    """What has been written so far, and when; times are in seconds since the beginning."""
+
+    began: float = field(default_factory=time.perf_counter)
+    chunks: int = 0
+    frames: int = 0
+    first_frame: float | None = None
+    last_frame: float = 0.0
+
+    def add(self, num_frames: int) -> None:
+        """Count a chunk of frames."""
+        self.last_frame = time.perf_counter() - self.began
+        if self.first_frame is None:
+            self.first_frame = self.last_frame
+        self.chunks += 1
+        self.frames += num_frames
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Make the video; return 130 if Ctrl-C ended it (the file is then valid, only shorter)."""
+    request, folder = check_request(args)
+    shows_bars = not args.no_progress and sys.stderr is not None and sys.stderr.isatty()
+    began = time.perf_counter()
+    pipe = folder.load(
+        device=request.device,
+        dtype=args.dtype,
+        offload=args.offload,
+        loras=scaled_loras(args),
+        nvfp4_backend=args.nvfp4,
+        attention_backend=args.attention_backend,
+        compile=args.compile,
+        show_progress=shows_bars,
+    )
+    if args.stream:  # the status line says more, and bars would break it
+        pipe.set_progress_bar_config(disable=True)
+    loading = time.perf_counter() - began
+
+    reset_peak_memory(request.device)
+    writer, progress, interrupted = VideoWriter(args.output, FPS), Progress(), False
+    replaces = writer.path.is_file()
+    try:
+        with writer:
+            try:
+                write_video(pipe, request, args, writer, progress)
+            except KeyboardInterrupt:
+                interrupted = True
+                if request.num_frames is not None:  # the video is unfinished: it does not replace another
+                    raise
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:  # after an error, too, what was made is there
+        progress.frames = writer.frames_written  # the last chunk may have been interrupted while it was written
+        if interrupted:
+            print_interruption(request, progress)
+        if progress.first_frame is not None:
+            print_summary(request, progress, loading)
+            print(f"output:              {writer.written_to}{fate_of_the_old(writer, replaces)}")
+    return 130 if interrupted else 0
+
+
+def write_video(
+    pipe: LongLivePipeline,
+    request: GenerationRequest,
+    args: argparse.Namespace,
+    writer: VideoWriter,
+    progress: Progress,
+) -> None:
+    """Write chunk by chunk, until the video is complete or its user ends it. Ctrl-C is how an endless one ends."""
+    endless = request.num_frames is None
+    descriptor = readable_descriptor(sys.stdin) if endless else None
+    typed = None if descriptor is None else TypedPrompts(descriptor)
+    if endless:
+        print(f"Endless: Ctrl-C ends it{'' if typed is None else '; ' + HELP}.", flush=True)
+    with pipe.stream(**request.stream_arguments(args)) as session, StatusLine() as status:
+        for chunk in session:
+            frames = chunk.frames[0]
+            assert isinstance(frames, np.ndarray) and isinstance(chunk.prompt, str)  # as a single video in NumPy has
+            writer.write(frames)
+            progress.add(len(frames))
+            if args.stream:
+                status.show(describe_chunk(chunk, progress), repr(shortened(chunk.prompt)))
+            if typed is not None and not typed.apply_next(session, chunk):
+                break
+
+
+def describe_chunk(chunk: VideoChunk, progress: Progress) -> str:
+    """Describe a chunk that has just been written."""
+    speed = progress.frames / progress.last_frame
+    return (
+        f"chunk {chunk.index}, shot {chunk.shot_index}: {progress.frames / FPS:.1f} s of video after "
+        f"{progress.last_frame:.1f} s ({speed:.1f} frames/s)"
+    )
+
+
+def shortened(prompt: str) -> str:
+    """Return the beginning of a long prompt."""
+    return prompt if len(prompt) <= SHOWN_PROMPT else f"{prompt[: SHOWN_PROMPT - 3]}..."
+
+
+def fate_of_the_old(writer: VideoWriter, replaces: bool) -> str:
+    """Say what became of a file that had the video's name."""
+    if not replaces:
+        return ""
+    if writer.written_to == writer.path:
+        return " (in place of the file that was there)"
+    return f" (unfinished; '{writer.path}' is what it was)"
+
+
+def print_interruption(request: GenerationRequest, progress: Progress) -> None:
+    """Print how much there is of what was asked for."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        print()  # after the "^C" that terminals show
+    asked = "" if request.num_frames is None else f" of the {request.num_frames} that were asked for"
+    print(f"interrupted:         after {counted(progress.frames, 'frame')}{asked}")
+
+
+def print_summary(request: GenerationRequest, progress: Progress, loading: float) -> None:
+    """Print what was made, how fast, and what these numbers count."""
+    assert progress.first_frame is not None
+    made = max(0, progress.frames - request.condition_frames)
+    continued = f", {progress.frames - made} of them continued" if request.condition_frames else ""
+    memory, what = peak_memory(request.device)
+    print(f"frames:              {progress.frames}{continued} ({counted(progress.chunks, 'chunk')})")
+    print(f"duration:            {progress.frames / FPS:.2f} s at {FPS} frames per second, seed {request.seed}")
+    print(
+        f"time to first frame: {progress.first_frame:.2f} s (to encode the inputs, denoise, decode and write the "
+        f"first chunk; after {loading:.1f} s of loading)"
+    )
+    print(
+        f"frames per second:   {made / progress.last_frame:.2f} (new frames; encoding, denoising, decoding and "
+        f"writing in the timer, {progress.last_frame:.2f} s; loading not)"
+    )
+    print(f"peak memory:         {as_size(memory)} ({what})")
