@@ -118,7 +118,7 @@ def test_a_short_video_is_padded_or_left_out(tmp_path):
     assert item["prompts"] == ["shot 0", PREFIX + "shot 1", "shot 1"]
     assert item["shot_index"].tolist() == [0, 1, 1]
     assert item["loss_mask"].tolist() == [True] * 2 + [False]
-    data = dataset(tmp_path, pad=False)
+    data = dataset(tmp_path, pad_short_videos=False)
     assert data.names == ["long"]
     assert data.skipped == {"short": "its 2 clip(s) give 2 chunks of 2 latent frames, but a video has 3"}
 
