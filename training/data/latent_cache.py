@@ -4,11 +4,11 @@
     FOLDER/samples.json             the samples' names, prompts, shots and which chunks bear loss (`sample_list.py`)
     FOLDER/<digest>.safetensors     normalized latents [C, F, h, w] of a sample, named after the clips it is made of
 
-When a training set changes, the samples whose clips changed are encoded, and no others. With the text cache beside it
-(`text_cache.py`), training needs neither the videos nor the VAE nor the text encoder. Each sample is a file of its own:
-a build that was killed continues with the next sample, ranks share the work without communicating, and reading a sample
-takes a fraction of a millisecond plus the time for its bytes. Samples that were read stay in memory up to a limit, so a
-small training set is read once.
+When a training set changes, the samples whose clips changed are encoded, and no others. With the text cache beside
+it (`text_cache.py`), training needs neither the videos nor the VAE nor the text encoder. Each sample is a file of its
+own: a build that was killed continues with the next sample, ranks share the work without communicating, and reading a
+sample takes a fraction of a millisecond plus the time for its bytes. Samples that were read stay in memory up to a
+limit, so a small training set is read once.
 """
 
 import logging
@@ -256,4 +256,4 @@ def _report_unused(folder: Path, samples: SampleList) -> None:
     unused = [path for path in folder.glob(f"*{TENSOR_SUFFIX}") if path.name not in used]
     if unused:
         size = sum(path.stat().st_size for path in unused) / 2**20
-        logger.info("%d files in '%s' (%.0f MiB) are of no sample of the training set", len(unused), folder, size)
+        logger.info("%d file(s) in '%s' (%.0f MiB) belong to no sample of the training set", len(unused), folder, size)

@@ -85,9 +85,7 @@ class DataArguments:
     )
     max_sequence_length: int | None = field(
         default=None,
-        metadata={
-            "help": "The number of tokens that prompts are padded or cut to (default: 512 or the model's limit)."
-        },
+        metadata={"help": "The number of tokens prompts are padded or cut to (default: 512 or the model's limit)."},
     )
     pad_short_videos: bool = field(
         default=True, metadata={"help": "Pad short videos, without loss on what is added; otherwise skip them."}
