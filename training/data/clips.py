@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from data.clip_index import ClipIndex
 from data.conditioning import ChunkConditioning, condition_chunks
 from data.layouts import scan
+from data.names import writable
 from data.samples import Clip, Sample, SampleError, describe_skipped
 from data.videos import ClipError, read_frames
 from longlive_diffusers import ShotPlan, pixel_frames, whole_chunks
@@ -217,7 +218,7 @@ class VideoDataset(Dataset):
                 try:
                     entries.append(self._entry(sample))
                 except (SampleError, ClipError) as error:
-                    self.skipped[sample.name] = str(error)
+                    self.skipped[sample.name] = writable(str(error))
         finally:  # also when interrupted, so that no clip is counted twice
             self._index.save()
         if not entries:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data import flat_folder, metadata_file, shot_folders
+from data.names import writable
 from data.samples import Sample, SampleError, describe_skipped
 
 
@@ -41,7 +42,7 @@ def scan(
         try:
             samples.append(read())
         except SampleError as error:
-            skipped[name] = str(error)
+            skipped[name] = writable(str(error))
     if not samples:
         raise ValueError(f"'{root}' has no sample that can be used; {describe_skipped(skipped, len(skipped))}")
     return samples, skipped

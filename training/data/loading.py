@@ -119,8 +119,7 @@ def _scan_videos(
         )
     if accelerator.is_main_process and videos.skipped:
         reasons = "".join(f"  {name}: {reason}\n" for name, reason in videos.skipped.items())
-        # Names of files may be no text.
-        write_text(output / "skipped_samples.txt", reasons.encode("utf-8", "backslashreplace").decode("utf-8"))
+        write_text(output / "skipped_samples.txt", reasons)
     return videos
 
 

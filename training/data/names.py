@@ -25,9 +25,14 @@ def natural_order(name: str) -> list[tuple[str, int, str]]:
 def plain_name(name: str) -> str:
     """
     Return a name in the form in which it is compared, printed and stored: with composed accents (macOS stores "é" as
-    "e" and an accent), and with escapes for what is no text.
+    "e" and an accent), and with escapes for what cannot be written in UTF-8.
     """
-    return unicodedata.normalize("NFC", name.encode("utf-8", "backslashreplace").decode("utf-8"))
+    return unicodedata.normalize("NFC", writable(name))
+
+
+def writable(text: str) -> str:
+    """Return a text, for example a message that names a file, with escapes for what cannot be written in UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def visible(folder: Path) -> list[Path]:

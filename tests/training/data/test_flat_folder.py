@@ -6,7 +6,8 @@ import unicodedata
 import pytest
 
 from data.clips import VideoDataset, scan
-from tests.support.training_sets import SIDE, gray_frames, write_video
+from data.samples import VIDEO_SUFFIXES
+from tests.support.training_sets import SIDE, frame_numbers, gray_frames, write_in_container, write_video
 
 
 def write(root, name: str, text: str | bytes = ""):
@@ -90,3 +91,13 @@ def test_a_dataset(tmp_path):
     data = VideoDataset(tmp_path, num_latent_frames=6, chunk_size=2, height=SIDE, width=SIDE, progress=False)
     assert data.names == ["9", "10"]
     assert data[0]["prompts"] == ["number 9"] * 3 and data[0]["pixels"].shape == (3, 21, SIDE, SIDE)
+
+
+def test_every_container(tmp_path):
+    for suffix in VIDEO_SUFFIXES:
+        write_in_container(tmp_path / f"in {suffix[1:]}{suffix}", gray_frames(21, 5))
+        write(tmp_path, f"in {suffix[1:]}.txt", "a text")
+    data = VideoDataset(tmp_path, num_latent_frames=6, chunk_size=2, height=SIDE, width=SIDE, progress=False)
+    assert data.skipped == {} and len(data) == len(VIDEO_SUFFIXES)
+    for item in data:
+        assert frame_numbers(item["pixels"]) == list(range(5, 26)), item["name"]
