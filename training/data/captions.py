@@ -45,6 +45,8 @@ def caption_of(value: object, place: str) -> str:
         raise SampleError(f"the caption in {place} is empty")
     if any("\ud800" <= letter <= "\udfff" for letter in caption):
         raise SampleError(f"the caption in {place} is no text: it has half of a surrogate pair")
+    if "\0" in caption:
+        raise SampleError(f"the caption in {place} is no text: it has a zero byte, as UTF-16 has")
     return caption
 
 

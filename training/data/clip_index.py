@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from data.cache_files import make_folder
 from data.json_files import read_json
 from data.videos import ClipError, count_frames
 from longlive_diffusers.atomic_write import write_text
@@ -55,10 +56,16 @@ class ClipIndex:
         folder: The folder where the results are kept; None to keep none.
         fps: The frames per second at which frames are counted.
         limit: The number of frames at which counting stops.
+
+    Raises:
+        ValueError: If the folder cannot be created.
     """
 
     def __init__(self, folder: str | os.PathLike | None, fps: Fraction, limit: int) -> None:
-        self.path = None if folder is None else Path(folder).expanduser() / INDEX_FILE
+        self.path = None
+        if folder is not None:
+            make_folder(Path(folder).expanduser())
+            self.path = Path(folder).expanduser() / INDEX_FILE
         self.fps, self.limit = fps, limit
         self._entries = self._load()
         self._saved_at = time.monotonic()
@@ -91,7 +98,6 @@ class ClipIndex:
         """Write the results, if there are new ones."""
         if self.path is None or not self._is_changed:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._entries = {**self._load(), **self._entries}
         clips = {key: asdict(entry) for key, entry in self._entries.items()}
         write_text(self.path, json.dumps({"format": INDEX_FORMAT, "clips": clips}))

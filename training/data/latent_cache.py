@@ -213,7 +213,10 @@ class LatentDataset(Dataset):
         path = _latents_path(self.folder, self._list, index)
         if path in self._kept:
             return self._kept[path].clone()  # the caller may change an item
-        latents = load_tensor(path)
+        try:
+            latents = load_tensor(path)
+        except FileNotFoundError as error:
+            raise damaged(path, "it is no longer there") from error
         if latents.ndim != 4 or latents.shape[1] != self.num_latent_frames or latents.dtype not in STORED_DTYPES:
             found = f"{latents.dtype} {tuple(latents.shape)}"
             raise damaged(path, f"latents are [C, {self.num_latent_frames}, h, w], but it holds {found}")

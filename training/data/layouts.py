@@ -35,13 +35,13 @@ def scan(
         ValueError: If there is no such folder, or no complete sample in it.
     """
     root = Path(root).expanduser()
-    if not root.is_dir():
+    if not os.path.isdir(root):  # also of a name that no file could have
         raise ValueError(f"There is no folder '{root}' with a training set")
     samples, skipped = [], {}
     for name, read in _candidates(root, text_only, caption_column).items():
         try:
             samples.append(read())
-        except SampleError as error:
+        except (SampleError, OSError) as error:
             skipped[name] = writable(str(error))
     if not samples:
         raise ValueError(f"'{root}' has no sample that can be used; {describe_skipped(skipped, len(skipped))}")

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from data.cache_files import Settings, check_cache, module_settings
+from data.cache_files import SETTINGS_FILE, Settings, check_cache, module_settings
 from data.clips import VideoDataset, frame_rate
 from data.hub_dataset import write_list
 from data.latent_cache import LatentDataset, build_latent_cache, cache_settings, collate
@@ -59,6 +59,10 @@ def open_dataset(
         if not arguments.cache_latents:
             raise ValueError(
                 "--cache_latents false encodes videos as they are needed: it needs --train_data_dir or --dataset_name"
+            )
+        if not (latents / SETTINGS_FILE).exists():
+            raise ValueError(
+                f"There is neither a training set (--train_data_dir or --dataset_name) nor a cache of one, '{latents}'"
             )
         settings |= {"fps": str(frame_rate(arguments.fps)), **module_settings("vae", pipe.vae)}
         dataset = LatentDataset(latents, texts, encoder.max_sequence_length, settings=settings)
@@ -125,6 +129,9 @@ def _scan_videos(
 
 def _folder(accelerator: Accelerator, arguments: DataArguments, hub_folder: Path) -> Path:
     """Return the folder of the training set; the main process makes it first if it is a data set of the Hub."""
+    for name in ("train_data_dir", "dataset_name"):
+        if vars(arguments)[name] == "":
+            raise ValueError(f"--{name} is empty")
     if arguments.dataset_name is None:
         return Path(arguments.train_data_dir)
     if arguments.train_data_dir is not None:

@@ -89,24 +89,30 @@ def _read(name: str, row: object, place: str, root: Path, text_only: bool, capti
         raise row
     if not isinstance(row, dict):
         raise SampleError(f"{place} must be an object with '{FILE_COLUMN}' and a caption, but it is {shortened(row)}")
+    clip = None if text_only else _clip(row, place, root)
     caption = caption_of(row[_caption_column(row, place, caption_column)], place)
-    return Sample(name, (Clip(None if text_only else _clip(row, place, root), caption),))
+    return Sample(name, (Clip(clip, caption),))
 
 
 def _caption_column(row: dict, place: str, wanted: str | None) -> str:
     found = [column for column in ((wanted,) if wanted else CAPTION_COLUMNS) if column in row]
     if len(found) != 1:
-        names = ", ".join(str(column) for column in row)
-        problem = f"more than one caption ({', '.join(found)})" if found else f"no caption (it has {names})"
+        problem = f"more than one caption ({', '.join(found)})" if found else f"no caption (it has {_columns(row)})"
         raise SampleError(f"{place} has {problem}: name the column with --caption_column")
     return found[0]
 
 
 def _clip(row: dict, place: str, root: Path) -> Path:
-    file_name = row.get(FILE_COLUMN)
+    if FILE_COLUMN not in row:
+        raise SampleError(f"{place} does not name its clip as '{FILE_COLUMN}' (it has {_columns(row)})")
+    file_name = row[FILE_COLUMN]
     if not isinstance(file_name, str) or not file_name:
         raise SampleError(f"{place} must name its clip as '{FILE_COLUMN}', but that is {shortened(file_name)}")
     path = find_file(root, file_name)
     if path is None:
         raise SampleError(f"there is no file {shortened(file_name, 200)}, which {place} names, in '{root}'")
     return path
+
+
+def _columns(row: dict) -> str:
+    return ", ".join(str(column) for column in row)

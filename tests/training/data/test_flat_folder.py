@@ -36,13 +36,15 @@ def test_clips_and_captions(tmp_path):
 
 
 def test_what_has_no_counterpart_or_no_text_is_named(tmp_path):
-    for name in ("good.mp4", "no text.mp4", "empty.mp4", "binary.mp4", "utf16.mp4", "two.mp4", "two.avi", "both.mp4"):
+    unreadable = ("empty.mp4", "binary.mp4", "utf16.mp4", "unmarked.mp4")
+    for name in ("good.mp4", "no text.mp4", "two.mp4", "two.avi", "both.mp4", *unreadable):
         write(tmp_path, name)
     for name in ("good.txt", "two.txt", "both.txt", "no clip.txt", "other kind.txt"):
         write(tmp_path, name, "a text")
     write(tmp_path, "empty.txt", " \n")
     write(tmp_path, "binary.txt", b"\xff\x00")
     write(tmp_path, "utf16.txt", "a text".encode("utf-16"))
+    write(tmp_path, "unmarked.txt", "a text".encode("utf-16-le"))
     write(tmp_path, "both.json", '{"caption": "another"}')
     write(tmp_path, "other kind.gif")
     samples, skipped = scan(tmp_path)
@@ -52,6 +54,7 @@ def test_what_has_no_counterpart_or_no_text_is_named(tmp_path):
         "empty": "the caption in 'empty.txt' is empty",
         "binary": "'binary.txt' is not text in UTF-8",
         "utf16": "'utf16.txt' is not text in UTF-8",
+        "unmarked": "the caption in 'unmarked.txt' is no text: it has a zero byte, as UTF-16 has",
         "two": "'two.avi' and 'two.mp4' have one name",
         "both": "'both.json' and 'both.txt' have one name",
         "no clip": "there is no clip beside 'no clip.txt' (clips are .avi, ",

@@ -551,10 +551,13 @@ def test_files_of_other_programs_are_named(built):
     save_file({"tensor": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="does not match its checksum"):
         LatentDataset(folder, text)[0]
+    cached = LatentDataset(folder, text)
     path.unlink()
+    with pytest.raises(ValueError, match=f"{path.name}' is damaged: it is no longer there; delete it"):
+        cached[0]
     path.mkdir()
     with pytest.raises(ValueError, match=f"{path.name}' is damaged: "):
-        LatentDataset(folder, text)[0]
+        cached[0]
 
 
 def test_a_folder_that_cannot_be_is_named(root, tmp_path, vae):

@@ -30,7 +30,7 @@ class Start:
         self.pipe, _ = load_start(ModelArguments(str(toy_pipeline_path())))
         (folder / "run").mkdir()
 
-    def open(self, shape: ClipShape = SHAPE, **changed):
+    def open(self, shape: ClipShape = SHAPE, cache: Path | None = None, **changed):
         arguments = DataArguments(**{"train_data_dir": str(self.folder / "set"), "num_latent_frames": 4, **changed})
         length = prompt_length(arguments.max_sequence_length, self.pipe.tokenizer)
         accelerator = SimpleNamespace(
@@ -43,7 +43,8 @@ class Start:
         )
         encoder = TextEncoder(str(toy_pipeline_path()), None, None, torch.float32, torch.device("cpu"), length)
         run = self.folder / "run"
-        return open_dataset(accelerator, arguments, shape, self.pipe, encoder, ["a dot"], run / "cache", run)[0]
+        cache = cache or run / "cache"
+        return open_dataset(accelerator, arguments, shape, self.pipe, encoder, ["a dot"], cache, run)[0]
 
     def cached(self) -> dict[str, bytes]:
         """What is encoded, and what it was made with."""
@@ -135,6 +136,13 @@ def test_a_start_with_a_wrong_setting_does_not_stand_in_the_way_of_the_right_one
     assert len(start.open()) == 2
 
 
+def test_a_cache_that_cannot_be_written_is_named_before_a_clip_is_looked_at(start, monkeypatch):
+    monkeypatch.setattr(clip_index, "count_frames", lambda *_: pytest.fail("a clip was looked at"))
+    (start.folder / "file").touch()
+    with pytest.raises(ValueError, match=r"The cache '.*file/index' cannot be written: Not a directory"):
+        start.open(cache=start.folder / "file")
+
+
 def test_what_is_left_out_is_listed_whatever_it_is_called(start):
     broken = start.folder / "set" / os.fsdecode(b"caf\xe9.mkv")
     broken.write_bytes(b"no video")
@@ -147,8 +155,12 @@ def test_what_is_left_out_is_listed_whatever_it_is_called(start):
 
 
 def test_one_training_set_at_a_time(start):
+    with pytest.raises(ValueError, match=r"neither a training set \(--train_data_dir or --dataset_name\) nor a ca"):
+        start.open(train_data_dir=None, cache=start.folder / "elsewhere")
     with pytest.raises(ValueError, match=r"--train_data_dir '.*set' and --dataset_name 'a/b' are two training sets"):
         start.open(dataset_name="a/b")
+    with pytest.raises(ValueError, match="--train_data_dir is empty"):  # not the current folder
+        start.open(train_data_dir="")
     with pytest.raises(ValueError, match="it needs --train_data_dir or --dataset_name"):
         start.open(train_data_dir=None, cache_latents=False)
 

@@ -75,7 +75,12 @@ def test_accents(tmp_path):
         ("9" * 5000, "line 2", "line 2 of 'metadata.jsonl' has a number of too many digits"),
         ("[1]", "line 2", "line 2 must be an object with 'file_name' and a caption, but it is [1]"),
         ('"a.mp4"', "line 2", "line 2 must be an object"),
-        ({"text": "one"}, "line 2", "line 2 must name its clip as 'file_name', but that is None"),
+        (
+            {"filename": "b.mp4", "text": "one"},
+            "line 2",
+            "does not name its clip as 'file_name' (it has filename, text)",
+        ),
+        ({"file_name": None, "text": "one"}, "line 2", "line 2 must name its clip as 'file_name', but that is None"),
         ({"file_name": 3, "text": "one"}, "line 2", "but that is 3"),
         ({"file_name": "", "text": "one"}, "line 2", "but that is ''"),
         ({"file_name": "b.mp4"}, "b", "line 2 has no caption (it has file_name)"),

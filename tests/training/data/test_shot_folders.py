@@ -194,7 +194,7 @@ def test_what_has_no_counterpart_is_named(tmp_path):
 
 def test_a_root_that_cannot_be_used(tmp_path):
     (tmp_path / "file").touch()
-    for name in ("nowhere", "file"):
+    for name in ("nowhere", "file", "x" * 5000):
         with pytest.raises(ValueError, match=rf"There is no folder '.*{name}' with a training set"):
             scan(tmp_path / name)
     (tmp_path / "caption").mkdir()
