@@ -1,4 +1,4 @@
-"""From a folder of videos to batches: caches that are not complete are built, then read."""
+"""From a training set to batches: caches that are not complete are built, then read."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
