@@ -29,7 +29,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from data.loading import ClipShape, batches, encode_batch, open_dataset
-from data.text_encoder import TextEncoder
+from data.text_encoder import TextEncoder, prompt_length
 from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.parallel import FrameLayout, check_heads
 from objectives.error_recycling import ErrorRecycler
@@ -108,7 +108,7 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
 
     # 3. Data: encoded once, then read.
     cache = Path(data_args.data_cache_dir or output / "cache")
-    encoder = text_encoder(arguments, accelerator)
+    encoder = text_encoder(arguments, accelerator, pipe)
     validation_texts = texts_of(run_args.validation_prompts, pipe.config.scene_cut_prefix)
     dataset, texts = open_dataset(accelerator, data_args, shape, pipe, encoder, validation_texts, cache, output)
     pipe.texts = texts
@@ -297,7 +297,7 @@ def clip_shape(arguments: Arguments, pipe, transformer: LongLiveTransformer3DMod
     return ClipShape(height, width, data.num_latent_frames, config.chunk_size)
 
 
-def text_encoder(arguments: Arguments, accelerator: Accelerator) -> TextEncoder:
+def text_encoder(arguments: Arguments, accelerator: Accelerator, pipe) -> TextEncoder:
     """Return the text encoder of the run, not loaded yet; it computes in bfloat16 where the network does."""
     model = arguments.model
     return TextEncoder(
@@ -306,7 +306,7 @@ def text_encoder(arguments: Arguments, accelerator: Accelerator) -> TextEncoder:
         model.variant,
         dtype=torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32,
         device=accelerator.device,
-        max_sequence_length=arguments.data.max_sequence_length,
+        max_sequence_length=prompt_length(arguments.data.max_sequence_length, pipe.tokenizer),
     )
 
 

@@ -1,5 +1,6 @@
 """Caches that tests build: of tiny videos, and of texts whose embeddings say how long they are."""
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def build_text(prompts: Iterable[str], folder: Path, encode: Callable = encode, 
     settings = {"settings": {"encoder": "words"}, "max_sequence_length": TEXT_LENGTH, "progress": False}
     build_text_cache(prompts, encode, folder, **{**settings, **arguments})
     return folder
+
+
+def latents_file(folder: Path, index: int) -> Path:
+    """The file of the latents of a sample."""
+    sample = json.loads((folder / "samples.json").read_text())["samples"][index]
+    return folder / f"{sample['latents']}.safetensors"
 
 
 def contents(folder: Path) -> dict[str, bytes]:

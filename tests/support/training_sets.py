@@ -49,6 +49,36 @@ def write_at_times(path: Path, frames: np.ndarray, milliseconds: Sequence[int], 
     return path
 
 
+CONTAINERS = {
+    ".avi": ("avi", "mpeg4", {"b": "8M"}),
+    ".flv": ("flv", "flv1", {"b": "8M"}),
+    ".m4v": ("mp4", "libx264", {"crf": "4"}),
+    ".mkv": ("matroska", "libx264", {"crf": "4"}),
+    ".mov": ("mov", "libx264", {"crf": "4"}),
+    ".mp4": ("mp4", "libx264", {"crf": "4"}),
+    ".mpeg": ("mpeg", "mpeg2video", {"b": "8M"}),
+    ".mpg": ("mpeg", "mpeg2video", {"b": "8M"}),
+    ".ts": ("mpegts", "libx264", {"crf": "4"}),
+    ".webm": ("webm", "libvpx-vp9", {"crf": "4", "b": "0", "deadline": "realtime"}),
+    ".wmv": ("asf", "wmv2", {"b": "8M"}),
+}
+"""The container, codec and options of a video with a suffix."""
+
+
+def write_in_container(path: Path, frames: np.ndarray) -> Path:
+    """A video of 24 frames a second in the container that its suffix stands for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    container_format, codec, options = CONTAINERS[path.suffix]
+    with av.open(str(path), "w", format=container_format) as container:
+        stream = container.add_stream(codec, rate=24, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for image in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
 def truncate(path: Path) -> None:
     """Cut a video of `write_video` within its last frame."""
     data = path.read_bytes()

@@ -2,7 +2,7 @@
 
 A file is written under a temporary name, then renamed: it is either complete or not there. Its header says how long it
 is and holds a checksum, so that damage done later is noticed. `settings.json` records what the content of a cache
-depends on; a cache made with other settings is refused, never mixed.
+depends on; a cache made with other settings is refused, never mixed. It is written when the first tensor is.
 """
 
 import hashlib
@@ -17,11 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from data.json_files import read_json
 from longlive_diffusers.atomic_write import new_file, write_text
 
 
 SETTINGS_FILE = "settings.json"
-Settings = dict[str, str | int | float | bool | None]
+TENSOR_SUFFIX = ".safetensors"
+Setting = str | int | float | bool | None
+Settings = dict[str, Setting]
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +45,24 @@ def load_tensor(path: Path) -> torch.Tensor:
     Read a tensor that `save_tensor` wrote.
 
     Raises:
-        DamagedFileError: If the file is truncated, or not what was written.
+        DamagedFileError: If the file is truncated, not what was written, or cannot be read.
         FileNotFoundError: If there is no such file.
     """
     try:
         with safe_open(path, framework="pt") as file:
             tensor, metadata = file.get_tensor("tensor"), file.metadata()
-    except SafetensorError as error:
-        raise DamagedFileError(f"'{path}' is damaged: {error}") from error
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, error) from error
     if metadata != {"crc32": str(_checksum(tensor))}:
-        raise DamagedFileError(f"'{path}' is damaged: its content does not match its checksum")
+        raise damaged(path, "its content does not match its checksum")
     return tensor
+
+
+def damaged(path: Path, reason: object) -> DamagedFileError:
+    """Return the error that a file with a tensor is damaged, which says what to do."""
+    return DamagedFileError(f"'{path}' is damaged: {reason}; delete it and build the cache again")
 
 
 def is_complete(path: Path) -> bool:
@@ -63,7 +73,7 @@ def is_complete(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt"):  # compares the length of the file with what the header says
             pass
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         logger.warning("'%s' is damaged and is made again (%s)", path, error)
         return False
     return True
@@ -74,53 +84,132 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
-def read_json(path: Path) -> dict:
+def read_cache_json(path: Path) -> dict:
     """
-    Read a JSON file of a cache.
+    Read a JSON file of a cache, which has to hold an object.
 
     Raises:
-        ValueError: If there is no such file, or it is not JSON.
+        DamagedFileError: If it holds something else, or cannot be read.
+        ValueError: If there is no such file.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise ValueError(f"'{path.parent}' is no cache: it has no '{path.name}'") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DamagedFileError(f"'{path}' is damaged: {error}") from error
+    except ValueError as error:
+        raise DamagedFileError(f"'{path}' is damaged: it {error}") from error
+    if not isinstance(content, dict):
+        raise DamagedFileError(f"'{path}' is damaged: it holds no JSON object")
+    return content
 
 
-def open_cache(folder: Path, settings: Settings) -> None:
+def check_cache(folder: Path, settings: Settings) -> None:
     """
-    Make `folder` a cache with these settings, unless it already is one.
+    Check that what is in a folder was made with these settings, or that nothing is there; nothing is written.
 
     Raises:
-        ValueError: If it is a cache with other settings; the message names those that differ, with both values.
+        ValueError: If it was made with other settings; the message names those that differ, with both values, and says
+            what to do. Or if it has encoded files, but no record of their settings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / SETTINGS_FILE).exists():
+        check_settings(folder, settings)
+    elif any(folder.glob(f"*{TENSOR_SUFFIX}")):
+        raise DamagedFileError(
+            f"'{folder}' has encoded files, but no '{SETTINGS_FILE}' that says how they were made: delete the folder, "
+            "so that they are made again"
+        )
+
+
+def create_cache(folder: Path, settings: Settings) -> None:
+    """
+    Make `folder` a cache with these settings, unless it already is one. This is done when its first tensor is there to
+    be written, not before: a start that fails leaves nothing that refuses other settings.
+
+    Raises:
+        ValueError: As in `check_cache`, or if the folder cannot be created.
+    """
+    check_cache(folder, settings)
     path = folder / SETTINGS_FILE
-    if not path.exists():
-        write_json(path, settings)
+    if path.exists():
+        return
+    make_folder(folder)
+    write_json(path, settings)
     # Also read back what was just written: if two processes write at once, one of them finds the other's settings.
     check_settings(folder, settings)
 
 
-def check_settings(folder: Path, expected: Mapping[str, str | int | float | bool | None]) -> Settings:
+def make_folder(folder: Path) -> None:
+    """
+    Create the folder of a cache and its parents, unless there is one.
+
+    Raises:
+        ValueError: If that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"The cache '{folder}' cannot be written: {error.strerror} ('{error.filename}')") from error
+
+
+def check_settings(folder: Path, expected: Mapping[str, Setting]) -> Settings:
     """
     Return the settings that a cache was made with.
 
     Raises:
-        ValueError: If one of those `expected` differs there; the message names all that differ, with both values.
+        ValueError: If one of those `expected` differs there; the message names all that differ, with both values, and
+            says what to do.
     """
-    found = read_json(folder / SETTINGS_FILE)
-    missing = object()
+    found = read_settings(folder)
+    compare_settings(folder, found, expected)
+    return found
+
+
+def read_settings(folder: Path) -> Settings:
+    """
+    Return the settings that a cache was made with.
+
+    Raises:
+        DamagedFileError: If their file is damaged.
+        ValueError: If the folder is no cache.
+    """
+    try:
+        return read_cache_json(folder / SETTINGS_FILE)
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; delete the folder, so that the cache is made again") from error
+
+
+def compare_settings(folder: Path, found: Mapping[str, Setting], expected: Mapping[str, Setting]) -> None:
+    """
+    Raises:
+        ValueError: If a setting in `found`, which is recorded in the folder, is not as expected; see `check_settings`.
+    """
     differing = [
-        f"{name} is {found.get(name, '(not recorded)')!r} there, but {value!r} here"
+        f"{name} is {found[name]!r} there, but {value!r} here"
+        if name in found
+        else f"{name} is not recorded there, but {value!r} here"
         for name, value in expected.items()
-        if found.get(name, missing) != value
+        if name not in found or found[name] != value
     ]
     if differing:
-        raise ValueError(f"The cache '{folder}' was made with other settings: {'; '.join(differing)}")
-    return found
+        raise ValueError(
+            f"The cache '{folder}' was made with other settings: {'; '.join(differing)}. Use its settings or another "
+            "--data_cache_dir; or delete the folder, so that it is made again"
+        )
+
+
+def whole_number(folder: Path, settings: Settings, name: str) -> int:
+    """
+    Return a setting that must be a whole number of at least 1.
+
+    Raises:
+        DamagedFileError: If it is something else.
+    """
+    value = settings.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise DamagedFileError(
+            f"'{folder / SETTINGS_FILE}' is damaged: {name} must be a whole number of at least 1, but it is {value!r}"
+        )
+    return value
 
 
 def module_settings(name: str, module: nn.Module) -> Settings:

@@ -1,6 +1,6 @@
 """Videos with captions, in the form that training takes: whole chunks of pixels, a prompt and a shot index per chunk.
 
-`samples.py` defines the layout of a training set on disk, `videos.py` how frames are read, and `conditioning.py` how
+`layouts.py` finds the samples of a training set on disk, `videos.py` reads frames, and `conditioning.py` says how
 chunks are conditioned; this file brings them together.
 
 Image-to-video needs no data of its own. The VAE is causal, so latent frame 0 of any video is the encoding of its first
@@ -23,7 +23,9 @@ from tqdm.auto import tqdm
 
 from data.clip_index import ClipIndex
 from data.conditioning import ChunkConditioning, condition_chunks
-from data.samples import Clip, Sample, SampleError, describe_skipped, scan
+from data.layouts import scan
+from data.names import writable
+from data.samples import Clip, Sample, SampleError, describe_skipped
 from data.videos import ClipError, read_frames
 from longlive_diffusers import ShotPlan, pixel_frames, whole_chunks
 
@@ -35,17 +37,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Entry:
-    """A usable sample: those of its clips that are used, and how many chunks each of them gives."""
+    """A usable sample: those of its clips that are used, the digests of their files, how many chunks each gives."""
 
     name: str
     clips: tuple[Clip, ...]
+    digests: tuple[str, ...]
     chunks_per_clip: tuple[int, ...]
     conditioning: ChunkConditioning
 
 
+def frame_rate(fps: float) -> Fraction:
+    """Return a rate in frames per second as a fraction with a denominator of at most 1001, as rates of video have."""
+    return Fraction(fps).limit_denominator(1001)
+
+
 class VideoDataset(Dataset):
     """
-    The videos of a folder (see `samples.py`), each `num_latent_frames` latent frames long.
+    The videos of a folder (see `layouts.py`), each `num_latent_frames` latent frames long.
 
     Every clip gives whole chunks only: as many as its frames allow, but no more than its entry in
     `shot_durations.txt`, than `max_chunks_per_shot`, or than the video still lacks. When the dataset is created, every
@@ -69,8 +77,8 @@ class VideoDataset(Dataset):
         max_chunks_per_shot: The largest number of chunks of each clip, also of one that continues the clip before;
             None for no limit.
         scene_cut_prefix: The text put before the prompt of the first chunk of every shot but the first.
-        pad: Whether the last frame and prompt of a video that is too short are repeated; what is added bears no loss.
-            Otherwise such a sample is left out.
+        pad_short_videos: Whether the last frame and prompt of a video that is too short are repeated; what is added
+            bears no loss. Otherwise such a sample is left out.
         text_only: Whether to read only the captions, for distillation. Then no videos are needed, and items have no
             `pixels` and no `loss_mask`. Shots last as long as `shot_durations.txt` says, the last of them to the end;
             without that file, chunks are spread evenly and the first shots take the remainder. Each chunk has its own
@@ -81,6 +89,7 @@ class VideoDataset(Dataset):
         index_folder: The folder where the frame counts of the clips are remembered; None to count at every start. If
             several processes share it, create the dataset in one of them first (`accelerator.main_process_first()`),
             so that the others read its results.
+        caption_column: The name of the captions in a list of clips; None for the usual names.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -98,10 +107,11 @@ class VideoDataset(Dataset):
         fps: float = 24,
         max_chunks_per_shot: int | None = None,
         scene_cut_prefix: str = "The scene transitions. ",
-        pad: bool = True,
+        pad_short_videos: bool = True,
         text_only: bool = False,
         recache_switches: bool = True,
         index_folder: str | os.PathLike | None = None,
+        caption_column: str | None = None,
         progress: bool = True,
     ) -> None:
         if chunk_size < 1 or num_latent_frames < chunk_size or num_latent_frames % chunk_size:
@@ -117,12 +127,12 @@ class VideoDataset(Dataset):
         self.root = Path(root).expanduser()
         self.num_latent_frames, self.chunk_size = num_latent_frames, chunk_size
         self.height, self.width = height, width
-        self.fps = Fraction(fps).limit_denominator(1001)
-        self.max_chunks_per_shot, self.pad = max_chunks_per_shot, pad
+        self.fps = frame_rate(fps)
+        self.max_chunks_per_shot, self.pad_short_videos = max_chunks_per_shot, pad_short_videos
         self.scene_cut_prefix, self.recache_switches = scene_cut_prefix, recache_switches
         self.text_only = text_only
 
-        samples, skipped = scan(self.root, text_only=text_only)
+        samples, skipped = scan(self.root, text_only=text_only, caption_column=caption_column)
         most_chunks = min(self.num_chunks, max_chunks_per_shot or self.num_chunks)
         limit = pixel_frames(most_chunks * chunk_size, opens_video=False)
         self._index = ClipIndex(None if text_only else index_folder, self.fps, limit)
@@ -175,36 +185,30 @@ class VideoDataset(Dataset):
         """Return every prompt that a chunk of any sample is conditioned on, once each, in order of appearance."""
         return list(dict.fromkeys(prompt for entry in self._entries for prompt in entry.conditioning.prompts))
 
-    def settings(self) -> dict[str, str | int | float | bool | None]:
-        """Return everything that items depend on, to check a cache of them against: the arguments, and a digest of the
-        samples (names, captions, file sizes)."""
+    def pixel_settings(self) -> dict[str, int | str]:
+        """Return what the frames of every sample depend on, beside its own clips (see `clips_digest`)."""
         return {
             "num_latent_frames": self.num_latent_frames,
             "chunk_size": self.chunk_size,
             "height": self.height,
             "width": self.width,
             "fps": str(self.fps),
-            "max_chunks_per_shot": self.max_chunks_per_shot,
-            "scene_cut_prefix": self.scene_cut_prefix,
-            "pad": self.pad,
-            "text_only": self.text_only,
-            "recache_switches": self.recache_switches,
-            "num_samples": len(self),
-            "samples": self._digest(),
         }
 
-    def _digest(self) -> str:
-        described = [
-            [
-                entry.name,
-                [
-                    [clip.caption, clip.cut, clip.path and clip.path.name, clip.path and clip.path.stat().st_size]
-                    for clip in entry.clips
-                ],
-                entry.chunks_per_clip,
-            ]
-            for entry in self._entries
-        ]
+    def sample_settings(self) -> dict[str, str | int | bool | None]:
+        """Return what else decides which samples there are, and how their chunks are conditioned."""
+        return {
+            "max_chunks_per_shot": self.max_chunks_per_shot,
+            "scene_cut_prefix": self.scene_cut_prefix,
+            "pad_short_videos": self.pad_short_videos,
+            "recache_switches": self.recache_switches,
+        }
+
+    def clips_digest(self, index: int) -> str:
+        """Return a digest of the clips of a sample: the content of their files, and how many chunks each gives.
+        Samples of one digest have the same frames, whatever they are called and described as."""
+        entry = self._entries[index]
+        described = [list(pair) for pair in zip(entry.digests, entry.chunks_per_clip, strict=True)]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def _look_at(self, samples: Iterable[Sample], progress: bool) -> list[_Entry]:
@@ -214,7 +218,7 @@ class VideoDataset(Dataset):
                 try:
                     entries.append(self._entry(sample))
                 except (SampleError, ClipError) as error:
-                    self.skipped[sample.name] = str(error)
+                    self.skipped[sample.name] = writable(str(error))
         finally:  # also when interrupted, so that no clip is counted twice
             self._index.save()
         if not entries:
@@ -223,9 +227,13 @@ class VideoDataset(Dataset):
         return entries
 
     def _entry(self, sample: Sample) -> _Entry:
-        counts = self._chunks_of_texts(sample) if self.text_only else self._chunks_of_clips(sample)
+        digests: list[str] = []
+        if self.text_only:
+            counts = self._chunks_of_texts(sample)
+        else:
+            counts, digests = self._chunks_of_clips(sample)
         clips = sample.clips[: len(counts)]
-        if sum(counts) < self.num_chunks and not self.pad:
+        if sum(counts) < self.num_chunks and not self.pad_short_videos:
             raise SampleError(
                 f"its {len(clips)} clip(s) give {sum(counts)} chunks of {self.chunk_size} latent frames, but a video "
                 f"has {self.num_chunks}"
@@ -237,32 +245,35 @@ class VideoDataset(Dataset):
             scene_cut_prefix=self.scene_cut_prefix,
             recache_switches=self.recache_switches and not self.text_only,
         )
-        return _Entry(sample.name, clips, tuple(counts), conditioning)
+        return _Entry(sample.name, clips, tuple(digests), tuple(counts), conditioning)
 
     def _chunks_of_texts(self, sample: Sample) -> list[int]:
         plan = ShotPlan.from_prompts([clip.caption for clip in sample.clips], sample.durations, self.num_chunks)
         shots = [plan.chunk(index).shot_index for index in range(self.num_chunks)]
         return [shots.count(shot) for shot in range(shots[-1] + 1)]
 
-    def _chunks_of_clips(self, sample: Sample) -> list[int]:
+    def _chunks_of_clips(self, sample: Sample) -> tuple[list[int], list[str]]:
+        """Return how many chunks each clip gives, and the digest of its file; of those that are needed."""
         counts: list[int] = []
+        digests: list[str] = []
         for index, clip in enumerate(sample.clips):
             left = self.num_chunks - sum(counts)
             if not left:
                 break
-            frames = self._index.count(clip.path)
-            count = whole_chunks(frames, self.chunk_size, opens_video=index == 0)
+            sound = self._index.look_at(clip.path)
+            count = whole_chunks(sound.frames, self.chunk_size, opens_video=index == 0)
             if count == 0:
                 needed = pixel_frames(self.chunk_size, opens_video=index == 0)
                 raise SampleError(
-                    f"'{clip.path}' has {frames} frames at {float(self.fps):g} a second, but its first chunk of "
+                    f"'{clip.path}' has {sound.frames} frames at {float(self.fps):g} a second, but its first chunk of "
                     f"{self.chunk_size} latent frames needs {needed}"
                 )
             limits = [left, count, self.max_chunks_per_shot or left]
             if sample.durations is not None:
                 limits.append(sample.durations[index])
             counts.append(min(limits))
-        return counts
+            digests.append(sound.digest)
+        return counts, digests
 
     def _pixels(self, entry: _Entry) -> torch.Tensor:
         pixels = torch.empty(3, self.num_frames, self.height, self.width)

@@ -1,13 +1,14 @@
 """The latents of a training set on disk: every video is decoded and encoded once, not once per epoch.
 
-    FOLDER/settings.json            what the latents depend on
-    FOLDER/samples.json             the samples' names, prompts, shots and which chunks bear loss
-    FOLDER/00000000.safetensors     normalized latents [C, F, h, w] of sample 0, and so on
+    FOLDER/settings.json            what all latents depend on: sizes, the VAE
+    FOLDER/samples.json             the samples' names, prompts, shots and which chunks bear loss (`sample_list.py`)
+    FOLDER/<digest>.safetensors     normalized latents [C, F, h, w] of a sample, named after the clips it is made of
 
-With the text cache beside it (`text_cache.py`), training needs neither the videos nor the VAE nor the text encoder.
-Each sample is a file of its own: a build that was killed continues with the next sample, ranks share the work without
-communicating, and reading a sample takes a fraction of a millisecond plus the time for its bytes. Samples that were
-read stay in memory up to a limit, so a small training set is read once.
+When a training set changes, the samples whose clips changed are encoded, and no others. With the text cache beside
+it (`text_cache.py`), training needs neither the videos nor the VAE nor the text encoder. Each sample is a file of its
+own: a build that was killed continues with the next sample, ranks share the work without communicating, and reading a
+sample takes a fraction of a millisecond plus the time for its bytes. Samples that were read stay in memory up to a
+limit, so a small training set is read once.
 """
 
 import logging
@@ -21,35 +22,38 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from data.cache_files import (
-    DamagedFileError,
+    TENSOR_SUFFIX,
     Settings,
+    check_cache,
     check_settings,
+    compare_settings,
+    create_cache,
+    damaged,
     is_complete,
     load_tensor,
+    make_folder,
     module_settings,
-    open_cache,
-    read_json,
     save_tensor,
-    write_json,
+    whole_number,
 )
 from data.clips import VideoDataset
+from data.sample_list import SampleList, describe, read_samples, write_samples
 from data.text_cache import TextCache
 from longlive_diffusers.models.streaming_vae import encode_video
 
 
-LATENT_FORMAT = 1
-SAMPLES_FILE = "samples.json"
+LATENT_FORMAT = 2
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 logger = logging.getLogger(__name__)
 
 
 def cache_settings(dataset: VideoDataset, vae: AutoencoderKLWan, dtype: torch.dtype = torch.float32) -> Settings:
-    """Return what the latents of a dataset depend on: the format, the data, the VAE's configuration and weights."""
+    """Return what all latents of a dataset depend on: the format, the sizes, the VAE's configuration and weights."""
     return {
         "latent_format": LATENT_FORMAT,
         "latent_dtype": str(dtype),
-        **dataset.settings(),
+        **dataset.pixel_settings(),
         **module_settings("vae", vae),
     }
 
@@ -68,8 +72,9 @@ def build_latent_cache(
     progress: bool = True,
 ) -> None:
     """
-    Encode the samples that are not in the cache yet. A build that was interrupted is resumed; damaged files are named
-    in a warning and encoded again. With several ranks, each encodes its part; wait for all before reading.
+    Encode the samples that are not in the cache yet, and list all of the dataset in it. A build that was interrupted
+    is resumed; damaged files are named in a warning and encoded again. With several ranks, each encodes its part; wait
+    for all before reading.
 
     Args:
         dataset: The videos; the same in every rank.
@@ -96,20 +101,27 @@ def build_latent_cache(
     if dataset.height % scale or dataset.width % scale:
         raise ValueError(f"The VAE takes multiples of {scale} pixels, but videos are {dataset.height}x{dataset.width}")
     folder = Path(folder).expanduser()
-    open_cache(folder, cache_settings(dataset, vae, dtype))
-    _write_samples(folder / SAMPLES_FILE, _describe(dataset))
+    settings = cache_settings(dataset, vae, dtype)
+    check_cache(folder, settings)
+    make_folder(folder)
+    samples = describe(dataset)
+    write_samples(folder, samples)
 
-    todo = [i for i in range(rank, len(dataset), num_ranks) if not is_complete(_latents_path(folder, i))]
+    index_of = {_latents_path(folder, samples, i): i for i in range(len(dataset))}  # samples may have the same clips
+    todo = {path: i for path, i in list(index_of.items())[rank::num_ranks] if not is_complete(path)}
+    if rank == 0:
+        _report_unused(folder, samples)
     vae = vae.to(device)
-    loader = DataLoader(Subset(dataset, todo), batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
-    done = 0
+    subset = Subset(dataset, list(todo.values()))
+    loader = DataLoader(subset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+    paths = iter(todo)
     with tqdm(total=len(todo), desc="Encoding videos", disable=not progress or not todo) as bar:
         for batch in loader:
             for name, latents in zip(batch["name"], encode_video(vae, batch["pixels"], device), strict=True):
                 if not torch.isfinite(latents).all():
                     raise ValueError(f"The latents of '{name}' have values that are not finite")
-                save_tensor(_latents_path(folder, todo[done]), latents.to(dtype))
-                done += 1
+                create_cache(folder, settings)
+                save_tensor(next(paths), latents.to(dtype))
                 bar.update()
 
 
@@ -129,13 +141,14 @@ class LatentDataset(Dataset):
         folder: The folder of the latents.
         text_folder: The folder of the text embeddings.
         max_sequence_length: The length L that the text cache must have; None for any.
-        settings: The settings that the latents must have been made with, for example `{"height": 704}`; None for any.
+        settings: The settings that the cache must have been made with, for example `{"height": 704}`; None for any.
             (`build_latent_cache` checks all of them.)
+        samples: The samples of the dataset that was encoded; None for those that the cache was last built for.
         memory_limit: The number of bytes that each reading process keeps in memory of what it has read.
 
     Raises:
         ValueError: If a folder is not a cache, or one with other settings, or not complete (the message says what is
-            missing).
+            missing), or damaged.
     """
 
     def __init__(
@@ -145,71 +158,69 @@ class LatentDataset(Dataset):
         max_sequence_length: int | None = None,
         *,
         settings: Settings | None = None,
+        samples: SampleList | None = None,
         memory_limit: int = 2**30,
     ) -> None:
         self.folder = Path(folder).expanduser()
-        self.settings = check_settings(self.folder, {"latent_format": LATENT_FORMAT, **(settings or {})})
+        latent_settings = check_settings(self.folder, {"latent_format": LATENT_FORMAT})
+        self.num_latent_frames = whole_number(self.folder, latent_settings, "num_latent_frames")
+        """The number of latent frames of a sample."""
+        self.chunk_size = whole_number(self.folder, latent_settings, "chunk_size")
+        """The number of latent frames of a chunk."""
+        self._list = samples or read_samples(self.folder, self.num_latent_frames // self.chunk_size)
+        compare_settings(self.folder, {**latent_settings, **self._list.settings}, settings or {})
         self.text = TextCache(text_folder, max_sequence_length=max_sequence_length)
-        content = read_json(self.folder / SAMPLES_FILE)
-        self.prompts: list[str] = content["prompts"]
-        self._samples: list[dict] = content["samples"]
-        if any("loss_mask" not in sample for sample in self._samples):
-            raise ValueError(
-                f"'{self.folder / SAMPLES_FILE}' was written by an older version; build the cache again from the "
-                "videos (nothing that is there is encoded twice)"
-            )
         self.memory_limit = memory_limit
         self._kept: dict[Path | str, torch.Tensor] = {}
         self._kept_bytes = 0
         existing = {path.name for path in self.folder.iterdir()}
-        missing = [i for i in range(len(self)) if _latents_path(self.folder, i).name not in existing]
+        missing = [i for i in range(len(self)) if _latents_path(self.folder, self._list, i).name not in existing]
         if missing:
             raise ValueError(
                 f"The cache '{self.folder}' is not complete: {len(missing)} of {len(self)} samples are missing, first "
-                f"'{self._samples[missing[0]]['name']}'; build it again to go on"
+                f"'{self.names[missing[0]]}'; build it again to go on"
             )
         self.text.check(self.prompts)
 
     @property
-    def num_latent_frames(self) -> int:
-        """The number of latent frames of a sample."""
-        return self.settings["num_latent_frames"]
-
-    @property
-    def chunk_size(self) -> int:
-        """The number of latent frames of a chunk."""
-        return self.settings["chunk_size"]
-
-    @property
     def names(self) -> list[str]:
         """The names of the samples, in order."""
-        return [sample["name"] for sample in self._samples]
+        return [sample.name for sample in self._list.samples]
+
+    @property
+    def prompts(self) -> list[str]:
+        """All prompts of the samples, each once."""
+        return self._list.prompts
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._list.samples)
 
     def __getitem__(self, index: int) -> dict:
         """
         Raises:
             ValueError: If a file is damaged.
         """
-        sample = self._samples[index]
+        sample = self._list.samples[index]
         return {
             "latents": self._latents(index).float(),
-            "prompt_embeds": torch.stack([self._embeds(self.prompts[prompt]) for prompt in sample["prompts"]]),
-            "shot_index": torch.tensor(sample["shot_index"], dtype=torch.int64),
-            "loss_mask": torch.tensor(sample["loss_mask"], dtype=torch.bool),
-            "name": sample["name"],
+            "prompt_embeds": torch.stack([self._embeds(self.prompts[prompt]) for prompt in sample.prompts]),
+            "shot_index": torch.tensor(sample.shot_index, dtype=torch.int64),
+            "loss_mask": torch.tensor(sample.loss_mask, dtype=torch.bool),
+            "name": sample.name,
         }
 
     def _latents(self, index: int) -> torch.Tensor:
-        path = _latents_path(self.folder, index)
-        if path not in self._kept:
-            try:
-                return self._keep(path, load_tensor(path))
-            except DamagedFileError as error:
-                raise ValueError(f"{error}; delete it and build the cache again") from error
-        return self._kept[path].clone()  # the caller may change an item
+        path = _latents_path(self.folder, self._list, index)
+        if path in self._kept:
+            return self._kept[path].clone()  # the caller may change an item
+        try:
+            latents = load_tensor(path)
+        except FileNotFoundError as error:
+            raise damaged(path, "it is no longer there") from error
+        if latents.ndim != 4 or latents.shape[1] != self.num_latent_frames or latents.dtype not in STORED_DTYPES:
+            found = f"{latents.dtype} {tuple(latents.shape)}"
+            raise damaged(path, f"latents are [C, {self.num_latent_frames}, h, w], but it holds {found}")
+        return self._keep(path, latents)
 
     def _embeds(self, prompt: str) -> torch.Tensor:
         return self._kept[prompt] if prompt in self._kept else self._keep(prompt, self.text.load(prompt))
@@ -238,33 +249,14 @@ def collate(items: Sequence[dict]) -> dict:
     return batch
 
 
-def _describe(dataset: VideoDataset) -> dict:
-    """Return everything about the samples but their pixels. Prompts, which many chunks share, are listed once."""
-    prompts = dataset.distinct_prompts()
-    index_of = {prompt: index for index, prompt in enumerate(prompts)}
-    samples = []
-    for i in range(len(dataset)):
-        item = dataset.conditioning(i)
-        samples.append(
-            {
-                "name": item["name"],
-                "prompts": [index_of[prompt] for prompt in item["prompts"]],
-                "shot_index": item["shot_index"].tolist(),
-                "loss_mask": item["loss_mask"].tolist(),
-            }
-        )
-    return {"prompts": prompts, "samples": samples}
+def _latents_path(folder: Path, samples: SampleList, index: int) -> Path:
+    return folder / f"{samples.samples[index].latents}{TENSOR_SUFFIX}"
 
 
-def _write_samples(path: Path, described: dict) -> None:
-    """Write what `_describe` returned, unless the file already has it."""
-    try:
-        if path.exists() and read_json(path) == described:
-            return
-    except DamagedFileError as error:
-        logger.warning("%s, and is made again", error)
-    write_json(path, described)
-
-
-def _latents_path(folder: Path, index: int) -> Path:
-    return folder / f"{index:08d}.safetensors"
+def _report_unused(folder: Path, samples: SampleList) -> None:
+    """Say how many files are of clips that are not in the training set (any more); they may be wanted again."""
+    used = {f"{sample.latents}{TENSOR_SUFFIX}" for sample in samples.samples}
+    unused = [path for path in folder.glob(f"*{TENSOR_SUFFIX}") if path.name not in used]
+    if unused:
+        size = sum(path.stat().st_size for path in unused) / 2**20
+        logger.info("%d file(s) in '%s' (%.0f MiB) belong to no sample of the training set", len(unused), folder, size)

@@ -1,4 +1,4 @@
-"""From a folder of videos to batches: caches that are not complete are built, then read."""
+"""From a training set to batches: caches that are not complete are built, then read."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -8,8 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from data.clips import VideoDataset
-from data.latent_cache import LatentDataset, build_latent_cache, collate
+from data.cache_files import SETTINGS_FILE, Settings, check_cache, module_settings
+from data.clips import VideoDataset, frame_rate
+from data.hub_dataset import write_list
+from data.latent_cache import LatentDataset, build_latent_cache, cache_settings, collate
+from data.sample_list import describe
 from data.sampler import EpochSampler, WithSampleId
 from data.text_cache import TextCache, missing_prompts
 from data.text_encoder import TextEncoder, encode_missing
@@ -44,65 +47,108 @@ def open_dataset(
 ) -> tuple[Dataset, TextCache]:
     """
     Scan the videos, encode what is not in the caches, and return the training set and its text embeddings, which
-    include those of the empty prompt and of `other_prompts`. Without `train_data_dir`, only the caches are used, and
+    include those of the empty prompt and of `other_prompts`. Without a training set, only the caches are used, and
     the text encoder if some of `other_prompts` are missing.
 
     Raises:
-        ValueError: If there is neither a folder nor a complete cache, nothing in the folder can be used, or a cache
-            was made with other settings.
+        ValueError: If there is neither a training set nor a complete cache, nothing in the training set can be used,
+            or a cache was made with other settings.
     """
     latents, texts = cache / "latents", cache / "text"
-    if arguments.train_data_dir is None:
+    settings = _dataset_settings(arguments, shape, pipe)
+    if arguments.train_data_dir is None and arguments.dataset_name is None:
         if not arguments.cache_latents:
-            raise ValueError("--cache_latents false encodes videos as they are needed: it needs --train_data_dir")
-        dataset, text_cache = _open_caches(latents, texts, arguments, shape)
+            raise ValueError(
+                "--cache_latents false encodes videos as they are needed: it needs --train_data_dir or --dataset_name"
+            )
+        if not (latents / SETTINGS_FILE).exists():
+            raise ValueError(
+                f"There is neither a training set (--train_data_dir or --dataset_name) nor a cache of one, '{latents}'"
+            )
+        settings |= {"fps": str(frame_rate(arguments.fps)), **module_settings("vae", pipe.vae)}
+        dataset = LatentDataset(latents, texts, encoder.max_sequence_length, settings=settings)
         if missing_prompts(other_prompts, texts):
             encode_missing(accelerator, encoder, other_prompts, texts)
             accelerator.wait_for_everyone()
-        return dataset, text_cache
-    videos = _scan_videos(accelerator, arguments, shape, pipe, cache / "index", output)
+        return dataset, dataset.text
+    _check_sizes(latents, texts, arguments, shape, encoder)
+    videos = _scan_videos(accelerator, arguments, settings, cache, output)
+    if arguments.cache_latents and accelerator.is_main_process:
+        check_cache(latents, cache_settings(videos, pipe.vae))
     encode_missing(accelerator, encoder, ["", *videos.distinct_prompts(), *other_prompts], texts)
     if arguments.cache_latents:
         _build_latent_cache(accelerator, arguments, pipe, videos, latents)
     accelerator.wait_for_everyone()
     if arguments.cache_latents:
-        return _open_caches(latents, texts, arguments, shape)
-    text_cache = TextCache(texts, max_sequence_length=arguments.max_sequence_length)
+        dataset = LatentDataset(latents, texts, encoder.max_sequence_length, samples=describe(videos))
+        return dataset, dataset.text
+    text_cache = TextCache(texts, max_sequence_length=encoder.max_sequence_length)
     return VideosWithEmbeds(videos, text_cache), text_cache
 
 
-def _open_caches(
-    latents: Path, texts: Path, arguments: DataArguments, shape: ClipShape
-) -> tuple[LatentDataset, TextCache]:
-    dataset = LatentDataset(latents, texts, arguments.max_sequence_length, settings=asdict(shape))
-    return dataset, dataset.text
+def _dataset_settings(arguments: DataArguments, shape: ClipShape, pipe: LongLivePipeline) -> Settings:
+    """Return what decides which samples there are and what they are like, by the names of a dataset's arguments."""
+    return {
+        **asdict(shape),
+        "fps": arguments.fps,
+        "max_chunks_per_shot": arguments.max_chunks_per_shot,
+        "scene_cut_prefix": pipe.config.scene_cut_prefix,
+        "pad_short_videos": arguments.pad_short_videos,
+        "recache_switches": arguments.recache_switches,
+    }
+
+
+def _check_sizes(latents: Path, texts: Path, arguments: DataArguments, shape: ClipShape, encoder: TextEncoder) -> None:
+    """
+    Check the settings of the caches that cost nothing to find out, before all clips are looked at.
+
+    Raises:
+        ValueError: If a cache was made with other settings.
+    """
+    if arguments.cache_latents:
+        check_cache(latents, {**asdict(shape), "fps": str(frame_rate(arguments.fps))})
+    check_cache(texts, {"max_sequence_length": encoder.max_sequence_length})
 
 
 def _scan_videos(
-    accelerator: Accelerator,
-    arguments: DataArguments,
-    shape: ClipShape,
-    pipe: LongLivePipeline,
-    index_folder: Path,
-    output: Path,
+    accelerator: Accelerator, arguments: DataArguments, settings: Settings, cache: Path, output: Path
 ) -> VideoDataset:
     """Scan all clips, in one process first; samples that cannot be used are listed in `skipped_samples.txt`."""
     with accelerator.main_process_first():
         videos = VideoDataset(
-            arguments.train_data_dir,
-            **asdict(shape),
-            fps=arguments.fps,
-            max_chunks_per_shot=arguments.max_chunks_per_shot,
-            scene_cut_prefix=pipe.config.scene_cut_prefix,
-            pad=arguments.pad_short_videos,
-            recache_switches=arguments.recache_switches,
-            index_folder=index_folder,
+            _folder(accelerator, arguments, cache / "hub"),
+            **settings,
+            caption_column=arguments.caption_column,
+            index_folder=cache / "index",
             progress=accelerator.is_main_process,
         )
     if accelerator.is_main_process and videos.skipped:
-        reasons = [f"  {name}: {reason}" for name, reason in videos.skipped.items()]
-        write_text(output / "skipped_samples.txt", "\n".join(reasons) + "\n")
+        reasons = "".join(f"  {name}: {reason}\n" for name, reason in videos.skipped.items())
+        write_text(output / "skipped_samples.txt", reasons)
     return videos
+
+
+def _folder(accelerator: Accelerator, arguments: DataArguments, hub_folder: Path) -> Path:
+    """Return the folder of the training set; the main process makes it first if it is a data set of the Hub."""
+    for name in ("train_data_dir", "dataset_name"):
+        if vars(arguments)[name] == "":
+            raise ValueError(f"--{name} is empty")
+    if arguments.dataset_name is None:
+        return Path(arguments.train_data_dir)
+    if arguments.train_data_dir is not None:
+        raise ValueError(
+            f"--train_data_dir '{arguments.train_data_dir}' and --dataset_name '{arguments.dataset_name}' are two "
+            "training sets: give one"
+        )
+    if accelerator.is_main_process:
+        write_list(
+            arguments.dataset_name,
+            hub_folder,
+            config=arguments.dataset_config_name,
+            split=arguments.dataset_split,
+            caption_column=arguments.caption_column,
+        )
+    return hub_folder
 
 
 def _build_latent_cache(

@@ -13,12 +13,16 @@ import torch
 from tqdm.auto import tqdm
 
 from data.cache_files import (
+    TENSOR_SUFFIX,
     Settings,
+    check_cache,
     check_settings,
+    create_cache,
+    damaged,
     is_complete,
     load_tensor,
-    open_cache,
     save_tensor,
+    whole_number,
 )
 from longlive_diffusers.pipelines.prompt_cleaning import clean_prompt
 
@@ -61,7 +65,8 @@ def build_text_cache(
     if batch_size < 1 or not 0 <= rank < num_ranks:
         raise ValueError(f"batch_size must be at least 1 and rank in [0, {num_ranks}), got {batch_size} and {rank}")
     folder = Path(folder).expanduser()
-    open_text_cache(folder, max_sequence_length, settings)
+    settings = text_settings(max_sequence_length, settings)
+    check_cache(folder, settings)
     todo = missing_prompts(prompts, folder, rank=rank, num_ranks=num_ranks)
     with tqdm(total=len(todo), desc="Encoding prompts", disable=not progress or not todo) as bar:
         for start in range(0, len(todo), batch_size):
@@ -76,18 +81,14 @@ def build_text_cache(
             for prompt, own in zip(batch, embeds, strict=True):
                 if not torch.isfinite(own).all():
                     raise ValueError(f"The embedding of {prompt!r} has values that are not finite")
+                create_cache(folder, settings)
                 save_tensor(prompt_path(folder, prompt), own[: _length(own)])
             bar.update(len(batch))
 
 
-def open_text_cache(folder: Path, max_sequence_length: int, settings: Settings) -> None:
-    """
-    Make `folder` a text cache with these settings, unless it already is one.
-
-    Raises:
-        ValueError: If it is a cache with other settings; the message names those that differ, with both values.
-    """
-    open_cache(folder, {"text_format": TEXT_FORMAT, "max_sequence_length": max_sequence_length, **settings})
+def text_settings(max_sequence_length: int, settings: Settings) -> Settings:
+    """Return all settings of a text cache, where `settings` are those of the text encoder."""
+    return {"text_format": TEXT_FORMAT, "max_sequence_length": max_sequence_length, **settings}
 
 
 def missing_prompts(prompts: Iterable[str], folder: Path, *, rank: int = 0, num_ranks: int = 1) -> list[str]:
@@ -114,7 +115,8 @@ class TextCache:
         expected: Settings = {"text_format": TEXT_FORMAT}
         if max_sequence_length is not None:
             expected["max_sequence_length"] = max_sequence_length
-        self.max_sequence_length: int = check_settings(self.folder, expected)["max_sequence_length"]
+        found = check_settings(self.folder, expected)
+        self.max_sequence_length = whole_number(self.folder, found, "max_sequence_length")
 
     def load(self, prompt: str) -> torch.Tensor:
         """
@@ -128,6 +130,9 @@ class TextCache:
             embeds = load_tensor(path)
         except FileNotFoundError as error:
             raise ValueError(f"The prompt {prompt!r} is not in the cache '{self.folder}'") from error
+        if embeds.ndim != 2 or len(embeds) > self.max_sequence_length or not embeds.is_floating_point():
+            found = f"{embeds.dtype} {tuple(embeds.shape)}"
+            raise damaged(path, f"embeddings are [up to {self.max_sequence_length}, D], but it holds {found}")
         padding = self.max_sequence_length - embeds.shape[0]
         return torch.cat([embeds, embeds.new_zeros(padding, embeds.shape[1])])
 
@@ -149,7 +154,7 @@ class TextCache:
 def prompt_path(folder: Path, prompt: str) -> Path:
     """Return the file of a prompt's embeddings. It is named after the text that the tokenizer is given, so prompts
     that are cleaned to the same text share a file, and a change of the cleaning leads to another file."""
-    return folder / f"{hashlib.sha256(clean_prompt(prompt).encode()).hexdigest()[:32]}.safetensors"
+    return folder / f"{hashlib.sha256(clean_prompt(prompt).encode()).hexdigest()[:32]}{TENSOR_SUFFIX}"
 
 
 def _length(embeds: torch.Tensor) -> int:

@@ -7,6 +7,7 @@ cache also remembers which files were read, and as long as they are the same fil
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +16,43 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from huggingface_hub import snapshot_download
+from transformers import PreTrainedTokenizerBase
 
-from data.cache_files import Settings, module_settings, read_json, write_json
-from data.text_cache import build_text_cache, missing_prompts, open_text_cache
+from data.cache_files import (
+    SETTINGS_FILE,
+    DamagedFileError,
+    Settings,
+    check_cache,
+    make_folder,
+    module_settings,
+    read_cache_json,
+    read_settings,
+    write_json,
+)
+from data.text_cache import build_text_cache, missing_prompts, text_settings
 from longlive_diffusers import LongLivePipeline
 
 
 KNOWN_FILES = "known_encoders.json"
+LONGEST_PROMPT = 512
+"""The number of tokens that prompts are padded to in generation, unless something else is asked for."""
+
+logger = logging.getLogger(__name__)
+
+
+def prompt_length(requested: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    Return the number of tokens that prompts are padded or cut to: as in generation if none is requested.
+
+    Raises:
+        ValueError: If the tokenizer takes fewer than are requested.
+    """
+    limit = tokenizer.model_max_length
+    if requested is None:
+        return min(LONGEST_PROMPT, limit)
+    if requested > limit:
+        raise ValueError(f"--max_sequence_length {requested}: the tokenizer of the model takes at most {limit} tokens")
+    return requested
 
 
 @dataclass(frozen=True)
@@ -97,10 +128,11 @@ def encode_missing(accelerator: Accelerator, encoder: TextEncoder, prompts: Sequ
         ValueError: If the folder is a cache made with another text encoder, or other settings.
     """
     if accelerator.is_main_process:
-        files, known = encoder.files(), _known_files(folder)
-        if files not in known:
-            open_text_cache(folder, encoder.max_sequence_length, encoder.settings)
-            write_json(folder / KNOWN_FILES, {"files": [*known, files]})
+        files = encoder.files()
+        if not _is_known(files, folder):
+            settings = text_settings(encoder.max_sequence_length, encoder.settings)
+            check_cache(folder, settings)
+            _remember(files, settings, folder)
     accelerator.wait_for_everyone()
     part = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
     if missing_prompts(prompts, folder, **part):  # only then is the encoder loaded
@@ -115,6 +147,26 @@ def encode_missing(accelerator: Accelerator, encoder: TextEncoder, prompts: Sequ
         )
 
 
-def _known_files(folder: Path) -> list[str]:
+def _is_known(files: str, folder: Path) -> bool:
+    """Whether the cache was made with the text encoder in files of this digest, so far as it is remembered."""
+    is_cache = (folder / SETTINGS_FILE).exists()
+    return is_cache and _known_files(folder).get(files) == _digest(read_settings(folder))
+
+
+def _remember(files: str, settings: Settings, folder: Path) -> None:
+    make_folder(folder)
+    write_json(folder / KNOWN_FILES, {**_known_files(folder), files: _digest(settings)})
+
+
+def _known_files(folder: Path) -> dict:
+    """Return the digests of settings by those of files. What is damaged is forgotten, and the files are read again."""
     path = folder / KNOWN_FILES
-    return read_json(path)["files"] if path.exists() else []
+    try:
+        return read_cache_json(path) if path.exists() else {}
+    except DamagedFileError as error:
+        logger.warning("%s, and is made again", error)
+        return {}
+
+
+def _digest(settings: Settings) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

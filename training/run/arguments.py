@@ -55,7 +55,19 @@ class ModelArguments:
 class DataArguments:
     train_data_dir: str | None = field(
         default=None,
-        metadata={"help": "The folder with video/ and caption/; not needed where the caches are complete."},
+        metadata={"help": "The folder of the training set; not needed where the caches are complete."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "The training set on the Hub, in place of a folder; needs the package datasets."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "The configuration of the Hub data set, if it has several."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "The part of the Hub data set."})
+    caption_column: str | None = field(
+        default=None,
+        metadata={"help": "The captions of a list of clips (default: the one there is of caption, text and prompt)."},
     )
     data_cache_dir: str | None = field(
         default=None,
@@ -80,8 +92,9 @@ class DataArguments:
     max_chunks_per_shot: Annotated[int | None, POSITIVE] = field(
         default=None, metadata={"help": "The longest shot in chunks; longer ones are cut."}
     )
-    max_sequence_length: Annotated[int, POSITIVE] = field(
-        default=512, metadata={"help": "The number of tokens that prompts are padded or cut to."}
+    max_sequence_length: Annotated[int | None, POSITIVE] = field(
+        default=None,
+        metadata={"help": "The number of tokens prompts are padded or cut to (default: 512 or the model's limit)."},
     )
     pad_short_videos: bool = field(
         default=True, metadata={"help": "Pad short videos, without loss on what is added; otherwise skip them."}

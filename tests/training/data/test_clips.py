@@ -118,7 +118,7 @@ def test_a_short_video_is_padded_or_left_out(tmp_path):
     assert item["prompts"] == ["shot 0", PREFIX + "shot 1", "shot 1"]
     assert item["shot_index"].tolist() == [0, 1, 1]
     assert item["loss_mask"].tolist() == [True] * 2 + [False]
-    data = dataset(tmp_path, pad=False)
+    data = dataset(tmp_path, pad_short_videos=False)
     assert data.names == ["long"]
     assert data.skipped == {"short": "its 2 clip(s) give 2 chunks of 2 latent frames, but a video has 3"}
 
@@ -179,7 +179,7 @@ def test_samples_with_clips_that_cannot_be_used_are_left_out_and_named(tmp_path,
     reasons = {
         "short": "000001.mp4' has 4 frames at 24 a second, but its first chunk of 2 latent frames needs 5",
         "second short": "000002.mp4' has 7 frames at 24 a second, but its first chunk of 2 latent frames needs 8",
-        "truncated": "000001.mp4' is damaged or incomplete: it breaks off after 19 frames",
+        "truncated": "000001.mp4' is damaged or incomplete: it breaks off after 19",
         "empty": "000001.mp4' cannot be read as a video",
         "sound": "000001.mp4' holds no video",
     }
@@ -260,7 +260,22 @@ def test_a_clip_is_looked_at_once_until_it_changes(tmp_path, decoded):
     assert decoded[8:] == ["a", "b", "short"], "without a folder nothing is remembered"
 
 
-@pytest.mark.parametrize("content", ['{"format": 1, "clips": {"', '{"format": 0}', "[]", "\x00"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"format": 2, "clips": {"',
+        '{"format": 1, "clips": {}}',
+        '{"format": 2}',
+        '{"format": 2, "clips": []}',
+        '{"format": 2, "clips": {"/a.mp4|24|24": {}}}',
+        '{"format": 2, "clips": {"/a.mp4|24|24": {"stamp": 1, "frames": 2, "digest": "0", "problem": null}}}',
+        '{"format": 2, "clips": {"/a.mp4|24|24": {"stamp": [1], "frames": "2", "digest": "0", "problem": null}}}',
+        "[" * 100_000,
+        "[]",
+        "\x00",
+    ],
+    ids=lambda content: content[:90],
+)
 def test_a_damaged_index_is_made_again(tmp_path, decoded, caplog, content):
     write_sample(tmp_path, "a", [21])
     (tmp_path / "clips.json").write_text(content)
@@ -288,8 +303,8 @@ def test_what_was_found_out_survives_an_interruption(tmp_path, monkeypatch):
 def test_two_processes_keep_each_others_answers(tmp_path):
     write_sample(tmp_path, "a", [21])
     ours, theirs = (clip_index.ClipIndex(tmp_path, rate, 24) for rate in (24, 12))
-    ours.count(clip_path(tmp_path, "a"))
-    theirs.count(clip_path(tmp_path, "a"))
+    ours.look_at(clip_path(tmp_path, "a"))
+    theirs.look_at(clip_path(tmp_path, "a"))
     ours.save()
     theirs.save()
     assert len(json.loads((tmp_path / "clips.json").read_text())["clips"]) == 2

@@ -1,25 +1,33 @@
 """Caches: what direct encoding gives, whole after any interruption, and never of other settings."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
+from data.cache_files import save_tensor
+from data.clips import VideoDataset
 from data.latent_cache import LatentDataset, collate
+from data.sample_list import describe
 from data.sampler import EpochSampler, WithSampleId
 from longlive_diffusers.models.streaming_vae import encode_video, normalize_latents
 from tests.support.paths import PROGRAMS, ROOT
 from tests.support.tiny_pipeline import TEXT_DIM, TEXT_LENGTH, tiny_pipeline
 from tests.support.tiny_vae import tiny_vae
-from tests.support.training_caches import build, build_text, contents, dataset, encode
-from tests.support.training_sets import clip_path, write_captions, write_sample
+from tests.support.training_caches import build, build_text, contents, dataset, encode, latents_file
+from tests.support.training_sets import clip_path, gray_frames, write_captions, write_sample, write_video
 
 
 VAE_CHANNELS = 8
@@ -44,6 +52,14 @@ def written(tmp_path_factory) -> Path:
 def root(written, tmp_path) -> Path:
     """A copy that a test may change."""
     return Path(shutil.copytree(written, tmp_path / "set"))
+
+
+@pytest.fixture
+def built(root, tmp_path, vae) -> tuple[VideoDataset, AutoencoderKLWan, Path, Path]:
+    """The videos, their VAE, and the complete caches of latents and texts."""
+    data = dataset(root)
+    text = build_text(data.distinct_prompts(), tmp_path / "text")
+    return data, vae, build(data, vae, tmp_path / "latents"), text
 
 
 # Latents.
@@ -102,7 +118,7 @@ def test_ranks_share_the_work(root, tmp_path, vae):
     data = dataset(root)
     alone = build(data, vae, tmp_path / "alone")
     together = build(data, vae, tmp_path / "together", rank=1, num_ranks=2)
-    assert sorted(path.name for path in together.glob("*.safetensors")) == ["00000001.safetensors"]
+    assert list(together.glob("*.safetensors")) == [latents_file(together, 1)]
     build(data, vae, together, rank=0, num_ranks=2)
     assert contents(together) == contents(alone)
 
@@ -145,13 +161,13 @@ def test_a_truncated_file_is_named_and_made_again(root, tmp_path, vae, caplog, s
     folder = build(data, vae, tmp_path / "latents")
     text = build_text(data.distinct_prompts(), tmp_path / "text")
     before = contents(folder)
-    path = folder / "00000001.safetensors"
+    path = latents_file(folder, 1)
     path.write_bytes(before[path.name][:size])
-    with pytest.raises(ValueError, match=r"00000001.safetensors' is damaged: .*; delete it and build the cache again"):
+    with pytest.raises(ValueError, match=rf"{path.name}' is damaged: .*; delete it and build the cache again"):
         LatentDataset(folder, text)[1]
     build(data, vae, folder)
     assert contents(folder) == before
-    assert "00000001.safetensors' is damaged and is made again" in caplog.text
+    assert f"{path.name}' is damaged and is made again" in caplog.text
 
 
 def test_a_changed_file_is_noticed_when_it_is_read(root, tmp_path, vae):
@@ -159,29 +175,24 @@ def test_a_changed_file_is_noticed_when_it_is_read(root, tmp_path, vae):
     folder = build(data, vae, tmp_path / "latents")
     text = build_text(data.distinct_prompts(), tmp_path / "text")
     before = contents(folder)
-    path = folder / "00000002.safetensors"
+    path = latents_file(folder, 2)
     changed = bytearray(before[path.name])
     changed[-3] ^= 1
     path.write_bytes(changed)
-    with pytest.raises(ValueError, match=r"00000002.safetensors' is damaged: its content does not match its checksum"):
+    with pytest.raises(ValueError, match=rf"{path.name}' is damaged: its content does not match its checksum"):
         LatentDataset(folder, text)[2]
     build(data, vae, folder)
     assert path.read_bytes() == changed, "that would take reading every file"
 
 
-@pytest.mark.parametrize("content", ["", "{}", None])
-def test_a_list_of_samples_that_is_damaged_or_missing_is_made_again(root, tmp_path, vae, content):
-    data = dataset(root)
-    folder = build(data, vae, tmp_path / "latents")
-    text = build_text(data.distinct_prompts(), tmp_path / "text")
+def test_a_list_of_samples_that_is_missing_is_made_again(built):
+    data, vae, folder, text = built
     before = contents(folder)
-    if content is None:
-        (folder / "samples.json").unlink()
-    else:
-        (folder / "samples.json").write_text(content)
+    (folder / "samples.json").unlink()
+    with pytest.raises(ValueError, match=r"is no cache: it has no 'samples.json'"):
+        LatentDataset(folder, text)
     build(data, vae, folder)
     assert contents(folder) == before
-    LatentDataset(folder, text)
 
 
 def test_two_that_build_the_same_do_no_harm(root, tmp_path):
@@ -201,14 +212,14 @@ def test_a_build_that_is_killed_goes_on(root, tmp_path, vae):
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment) as process:
         written = [process.stdout.readline().strip() for _ in range(2)]
         process.kill()
-    assert written == ["00000000.safetensors", "00000001.safetensors"]
+    assert written == [latents_file(folder, i).name for i in (0, 1)]
     assert process.returncode == -signal.SIGKILL
-    assert sorted(path.name for path in folder.glob("*.safetensors")) == [f"0000000{i}.safetensors" for i in (0, 1)]
-    first = (folder / "00000000.safetensors").stat().st_mtime_ns
-    leftover = folder / "00000002.safetensors.0123.tmp"
+    assert {path.name for path in folder.glob("*.safetensors")} == set(written)
+    first = latents_file(folder, 0).stat().st_mtime_ns
+    leftover = folder / f"{latents_file(folder, 2).name}.0123.tmp"
     leftover.write_bytes(b"what was being written")
     build(dataset(root), vae, folder)
-    assert (folder / "00000000.safetensors").stat().st_mtime_ns == first, "what was whole is kept"
+    assert latents_file(folder, 0).stat().st_mtime_ns == first, "what was whole is kept"
     leftover.unlink()
     assert contents(folder) == contents(build(dataset(root), vae, tmp_path / "at once"))
 
@@ -224,36 +235,30 @@ def test_a_build_that_is_killed_goes_on(root, tmp_path, vae):
         ({"num_latent_frames": 2}, "num_latent_frames is 4 there, but 2 here"),
         ({"chunk_size": 1}, "chunk_size is 2 there, but 1 here"),
         ({"fps": 12.5}, "fps is '24' there, but '25/2' here"),
-        ({"scene_cut_prefix": ""}, "scene_cut_prefix is 'The scene transitions. ' there, but '' here"),
-        ({"pad": False}, "num_samples is 3 there, but 2 here"),
-        ({"max_chunks_per_shot": 2}, "max_chunks_per_shot is None there, but 2 here"),
-        ({"recache_switches": False}, "recache_switches is True there, but False here"),
     ],
 )
 def test_a_cache_of_other_data_settings_is_refused(root, tmp_path, vae, arguments, message):
     folder = build(dataset(root), vae, tmp_path / "latents")
     before = contents(folder)
-    with pytest.raises(ValueError, match=f"latents' was made with other settings: .*{message}"):
+    advice = r"Use its settings or another --data_cache_dir; or delete the folder, so that it is made again"
+    with pytest.raises(ValueError, match=f"latents' was made with other settings: .*{message}.*{advice}"):
         build(dataset(root, **arguments), vae, folder)
     assert contents(folder) == before
 
 
-def test_a_cache_of_other_samples_or_another_vae_is_refused(root, tmp_path, vae):
+def test_a_cache_of_another_vae_or_dtype_is_refused(root, tmp_path, vae):
     data = dataset(root)
     folder = build(data, vae, tmp_path / "latents")
     other = tiny_vae(VAE_CHANNELS)
     with torch.no_grad():
         next(iter(other.parameters())).add_(1e-3)
-    with pytest.raises(ValueError, match=r"other settings: vae.weights is '\w{64}' there, but '\w{64}' here$"):
+    with pytest.raises(ValueError, match=r"other settings: vae.weights is '\w{64}' there, but '\w{64}' here\. "):
         build(data, other, folder)
     with pytest.raises(ValueError, match=r"latent_dtype is 'torch.float32' there, but 'torch.bfloat16' here"):
         build(data, vae, folder, dtype=torch.bfloat16)
     other.register_to_config(latents_mean=[0.5] * VAE_CHANNELS)
     with pytest.raises(ValueError, match=r"vae.latents_mean is .* there, but '\[0.5, "):
         build(data, other, folder)
-    write_captions(root, "c", ["another caption"])
-    with pytest.raises(ValueError, match=r"other settings: samples is '\w{64}' there"):
-        build(dataset(root), vae, folder)
     text = build_text(data.distinct_prompts(), tmp_path / "text")
     with pytest.raises(ValueError, match="height is 32 there, but 704 here"):
         LatentDataset(folder, text, settings={"height": 704})
@@ -291,6 +296,274 @@ def test_a_video_that_breaks_while_the_cache_is_built_is_named(root, tmp_path, v
     clip_path(root, "b", 2).write_bytes(b"")
     with pytest.raises(ValueError, match=r"b/000002.mp4' cannot be read"):
         build(data, vae, tmp_path / "latents")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_chunks_per_shot", 2),
+        ("scene_cut_prefix", ""),
+        ("pad_short_videos", False),
+        ("recache_switches", False),
+        ("fps", "12"),
+        ("height", 704),
+    ],
+)
+def test_without_the_videos_settings_that_differ_are_named_as_well(root, tmp_path, vae, name, value):
+    data = dataset(root)
+    folder, text = build(data, vae, tmp_path / "latents"), build_text(data.distinct_prompts(), tmp_path / "text")
+    found = (data.pixel_settings() | data.sample_settings())[name]
+    LatentDataset(folder, text, settings={name: found})
+    with pytest.raises(ValueError, match=f"{name} is {found!r} there, but {value!r} here"):
+        LatentDataset(folder, text, settings={name: value})
+
+
+def test_a_start_that_fails_leaves_nothing_that_refuses_the_next(root, tmp_path, vae):
+    broken = tiny_vae(VAE_CHANNELS)
+    with torch.no_grad():
+        next(iter(broken.parameters())).fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        build(dataset(root, height=48), broken, tmp_path / "latents")
+    build(dataset(root), vae, tmp_path / "latents")
+
+
+# A training set that changed.
+
+
+@pytest.fixture
+def changing(root, tmp_path, vae) -> Callable[..., tuple[LatentDataset, int, int]]:
+    """Build the caches again, and return what they give, and how many samples and prompts were encoded for it."""
+
+    def build_again(**arguments) -> tuple[LatentDataset, int, int]:
+        latents, text = tmp_path / "latents", tmp_path / "text"
+        before = [len(list(folder.glob("*.safetensors"))) for folder in (latents, text)]
+        data = dataset(root, index_folder=tmp_path / "index", **arguments)
+        build(data, vae, latents)
+        build_text(data.distinct_prompts(), text)
+        now = [len(list(folder.glob("*.safetensors"))) for folder in (latents, text)]
+        cached = LatentDataset(latents, text)
+        assert cached.names == data.names
+        for direct, item in zip(data, cached, strict=True):
+            assert torch.equal(item["latents"], encode_video(vae, direct["pixels"][None])[0])
+            assert torch.equal(item["prompt_embeds"], encode(direct["prompts"]))
+            assert torch.equal(item["loss_mask"], direct["loss_mask"])
+        return cached, now[0] - before[0], now[1] - before[1]
+
+    assert build_again()[1:] == (3, 3)
+    return build_again
+
+
+def rename(root: Path, old: str, new: str) -> None:
+    for kind in ("video", "caption"):
+        (root / kind / old).rename(root / kind / new)
+
+
+def replace_keeping_size_and_time(root: Path) -> None:
+    """Put another video in the place of one, with its size and its modification time."""
+    path = clip_path(root, "a")
+    before = path.stat()
+    write_video(path, gray_frames(13, 30))
+    assert path.stat().st_size <= before.st_size + 400
+    path.write_bytes(path.read_bytes().ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES = {
+    "nothing": (lambda root: None, ["a", "b", "c"], 0, 0),
+    "a caption": (lambda root: write_captions(root, "c", ["a red fox"]), ["a", "b", "c"], 0, 1),
+    "a cut": (
+        lambda root: write_captions(root, "b", ["a cat runs", {"caption": "a dog sleeps on the grass", "cut": False}]),
+        ["a", "b", "c"],
+        0,
+        1,
+    ),
+    "one more": (lambda root: write_sample(root, "aa", [12], ["a crow"]), ["a", "aa", "b", "c"], 1, 1),
+    "one less": (lambda root: shutil.rmtree(root / "video" / "a"), ["b", "c"], 0, 0),
+    "a name": (lambda root: rename(root, "c", "0"), ["0", "a", "b"], 0, 0),
+    "the order": (lambda root: (rename(root, "a", "z"), rename(root, "c", "a")), ["a", "b", "z"], 0, 0),
+    "a copy": (lambda root: shutil.copytree(root / "video" / "a", root / "video" / "d"), ["a", "b", "c"], 0, 0),
+    "a video": (lambda root: write_video(clip_path(root, "b", 2), gray_frames(8, 20)), ["a", "b", "c"], 1, 0),
+    "durations": (lambda root: (root / "caption" / "a" / "shot_durations.txt").write_text("1"), ["a", "b", "c"], 1, 0),
+}
+
+
+@pytest.mark.parametrize(("change", "names", "videos", "prompts"), CHANGES.values(), ids=CHANGES)
+def test_what_changed_is_encoded_and_nothing_else(root, changing, change, names, videos, prompts):
+    change(root)
+    cached, *encoded = changing()
+    assert (cached.names, encoded) == (names, [videos, prompts])
+
+
+def test_a_video_is_another_if_its_content_is(root, changing, tmp_path):
+    size, time = clip_path(root, "a").stat().st_size, clip_path(root, "a").stat().st_mtime_ns
+    replace_keeping_size_and_time(root)
+    assert (clip_path(root, "a").stat().st_size, clip_path(root, "a").stat().st_mtime_ns) == (size, time)
+    assert changing()[1:] == (1, 0)
+    os.utime(clip_path(root, "b"))
+    shutil.move(shutil.copytree(root, tmp_path / "elsewhere"), tmp_path / "moved")
+    shutil.rmtree(root)
+    (tmp_path / "moved").rename(root)
+    assert changing()[1:] == (0, 0), "copied and moved, but the same"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "videos", "prompts"),
+    [
+        ({"scene_cut_prefix": "Cut: "}, 0, 1),
+        ({"recache_switches": False}, 0, 0),
+        ({"pad_short_videos": False}, 0, 0),
+        ({"max_chunks_per_shot": 1}, 1, 0),
+    ],
+)
+def test_settings_that_do_not_change_what_is_encoded_need_no_other_cache(changing, arguments, videos, prompts):
+    assert changing(**arguments)[1:] == (videos, prompts)
+    assert changing()[1:] == (0, 0), "what was there before is there still"
+
+
+def test_samples_of_the_same_clips_share_their_latents(root, tmp_path, vae):
+    for kind in ("video", "caption"):
+        shutil.copytree(root / kind / "a", root / kind / "twin")
+    write_captions(root, "twin", ["the same cat"])
+    data = dataset(root)
+    folder = build(data, vae, tmp_path / "latents", rank=0, num_ranks=2)
+    build(data, vae, folder, rank=1, num_ranks=2)
+    cached = LatentDataset(folder, build_text(data.distinct_prompts(), tmp_path / "text"))
+    assert len(cached) == 4 and len(list(folder.glob("*.safetensors"))) == 3
+    assert torch.equal(cached[0]["latents"], cached[3]["latents"]) and cached[3]["name"] == "twin"
+
+
+def test_two_training_sets_may_share_a_folder(root, tmp_path, vae, caplog):
+    caplog.set_level("INFO")
+    other = Path(shutil.copytree(root, tmp_path / "other"))
+    write_sample(other, "b", [13], ["an owl"])
+    shutil.rmtree(other / "caption" / "a")
+    first, second = dataset(root), dataset(other)
+    folder = build(first, vae, tmp_path / "latents")
+    text = build_text([*first.distinct_prompts(), *second.distinct_prompts()], tmp_path / "text")
+    build(second, vae, folder)
+    assert re.search(r"1 file\(s\) in '.*latents' .* belong to no sample of the training set", caplog.text)
+    # The list in the folder is that of the second now; a run takes its own.
+    assert LatentDataset(folder, text).names == ["b", "c"]
+    ours = LatentDataset(folder, text, samples=describe(first))
+    assert ours.names == ["a", "b", "c"]
+    assert torch.equal(ours[1]["latents"], encode_video(vae, first[1]["pixels"][None])[0])
+
+
+# Damage to what is written beside the latents.
+
+SAMPLE = {"name": "a", "latents": "0" * 32, "prompts": [0, 0], "shot_index": [0, 0], "loss_mask": [True, True]}
+
+
+def damaged_samples(**changes) -> str:
+    return json.dumps({"settings": {}, "prompts": ["a cat"], "samples": [SAMPLE | changes]})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "null",
+        "{}",
+        "[" * 100_000,
+        '{"prompts": ' + "9" * 5000 + "}",
+        "\ufeff{",
+        json.dumps({"settings": [], "prompts": [], "samples": [SAMPLE]}),
+        json.dumps({"settings": {}, "prompts": "a cat", "samples": [SAMPLE]}),
+        json.dumps({"settings": {}, "prompts": ["a cat"], "samples": []}),
+        json.dumps({"settings": {}, "prompts": ["a cat"], "samples": [[]]}),
+        damaged_samples(name=3),
+        damaged_samples(latents="../secret"),
+        damaged_samples(latents=None),
+        damaged_samples(prompts=[0, 1]),
+        damaged_samples(prompts=[0, -1]),
+        damaged_samples(prompts=[0]),
+        damaged_samples(prompts=["0", "0"]),
+        damaged_samples(shot_index=[0, 1.5]),
+        damaged_samples(loss_mask=[1, 1]),
+        damaged_samples(loss_mask=[True] * 3),
+        damaged_samples(more=1),
+    ],
+    ids=lambda content: content[:40].strip("\ufeff"),
+)
+def test_a_damaged_list_of_samples_is_named_and_made_again(built, content):
+    data, vae, folder, text = built
+    before = contents(folder)
+    (folder / "samples.json").write_text(content)
+    with pytest.raises(ValueError, match=r"samples.json' is damaged: it "):
+        LatentDataset(folder, text)
+    build(data, vae, folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is damaged: it is not JSON"),
+        ("[]", "is damaged: it holds no JSON object"),
+        ("null", "is damaged: it holds no JSON object"),
+        ('"text"', "is damaged: it holds no JSON object"),
+        ("[" * 100_000, "is damaged: it is nested too deeply"),
+        ('{"latent_format": ' + "9" * 5000 + "}", "is damaged: it has a number of too many digits"),
+        (b"\xff\xfe", "is damaged: it is not JSON in UTF-8"),
+        ("{}", "latent_format is not recorded there, but 2 here"),
+        ('{"latent_format": 1}', "latent_format is 1 there, but 2 here"),
+        ('{"latent_format": 2}', "num_latent_frames must be a whole number of at least 1, but it is None"),
+        ('{"latent_format": 2, "num_latent_frames": "4"}', "of at least 1, but it is '4'"),
+        ('{"latent_format": 2, "num_latent_frames": 4, "chunk_size": 0}', "chunk_size must be .* but it is 0"),
+        ('{"latent_format": 2, "num_latent_frames": 4, "chunk_size": true}', "chunk_size must be .* but it is True"),
+    ],
+)
+def test_damaged_settings_are_named(built, content, message):
+    data, vae, folder, text = built
+    (folder / "settings.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        LatentDataset(folder, text)
+    with pytest.raises(ValueError, match="delete the folder, so that"):
+        build(data, vae, folder)
+
+
+def test_latents_of_unknown_settings_are_not_taken_for_those_of_this_run(built):
+    data, vae, folder, _ = built
+    (folder / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"has encoded files, but no 'settings.json' .*: delete the folder"):
+        build(data, vae, folder)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(3), torch.zeros(8, 5, 2, 2), torch.zeros(1, 8, 4, 2, 2), torch.zeros(8, 4, 2, 2, dtype=torch.int64)],
+    ids=lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}",
+)
+def test_a_file_that_holds_something_else_is_named(built, tensor):
+    _, _, folder, text = built
+    save_tensor(latents_file(folder, 0), tensor)
+    with pytest.raises(ValueError, match=r"is damaged: latents are \[C, 4, h, w\], but it holds torch.*; delete it"):
+        LatentDataset(folder, text)[0]
+
+
+def test_files_of_other_programs_are_named(built):
+    _, _, folder, text = built
+    path = latents_file(folder, 0)
+    save_file({"other": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=f"{path.name}' is damaged: .*tensor"):
+        LatentDataset(folder, text)[0]
+    save_file({"tensor": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        LatentDataset(folder, text)[0]
+    cached = LatentDataset(folder, text)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{path.name}' is damaged: it is no longer there; delete it"):
+        cached[0]
+    path.mkdir()
+    with pytest.raises(ValueError, match=f"{path.name}' is damaged: "):
+        cached[0]
+
+
+def test_a_folder_that_cannot_be_is_named(root, tmp_path, vae):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"The cache '.*file/latents' cannot be written: Not a directory"):
+        build(dataset(root), vae, tmp_path / "file" / "latents")
 
 
 # Reading in batches.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.cache_files import module_settings
+from data.cache_files import module_settings, save_tensor
 from data.text_cache import TextCache
 from tests.support.tiny_pipeline import TEXT_DIM, TEXT_LENGTH, tiny_pipeline
 from tests.support.training_caches import build_text, encode
@@ -44,7 +44,7 @@ def test_texts_of_a_pipeline(tmp_path):
     cache = TextCache(tmp_path, max_sequence_length=TEXT_LENGTH)
     for text in ("a cat", "a dog sleeps", ""):
         torch.testing.assert_close(cache.load(text), embed([text])[0])
-    with pytest.raises(ValueError, match=r"other settings: encoder is '.not recorded.' there, but 'words' here"):
+    with pytest.raises(ValueError, match=r"other settings: encoder is not recorded there, but 'words' here"):
         build_text(["a cat"], tmp_path)
 
 
@@ -80,3 +80,41 @@ def test_ranks_share_the_prompts(tmp_path):
     TextCache(tmp_path).check(prompts)
     with pytest.raises(ValueError, match=r"1 of 4 prompts are not in the cache '.*', first 'x'"):
         TextCache(tmp_path).check([*prompts, "x"])
+
+
+def test_a_start_that_fails_leaves_nothing_that_refuses_the_next(tmp_path):
+    with pytest.raises(ValueError, match=r"must be \[1, 9, D\], got \(1, 8, "):
+        build_text(["a"], tmp_path, max_sequence_length=9)
+    build_text(["a"], tmp_path)
+    assert torch.equal(TextCache(tmp_path).load("a"), encode(["a"])[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "settings.json' is damaged: it is not JSON"),
+        ("[]", "settings.json' is damaged: it holds no JSON object"),
+        ("[" * 100_000, "settings.json' is damaged: it is nested too deeply"),
+        ("{}", "text_format is not recorded there, but 1 here"),
+        ('{"text_format": 1}', "max_sequence_length must be a whole number of at least 1, but it is None"),
+        ('{"text_format": 1, "max_sequence_length": "8"}', "of at least 1, but it is '8'"),
+        ('{"text_format": 1, "max_sequence_length": 0}', "of at least 1, but it is 0"),
+        ('{"text_format": 1, "max_sequence_length": 8.0}', "of at least 1, but it is 8.0"),
+    ],
+)
+def test_damaged_settings_are_named(tmp_path, content, message):
+    build_text(["a"], tmp_path)
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        TextCache(tmp_path)
+    with pytest.raises(ValueError, match="delete the folder, so that"):
+        build_text(["a"], tmp_path)
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(3), torch.zeros(9, 3), torch.zeros(2, 3, dtype=torch.int32)])
+def test_a_file_that_holds_something_else_is_named(tmp_path, tensor):
+    build_text(["a"], tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    save_tensor(path, tensor)
+    with pytest.raises(ValueError, match=rf"{path.name}' is damaged: embeddings are \[up to 8, D\], but it holds "):
+        TextCache(tmp_path).load("a")

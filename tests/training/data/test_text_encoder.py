@@ -1,6 +1,8 @@
 """The text encoder of a run is loaded by the processes that have prompts to encode, and by no other."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.text_cache import TextCache
-from data.text_encoder import TextEncoder, encode_missing
+from data.text_encoder import TextEncoder, encode_missing, prompt_length
 from longlive_diffusers import LongLivePipeline
 
 
@@ -87,3 +89,45 @@ def test_it_computes_in_the_dtype_that_is_asked_for_and_the_two_are_not_mixed(wo
     # transformers 5.0 keeps some of its weights in float32.
     with pytest.raises(ValueError, match=r"text_encoder\.dtype is 'torch.bfloat16.*' there, but 'torch.float32' here"):
         encode(folder, cache, ["a red circle"])
+
+
+def test_what_is_remembered_of_text_encoders_is_of_the_cache_as_it_is(workshop, tmp_path):
+    folder, cache = workshop.folder / "pipeline", tmp_path / "cache"
+    assert encode(folder, cache, ["a red circle"])
+    settings = json.loads((cache / "settings.json").read_text())
+    (cache / "settings.json").write_text(json.dumps(settings | {"text_encoder.weights": "others"}))
+    with pytest.raises(ValueError, match=r"text_encoder\.weights is 'others' there"):
+        encode(folder, cache, ["a red circle"])
+    shutil.rmtree(cache)
+    assert encode(folder, cache, ["a red circle"]), "nothing is known of a cache that was deleted"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"files": ["0"]}', "\x00"])
+def test_a_damaged_memory_of_text_encoders_is_made_again(workshop, tmp_path, content):
+    folder, cache = workshop.folder / "pipeline", tmp_path / "cache"
+    encode(folder, cache, ["a red circle"])
+    (cache / "known_encoders.json").write_text(content)
+    assert [encode(folder, cache, ["a red circle"]) for _ in range(2)] == [True, False]
+
+
+def test_a_start_that_fails_leaves_nothing_that_refuses_the_next(workshop, tmp_path):
+    folder, cache = workshop.folder / "pipeline", tmp_path / "cache"
+    too_long = replace(encoder_of(folder), max_sequence_length=64)
+    too_long.pipe.tokenizer.model_max_length = LENGTH
+    with pytest.raises(ValueError, match=r"must be \[1, 64, D\], got \(1, 16, "):
+        encode_missing(process(), too_long, ["a red circle"], cache)
+    assert encode(folder, cache, ["a red circle"])
+    assert TextCache(cache).max_sequence_length == LENGTH
+
+
+@pytest.mark.parametrize(
+    ("requested", "limit", "expected"),
+    [(None, 32, 32), (None, 512, 512), (None, 1024, 512), (None, int(1e30), 512), (16, 32, 16), (1024, 1024, 1024)],
+)
+def test_the_length_of_prompts(requested, limit, expected):
+    assert prompt_length(requested, SimpleNamespace(model_max_length=limit)) == expected
+
+
+def test_a_length_that_the_tokenizer_does_not_take():
+    with pytest.raises(ValueError, match="--max_sequence_length 33: the tokenizer of the model takes at most 32 tok"):
+        prompt_length(33, SimpleNamespace(model_max_length=32))
