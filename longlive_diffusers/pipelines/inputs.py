@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
-from diffusers.video_processor import VideoProcessor
 
 from ..frame_counts import chunks_to_cover, latent_frames, pixel_frames
 from ..models.kv_cache import check_window
@@ -169,7 +168,6 @@ class Request:
 def resolve_request(
     sizes: ModelSizes,
     settings: Mapping[str, Any],
-    processor: VideoProcessor,
     *,
     is_offloaded: bool,
     prompt,
@@ -209,7 +207,6 @@ def resolve_request(
     Args:
         sizes: The sizes of the networks.
         settings: The pipeline's configuration (`window_size`, ...), for settings that are None here.
-        processor: Resizes images to the video's size.
         is_offloaded: Whether the models are moved to the device one at a time.
 
     All other arguments are those of `LongLivePipeline.stream`.
@@ -260,9 +257,9 @@ def resolve_request(
     given = {"latents": latents, "image_latents": image_latents, "video_latents": video_latents}
     size = resolve_size(height, width, given, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)
     if image is not None:
-        image = image_to_pixels(image, processor, size.height, size.width)
+        image = image_to_pixels(image, size.height, size.width)
     if video is not None:
-        video = video_to_pixels(video, processor, size.height, size.width, sizes.chunk_size, sizes.temporal_scale)
+        video = video_to_pixels(video, size.height, size.width, sizes.chunk_size, sizes.temporal_scale)
     tensors = {
         name: None if tensor is None else for_each_sample(name, tensor, num_prompts, num_videos_per_prompt)
         for name, tensor in {**given, "image": image, "video": video}.items()

@@ -239,9 +239,15 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             shot_prompts: In place of `prompt`: one prompt for each shot; a list of such lists makes a batch.
             chunks_per_shot: How long each shot lasts, in chunks: one number, one for each shot, or a list for each
                 video. Without it, the video is divided evenly.
-            image: The first frame of the video (image to video).
-            video: A video to continue; the result begins with it. Frames that do not fill whole chunks are dropped
-                from its beginning, with a warning.
+            image: The first frame of the video (image to video): a PIL image of any mode, an array `[H, W, 3]` or a
+                tensor `[3, H, W]`; a list has one for each prompt. It is shown as a viewer shows it: upright, with
+                what is transparent laid over white. If its shape is another one than the video's, it is resized to
+                cover the video and cropped at the center. Integers are taken for 8 bits where none is above 255, else
+                for fractions of their range. Floats are in [0, 1]; those in [-1, 1], which diffusers takes with a
+                deprecation warning, are refused.
+            video: A video to continue; the result begins with it: a list of frames, each like `image`, an array
+                `[F, H, W, 3]` or a tensor `[F, 3, H, W]`; a list of these has one for each prompt. Frames that do not
+                fill whole chunks are dropped from its beginning, with a warning.
             negative_prompt: What the video should not show; used where `guidance_scale` is neither 1 nor 0.
             height, width: The size of the video in pixels; the model's own by default.
             num_frames: The number of frames of the whole result; rounded up to whole chunks, with a warning.
@@ -342,9 +348,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         # 1. Check everything that can be checked without work.
         self._check_vae(is_needed=output_type != "latent" or image is not None or video is not None)
-        request = resolve_request(
-            self.sizes, self.config, self.video_processor, is_offloaded=self.is_offloaded, **options
-        )
+        request = resolve_request(self.sizes, self.config, is_offloaded=self.is_offloaded, **options)
 
         # 2. Encode the prompts.
         prompts = self._encode_prompts(request)
