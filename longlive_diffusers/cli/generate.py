@@ -13,7 +13,8 @@ from ..dtypes import DTYPES
 from ..pipelines.pipeline_output import VideoChunk
 from ..video.writer import VideoWriter
 from .arguments import add_cache_options, add_device_option, count, non_negative, positive, size
-from .generation_request import DEFAULT_SECONDS, FPS, GenerationRequest, check_request
+from .beginning import FPS
+from .generation_request import DEFAULT_SECONDS, GenerationRequest, check_request
 from .shots_file import FORMAT
 from .typed_prompts import HELP, TypedPrompts, readable_descriptor
 
@@ -32,8 +33,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "prompts", nargs="*", metavar="PROMPT", help="What the video shows; several prompts are one for each shot."
     )
     parser.add_argument("--shots-file", metavar="FILE", help="A file of shots in place of PROMPT; see below.")
-    parser.add_argument("--image", metavar="FILE", help="An image that becomes the first frame.")
-    parser.add_argument("--video", metavar="FILE", help="A video to continue; the result begins with it.")
+    parser.add_argument(
+        "--image", metavar="FILE", help="An image that becomes the first frame; its shape decides the default size."
+    )
+    parser.add_argument(
+        "--video", metavar="FILE", help="A video to continue; the result begins with it, and takes its shape."
+    )
     parser.add_argument(
         "--negative-prompt",
         metavar="TEXT",
@@ -61,8 +66,9 @@ def _add_size_options(parser: argparse.ArgumentParser) -> None:
     length.add_argument(
         "--num-frames", type=count, help="The length of the whole video in frames, in place of --seconds."
     )
-    parser.add_argument("--height", type=count, help="The height of the video in pixels (default: the model's).")
-    parser.add_argument("--width", type=count, help="The width of the video in pixels (default: the model's).")
+    shape = "(default: the model's; with --image or --video, of about as many pixels in their shape)"
+    parser.add_argument("--height", type=count, help=f"The height of the video in pixels {shape}.")
+    parser.add_argument("--width", type=count, help="The width of the video in pixels (default: as for --height).")
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +146,8 @@ class Progress:
 def run(args: argparse.Namespace) -> int:
     """Make the video; return 130 if Ctrl-C ended it (the file is then valid, only shorter)."""
     request, folder = check_request(args)
+    for note in request.beginning.notes:
+        print(f"longlive: {note}", file=sys.stderr)
     began = time.perf_counter()
     pipe = folder.load(
         device=request.device,

@@ -79,7 +79,9 @@ def video_to_pixels(video, height: int, width: int, chunk_size: int, temporal_sc
 def _split_videos(video) -> list[Sequence]:
     """Split a batch into videos, each of them a sequence of frames or of arrays of frames."""
     if isinstance(video, PIL.Image.Image) or _ndim(video) in (2, 3):
-        raise ValueError(f"`video` is a single picture, {_describe(video)}: a video is a list of them; or pass `image`.")
+        raise ValueError(
+            f"`video` is a single picture, {_describe(video)}: a video is a list of them; or pass `image`."
+        )
     if not isinstance(video, list | tuple):
         return [[part] for part in video] if _ndim(video) == 5 else [[video]]
     if not video:

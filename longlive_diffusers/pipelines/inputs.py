@@ -373,11 +373,12 @@ def _strings(name: str, value) -> list[str]:
     return value
 
 
-def check_embeds(name: str, embeds: torch.Tensor, text_dim: int) -> None:
+def check_embeds(name: str, embeds: torch.Tensor, text_dim: int | None) -> None:
+    """Raise a ValueError unless embeddings are `[B, L, text_dim]` (of any dimension if it is None) and finite."""
     is_tensor = isinstance(embeds, torch.Tensor)
-    if not is_tensor or embeds.ndim != 3 or 0 in embeds.shape or embeds.shape[-1] != text_dim:
+    if not is_tensor or embeds.ndim != 3 or 0 in embeds.shape or embeds.shape[-1] != (text_dim or embeds.shape[-1]):
         shape = tuple(embeds.shape) if is_tensor else type(embeds).__name__
-        raise ValueError(f"`{name}` must be [B, L, {text_dim}], got {shape}.")
+        raise ValueError(f"`{name}` must be [B, L, {text_dim or 'D'}], got {shape}.")
     check_finite(name, embeds)
 
 
@@ -394,6 +395,8 @@ def check_latents(name: str, latents: torch.Tensor | None, channels: int, chunk_
     if not isinstance(latents, torch.Tensor) or latents.ndim != 5 or latents.shape[1] != channels:
         shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
         raise ValueError(f"`{name}` must be [B, {channels}, F, h, w], got {shape}.")
+    if not latents.is_floating_point() or 0 in latents.shape:
+        raise ValueError(f"`{name}` must be floats, at least one, got {latents.dtype} {tuple(latents.shape)}.")
     frames = latents.shape[2]
     if chunk_size is None and frames != 1:
         raise ValueError(f"`{name}` must have 1 latent frame, got {frames}.")

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -40,33 +41,30 @@ class BreaksOffError(ValueError):
 
 @dataclass(frozen=True)
 class TimedFrame:
-    """
-    A decoded frame.
-
-    Args:
-        picture: The frame as it is stored, not yet turned upright.
-        time: When it is shown, in seconds.
-        pixel_aspect: The width of its stored pixels, in units of their height.
-    """
+    """A decoded frame, as it is stored, and the time when it is shown, in seconds."""
 
     picture: av.VideoFrame
     time: Fraction
-    pixel_aspect: Fraction
 
 
 @dataclass(frozen=True)
 class Video:
     """
-    A video file that is open.
+    A video file that is open. `display.Display` turns its frames into what a player shows.
 
     Args:
-        first: The first frame, which can be looked at before any is taken.
-        frames: All frames, the first as well; can be iterated once, and raises [`BreaksOffError`] where the file does.
+        frames: All frames; they can be iterated once, and raise [`BreaksOffError`] where the file does.
+        height, width: The size of the frames as they are stored.
+        pixel_aspect: The width of a stored pixel, in units of its height.
+        display_matrix: The first five numbers (a, b, u, c, d) of the matrix that turns the frames upright, or None.
         stated_rate: The frames per second that the file states, which may be far from the truth; None if it does not.
     """
 
-    first: TimedFrame
     frames: Iterator[TimedFrame]
+    height: int
+    width: int
+    pixel_aspect: Fraction
+    display_matrix: tuple[int, ...] | None
     stated_rate: Fraction | None
 
 
@@ -91,7 +89,14 @@ def open_video(path: str | os.PathLike) -> Iterator[Video]:
             if first is None:
                 raise ValueError(f"none of the frames of '{path}' can be decoded")
             with contextlib.closing(frames):
-                yield Video(first, itertools.chain([first], frames), stream.average_rate or stream.guessed_rate)
+                yield Video(
+                    itertools.chain([first], frames),
+                    first.picture.height,
+                    first.picture.width,
+                    _pixel_aspect(stream),
+                    _display_matrix(first.picture),
+                    stream.average_rate or stream.guessed_rate or None,
+                )
     except av.error.FFmpegError as error:
         raise ValueError(f"'{path}' cannot be read as a video: {error.strerror}") from error
 
@@ -110,14 +115,23 @@ def _video_stream(path: Path, container: av.container.InputContainer) -> av.Vide
     return stream
 
 
-def _timed_frames(
-    path: Path, container: av.container.InputContainer, stream: av.VideoStream
-) -> Iterator[TimedFrame]:
+def _pixel_aspect(stream: av.VideoStream) -> Fraction:
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    return aspect if Fraction(1, MOST_OBLONG) <= aspect <= MOST_OBLONG else Fraction(1)
+
+
+def _display_matrix(picture: av.VideoFrame) -> tuple[int, ...] | None:
+    # Once for a video: PyAV ties a frame and its side data into a circle, which stays until garbage is collected.
+    try:
+        matrix = picture.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV names only some kinds of side data, and shows none if there is another
+        return None
+    return None if matrix is None else struct.unpack_from("=5i", matrix)
+
+
+def _timed_frames(path: Path, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[TimedFrame]:
     """Yield every intact frame; raise a BreaksOffError after them unless they are all that the file should have."""
     rate = stream.average_rate or stream.guessed_rate
-    pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
-    if not 1 / MOST_OBLONG <= pixel_aspect <= MOST_OBLONG:
-        pixel_aspect = Fraction(1)
     length = _Length(container)
     num_frames, first_time, last_time = 0, Fraction(0), Fraction(0)
     for picture in _pictures(container, stream, length):
@@ -133,7 +147,7 @@ def _timed_frames(
         elif time - last_time > LONGEST_GAP:
             length.breaks_off = True
             break
-        yield TimedFrame(picture, time, pixel_aspect)
+        yield TimedFrame(picture, time)
         num_frames, last_time = num_frames + 1, time
     if length.is_complete:
         return

@@ -47,7 +47,7 @@ def white_level(name: str, arrays: Sequence[np.ndarray]) -> float:
     white = float(np.iinfo(dtype).max)
     if most < white / 256:
         raise ValueError(
-            f"{name} holds {dtype} up to {most}, which is neither 8 bits (up to 255) nor 16 (up to 65535), and would be "
-            f"black beside {white:.0f}: pass floats in [0, 1]."
+            f"{name} holds {dtype} up to {most}, which is neither 8 bits (up to 255) nor 16 (up to 65535), and would "
+            f"be black beside {white:.0f}: pass floats in [0, 1]."
         )
     return white

@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from .decoding import BreaksOffError, TimedFrame, Video, open_video
-from .display import displayed, displayed_size
+from .display import Display
 from .sampling import at_rate
 
 
@@ -36,11 +36,12 @@ def sampled_frames(
     Raises:
         BreaksOffError: After the last sound frame of a damaged file, unless `limit` was reached before.
     """
+    display = Display(video)
     last: TimedFrame | None = None
     pixels = np.empty(0)
     for frame in at_rate(((frame, frame.time) for frame in video.frames), fps, limit):
         if frame is not last:
-            last, pixels = frame, displayed(frame, height, width)
+            last, pixels = frame, display.show(frame.picture, height, width)
         yield pixels
 
 
@@ -65,10 +66,10 @@ def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> tup
     frames: list[np.ndarray] = []
     times: list[Fraction] = []
     with open_video(path) as video:
-        height, width = displayed_size(video.first)
+        display = Display(video)
         try:
             for frame in itertools.islice(video.frames, max_frames):
-                frames.append(displayed(frame, height, width))
+                frames.append(display.show(frame.picture, display.height, display.width))
                 times.append(frame.time)
         except BreaksOffError as error:
             warnings.warn(str(error), stacklevel=2)
