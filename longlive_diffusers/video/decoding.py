@@ -169,25 +169,24 @@ class _Length:
         self.stated = Fraction(container.duration or 0, av.time_base) if says_so else None
         self.breaks_off = False
         self._end = Fraction(0)
-        self._longest_step = self._unknown = Fraction(0)
+        self._longest = Fraction(0)  # of all packets
 
     def add(self, packet: av.Packet) -> None:
         """Count a packet of any stream: sound may outlast the pictures."""
         if packet.pts is None or packet.time_base is None:
             return
-        end = (packet.pts + (packet.duration or 0)) * packet.time_base
-        if end > self._end:
-            self._longest_step = max(self._longest_step, end - self._end)
-            self._unknown = Fraction(0) if packet.duration else self._longest_step
-            self._end = end
+        duration = (packet.duration or 0) * packet.time_base
+        end = packet.pts * packet.time_base + duration
+        self._longest = max(self._longest, duration or end - self._end)
+        self._end = max(self._end, end)
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing of the file is missing, so far as it can be known; how long the last packet lasts may be
-        unknown."""
+        """Whether nothing of the file is missing, so far as it can be known: encoders count the length of a packet
+        more or less."""
         if self.breaks_off:
             return False
-        return self.stated is None or self._end + self._unknown + Fraction(1, 10) >= self.stated
+        return self.stated is None or self._end + self._longest + Fraction(1, 10) >= self.stated
 
 
 def _pictures(
