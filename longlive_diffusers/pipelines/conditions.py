@@ -86,10 +86,9 @@ def _split_videos(video) -> list[Sequence]:
         return [[part] for part in video] if _ndim(video) == 5 else [[video]]
     if not video:
         raise ValueError("`video` is an empty list.")
-    first = video[0]
-    if isinstance(first, list | tuple):
+    if any(isinstance(part, list | tuple) or _ndim(part) == 4 for part in video):
         return [part if isinstance(part, list | tuple) else [part] for part in video]
-    return [[part] for part in video] if _ndim(first) == 4 else [video]
+    return [video]
 
 
 def _ndim(value) -> int | None:

@@ -26,7 +26,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     file = io.BytesIO(path.read_bytes()) if path.is_fifo() else path  # Pillow goes back and forth
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, but not too large
+            warnings.simplefilter("ignore")  # large but not too large, or something odd about its tags
             with Image.open(file) as image:
                 image.load()
                 return as_rgb(image)

@@ -27,7 +27,7 @@ def encode_video(
     frames: np.ndarray,
     *,
     milliseconds: Sequence[int] | None = None,
-    fps: int = 24,
+    fps: int | Fraction = 24,
     codec: str = "libx264",
     pixel_format: str = "yuv420p",
     pixel_aspect: Fraction | None = None,
