@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -129,7 +129,7 @@ def _display_matrix(picture: av.VideoFrame) -> tuple[int, ...] | None:
     return None if matrix is None else struct.unpack_from("=5i", matrix)
 
 
-def _timed_frames(path: Path, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[TimedFrame]:
+def _timed_frames(path: Path, container: av.container.InputContainer, stream: av.VideoStream) -> Generator[TimedFrame]:
     """Yield every intact frame; raise a BreaksOffError after them unless they are all that the file should have."""
     rate = stream.average_rate or stream.guessed_rate
     length = _Length(container)
@@ -137,7 +137,8 @@ def _timed_frames(path: Path, container: av.container.InputContainer, stream: av
     for picture in _pictures(container, stream, length):
         time = last_time
         if picture.pts is not None:
-            time = picture.pts * (picture.time_base or stream.time_base)  # delayed frames have no time base
+            # Delayed frames have no time base.
+            time = picture.pts * (picture.time_base or stream.time_base or Fraction(1, av.time_base))
         elif not rate:
             raise ValueError(f"'{path}' says neither its frame rate nor the times of its frames")
         elif num_frames:
@@ -202,6 +203,7 @@ def _pictures(
                 break
             length.add(packet)
             for picture in packet.decode() if packet.stream.index == stream.index else ():
+                assert isinstance(picture, av.VideoFrame)  # of a video stream
                 if picture.is_corrupt:
                     length.breaks_off = True
                     return

@@ -55,7 +55,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
         return _gray_of_8_bits(image).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # only a conversion in place returns nothing
+        return converted
     return over_white(image)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import TypeVar
+from typing import Any, TypeVar
 
 
 Frame = TypeVar("Frame")
@@ -23,7 +23,7 @@ def at_rate(frames: Iterable[tuple[Frame, Fraction]], fps: Fraction, limit: int 
     """
     most = math.inf if limit is None else limit
     num_given, start, last_time, gap = 0, None, Fraction(0), Fraction(0)
-    last: Frame | None = None
+    last: Any = None  # a frame, once there is one
     for frame, time in frames:
         if start is None:
             start, last = time, frame
