@@ -46,8 +46,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="What the video shows; several prompts are one for each shot.",
     )
     parser.add_argument("--shots-file", metavar="FILE", help="A file of shots in place of PROMPT; see below.")
-    parser.add_argument("--image", metavar="FILE", help="An image that becomes the first frame.")
-    parser.add_argument("--video", metavar="FILE", help="A video to continue; the result begins with it.")
+    parser.add_argument(
+        "--image", metavar="FILE", help="An image that becomes the first frame; its shape decides the default size."
+    )
+    parser.add_argument(
+        "--video", metavar="FILE", help="A video to continue; the result begins with it, and takes its shape."
+    )
     parser.add_argument(
         "--negative-prompt",
         type=text,
@@ -79,11 +83,10 @@ def _add_size_options(parser: argparse.ArgumentParser) -> None:
         type=integer(1, MAX_FRAMES),
         help="The length of the whole video in frames, in place of --seconds.",
     )
+    shape = "(default: the model's; with --image or --video, of about as many pixels in their shape)"
+    parser.add_argument("--height", type=integer(1, MAX_SIDE), help=f"The height of the video in pixels {shape}.")
     parser.add_argument(
-        "--height", type=integer(1, MAX_SIDE), help="The height of the video in pixels (default: the model's)."
-    )
-    parser.add_argument(
-        "--width", type=integer(1, MAX_SIDE), help="The width of the video in pixels (default: the model's)."
+        "--width", type=integer(1, MAX_SIDE), help="The width of the video in pixels (default: as for --height)."
     )
 
 

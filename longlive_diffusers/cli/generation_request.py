@@ -5,9 +5,7 @@ import os
 import random
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image
 
 from ..conversion.pipeline_folder import PipelineFolder, check_lora_file
 from ..frame_counts import chunks_to_cover, pixel_frames, whole_chunks
@@ -15,9 +13,10 @@ from ..models.kv_cache import check_window
 from ..models.layer_kv_cache import resolve_kv_cache_dtype
 from ..pipelines.chunk_step import is_guided
 from ..pipelines.inputs import ModelSizes, resolve_size
-from ..video.reader import read_image, read_video
+from ..video.input_file import existing_file
 from ..video.writer import check_output
 from .backends import check_attention_backend, check_nvfp4_backend
+from .beginning import Beginning, read_beginning
 from .choices import DEFAULT_SECONDS, FPS
 from .console import counted
 from .device import choose_device
@@ -28,13 +27,12 @@ from .shots_file import RequestedShot, read_shots
 class GenerationRequest:
     """What the user wants, checked as far as it can be without the models.
 
-    `num_frames` is None for an endless video. `condition_frames` counts the frames of `video` that the result begins
-    with.
+    `num_frames` is None for an endless video. `condition_frames` counts the frames that the result begins with, of the
+    video that it continues.
     """
 
     shots: list[RequestedShot]
-    image: Image.Image | None
-    video: np.ndarray | None
+    beginning: Beginning
     num_frames: int | None
     condition_frames: int
     seed: int
@@ -46,12 +44,12 @@ class GenerationRequest:
         return {
             "shot_prompts": [shot.prompt for shot in self.shots],
             "chunks_per_shot": None if None in durations else durations,
-            "image": self.image,
-            "video": self.video,
+            "image": self.beginning.image,
+            "video": self.beginning.video,
             "negative_prompt": args.negative_prompt,
             "num_frames": self.num_frames,
-            "height": args.height,
-            "width": args.width,
+            "height": self.beginning.height,
+            "width": self.beginning.width,
             "num_inference_steps": args.steps,
             "guidance_scale": args.guidance_scale,
             "window_size": args.window_size,
@@ -88,17 +86,19 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
     if args.offload != "none" and args.stream:
         raise ValueError("--stream runs two models at once, --offload keeps one on the GPU: choose one")
     shots = read_shots(args.shots_file) if args.shots_file else [RequestedShot(prompt) for prompt in args.prompts]
-    image = read_image(args.image) if args.image else None
-    video = at_frame_rate(*read_video(args.video)) if args.video else None
+    for kind, path in (("image", args.image), ("video", args.video)):
+        if path:
+            existing_file(path, kind)
     for lora, _ in scaled_loras(args):
         check_lora_file(lora)
 
     folder = PipelineFolder.find(args.model)
     sizes, settings = folder.sizes, folder.settings
-    num_frames, condition_frames = choose_length(args, shots, 0 if video is None else len(video), sizes)
+    resolve_size(args.height, args.width, {}, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)
+    beginning = read_beginning(args, sizes, requested_frames(args))
+    num_frames, condition_frames = choose_length(args, shots, len(beginning.video or ()), sizes)
     if num_frames is None and len(shots) > 1 and shots[0].chunks is None:
         raise ValueError(f"an endless video of {len(shots)} shots needs a --shots-file that says how long each lasts")
-    resolve_size(args.height, args.width, {}, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)
     check_window(
         settings["window_size"] if args.window_size is None else args.window_size,
         settings["sink_size"] if args.sink_size is None else args.sink_size,
@@ -112,7 +112,12 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
     if args.nvfp4:
         check_nvfp4_backend(args.nvfp4, folder.transformer, device)
     seed = random.randrange(2**31) if args.seed is None else args.seed
-    return GenerationRequest(shots, image, video, num_frames, condition_frames, seed, device), folder
+    return GenerationRequest(shots, beginning, num_frames, condition_frames, seed, device), folder
+
+
+def requested_frames(args: argparse.Namespace) -> int | None:
+    """Return the length that the user asked for in frames or seconds; None for neither."""
+    return args.num_frames if args.seconds is None else max(1, round(args.seconds * FPS))
 
 
 def scaled_loras(args: argparse.Namespace) -> list[tuple[str, float]]:
@@ -141,12 +146,12 @@ def choose_length(
         needed = pixel_frames(chunk_size, temporal_scale=scale)
         raise ValueError(f"the video to continue has {counted(video_frames, 'frame')}; at least {needed} are needed")
     condition_frames = pixel_frames(condition_chunks * chunk_size, temporal_scale=scale)
-    num_frames = args.num_frames if args.seconds is None else max(1, round(args.seconds * FPS))
+    num_frames = requested_frames(args)
     if num_frames is not None:
         if num_frames <= condition_frames:
             raise ValueError(
-                f"the length counts the whole video: {counted(num_frames, 'frame')} is no more than the "
-                f"{condition_frames} of the video that is continued"
+                f"the length counts the whole video: {counted(num_frames, 'frame')} would leave nothing to add to the "
+                f"{condition_frames} or more of the video that is continued"
             )
         num_chunks = chunks_to_cover(num_frames, chunk_size, temporal_scale=scale)
     elif args.stream:
@@ -156,11 +161,3 @@ def choose_length(
     else:
         num_chunks = condition_chunks + chunks_to_cover(round(DEFAULT_SECONDS * FPS), chunk_size, temporal_scale=scale)
     return pixel_frames(num_chunks * chunk_size, temporal_scale=scale), condition_frames
-
-
-def at_frame_rate(frames: np.ndarray, fps: float) -> np.ndarray:
-    """Resample a video `[F, H, W, 3]` to the model's frame rate, by picking the nearest frames."""
-    if abs(fps - FPS) < 0.1:  # 23.976 is meant to be 24
-        return frames
-    times = np.arange(max(1, round(len(frames) * FPS / fps))) / FPS
-    return frames[np.minimum((times * fps).round().astype(int), len(frames) - 1)]

@@ -43,6 +43,8 @@ class Progress:
 def generate(args: argparse.Namespace) -> int:
     """Make the video; return 130 if Ctrl-C ended it (the file is then valid, only shorter)."""
     request, folder = check_request(args)
+    for note in request.beginning.notes:
+        print(f"longlive: {note}", file=sys.stderr)
     shows_bars = not args.no_progress and sys.stderr is not None and sys.stderr.isatty()
     began = time.perf_counter()
     pipe = folder.load(

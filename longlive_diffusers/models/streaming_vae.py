@@ -15,6 +15,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from ..frame_counts import latent_frames, pixel_frames
 
 
+ROUNDING = 1e-2  # what pixels may be beyond [-1, 1]: two steps of bfloat16 there
+
+
 class StreamingDecoder:
     """
     `decode(chunk)` for the chunks of one video, in order, gives what `vae.decode` gives for all of them at once, bit
@@ -197,11 +200,31 @@ def encode_video(
 
     Returns:
         Normalized latents `[B, z_dim, 1 + n, h, w]`, float32.
+
+    Raises:
+        ValueError: For pixels of another shape, another number of frames, or values that are no floats in [-1, 1]; H
+            and W are multiples of the VAE's `scale_factor_spatial`.
     """
     encoder = StreamingEncoder(vae)
+    _check_pixels(vae, pixels)
     groups = groups_of_latents(pixels, True, vae.config.scale_factor_temporal)
     latents = [encoder.encode(group.to(device or vae.device, vae.dtype)) for group in groups]
     return normalize_latents(vae, torch.cat(latents, dim=2).float())
+
+
+def _check_pixels(vae: AutoencoderKLWan, pixels: torch.Tensor) -> None:
+    scale, multiple = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    channels = vae.config.in_channels // (vae.config.patch_size or 1) ** 2
+    shape = tuple(pixels.shape) if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+    if not isinstance(pixels, torch.Tensor) or pixels.ndim != 5 or pixels.shape[1] != channels or 0 in pixels.shape:
+        raise ValueError(f"Expected pixels [B, {channels}, 1 + {scale} n, H, W], got {shape}.")
+    frames, height, width = pixels.shape[2:]
+    if frames % scale != 1 % scale or height % multiple or width % multiple:
+        raise ValueError(f"Expected 1 + {scale} n frames of multiples of {multiple} pixels, got {shape}.")
+    least, most = pixels.min(), pixels.max()
+    # Not a number is not within them either.
+    if not pixels.is_floating_point() or not (least >= -1 - ROUNDING and most <= 1 + ROUNDING):
+        raise ValueError(f"Expected floats in [-1, 1], got {pixels.dtype} in [{least.item()}, {most.item()}].")
 
 
 def latent_statistics(

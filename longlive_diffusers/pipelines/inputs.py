@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
-from diffusers.video_processor import VideoProcessor
 
 from ..frame_counts import chunks_to_cover, latent_frames, pixel_frames
 from ..models.kv_cache import check_window
@@ -169,7 +168,6 @@ class Request:
 def resolve_request(
     sizes: ModelSizes,
     settings: Mapping[str, Any],
-    processor: VideoProcessor,
     *,
     is_offloaded: bool,
     prompt,
@@ -209,7 +207,6 @@ def resolve_request(
     Args:
         sizes: The sizes of the networks.
         settings: The pipeline's configuration (`window_size`, ...), for settings that are None here.
-        processor: Resizes images to the video's size.
         is_offloaded: Whether the models are moved to the device one at a time.
 
     All other arguments are those of `LongLivePipeline.stream`.
@@ -260,9 +257,9 @@ def resolve_request(
     given = {"latents": latents, "image_latents": image_latents, "video_latents": video_latents}
     size = resolve_size(height, width, given, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)
     if image is not None:
-        image = image_to_pixels(image, processor, size.height, size.width)
+        image = image_to_pixels(image, size.height, size.width)
     if video is not None:
-        video = video_to_pixels(video, processor, size.height, size.width, sizes.chunk_size, sizes.temporal_scale)
+        video = video_to_pixels(video, size.height, size.width, sizes.chunk_size, sizes.temporal_scale)
     tensors = {
         name: None if tensor is None else for_each_sample(name, tensor, num_prompts, num_videos_per_prompt)
         for name, tensor in {**given, "image": image, "video": video}.items()
@@ -376,11 +373,12 @@ def _strings(name: str, value) -> list[str]:
     return value
 
 
-def check_embeds(name: str, embeds: torch.Tensor, text_dim: int) -> None:
+def check_embeds(name: str, embeds: torch.Tensor, text_dim: int | None) -> None:
+    """Raise a ValueError unless embeddings are `[B, L, text_dim]` (of any dimension if it is None) and finite."""
     is_tensor = isinstance(embeds, torch.Tensor)
-    if not is_tensor or embeds.ndim != 3 or 0 in embeds.shape or embeds.shape[-1] != text_dim:
+    if not is_tensor or embeds.ndim != 3 or 0 in embeds.shape or embeds.shape[-1] != (text_dim or embeds.shape[-1]):
         shape = tuple(embeds.shape) if is_tensor else type(embeds).__name__
-        raise ValueError(f"`{name}` must be [B, L, {text_dim}], got {shape}.")
+        raise ValueError(f"`{name}` must be [B, L, {text_dim or 'D'}], got {shape}.")
     check_finite(name, embeds)
 
 
@@ -397,6 +395,8 @@ def check_latents(name: str, latents: torch.Tensor | None, channels: int, chunk_
     if not isinstance(latents, torch.Tensor) or latents.ndim != 5 or latents.shape[1] != channels:
         shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
         raise ValueError(f"`{name}` must be [B, {channels}, F, h, w], got {shape}.")
+    if not latents.is_floating_point() or 0 in latents.shape:
+        raise ValueError(f"`{name}` must be floats, at least one, got {latents.dtype} {tuple(latents.shape)}.")
     frames = latents.shape[2]
     if chunk_size is None and frames != 1:
         raise ValueError(f"`{name}` must have 1 latent frame, got {frames}.")

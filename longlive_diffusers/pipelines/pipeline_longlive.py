@@ -32,7 +32,16 @@ from .async_workers import AsyncWorkers
 from .chunk_step import is_guided
 from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser, RunState
-from .inputs import CALLBACK_TENSOR_INPUTS, ModelSizes, Request, check_output_type, resolve_request
+from .inputs import (
+    CALLBACK_TENSOR_INPUTS,
+    ModelSizes,
+    Request,
+    check_counts,
+    check_embeds,
+    check_latents,
+    check_output_type,
+    resolve_request,
+)
 from .pipeline_output import Frames, LongLivePipelineOutput, join_frames
 from .prompt_cleaning import clean_prompt
 from .prompt_source import PromptSource
@@ -239,9 +248,15 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             shot_prompts: In place of `prompt`: one prompt for each shot; a list of such lists makes a batch.
             chunks_per_shot: How long each shot lasts, in chunks: one number, one for each shot, or a list for each
                 video. Without it, the video is divided evenly.
-            image: The first frame of the video (image to video).
-            video: A video to continue; the result begins with it. Frames that do not fill whole chunks are dropped
-                from its beginning, with a warning.
+            image: The first frame of the video (image to video): a PIL image of any mode, an array `[H, W, 3]` or a
+                tensor `[3, H, W]`; a list has one for each prompt. It is shown as a viewer shows it: upright, with
+                what is transparent laid over white. If its shape is another one than the video's, it is resized to
+                cover the video and cropped at the center. Integers are taken for 8 bits where none is above 255, else
+                for fractions of their range. Floats are in [0, 1]; those in [-1, 1], which diffusers takes with a
+                deprecation warning, are refused.
+            video: A video to continue; the result begins with it: a list of frames, each like `image`, an array
+                `[F, H, W, 3]` or a tensor `[F, 3, H, W]`; a list of these has one for each prompt. Frames that do not
+                fill whole chunks are dropped from its beginning, with a warning.
             negative_prompt: What the video should not show; used where `guidance_scale` is neither 1 nor 0.
             height, width: The size of the video in pixels; the model's own by default.
             num_frames: The number of frames of the whole result; rounded up to whole chunks, with a warning.
@@ -342,9 +357,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         # 1. Check everything that can be checked without work.
         self._check_vae(is_needed=output_type != "latent" or image is not None or video is not None)
-        request = resolve_request(
-            self.sizes, self.config, self.video_processor, is_offloaded=self.is_offloaded, **options
-        )
+        request = resolve_request(self.sizes, self.config, is_offloaded=self.is_offloaded, **options)
 
         # 2. Encode the prompts.
         prompts = self._encode_prompts(request)
@@ -406,9 +419,14 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             `[B * num_videos_per_prompt, max_sequence_length, D]`.
 
         Raises:
-            ValueError: If there is neither a prompt nor `prompt_embeds`, there are not as many negative prompts as
-                prompts, or the pipeline has no tokenizer or text encoder.
+            ValueError: If there is neither a prompt nor `prompt_embeds`, prompts are no strings, embeddings are not
+                `[B, L, D]`, there are not as many negative prompts as prompts, a number is less than 1, or the
+                pipeline has no tokenizer or text encoder.
         """
+        check_counts(num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length)
+        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+            if embeds is not None:
+                check_embeds(name, embeds, None)
         if prompt_embeds is None:
             if prompt is None:
                 raise ValueError("Pass `prompt` or `prompt_embeds`; both are None.")
@@ -425,13 +443,27 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @torch.no_grad()
     def encode_video(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode pixels `[B, 3, 1 + 4 n, H, W]` in [-1, 1] to normalized latents `[B, C, 1 + n, h, w]`, float32."""
+        """Encode pixels `[B, 3, 1 + 4 n, H, W]` in [-1, 1] to normalized latents `[B, C, 1 + n, h, w]`, float32.
+
+        Raises:
+            ValueError: For pixels of another shape, number of frames or range; H and W are multiples of the VAE's
+                `scale_factor_spatial`.
+        """
+        self._check_vae(is_needed=True)
         return encode_video(self.vae, pixels, self.vae_device)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "np") -> Frames:
-        """Decode normalized latents `[B, C, F, h, w]` of whole videos, in memory that does not depend on F."""
+        """Decode normalized latents `[B, C, F, h, w]` of whole videos, in memory that does not depend on F.
+
+        Raises:
+            ValueError: For latents of another shape, an unknown `output_type`, or the output type "latent".
+        """
         check_output_type(output_type)
+        if output_type == "latent":
+            raise ValueError('`output_type` "latent" leaves nothing to decode.')
+        self._check_vae(is_needed=True)
+        check_latents("latents", latents, self.transformer.config.in_channels, chunk_size=1)
         decoder, chunk_size = self._chunk_decoder(output_type), self.transformer.config.chunk_size
         frames = [decoder.decode(chunk) for chunk in latents.split(chunk_size, dim=2)]
         self.maybe_free_model_hooks()
@@ -470,13 +502,15 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._run = run
 
     def _check_vae(self, *, is_needed: bool) -> None:
-        channels = self.transformer.config.in_channels
         if is_needed and not isinstance(self.vae, AutoencoderKLWan):
             raise ValueError(
                 f"Pixels need an AutoencoderKLWan, this pipeline's VAE is {type(self.vae).__name__}: pass latents, "
                 'and `output_type="latent"`.'
             )
-        if self.vae is not None and self.vae.config["z_dim"] != channels:
+        if self.vae is None or self.transformer is None:
+            return
+        channels = self.transformer.config.in_channels
+        if self.vae.config["z_dim"] != channels:
             raise ValueError(
                 f"The transformer's latents have {channels} channels, the VAE's {self.vae.config['z_dim']}."
             )
@@ -490,6 +524,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> torch.Tensor:
         """Encode n prompts to `[n, max_sequence_length, D]`, or fewer tokens where the tokenizer's own limit is lower;
         by default, on the device and in the dtype of the transformer."""
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"Prompts are a string or a list of at least one string, got {prompts!r}.")
         if self.tokenizer is None or self.text_encoder is None:
             raise ValueError(f"{len(prompts)} prompts, but no tokenizer or text encoder: pass `prompt_embeds`.")
         device = device or self._execution_device

@@ -1,29 +1,61 @@
-"""Read the files that a user passes on the command line: a video to continue, an image to begin with."""
+"""Read the frames of a video: at the times when they are shown, upright, resized and cropped, or just all of them.
 
-import contextlib
+A video's own frames may come at any times (23.976 or 60 per second, or whenever a screen recorder had a new picture).
+What is not needed is dropped while the file is read, so memory grows only with the frames that are kept.
+"""
+
+import itertools
 import os
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
-import av
-import av.container
-import av.error
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .decoding import BreaksOffError, TimedFrame, Video, open_video
+from .display import Display
+from .sampling import at_rate
+
+
+def sampled_frames(
+    video: Video, fps: Fraction, height: int, width: int, *, limit: int | None = None
+) -> Iterator[np.ndarray]:
+    """
+    Yield the frames of an open video at a constant rate (see `sampling.at_rate`), resized to cover a size and cropped
+    at the center.
+
+    Args:
+        video: The open video; it can be read once.
+        fps: The frames per second to yield.
+        height, width: The size of the frames to yield.
+        limit: How many frames are yielded at most; None for all.
+
+    Yields:
+        A frame, uint8 [height, width, 3], RGB. The same array again where a slow video shows one for longer.
+
+    Raises:
+        BreaksOffError: After the last sound frame of a damaged file, unless `limit` was reached before.
+    """
+    display = Display(video)
+    last: TimedFrame | None = None
+    pixels = np.empty(0)
+    for frame in at_rate(((frame, frame.time) for frame in video.frames), fps, limit):
+        if frame is not last:
+            last, pixels = frame, display.show(frame.picture, height, width)
+        yield pixels
 
 
 def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> tuple[np.ndarray, float]:
-    """Read a video's first frames.
+    """Read all frames of a video, whatever their times, in its own size.
 
-    A file that breaks off (its writer was interrupted) is read as far as it goes, with a warning.
+    A file that breaks off (its writer was interrupted) is read as far as it goes, with a warning that says how far.
 
     Args:
-        path: The path of a video file, in any format that PyAV reads. Frames are rotated upright as the file says.
+        path: The path of a video file, in any format that PyAV reads.
         max_frames: How many frames are read at most; all frames if `None`.
 
     Returns:
-        The frames, uint8 [F, H, W, 3], RGB, and the number of frames per second.
+        The frames, uint8 [F, H, W, 3], RGB, upright and with square pixels; and the number of frames per second.
 
     Raises:
         ValueError: If there is no such file, it is not a video, none of its frames can be decoded, the frame rate is
@@ -31,96 +63,27 @@ def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> tup
     """
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames must be at least 1, but it is {max_frames}")
-    path = _existing_file(path, "video")
     frames: list[np.ndarray] = []
-    is_complete = True
-    with open_video(path) as (container, stream):
-        fps = stream.average_rate or stream.guessed_rate
+    times: list[Fraction] = []
+    with open_video(path) as video:
+        display = Display(video)
         try:
-            for frame in decode_frames(container, stream):
-                frames.append(upright(frame))
-                if len(frames) == max_frames:
-                    break
-        except BreaksOffError:
-            is_complete = False
-    if not frames:
-        raise ValueError(f"none of the frames of '{path}' can be decoded")
-    if not fps:
+            for frame in itertools.islice(video.frames, max_frames):
+                frames.append(display.show(frame.picture, display.height, display.width))
+                times.append(frame.time)
+        except BreaksOffError as error:
+            warnings.warn(str(error), stacklevel=2)
+    rate = _rate(video.stated_rate, times)
+    if rate is None:
         raise ValueError(f"'{path}' does not say its frame rate ({len(frames)} frame(s) were read)")
-    if not is_complete:
-        warnings.warn(f"'{path}' is damaged or incomplete: it was read up to frame {len(frames)}", stacklevel=2)
-    return np.stack(frames), float(fps)
+    return np.stack(frames), float(rate)
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """Read an image as RGB, rotated upright as its EXIF data say.
-
-    Raises:
-        ValueError: If there is no such file, it is not an image, or it is damaged.
-    """
-    path = _existing_file(path, "image")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"'{path}' cannot be read as an image: its format is not known") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG is a SyntaxError to Pillow
-        raise ValueError(f"'{path}' cannot be read as an image: {error}") from error
-
-
-def _existing_file(path: str | os.PathLike, kind: str) -> Path:
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise ValueError(f"the {kind} '{path}' does not exist")
-    if not path.is_file():
-        raise ValueError(f"the {kind} '{path}' is not a file")
-    if not os.access(path, os.R_OK):
-        raise ValueError(f"the {kind} '{path}' cannot be read: permission denied")
-    return path
-
-
-@contextlib.contextmanager
-def open_video(path: str | os.PathLike) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Open a video file and its first video stream, ready to be decoded.
-
-    Raises:
-        ValueError: If it holds no video that can be decoded, or is found to be damaged while it is read.
-    """
-    try:
-        with av.open(str(path), metadata_errors="ignore") as container:  # old titles are seldom UTF-8
-            if not container.streams.video:
-                raise ValueError(f"'{path}' holds no video, only {len(container.streams)} other stream(s)")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise ValueError(f"'{path}' holds video of a format that PyAV {av.__version__} cannot decode")
-            stream.thread_type = "AUTO"
-            yield container, stream
-    except av.error.FFmpegError as error:
-        raise ValueError(f"'{path}' cannot be read as a video: {error.strerror}") from error
-
-
-class BreaksOffError(Exception):
-    """The frames read so far are all that can be had of a damaged or unfinished file."""
-
-
-def decode_frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Yield all intact frames, including those that the decoder still holds when the file breaks off.
-
-    Raises:
-        BreaksOffError: After these frames, if the file is damaged or unfinished.
-    """
-    with contextlib.suppress(av.error.FFmpegError):
-        for packet in container.demux(stream):
-            if packet.is_corrupt:  # cut short: it might decode, but to a picture that is partly invented
-                break
-            yield from packet.decode()
-        else:
-            return
-    with contextlib.suppress(av.error.EOFError):  # the error came from the final, flushing call itself
-        yield from stream.codec_context.decode(None)
-    raise BreaksOffError
-
-
-def upright(frame: av.VideoFrame) -> np.ndarray:
-    """Return a frame's pixels [H, W, 3], rotated as its display matrix says (phones held upright record sideways)."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))  # both count counterclockwise
+def _rate(stated: Fraction | None, times: Sequence[Fraction]) -> Fraction | None:
+    """Return the stated rate, unless there is none or the times of the frames contradict it: some recorders state the
+    ticks of their clock, a thousand per second."""
+    duration = times[-1] - times[0]
+    if duration <= 0:
+        return stated
+    measured = (len(times) - 1) / duration
+    return stated if stated and 0.8 < measured / stated < 1.25 else measured

@@ -19,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.cli import generate, main
-from longlive_diffusers.cli.generation_request import at_frame_rate
 from longlive_diffusers.cli.run_generate import Progress
 from longlive_diffusers.conversion.pipeline_folder import PipelineFolder, stored_dtype, use_nvfp4
 from longlive_diffusers.models.transformer_longlive import LongLiveTransformer3DModel
@@ -232,13 +231,6 @@ def test_a_video_is_continued(output, tmp_path, capsys):
     pixels = torch.from_numpy(first).permute(3, 0, 1, 2)[None].float() * 2 - 1
     seen = pipe.decode_latents(pipe.encode_video(pixels))[0]  # not quite what it was given
     assert difference(coarse(continued[:13]), coarse(seen)) < 0.01
-
-
-def test_another_frame_rate_becomes_the_models():
-    frames = np.arange(60)[:, None, None, None]
-    assert at_frame_rate(frames, 30.0)[:, 0, 0, 0].tolist() == [round(i * 30 / 24) for i in range(48)]
-    assert at_frame_rate(frames[:10], 12.0).shape[0] == 20
-    assert at_frame_rate(frames, 23.976) is frames
 
 
 # -- streams ---------------------------------------------------------------------------------------------------------

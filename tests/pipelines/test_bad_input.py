@@ -280,12 +280,47 @@ def test_a_closed_session_is_at_its_end_and_may_be_closed_again(pipe):
     assert list(session) == []
 
 
-@pytest.mark.parametrize("name", ["encode", "decode"])
-def test_parts_of_the_pipeline_refuse_too(pipe, name):
-    if name == "encode":
-        assert_raises(lambda: pipe.encode_prompt(["a", "b"], ["x", "y", "z"]), "3", "2")
-    else:
-        assert_raises(lambda: pipe.decode_latents(latents(1, 8, 2, 4, 4), "gif"), "'gif'")
+PIXELS = torch.zeros(1, 3, 5, 32, 32)
+BAD_PARTS = {
+    "too many negative prompts": (lambda pipe: pipe.encode_prompt(["a", "b"], ["x", "y", "z"]), ["3", "2"]),
+    "a number as prompt": (lambda pipe: pipe.encode_prompt(7), ["7"]),
+    "a number among prompts": (lambda pipe: pipe.encode_prompt(["a", 7]), ["7"]),
+    "a number among negative prompts": (lambda pipe: pipe.encode_prompt("a", [7]), ["7"]),
+    "no prompts": (lambda pipe: pipe.encode_prompt([]), ["[]"]),
+    "no prompt": (lambda pipe: pipe.encode_prompt(None), ["None"]),
+    "no videos of a prompt": (lambda pipe: pipe.encode_prompt("a", num_videos_per_prompt=0), ["0"]),
+    "half a token": (lambda pipe: pipe.encode_prompt("a", max_sequence_length=1.5), ["1.5"]),
+    "flat embeddings": (lambda pipe: pipe.encode_prompt(None, prompt_embeds=torch.zeros(8, 16)), ["(8, 16)"]),
+    "an unknown layout": (lambda pipe: pipe.decode_latents(latents(1, 8, 2, 4, 4), "gif"), ["'gif'"]),
+    "nothing to decode": (lambda pipe: pipe.decode_latents(latents(1, 8, 2, 4, 4), "latent"), ["latent"]),
+    "latents of an image": (lambda pipe: pipe.decode_latents(latents(1, 8, 4, 4)), ["(1, 8, 4, 4)"]),
+    "latents of other channels": (lambda pipe: pipe.decode_latents(latents(1, 7, 2, 4, 4)), ["(1, 7, 2, 4, 4)"]),
+    "latents of nothing": (lambda pipe: pipe.decode_latents(latents(1, 8, 0, 4, 4)), ["(1, 8, 0, 4, 4)"]),
+    "latents in integers": (lambda pipe: pipe.decode_latents(latents(1, 8, 2, 4, 4).long()), ["torch.int64"]),
+    "latents that are no numbers": (lambda pipe: pipe.decode_latents(with_nan(latents(1, 8, 2, 4, 4))), ["1 value"]),
+    "an array of latents": (lambda pipe: pipe.decode_latents(np.zeros((1, 8, 2, 4, 4))), ["ndarray"]),
+    "pixels of an image": (lambda pipe: pipe.encode_video(PIXELS[:, :, 0]), ["(1, 3, 32, 32)"]),
+    "pixels with channels last": (lambda pipe: pipe.encode_video(PIXELS.movedim(1, -1)), ["(1, 5, 32, 32, 3)"]),
+    "4 frames": (lambda pipe: pipe.encode_video(PIXELS[:, :, :4]), ["1 + 4 n", "(1, 3, 4, 32, 32)"]),
+    "6 frames": (lambda pipe: pipe.encode_video(torch.zeros(1, 3, 6, 32, 32)), ["(1, 3, 6, 32, 32)"]),
+    "no frames": (lambda pipe: pipe.encode_video(PIXELS[:, :, :0]), ["(1, 3, 0, 32, 32)"]),
+    "a width that does not divide": (lambda pipe: pipe.encode_video(PIXELS[..., :24]), ["16", "(1, 3, 5, 32, 24)"]),
+    "pixels up to 255": (lambda pipe: pipe.encode_video(PIXELS + 255), ["[-1, 1]", "255.0"]),
+    "pixels in bytes": (lambda pipe: pipe.encode_video(PIXELS.byte()), ["torch.uint8"]),
+    "pixels that are no numbers": (lambda pipe: pipe.encode_video(with_nan(PIXELS.clone())), ["nan"]),
+    "an array of pixels": (lambda pipe: pipe.encode_video(PIXELS.numpy()), ["ndarray"]),
+}
+
+
+@pytest.mark.parametrize(("call", "numbers"), BAD_PARTS.values(), ids=BAD_PARTS)
+def test_parts_of_the_pipeline_refuse_too(pipe, forwards, call, numbers):
+    assert_raises(lambda: call(pipe), *numbers)
+
+
+def test_parts_need_their_networks():
+    pipe = tiny_pipeline(vae=None)
+    assert_raises(lambda: pipe.encode_video(PIXELS), "AutoencoderKLWan", "NoneType")
+    assert_raises(lambda: pipe.decode_latents(latents(1, 8, 2, 4, 4)), "AutoencoderKLWan", "NoneType")
 
 
 def test_a_number_is_not_found_within_another():

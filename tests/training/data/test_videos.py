@@ -7,10 +7,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from data.videos import ClipError, at_rate, count_frames, read_frames
+from data.videos import ClipError, count_frames, read_frames
 from tests.support.training_sets import (
     SIDE,
     frame_numbers,
@@ -32,46 +30,6 @@ def read(path, count: int, *, fps=24, height: int = SIDE, width: int = SIDE) -> 
 def numbers(path, fps, count: int = 1000) -> list[int]:
     count = count_frames(path, Fraction(fps), count)
     return frame_numbers(read(path, count, fps=fps))
-
-
-# How frames are chosen, without videos.
-
-times = st.lists(st.fractions(0, 20, max_denominator=60), min_size=1, max_size=30, unique=True).map(sorted)
-rates = st.sampled_from([Fraction(1), Fraction(24), Fraction(24000, 1001), Fraction(7, 2)])
-
-
-@settings(deadline=None)
-@given(times, rates, st.integers(1, 60))
-def test_every_frame_is_the_nearest_in_time(times, fps, limit):
-    chosen = list(at_rate([(time, time) for time in times], fps, limit))
-    assert 1 <= len(chosen) <= limit
-    for number, time in enumerate(chosen):
-        wanted = times[0] + number / fps
-        assert abs(time - wanted) == min(abs(other - wanted) for other in times)
-
-
-@settings(deadline=None)
-@given(st.integers(2, 50), rates, st.fractions(-3, 3, max_denominator=100))
-def test_the_clips_own_rate_gives_back_every_frame(count, fps, start):
-    frames = [(number, start + number / fps) for number in range(count)]
-    assert list(at_rate(frames, fps, 1000)) == list(range(count))
-
-
-@settings(deadline=None)
-@given(times, rates, st.integers(1, 60))
-def test_the_limit_only_cuts_off_and_no_more_is_read_than_needed(times, fps, limit):
-    frames = [(time, time) for time in times]
-    whole = list(at_rate(frames, fps, 10**6))
-    asked = []
-    assert list(at_rate((asked.append(frame) or frame for frame in frames), fps, limit)) == whole[:limit]
-    if len(whole) > limit:
-        assert len([time for time, _ in asked if time > times[0] + limit / fps]) <= 1
-
-
-def test_frames_whose_time_does_not_go_on_are_passed_over():
-    frames = [("a", Fraction(0)), ("b", Fraction(0)), ("c", Fraction(1)), ("d", Fraction(1, 2)), ("e", Fraction(2))]
-    assert list(at_rate(frames, Fraction(1), 10)) == ["a", "c", "e"]
-    assert list(at_rate([], Fraction(1), 10)) == []
 
 
 # Videos.
@@ -211,15 +169,15 @@ def test_files_that_cannot_be_read_are_named_with_a_reason(tmp_path):
     unknown = write_video(tmp_path / "unknown.mp4", gray_frames(3))
     unknown.write_bytes(unknown.read_bytes().replace(b"avc1", b"xyz1"))
     for name, reason in [
-        ("text.mp4", "cannot be read as a video"),
-        ("empty.mp4", "cannot be read as a video"),
-        ("missing.mp4", "cannot be read as a video: No such file"),
-        ("sound.mp4", r"holds no video, only 1 other stream\(s\)"),
-        ("headless.mp4", "has no frame that can be decoded"),
-        ("unfinished.mp4", "cannot be read as a video"),
-        ("unknown.mp4", "holds video of a format that PyAV .* cannot decode"),
+        ("text.mp4", "text.mp4' cannot be read as a video"),
+        ("empty.mp4", "empty.mp4' cannot be read as a video"),
+        ("missing.mp4", "missing.mp4' does not exist"),
+        ("sound.mp4", r"sound.mp4' holds no video, only 1 other stream\(s\)"),
+        ("headless.mp4", "none of the frames of '.*headless.mp4' can be decoded"),
+        ("unfinished.mp4", "unfinished.mp4' cannot be read as a video"),
+        ("unknown.mp4", "unknown.mp4' holds video of a format that PyAV .* cannot decode"),
     ]:
-        with pytest.raises(ClipError, match=f"{name}' {reason}"):
+        with pytest.raises(ClipError, match=reason):
             count_frames(tmp_path / name, Fraction(24), 100)
 
 
@@ -227,5 +185,7 @@ def test_a_truncated_clip_is_good_as_far_as_it_is_not_needed(tmp_path):
     path = write_video(tmp_path / "clip.mp4", gray_frames(20))
     truncate(path)
     assert count_frames(path, Fraction(24), 15) == 15
-    with pytest.raises(ClipError, match=r"clip.mp4' is damaged or incomplete: it breaks off after 19 frames"):
+    with pytest.raises(
+        ClipError, match=r"clip.mp4' is damaged or incomplete: it breaks off after 19 of about 20 frames"
+    ):
         count_frames(path, Fraction(24), 100)

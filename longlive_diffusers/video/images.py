@@ -1,0 +1,85 @@
+"""Pictures as a viewer shows them: of every mode that Pillow opens, to upright, opaque RGB."""
+
+import io
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from .input_file import existing_file
+from .levels import ROUNDING, white_level
+
+
+# What Pillow raises for damaged files, besides OSError: a broken PNG is a SyntaxError, for instance.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, Image.DecompressionBombError)
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """Read a picture as RGB, as a viewer shows it (see [`as_rgb`]); of an animation, the first frame.
+
+    Raises:
+        ValueError: If there is no such file, it is not a picture, it is damaged, or it has more pixels than Pillow
+            reads (`PIL.Image.MAX_IMAGE_PIXELS`).
+    """
+    path = existing_file(path, "image")
+    file = io.BytesIO(path.read_bytes()) if path.is_fifo() else path  # Pillow goes back and forth
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large but not too large, or something odd about its tags
+            with Image.open(file) as image:
+                image.load()
+                return as_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"'{path}' cannot be read as an image: its format is not known") from error
+    except DAMAGED as error:
+        raise ValueError(f"'{path}' cannot be read as an image: {error}") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """
+    Convert a picture of any mode of Pillow's to RGB, as a viewer shows it: turned upright as its EXIF data say, with
+    what is transparent laid over white. Gray of 16 bits ("I;16") is a fraction of 65535. Gray in integers of 32 bits
+    ("I") is of 8 bits if it is nowhere above 255, else of 16; gray in floats ("F") is in [0, 1], or else in [0, 255].
+
+    Raises:
+        ValueError: For gray outside of these ranges, or a picture whose file is damaged.
+    """
+    try:
+        image = ImageOps.exif_transpose(image)
+    except DAMAGED as error:
+        raise ValueError(f"the picture cannot be read: {error}") from error
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _gray_of_8_bits(image).convert("RGB")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # only a conversion in place returns nothing
+        return converted
+    return over_white(image)
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """Return a picture as RGB, with what is transparent laid over white."""
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert(image.mode.upper())
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _gray_of_8_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if image.mode == "I":
+        white = white_level("gray of 32 bits", [values])
+    elif image.mode == "F":
+        # Pillow's own conversions to "F" keep the levels of 8 bits.
+        white = 255.0 if 1 + ROUNDING < values.max() <= 255 else 1.0
+        white *= white_level("gray in floats", [values / np.float32(white)])
+    else:
+        white = 65535.0
+    return Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
