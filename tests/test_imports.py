@@ -19,6 +19,7 @@ PACKAGE_FLOORS = [
         "hub_cards",
         "registration",
         "schedulers",
+        "setting_types",
         "version",
         "video",
     },
