@@ -33,6 +33,8 @@ _FOREIGN_STARTS = {
     b"\x1f\x8b": "a gzip archive",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
     b"{": "a JSON file",
+    b"(d": "a Python pickle, and not of the kind that torch.save writes",
+    b"}q": "a Python pickle, and not of the kind that torch.save writes",
 }
 # What torch's restricted unpickler says of objects whose class is not the problem, but what is done with them.
 _NOT_PLAIN = re.compile(r"(?:create new object for|Can only build) .* but got (.+)")
@@ -95,7 +97,9 @@ def read_checkpoint_file(path: str | os.PathLike) -> dict[str, Any]:
     return dict(content)
 
 
-def named_tensors(content: Mapping[Any, Any], source: str, kinds: tuple[type, ...] = (torch.Tensor,)) -> dict[str, Any]:
+def named_tensors(
+    content: Mapping[Any, Any], source: str, kinds: tuple[type, ...] = (torch.Tensor,)
+) -> dict[str, Any]:
     """Return the tensors of a state dict that was read from a file or given by the user; other entries are left out.
 
     Args:
@@ -149,6 +153,11 @@ def _read_torch(path: Path, size: int, *, mmap: bool) -> Any:
             f"{path} ({size} bytes) holds Python objects ({found[1]}) beside tensors and plain containers. "
             "They could run code when loaded, so the file is refused, and nothing in it was run. If it is from a "
             "source that you trust, ask for its state dict alone, saved with torch.save, or as safetensors."
+        )
+    if "Unsupported operand" in reason:
+        raise ValueError(
+            f"{path} ({size} bytes) is a damaged checkpoint, or a Python pickle of another kind than torch.save "
+            f"writes. Pickles may run code, so it is refused, and nothing in it was run ({reason})."
         )
     raise ValueError(
         f"{path} ({size} bytes) is truncated, damaged or not a torch checkpoint: {reason or 'its data end too early'}"

@@ -35,7 +35,9 @@ def check_all_weights_loaded(info: Mapping[str, Any], model: nn.Module, source: 
         found.append(f"has {len(unexpected)} weights that the model does not know ({_first(unexpected)})")
     blocks = {name.split(".")[1] for name in (*missing, *unexpected) if name.startswith("blocks.")}
     hint = f" Its config.json says num_layers={model.config['num_layers']}." if blocks else ""  # pyright: ignore
-    raise ValueError(f"The checkpoint '{source}' is not of this {type(model).__name__}: it {' and '.join(found)}.{hint}")
+    raise ValueError(
+        f"The checkpoint '{source}' is not of this {type(model).__name__}: it {' and '.join(found)}.{hint}"
+    )
 
 
 def check_plain_wan(wan: WanTransformer3DModel, empty: nn.Module) -> None:

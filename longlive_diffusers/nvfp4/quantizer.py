@@ -180,8 +180,8 @@ def layers_to_convert(model: nn.Module, config: NVFP4Config) -> list[str]:
     if unknown:
         parts = dict.fromkeys(part for name in modules for part in name.split(".") if not part.isdigit())
         raise ValueError(
-            f"{type(model).__name__} has no module {', '.join(map(repr, unknown))} to keep as it is. The names that "
-            f"occur are {', '.join(parts)}; also with numbers, as in {next(iter(n for n in modules if '.' in n), '')!r}."
+            f"{type(model).__name__} has no module {', '.join(map(repr, unknown))} to keep as it is. The parts of its "
+            f"modules' names are {', '.join(parts)}, and numbers between them."
         )
     names = [name for name, module in model.named_modules() if config.converts(name, module)]
     if not names:
