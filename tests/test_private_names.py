@@ -107,11 +107,6 @@ PRIVATE_NAMES = [
         lambda: "_internal_dict" in vars(AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1])),
     ),
     PrivateName(
-        "diffusers.utils:_get_model_file",
-        (PIPELINE,),
-        "Find a `lora.pt` in a folder or on the Hub with huggingface_hub.hf_hub_download.",
-    ),
-    PrivateName(
         "diffusers.utils.hub_utils:PushToHubMixin._upload_folder",
         (PIPELINE,),
         "Override push_to_hub and save_pretrained instead: the card and the cleaned configurations go up with them.",

@@ -76,6 +76,9 @@ class PipelineFolder:
                 vae=_completed(AutoencoderKLWan, vae),
             )
             check_config(FrozenDict(pipeline.transformer))
+            quantization = transformer.get("quantization_config")
+            if quantization is not None and not (isinstance(quantization, dict) and "quant_method" in quantization):
+                raise ValueError(f"its quantization_config is {quantization!r}, not settings with a quant_method.")
         if folder == Path(pipeline.source):
             pipeline._check_weights(folder)
         return pipeline

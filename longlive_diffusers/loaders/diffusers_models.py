@@ -55,8 +55,8 @@ def check_plain_wan(wan: WanTransformer3DModel, empty: nn.Module) -> None:
     name = type(wan).__name__
     if any(isinstance(module, BaseTunerLayer) for module in wan.modules()):
         raise ValueError(
-            f"This {name} carries a LoRA. Load the LoRA into the LongLive pipeline instead (load_lora_weights), or add "
-            "it for good first: fuse_lora() and unload_lora() of the network."
+            f"This {name} carries a LoRA. Load the LoRA into the LongLive pipeline instead (load_lora_weights), "
+            "or add it for good first: fuse_lora() and unload_lora() of the network."
         )
     weights = wan.state_dict()
     packed = [key for key, tensor in weights.items() if not tensor.is_floating_point()]

@@ -181,7 +181,9 @@ def _problem(name: str, lora: Mapping[str, torch.Tensor], target: tuple[int, ...
         return f"{name} has no {'lora_A' if down is None else 'lora_B'}"
     if target is None:
         return f"{name} does not exist"
-    if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]:
+    if not (down.is_floating_point() and up.is_floating_point()):
+        return f"{name} has {down.dtype} and {up.dtype}, not floats"
+    if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
         return f"{name} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}, which disagree on the rank"
     if target[:2] != (up.shape[0], down.shape[1]):
         return f"{name} is {target}, its LoRA {(up.shape[0], down.shape[1])}"
