@@ -348,8 +348,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         if os.path.isfile(source):
             raise ValueError(f"'{source}' is a single file: open it with {cls.__name__}.from_original.")
         model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
-        if not kwargs.get("ignore_mismatched_sizes", False):
-            check_all_weights_loaded(info, model, source)
+        check_all_weights_loaded(info, model, source)
         return (model, info) if output_loading_info else model
 
     @classmethod

@@ -153,7 +153,8 @@ class NVFP4Config(QuantizationConfigMixin):
 def _names(modules: Iterable[str] | None) -> list[str]:
     if modules is None:
         return list(DEFAULT_MODULES_TO_NOT_CONVERT)
-    names = [modules] if isinstance(modules, str) or not isinstance(modules, Iterable) else list(modules)
+    is_one = isinstance(modules, (str, bytes)) or not isinstance(modules, Iterable)
+    names = [modules] if is_one else list(modules)
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"`modules_to_not_convert` is a list of names of modules, got {modules!r}.")
     return names
