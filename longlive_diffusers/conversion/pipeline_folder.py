@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from ..dtypes import DTYPES
-from ..loaders.lora_file import LORA_SUFFIXES, find_lora_file, read_lora_file
+from ..loaders.lora_file import find_lora_file, read_lora_file
 from ..models.transformer_longlive import LongLiveTransformer3DModel, check_config
 from ..pipelines.inputs import ModelSizes
 from ..pipelines.pipeline_longlive import LongLivePipeline
@@ -154,7 +154,7 @@ class PipelineFolder:
         if not folder.is_dir():
             try:
                 folder = Path(DiffusionPipeline.download(self.source))
-            except _UNREACHABLE as error:
+            except (OSError, HFValidationError) as error:
                 raise ValueError(f"'{self.source}' cannot be downloaded: {error}") from error
             self._check_weights(folder)
         return folder
@@ -238,10 +238,12 @@ def cpu_dtype(folder: Path) -> torch.dtype:
 
 
 def check_lora_file(lora: str) -> None:
-    """Raise a ValueError, before any model is loaded, if a LoRA on this machine is missing or cannot be read; one on
-    the Hub is looked for when it is loaded."""
-    if Path(lora).expanduser().exists() or Path(lora).suffix in LORA_SUFFIXES:
-        read_lora_file(find_lora_file(lora))
+    """Read a LoRA before any model is loaded, which takes longer; one on the Hub is downloaded.
+
+    Raises:
+        ValueError: If it is missing or cannot be read.
+    """
+    read_lora_file(find_lora_file(lora))
 
 
 def fuse_lora(pipe: LongLivePipeline) -> None:

@@ -11,7 +11,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +282,9 @@ def _scale(
         if layer["alpha"].numel() != 1:
             raise ValueError(f"{source}: alpha of {name} is {tuple(layer['alpha'].shape)}, one number is expected.")
         stored = layer["alpha"].item()
-    if stored is not None and (isinstance(stored, bool) or not isinstance(stored, Real) or not math.isfinite(stored)):
+    if stored is not None and (
+        isinstance(stored, bool) or not isinstance(stored, (int, float)) or not math.isfinite(stored)
+    ):
         raise ValueError(f"{source} says alpha={stored!r} for {name}; a finite number is expected.")
     if stored is not None and given is not None and not math.isclose(stored, given):
         raise ValueError(f"{source} says alpha={stored} for {name}, but alpha={given} was given.")

@@ -347,7 +347,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         source = pretrained_model_name_or_path
         if os.path.isfile(source):
             raise ValueError(f"'{source}' is a single file: open it with {cls.__name__}.from_original.")
-        model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        model, info = loaded
         check_all_weights_loaded(info, model, source)
         return (model, info) if output_loading_info else model
 

@@ -568,7 +568,9 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
 
     @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs) -> Any:
+    def lora_state_dict(
+        cls, pretrained_model_name_or_path_or_dict: str | os.PathLike | Mapping[str, Any], **kwargs
+    ) -> Any:
         """Like diffusers' own `lora_state_dict`, except that LongLive's LoRA files (`lora.pt`) and PEFT's are read as
         well: directly, or from a folder or a repository on the Hub, with the alpha that is stored with them.
 
@@ -594,7 +596,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path_or_dict,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | Mapping[str, Any],
         adapter_name: str | None = None,
         hotswap: bool = False,
         **kwargs,
