@@ -87,7 +87,7 @@ def convert_checkpoint(
     """
     started = time.monotonic()
     destination = prepare_output(output)
-    output = Path(output)
+    output = Path(output).expanduser()
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype has to be one of {', '.join(DTYPES)}, not {dtype}.")
 
@@ -197,6 +197,8 @@ def _check_base(
     folder: Path, index: Mapping[str, Any], sizes: Mapping[str, Any], base: str | os.PathLike, from_longlive: bool
 ) -> None:
     """Check the base's small files: that they are there, of the right types, and of the checkpoint's sizes."""
+    if Path(base).expanduser().is_dir():  # the weights of one on the Hub are downloaded later
+        check_complete(folder, {name: index[name] for name in _BASE_COMPONENTS}, base)
     vae, text_encoder = (read_json(folder, f"{name}/config.json", base) for name in ("vae", "text_encoder"))
     with settings_of(base):
         check_setting_types(vae, AutoencoderKLWan)
@@ -230,16 +232,14 @@ def _card(pipeline: LongLivePipeline, name: str, checkpoint: str | None, base: s
     """Make the card of a converted pipeline. The base gave the small parts, the checkpoint the transformer, whose
     license is its own: the base's must not stand for all."""
     origin = origin_details(base)
-    gave = (
-        f"[{origin['base_model']}](https://huggingface.co/{origin['base_model']})"
-        if origin["base_model"]
-        else "a base"
-    )
+    repo = origin["base_model"]
+    gave = "a base" if repo is None else f"[{repo}](https://huggingface.co/{repo})"
     license = f", whose license is `{origin['license']}`" if "license" in origin else ""
+    file = "a checkpoint" if checkpoint is None else f"`{checkpoint}`"
     return pipeline.model_card(
         name,
-        origin=f"The transformer was converted from the checkpoint `{checkpoint or 'of its maker'}`, whose license it "
-        f"keeps. The tokenizer, the text encoder and the VAE come from {gave}{license}.",
+        origin=f"The transformer was converted from {file}, whose license it keeps. The tokenizer, the text encoder and "
+        f"the VAE come from {gave}{license}.",
     )
 
 

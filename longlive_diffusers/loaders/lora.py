@@ -11,10 +11,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from ..nvfp4.format import Weight
 from .checkpoint_file import check_finite, named_tensors, read_checkpoint_file
@@ -131,14 +133,29 @@ def read_lora(lora: LoraFile, convert: Callable[..., Any]) -> tuple[dict[str, to
             f"{lora.source} is not a LoRA of this model: its {len(tensors)} keys ({_first(list(tensors))}) cannot be "
             f"converted ({error})."
         ) from error
-    stored = None if lora.metadata is not None else lora.settings.get("lora_alpha")
-    if stored is not None:
+    if lora.metadata is not None:
+        _check_metadata(lora.metadata, state, source=lora.source)
+    # Where layers have an alpha of their own, diffusers has multiplied it into them already.
+    elif "lora_alpha" in lora.settings and not any(key.endswith(".alpha") for key in tensors):
         for key in [key for key in state if key.endswith(".lora_B.weight")]:
             layer = {"lora_A": state[key.replace(".lora_B.", ".lora_A.")], "lora_B": state[key]}
             rank = layer["lora_B"].shape[-1]
             name = key.removeprefix("transformer.").removesuffix(".lora_B.weight")
             state[key] = _scaled(state[key], _scale(name, layer, rank, None, lora.settings, source=lora.source))
     return state, lora.metadata
+
+
+def _check_metadata(metadata: Mapping[str, Any], state: Mapping[str, torch.Tensor], *, source: str) -> None:
+    """Check the settings that diffusers hands to PEFT, which fails on them in words of its own."""
+    prefix = "transformer."
+    settings = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
+    if unknown := sorted(set(settings) - {field.name for field in fields(LoraConfig)}):
+        raise ValueError(f"{source} has settings that this release of PEFT does not know: {', '.join(unknown)}.")
+    ranks = {tensor.shape[0] for key, tensor in state.items() if key.endswith(".lora_A.weight") and tensor.ndim}
+    if settings.get("r") not in ranks and not settings.get("rank_pattern"):
+        found = " and ".join(map(str, sorted(ranks)))
+        raise ValueError(f"{source}: its settings say rank {settings.get('r')!r} (r), its layers have rank {found}.")
+    _check_alpha(settings.get("lora_alpha"), "all layers", source=source)
 
 
 def check_lora_fits(lora: Mapping[str, torch.Tensor], weights: Mapping[str, Weight]) -> None:
@@ -275,17 +292,13 @@ def _scale(
     source: str,
 ) -> float:
     stored = settings.get("lora_alpha", settings.get("alpha"))
-    for pattern, special in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):  # as PEFT reads it
-            stored = special
+    stored = _alpha_of_pattern(settings.get("alpha_pattern") or {}, name, source=source) or stored
     if "alpha" in layer:
         if layer["alpha"].numel() != 1:
             raise ValueError(f"{source}: alpha of {name} is {tuple(layer['alpha'].shape)}, one number is expected.")
         stored = layer["alpha"].item()
-    if stored is not None and (
-        isinstance(stored, bool) or not isinstance(stored, (int, float)) or not math.isfinite(stored)
-    ):
-        raise ValueError(f"{source} says alpha={stored!r} for {name}; a finite number is expected.")
+    if stored is not None:
+        _check_alpha(stored, name, source=source)
     if stored is not None and given is not None and not math.isclose(stored, given):
         raise ValueError(f"{source} says alpha={stored} for {name}, but alpha={given} was given.")
     alpha = given if stored is None else stored
@@ -293,6 +306,20 @@ def _scale(
         return 1.0
     # Rank-stabilized LoRA (arXiv 2312.03732) divides by the square root of the rank.
     return alpha / (math.sqrt(rank) if settings.get("use_rslora", False) else rank)
+
+
+def _alpha_of_pattern(patterns: Any, name: str, *, source: str) -> Any:
+    """Return the alpha that PEFT's `alpha_pattern` has for a layer; None if it has none."""
+    try:
+        found = [alpha for pattern, alpha in dict(patterns).items() if re.fullmatch(rf"(.*\.)?({pattern})", name)]
+    except (re.error, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its alpha_pattern {patterns!r} is not possible: {error}.") from error
+    return found[0] if found else None
+
+
+def _check_alpha(alpha: Any, name: str, *, source: str) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"{source} says alpha={alpha!r} for {name}; a finite number is expected.")
 
 
 def _scaled(tensor: torch.Tensor, scale: float) -> torch.Tensor:

@@ -111,7 +111,7 @@ def test_the_card_says_where_the_parts_come_from(tmp_path, checkpoint):
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     assert "# mine\n" in card.content and ".partial" not in card.content
     section = card.content.split("## License")[1]
-    assert "The transformer was converted from the checkpoint `model.pt`, whose license it keeps." in section
+    assert "The transformer was converted from `model.pt`, whose license it keeps." in section
     assert "come from a base, whose license is `apache-2.0`" in section
     assert card.data.license is None  # the transformer has a license of its own
     assert str(tmp_path) not in card.content and BASE not in card.content

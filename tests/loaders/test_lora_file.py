@@ -112,9 +112,36 @@ def test_an_alpha_of_a_layer_precedes_the_folders(tmp_path):
     torch.testing.assert_close(fused_change(folder), 0.5 * change(layers("")), atol=1e-5, rtol=1e-5)
 
 
+def test_an_alpha_in_layers_and_metadata_is_applied_once(tmp_path):
+    """As kohya's trainers write it."""
+    path, name = tmp_path / "lora.safetensors", "blocks.0.self_attn.q"
+    lora = {**layers("diffusion_model.", name), f"diffusion_model.{name}.alpha": torch.tensor(2.0)}
+    save_file(lora, path, {"ss_network_alpha": "2.0"})
+    torch.testing.assert_close(fused_change(path), 0.5 * change(layers("")), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"r": 8, "lora_alpha": 8}, r"settings say rank 8 \(r\), its layers have rank 4"),
+        ({"r": 4, "lora_alpha": "8"}, "alpha='8' for all layers"),
+        ({"r": 4, "lora_alpha": 8, "invented": 3}, "does not know: invented"),
+        ({"lora_alpha": 8}, r"rank None \(r\)"),
+    ],
+)
+def test_settings_of_diffusers_that_cannot_be(tmp_path, metadata, message):
+    path = tmp_path / "lora.safetensors"
+    described = {f"transformer.{name}": value for name, value in metadata.items()}
+    save_file(layers("transformer."), path, {"lora_adapter_metadata": json.dumps(described)})
+    with pytest.raises(ValueError, match=message):
+        LongLivePipeline.lora_state_dict(path)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern .* is not possible"),
+        ({"alpha_pattern": [3]}, "alpha_pattern .* is not possible"),
         ({"lora_alpha": "16"}, "alpha='16' for .*; a finite number"),
         ({"lora_alpha": float("nan")}, "alpha=nan"),
         ({"lora_alpha": True}, "alpha=True"),
