@@ -238,8 +238,8 @@ def _card(pipeline: LongLivePipeline, name: str, checkpoint: str | None, base: s
     file = "a checkpoint" if checkpoint is None else f"`{checkpoint}`"
     return pipeline.model_card(
         name,
-        origin=f"The transformer was converted from {file}, whose license it keeps. The tokenizer, the text encoder and "
-        f"the VAE come from {gave}{license}.",
+        origin=f"The transformer was converted from {file}, whose license it keeps. The tokenizer, the text encoder "
+        f"and the VAE come from {gave}{license}.",
     )
 
 
