@@ -287,7 +287,7 @@ def test_a_model_of_the_hub(hub: "Hub", output):
         ),
         (["x", "--device", "cpu", "--offload", "model"], "this runs on the CPU"),
         (["x", "y", "--stream"], "an endless video of 2 shots needs a --shots-file"),
-        (["x", "--lora", "missing.pt"], "there is no LoRA file 'missing.pt'"),
+        (["x", "--lora", "missing.pt"], "There is no LoRA file 'missing.pt'"),
         (["x", "--lora", "shots.txt"], "shots.txt (7 bytes) is not a checkpoint"),
         (["x", "--model", "."], "'.' is not a pipeline: it has no model_index.json"),
         (["x", "--model", str(toy_pipeline_path() / "transformer")], "it has no model_index.json"),
