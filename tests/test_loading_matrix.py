@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline, UniPCMultistepScheduler, WanPipeline
+from safetensors.torch import load, save
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
 from tests.support.tiny_pipeline import tiny_arguments, tiny_pipeline, tiny_wan_transformer
@@ -149,3 +150,91 @@ def test_an_owners_own_card_is_kept(hub: "Hub", saved):
     hub.commit("someone/pushed", {"README.md": b"---\nlicense: mit\n---\n# My own words\n"})
     hub.run_python(PUSH, str(Path(__file__).parents[1]), str(saved), cache="pusher")
     assert b"My own words" in hub.files("someone/pushed")["README.md"]
+
+
+HALF = """
+from huggingface_hub import snapshot_download
+snapshot_download("someone/tiny", ignore_patterns=["vae/*.safetensors"])
+snapshot_download("someone/lora", allow_patterns=["adapter_config.json"])
+"""
+
+OFFLINE = """
+import os, sys
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # where nobody answers
+from longlive_diffusers.assets import toy_pipeline_path
+from longlive_diffusers.cli import main
+toy, output = str(toy_pipeline_path()), ["--output", "out"]
+commands = {
+    "generate": ["generate", "a cat", "--model", "someone/tiny", "--output", "video.mp4"],
+    "quantize": ["quantize", "someone/tiny", *output],
+    "convert": ["convert", sys.argv[1], "--base", "someone/tiny", *output],
+    "model": ["quantize", "someone/nothing", *output],
+    "name": ["generate", "a cat", "--lora", "nope", "--output", "video.mp4"],
+    "half a LoRA": ["quantize", toy, "--lora", "someone/lora", *output],
+}
+for name, command in commands.items():
+    print(f"= {name}", file=sys.stderr, flush=True)
+    print(name, main(command))
+"""
+
+
+def peft_lora(rank: int = 4, alpha: int = 8) -> dict[str, bytes]:
+    """The files of a repository in which PEFT saved a LoRA of the tiny transformer."""
+    torch.manual_seed(0)
+    name = "base_model.model.blocks.0.attn1.to_q"
+    weights = {f"{name}.lora_A.weight": torch.randn(rank, 24), f"{name}.lora_B.weight": torch.randn(24, rank)}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
+    return {"adapter_model.safetensors": save(weights), "adapter_config.json": json.dumps(config).encode()}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_half_a_download_and_what_is_not_there_are_told_in_a_line(hub: "Hub", saved):
+    hub.commit("someone/tiny", files_of(saved))
+    hub.commit("someone/lora", peft_lora())
+    hub.run_python(HALF)
+    output = hub.run_python(OFFLINE, str(saved / "transformer" / "diffusion_pytorch_model.safetensors"), check=False)
+    statuses, errors = output.split("= generate\n")
+    assert "Traceback" not in output
+    told = {}
+    for part in f"generate\n{errors}".split("\n= "):
+        name, *lines = part.strip().splitlines()
+        (told[name],) = [line for line in lines if line.startswith("longlive: error: ")]
+    assert all(f"{name} 2" in statuses for name in told) and len(told) == 6, statuses
+    for name in ("generate", "quantize"):
+        assert "'someone/tiny'" in told[name] and ("incomplete" in told[name] or "download" in told[name])
+    for name in ("model", "convert"):
+        assert "no Hub repository that can be reached" in told[name]
+    assert "The LoRA 'nope' is no file, no folder, and no Hub repository that can be reached" in told["name"]
+    assert "The LoRA 'someone/lora'" in told["half a LoRA"]
+    assert not (hub.folder / "out").exists() and not (hub.folder / "video.mp4").exists()
+
+
+LORA = """
+import sys, torch
+import longlive_diffusers
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], vae=None, text_encoder=None, tokenizer=None)
+weight = pipe.transformer.blocks[0].attn1.to_q.weight.detach().clone()
+changes = []
+for options in ({}, {"local_files_only": True}):  # the second is as without a network
+    pipe.load_lora_weights("someone/lora", **options)
+    pipe.fuse_lora(components=["transformer"])
+    changes.append(pipe.transformer.blocks[0].attn1.to_q.weight.detach() - weight)
+    pipe.unfuse_lora(components=["transformer"])
+    pipe.unload_lora_weights()
+torch.save(torch.stack(changes), "changes.pt")
+"""
+
+
+def test_a_lora_of_peft_comes_from_the_hub_or_its_cache_with_its_alpha(hub: "Hub", saved):
+    files = peft_lora(rank=4, alpha=8)
+    hub.commit("someone/lora", {**files, "checkpoint-10/adapter_model.safetensors": b"not this one"})
+    hub.run_python(LORA, str(saved))
+    weights = load(files["adapter_model.safetensors"])
+    down, up = (next(tensor for name, tensor in weights.items() if f"lora_{half}" in name) for half in "AB")
+    changes = torch.load(hub.folder / "changes.pt")
+    torch.testing.assert_close(changes, (2 * up @ down).expand(2, -1, -1), atol=1e-5, rtol=1e-5)
+    assert not any("checkpoint-10" in path for method, path in hub.requests if method == "GET")

@@ -19,6 +19,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.loaders import WanLoraLoaderMixin
 
 import longlive_diffusers
 from tests.support.paths import ROOT
@@ -112,9 +113,10 @@ PRIVATE_NAMES = [
         lambda: "_internal_dict" in vars(AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1])),
     ),
     PrivateName(
-        "diffusers.utils:_get_model_file",
+        "_pipeline of WanLoraLoaderMixin.load_lora_into_transformer",
         (PIPELINE,),
-        "Find a `lora.pt` in a folder or on the Hub with huggingface_hub.hf_hub_download.",
+        "Find how load_lora_weights takes the hooks of offloading off a network while it adds LoRA layers to it.",
+        exists=lambda: "_pipeline" in inspect.signature(WanLoraLoaderMixin.load_lora_into_transformer).parameters,
     ),
     PrivateName(
         "diffusers.utils.hub_utils:PushToHubMixin._upload_folder",

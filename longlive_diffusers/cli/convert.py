@@ -3,6 +3,7 @@
 import argparse
 
 from .choices import DTYPES
+from .termination import ends_cleanly
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -23,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "checkpoints, Wan-AI/Wan2.2-TI2V-5B-Diffusers.",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="The folder to write; new or empty.")
-    parser.add_argument("--lora", metavar="FILE", help="A LoRA to add to the transformer for good.")
+    parser.add_argument("--lora", metavar="FILE_OR_REPO", help="A LoRA to add to the transformer for good.")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -38,13 +39,14 @@ def run(args: argparse.Namespace) -> int:
     from .. import dtypes
     from ..conversion.convert import convert_checkpoint
 
-    convert_checkpoint(
-        args.checkpoint,
-        args.base,
-        args.output,
-        lora=args.lora,
-        use_ema=args.use_ema,
-        dtype=dtypes.DTYPES[args.dtype],
-        report=print,
-    )
+    with ends_cleanly():
+        convert_checkpoint(
+            args.checkpoint,
+            args.base,
+            args.output,
+            lora=args.lora,
+            use_ema=args.use_ema,
+            dtype=dtypes.DTYPES[args.dtype],
+            report=print,
+        )
     return 0

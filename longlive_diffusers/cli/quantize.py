@@ -1,11 +1,11 @@
 """`longlive quantize`: a pipeline in; the same with its transformer in NVFP4 out."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import add_device_option
 from .choices import DTYPES, KEPT_MODULES, NVFP4_BACKENDS, RECIPES, SCALE_RULES, WEIGHT_BLOCKS
+from .termination import ends_cleanly
 
 
 if TYPE_CHECKING:
@@ -49,9 +49,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--keep",
         nargs="+",
         metavar="MODULE",
-        help=f"The modules that are not quantized, by name (default: {' '.join(KEPT_MODULES)}).",
+        help="The modules that are not quantized either, by name or part of a name between dots, such as blocks.0 or "
+        f"attn2 (always kept: {', '.join(KEPT_MODULES)}).",
     )
-    parser.add_argument("--lora", metavar="FILE", help="A LoRA to add to the transformer first, for good.")
+    parser.add_argument("--lora", metavar="FILE_OR_REPO", help="A LoRA to add to the transformer first, for good.")
     parser.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),
@@ -63,33 +64,46 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize the pipeline's transformer."""
+    with ends_cleanly():
+        return quantize(args)
+
+
+def quantize(args: argparse.Namespace) -> int:
+    """Quantize the pipeline's transformer, without regard to signals."""
+    import torch
+
     from ..benchmark.measure import as_size, weights_bytes
-    from ..conversion.pipeline_folder import PipelineFolder, check_lora_file, check_output, save_atomically
+    from ..conversion.cards import origin_details
+    from ..conversion.output_folder import prepare_output, save_atomically
+    from ..conversion.pipeline_folder import PipelineFolder, check_lora_file
+    from ..models.transformer_longlive import LongLiveTransformer3DModel
     from ..nvfp4.linear import nvfp4_layers
-    from ..nvfp4.quantizer import quantize_model
+    from ..nvfp4.quantizer import layers_to_convert, quantize_model
     from .device import choose_device
 
     device = choose_device(args.device)
-    output = Path(args.output)
-    check_output(output)
+    destination = prepare_output(args.output)
     if args.lora is not None:
         check_lora_file(args.lora)
     own = [f"--{name.replace('_', '-')}" for name in RECIPE_SAYS if vars(args)[name] is not None]
     if args.recipe is not None and own:
         raise ValueError(f"--recipe {args.recipe} says what {', '.join(own)} would")
-    pipe = PipelineFolder.find(args.model).load_stored(dtype=args.dtype, lora=args.lora)
+    folder = PipelineFolder.find(args.model)
+    config = requested_config(args, folder.transformer["num_layers"])
+    with torch.device("meta"):  # the names of kept modules are checked before anything is loaded
+        layers_to_convert(LongLiveTransformer3DModel(**folder.transformer), config)
+    pipe = folder.load_stored(dtype=args.dtype, lora=args.lora)
     transformer = pipe.transformer.to(device)
     before = weights_bytes(transformer)
-    config = requested_config(args, transformer.config.num_layers)
     quantize_model(transformer, config)
     after, layers = weights_bytes(transformer), nvfp4_layers(transformer)
     transformer.to("cpu")
-    save_atomically(pipe, output)
+    save_atomically(pipe, destination, pipe.model_card(destination.name, **origin_details(args.model)))
     first = next(iter(layers.values()))
     print(f"layers in NVFP4:     {len(layers)}, such as {next(iter(layers))}: {first}")
     print(f"kept as they were:   {', '.join(config.modules_to_not_convert)}")
     print(f"transformer:         {as_size(before)} -> {as_size(after)} ({before / after:.2f} times smaller)")
-    print(f"output:              {output}")
+    print(f"output:              {args.output}")
     return 0
 
 
@@ -105,5 +119,5 @@ def requested_config(args: argparse.Namespace, num_blocks: int) -> "NVFP4Config"
         activation_scale_rule=args.activation_rule or "mse",
         weight_block=WEIGHT_BLOCKS[args.block or "1x16"],
         backend=args.backend,
-        modules_to_not_convert=args.keep,
+        modules_to_not_convert=[*KEPT_MODULES, *(args.keep or ())],
     )

@@ -15,38 +15,37 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import logging
-from safetensors import SafetensorError
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from ..dtypes import DTYPES
-from ..loaders.checkpoint_file import read_checkpoint_file
-from ..loaders.lora import LORA_SUFFIXES, check_lora_fits, is_original_lora, read_original_lora
+from ..loaders.lora import check_lora_fits
 from ..loaders.original import (
     Checkpoint,
     infer_transformer_config,
     load_original_transformer,
     read_original_state_dict,
 )
-from ..models.transformer_longlive import LongLiveTransformer3DModel
-from ..nvfp4.format import NVFP4Tensor, Weight
+from ..models.kv_cache import check_window
+from ..models.transformer_longlive import LongLiveTransformer3DModel, check_config
+from ..nvfp4.format import NVFP4Tensor
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..schedulers.scheduling_longlive import LongLiveScheduler
-from .pipeline_folder import (
-    check_output,
-    default_settings,
-    find_folder,
-    fuse_lora,
-    read_json,
-    save_atomically,
-    stored_dtype,
-)
+from ..setting_types import check_setting_types
+from .cards import origin_details
+from .complete_folder import check_complete
+from .json_files import read_json
+from .output_folder import prepare_output, save_atomically
+from .pipeline_folder import components_of, default_settings, find_folder, fuse_lora, settings_of, stored_dtype
 
 
 logger = logging.get_logger(__name__)
 
+_BASES = ("LongLivePipeline", "WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
 _BASE_COMPONENTS = {"tokenizer": None, "text_encoder": "UMT5EncoderModel", "vae": "AutoencoderKLWan"}
-_BASE_SETTINGS = ("model_index.json", "*/config.json", "scheduler/*", "tokenizer/*")
+_BASE_SETTINGS = ("README.md", "model_index.json", "*/config.json", "scheduler/*", "tokenizer/*")
 _BASE_WEIGHTS = ("text_encoder/*", "vae/*")
 # The settings that shapes do not reveal, but the base's transformer may.
 _TRANSFORMER_SETTINGS = ("attention_head_dim", "chunk_size", "eps", "qk_norm", "sample_height", "sample_width")
@@ -87,14 +86,17 @@ def convert_checkpoint(
             then.
     """
     started = time.monotonic()
-    output = Path(output)
-    check_output(output)
+    destination = prepare_output(output)
+    output = Path(output).expanduser()
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype has to be one of {', '.join(DTYPES)}, not {dtype}.")
 
     # 1. Check names, sizes and settings; only small files of the base are needed.
     weights = read_original_state_dict(checkpoint, use_ema=use_ema)
-    lora_to_fuse = None if lora is None else _read_lora(lora, weights)
+    lora_to_fuse = None
+    if lora is not None:
+        lora_to_fuse, lora_settings = LongLivePipeline.lora_state_dict(lora, return_lora_metadata=True)
+        check_lora_fits(lora_to_fuse, weights)
     folder = _base_folder(base, _BASE_SETTINGS)
     index = _read_index(folder, base)
     from_longlive = index["_class_name"] == LongLivePipeline.__name__
@@ -102,8 +104,13 @@ def convert_checkpoint(
     transformer_config = _base_transformer_config(folder, base) | transformer_config
     if from_longlive:
         settings = {name: index[name] for name in default_settings(LongLivePipeline) if name in index} | settings
+    with settings_of(base):  # those given by the caller were checked before
+        check_setting_types(settings, LongLivePipeline)
+        check_setting_types(transformer_config, LongLiveTransformer3DModel)
     sizes = infer_transformer_config(weights, **transformer_config)
-    _check_sizes(folder, sizes, base)
+    check_config(FrozenDict({**default_settings(LongLiveTransformer3DModel), **sizes}))
+    _check_window({**default_settings(LongLivePipeline), **settings}, sizes)
+    _check_base(folder, index, sizes, base, from_longlive)
 
     # 2. Load. A LoRA is added before rounding to `dtype`, not after.
     packed = any(isinstance(weight, NVFP4Tensor) for weight in weights.values())
@@ -113,11 +120,15 @@ def convert_checkpoint(
     )
     del weights
     report(f"transformer: {_describe(transformer)}, {sizes['num_layers']} layers, {time.monotonic() - started:.0f} s")
-    components = _load_components(_base_folder(base, (*_BASE_SETTINGS, *_BASE_WEIGHTS)), base, dtype, from_longlive)
+    folder = _base_folder(base, (*_BASE_SETTINGS, *_BASE_WEIGHTS))
+    check_complete(folder, {name: index[name] for name in _BASE_COMPONENTS}, base)
+    components = _load_components(folder, base, dtype, from_longlive)
     report(f"text encoder: {_describe(components['text_encoder'])}; VAE: {_describe(components['vae'])}")
     pipeline = LongLivePipeline(transformer=transformer, **components, **settings)
     if lora_to_fuse is not None:
-        pipeline.load_lora_weights(lora_to_fuse)
+        LongLivePipeline.load_lora_into_transformer(
+            lora_to_fuse, transformer=pipeline.transformer, metadata=lora_settings
+        )
         fuse_lora(pipeline)
         if not packed:  # NVFP4 weights were rounded when they were fused
             fused = pipeline.transformer.state_dict()
@@ -127,27 +138,11 @@ def convert_checkpoint(
         report(f"LoRA: fused, {time.monotonic() - started:.0f} s")
 
     # 3. Write.
-    save_atomically(pipeline, output)
+    name = None if isinstance(checkpoint, Mapping) else Path(checkpoint).name
+    save_atomically(pipeline, destination, _card(pipeline, destination.name, name, base))
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     report(f"{output}: {size / 2**30:.2f} GiB, {time.monotonic() - started:.0f} s in all")
     return output
-
-
-def _read_lora(lora: str | os.PathLike | Mapping[str, Any], weights: Mapping[str, Weight]) -> dict | str:
-    """Return what to pass to `load_lora_weights`: the reference's LoRA converted, any other file or repo as it is."""
-    if isinstance(lora, Mapping) or is_original_lora(lora):
-        lora = read_original_lora(lora)
-        check_lora_fits(lora, weights)
-        return lora
-    path = Path(lora)
-    if path.suffix in LORA_SUFFIXES and not path.exists():
-        raise ValueError(f"There is no LoRA file {path}.")
-    if path.is_file():
-        content = {key: value for key, value in read_checkpoint_file(path).items() if isinstance(value, torch.Tensor)}
-        if not any("lora" in key for key in content):
-            raise ValueError(f"{path} is not a LoRA: none of its {len(content)} tensors is of a LoRA layer.")
-        check_lora_fits({key: tensor for key, tensor in content.items() if key.startswith("transformer.")}, weights)
-    return str(lora)
 
 
 def _base_folder(base: str | os.PathLike, patterns: tuple[str, ...]) -> Path:
@@ -163,8 +158,11 @@ def _read_index(folder: Path, base: str | os.PathLike) -> dict[str, Any]:
             raise ValueError(
                 f"The base {base} ({index.get('_class_name')}) has {found} as {name}, not {needed or 'one'}."
             )
-    if "_class_name" not in index:
-        raise ValueError(f"The base {base} has a model_index.json that does not name its pipeline.")
+    if index.get("_class_name") not in _BASES:
+        raise ValueError(
+            f"The base {base} is a {index.get('_class_name', 'pipeline without a name')}; it has to be one of "
+            f"{', '.join(_BASES)}, which have the text encoder and the VAE of the checkpoint."
+        )
     return index
 
 
@@ -176,6 +174,8 @@ def _split_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
             f"There is no setting {', '.join(unknown)}. The pipeline has {', '.join(sorted(of_pipeline))}; "
             f"the transformer has {', '.join(sorted(of_transformer))}."
         )
+    check_setting_types(config, LongLivePipeline)
+    check_setting_types(config, LongLiveTransformer3DModel)
     return (
         {name: value for name, value in config.items() if name not in of_pipeline},
         {name: value for name, value in config.items() if name in of_pipeline},
@@ -188,19 +188,35 @@ def _base_transformer_config(folder: Path, base: str | os.PathLike) -> dict[str,
     return {key: config[key] for key in _TRANSFORMER_SETTINGS if key in config}
 
 
-def _check_sizes(folder: Path, sizes: Mapping[str, Any], base: str | os.PathLike) -> None:
-    channels = read_json(folder, "vae/config.json", base).get("z_dim")
-    if channels != sizes["in_channels"]:
+def _check_window(settings: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    chunk_size = sizes.get("chunk_size", default_settings(LongLiveTransformer3DModel)["chunk_size"])
+    check_window(settings["window_size"], settings["sink_size"], chunk_size, settings["multi_shot_sink"])
+
+
+def _check_base(
+    folder: Path, index: Mapping[str, Any], sizes: Mapping[str, Any], base: str | os.PathLike, from_longlive: bool
+) -> None:
+    """Check the base's small files: that they are there, of the right types, and of the checkpoint's sizes."""
+    if Path(base).expanduser().is_dir():  # the weights of one on the Hub are downloaded later
+        check_complete(folder, {name: index[name] for name in _BASE_COMPONENTS}, base)
+    vae, text_encoder = (read_json(folder, f"{name}/config.json", base) for name in ("vae", "text_encoder"))
+    with settings_of(base):
+        check_setting_types(vae, AutoencoderKLWan)
+        if from_longlive:
+            scheduler = read_json(folder, "scheduler/scheduler_config.json", base)
+            check_setting_types(scheduler, LongLiveScheduler)
+    if vae.get("z_dim") != sizes["in_channels"]:
         raise ValueError(
-            f"The base's VAE has {channels} latent channels, the checkpoint {sizes['in_channels']}: {base}"
+            f"The base's VAE has {vae.get('z_dim')} latent channels, the checkpoint {sizes['in_channels']}: {base}"
         )
-    width = read_json(folder, "text_encoder/config.json", base).get("d_model")
-    if width != sizes["text_dim"]:
-        raise ValueError(f"The base's text encoder is {width} wide, the checkpoint takes {sizes['text_dim']}: {base}")
+    if (width := text_encoder.get("d_model")) != sizes["text_dim"]:
+        raise ValueError(
+            f"The base's text encoder is {width!r} wide, the checkpoint takes {sizes['text_dim']}: {base}"
+        )
 
 
 def _load_components(folder: Path, base: str | os.PathLike, dtype: torch.dtype, from_longlive: bool) -> dict[str, Any]:
-    try:
+    with components_of(base):
         return {
             "tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"),
             "text_encoder": UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype),
@@ -210,8 +226,21 @@ def _load_components(folder: Path, base: str | os.PathLike, dtype: torch.dtype, 
             if from_longlive
             else LongLiveScheduler(),
         }
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"A component of the base {base} cannot be loaded: {error}") from error
+
+
+def _card(pipeline: LongLivePipeline, name: str, checkpoint: str | None, base: str | os.PathLike) -> ModelCard:
+    """Make the card of a converted pipeline. The base gave the small parts, the checkpoint the transformer, whose
+    license is its own: the base's must not stand for all."""
+    origin = origin_details(base)
+    repo = origin["base_model"]
+    gave = "a base" if repo is None else f"[{repo}](https://huggingface.co/{repo})"
+    license = f", whose license is `{origin['license']}`" if "license" in origin else ""
+    file = "a checkpoint" if checkpoint is None else f"`{checkpoint}`"
+    return pipeline.model_card(
+        name,
+        origin=f"The transformer was converted from {file}, whose license it keeps. The tokenizer, the text encoder "
+        f"and the VAE come from {gave}{license}.",
+    )
 
 
 def _describe(model: torch.nn.Module) -> str:

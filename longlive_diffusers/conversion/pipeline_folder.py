@@ -1,37 +1,46 @@
-"""A pipeline on disk or on the Hub: what its small files say, how it is loaded, and how it is saved atomically."""
+"""A pipeline on disk or on the Hub: what its small files say, and how it is loaded."""
 
 import inspect
-import json
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import safe_open
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from ..atomic_write import new_folder
 from ..dtypes import DTYPES
-from ..loaders.checkpoint_file import read_checkpoint_file
-from ..loaders.lora import LORA_SUFFIXES, check_lora_fits
-from ..models.transformer_longlive import LongLiveTransformer3DModel
-from ..nvfp4.linear import nvfp4_layers, weights_of
+from ..loaders.lora_file import find_lora_file, read_lora_file
+from ..models.transformer_longlive import LongLiveTransformer3DModel, check_config
+from ..nvfp4.linear import nvfp4_layers
 from ..nvfp4.quantizer import NVFP4Config, quantize_model
 from ..pipelines.inputs import ModelSizes
 from ..pipelines.pipeline_longlive import LongLivePipeline
+from ..setting_types import check_setting_types
+from .complete_folder import check_complete, stored_shapes
+from .json_files import read_json
 
 
 _CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json")
 # Third-party conversions have the layout of a Wan pipeline; LongLivePipeline loads them too.
 _PIPELINES = ("LongLivePipeline", "WanPipeline")
+_UNREACHABLE = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 
 
 @dataclass(frozen=True)
@@ -61,13 +70,20 @@ class PipelineFolder:
         index, transformer, vae = (read_json(folder, name, source) for name in _CONFIGS)
         if index.get("_class_name") not in _PIPELINES:
             raise ValueError(f"'{source}' is a {index.get('_class_name')}, not a LongLivePipeline")
-        defaults = default_settings(LongLivePipeline)
-        return cls(
-            source=str(folder if os.path.isdir(os.path.expanduser(source)) else source),
-            settings={name: index.get(name, default) for name, default in defaults.items()},
-            transformer=_complete(LongLiveTransformer3DModel, transformer),
-            vae=_complete(AutoencoderKLWan, vae),
-        )
+        with settings_of(source):
+            pipeline = cls(
+                source=str(folder if Path(source).expanduser().is_dir() else source),
+                settings=_completed(LongLivePipeline, index),
+                transformer=_completed(LongLiveTransformer3DModel, transformer),
+                vae=_completed(AutoencoderKLWan, vae),
+            )
+            check_config(FrozenDict(pipeline.transformer))
+            quantization = transformer.get("quantization_config")
+            if quantization is not None and not (isinstance(quantization, dict) and "quant_method" in quantization):
+                raise ValueError(f"its quantization_config is {quantization!r}, not settings with a quant_method.")
+        if folder == Path(pipeline.source):
+            pipeline._check_weights(folder)
+        return pipeline
 
     @property
     def sizes(self) -> ModelSizes:
@@ -110,7 +126,8 @@ class PipelineFolder:
             torch_dtype = torch.bfloat16 if device.type == "cuda" else cpu_dtype(folder / "transformer")
         else:
             torch_dtype = DTYPES[dtype]
-        pipe = LongLivePipeline.from_pretrained(folder, dtype=torch_dtype)
+        with components_of(self.source):
+            pipe = LongLivePipeline.from_pretrained(folder, dtype=torch_dtype)
         pipe.set_progress_bar_config(disable=not show_progress)
         if nvfp4_backend is not None:
             if offload != "sequential":  # by which the whole transformer may not fit on the device
@@ -140,25 +157,38 @@ class PipelineFolder:
         dtypes = {name: stored_dtype(folder / name) for name in ("transformer", "vae", "text_encoder")}
         if dtype != "auto":
             dtypes["transformer"] = DTYPES[dtype]
-        pipe = LongLivePipeline.from_pretrained(folder, dtype=dtypes)
+        with components_of(self.source):
+            pipe = LongLivePipeline.from_pretrained(folder, dtype=dtypes)
         if lora is not None:
             self._load_loras(pipe, [(lora, 1.0)])
             fuse_lora(pipe)
         return pipe
 
     def _folder(self) -> Path:
-        return Path(self.source) if Path(self.source).is_dir() else Path(DiffusionPipeline.download(self.source))
+        """Return the pipeline's folder, which is complete; a repository is downloaded."""
+        folder = Path(self.source)
+        if not folder.is_dir():
+            try:
+                folder = Path(DiffusionPipeline.download(self.source))
+            except (OSError, HFValidationError) as error:
+                raise ValueError(f"'{self.source}' cannot be downloaded: {error}") from error
+            self._check_weights(folder)
+        return folder
+
+    def _check_weights(self, folder: Path) -> None:
+        """Check that the pipeline is complete, by names and headers alone."""
+        check_complete(folder, read_json(folder, "model_index.json", self.source), self.source)
+        with settings_of(self.source):
+            check_num_layers(folder / "transformer", self.transformer["num_layers"])
 
     @staticmethod
     def _load_loras(pipe: LongLivePipeline, loras: Sequence[tuple[str, float]]) -> None:
         """Load LoRAs, which are added up, each by its scale."""
-        weights = {f"lora_{number}": pipe.lora_state_dict(lora) for number, (lora, _) in enumerate(loras)}
-        for lora in weights.values():  # before any is loaded, which renames the layers
-            check_lora_fits(lora, weights_of(pipe.transformer))
-        for name, lora in weights.items():
+        names = [f"lora_{number}" for number in range(len(loras))]
+        for name, (lora, _) in zip(names, loras, strict=True):
             pipe.load_lora_weights(lora, adapter_name=name)
-        if weights:
-            pipe.set_adapters(list(weights), [scale for _, scale in loras])
+        if loras:
+            pipe.set_adapters(names, [scale for _, scale in loras])
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -178,32 +208,9 @@ def find_folder(
         found = snapshot_download(
             str(source), allow_patterns=list(patterns), ignore_patterns=list(ignore_patterns) or None
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except _UNREACHABLE as error:
         raise ValueError(f"'{source}' is no folder, and no Hub repository that can be reached: {error}") from error
     return Path(found)
-
-
-def read_json(folder: Path, name: str, source: str | os.PathLike) -> dict[str, Any]:
-    """
-    Read one configuration file of a pipeline.
-
-    Args:
-        folder: The folder of the pipeline.
-        name: The file in it, for instance `vae/config.json`.
-        source: What the user calls the pipeline, for error messages.
-
-    Raises:
-        ValueError: If there is no such file, or it is not a JSON object.
-    """
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"'{source}' is not a pipeline: it has no {name}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{name} of '{source}' is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{name} of '{source}' holds a {type(content).__name__}, not an object")
-    return content
 
 
 def default_settings(component_class: type) -> dict[str, Any]:
@@ -214,16 +221,35 @@ def default_settings(component_class: type) -> dict[str, Any]:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of most of a model's stored weights, apart from those in few bits; float32 where it cannot be
-    determined."""
+    determined.
+
+    Raises:
+        ValueError: If a weight file is cut off or damaged.
+    """
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     counts: Counter[str] = Counter()
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dictionary
-                tensor = file.get_slice(name)
-                if tensor.get_dtype() in names:
-                    counts[tensor.get_dtype()] += torch.Size(tensor.get_shape()).numel()
+        for shape, dtype in stored_shapes(path).values():
+            if dtype in names:
+                counts[dtype] += torch.Size(shape).numel()
     return names[counts.most_common(1)[0][0]] if counts else torch.float32
+
+
+def check_num_layers(folder: Path, num_layers: int) -> None:
+    """
+    Compare the number of blocks in a transformer's weight files with that of its configuration, before a network is
+    built that may be of any size.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    names = [name for path in folder.glob("*.safetensors") for name in stored_shapes(path)]
+    blocks = {int(name.split(".")[1]) for name in names if re.match(r"blocks\.\d+\.", name)}
+    found = max(blocks, default=-1) + 1
+    if names and found != num_layers:
+        raise ValueError(
+            f"Its transformer's config.json says num_layers={num_layers}, its weights have {found} blocks."
+        )
 
 
 def cpu_dtype(folder: Path) -> torch.dtype:
@@ -233,11 +259,12 @@ def cpu_dtype(folder: Path) -> torch.dtype:
 
 
 def check_lora_file(lora: str) -> None:
-    """Raise a ValueError, before any model is loaded, if a LoRA named as a file is missing or cannot be read."""
-    if Path(lora).suffix in LORA_SUFFIXES and not Path(lora).is_file():
-        raise ValueError(f"there is no LoRA file '{lora}'")
-    if Path(lora).is_file():
-        read_checkpoint_file(lora)
+    """Read a LoRA before any model is loaded, which takes longer; one on the Hub is downloaded.
+
+    Raises:
+        ValueError: If it is missing or cannot be read.
+    """
+    read_lora_file(find_lora_file(lora))
 
 
 def use_nvfp4(pipe: LongLivePipeline, backend: str) -> None:
@@ -255,28 +282,35 @@ def fuse_lora(pipe: LongLivePipeline) -> None:
     pipe.unload_lora_weights()
 
 
-def _complete(model: type, config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration completed with the defaults of its model, which is built without memory for weights."""
-    known = {name: value for name, value in config.items() if name in default_settings(model)}
-    with init_empty_weights():
-        return dict(model(**known).config)
+@contextmanager
+def settings_of(source: str | os.PathLike) -> Iterator[None]:
+    """Say of which pipeline the settings are that a check refuses."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"'{source}' cannot be opened: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-def check_output(output: Path) -> None:
+@contextmanager
+def components_of(source: str | os.PathLike) -> Iterator[None]:
     """
-    Check that an output folder can be written.
+    Turn what the libraries raise for a damaged component of a pipeline into one error.
 
     Raises:
-        ValueError: If the folder is a file, or is not empty.
+        ValueError: If a file is missing or damaged, or a configuration does not fit the weights.
     """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"The output {output} is a file; give a folder that does not exist yet.")
-    if output.is_dir() and (found := len(list(output.iterdir()))):
-        raise ValueError(f"The output {output} already holds {found} files or folders; give a new or an empty folder.")
+    try:
+        yield
+    except (OSError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"A component of '{source}' cannot be loaded: {error}") from error
+    except RuntimeError as error:  # torch's only name for shapes that differ, and for much else
+        if "mismatch" not in str(error):
+            raise
+        raise ValueError(f"The weights of a component of '{source}' do not fit its configuration: {error}") from error
 
 
-def save_atomically(pipeline: DiffusionPipeline, output: Path) -> None:
-    """Save a pipeline so that the folder appears under its name only when it is complete."""
-    with new_folder(output) as unfinished:
-        pipeline.save_pretrained(unfinished)
+def _completed(component_class: type, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration completed with the constructor's defaults, after checking the types of its values."""
+    check_setting_types(config, component_class)
+    defaults = default_settings(component_class)
+    return {name: config.get(name, default) for name, default in defaults.items()}

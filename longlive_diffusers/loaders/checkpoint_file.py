@@ -8,7 +8,9 @@ an HTML page or a Git LFS pointer under the right name.
 
 import os
 import pickle
+import re
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,11 @@ _FOREIGN_STARTS = {
     b"\x1f\x8b": "a gzip archive",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
     b"{": "a JSON file",
+    b"(d": "a Python pickle, and not of the kind that torch.save writes",
+    b"}q": "a Python pickle, and not of the kind that torch.save writes",
 }
+# What torch's restricted unpickler says of objects whose class is not the problem, but what is done with them.
+_NOT_PLAIN = re.compile(r"(?:create new object for|Can only build) .* but got (.+)")
 _ZIP_START = b"PK\x03\x04"
 _PICKLE_START = b"\x80"
 
@@ -91,22 +97,71 @@ def read_checkpoint_file(path: str | os.PathLike) -> dict[str, Any]:
     return dict(content)
 
 
-def _read_torch(path: Path, size: int, *, mmap: bool) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except _DAMAGE as error:
-        # torch's own message recommends loading with weights_only=False; only its last part is useful.
-        reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split("\n\nCheck the doc")[0].split())
-        if "Unsupported global" in reason:
-            kind = reason.split("GLOBAL ")[-1].split(" ")[0]
-            raise ValueError(
-                f"{path} ({size} bytes) holds Python objects ({kind}) beside tensors and plain containers. "
-                "They could run code when loaded, so the file is refused. "
-                "Save its state dict alone with torch.save and load that."
-            ) from error
+def named_tensors(
+    content: Mapping[Any, Any], source: str, kinds: tuple[type, ...] = (torch.Tensor,)
+) -> dict[str, Any]:
+    """Return the tensors of a state dict that was read from a file or given by the user; other entries are left out.
+
+    Args:
+        content: The state dict.
+        source: What error messages call it.
+        kinds: The classes that count as tensors.
+
+    Raises:
+        ValueError: If a tensor's key is not a string, or a tensor is not an ordinary one (sparse, or quantized by
+            torch).
+    """
+    tensors = {key: value for key, value in content.items() if isinstance(value, kinds)}
+    if strange := [key for key in tensors if not isinstance(key, str)]:
         raise ValueError(
-            f"{path} ({size} bytes) is truncated, damaged or not a torch checkpoint: {reason or type(error).__name__}"
-        ) from error
+            f"{source} is no state dict: {len(strange)} of its {len(tensors)} tensors have a key that is not a name, "
+            f"such as {strange[0]!r} ({type(strange[0]).__name__})."
+        )
+    for key, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and (tensor.layout is not torch.strided or tensor.is_quantized):
+            kind = "quantized by torch" if tensor.is_quantized else f"stored as {tensor.layout}"
+            raise ValueError(f"{source}: {key} is {kind}; ordinary (dense) tensors are expected.")
+    return tensors
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    """Check that a weight is made of numbers.
+
+    Raises:
+        ValueError: If it has infinities or NaN; the message says how many.
+    """
+    smallest, largest = tensor.detach().aminmax()  # one pass without a temporary; NaN goes through
+    if not (smallest.isfinite() and largest.isfinite()):
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        raise ValueError(f"{name} has {bad} infinities or NaN among its {tensor.numel()} numbers ({tensor.dtype}).")
+
+
+def _read_torch(path: Path, size: int, *, mmap: bool) -> Any:
+    # The errors are raised "from None": torch's own recommend, at length, to load the file with weights_only=False,
+    # and a traceback would print them.
+    try:
+        with warnings.catch_warnings():
+            # About the file's age or its protocol, which say nothing about whether it can be read.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except _DAMAGE as error:
+        # torch wraps what its unpickler says into its advice; the context is what the unpickler said.
+        said = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
+        reason = " ".join(str(said).split())
+    if found := re.search(r"GLOBAL (\S+)", reason) or _NOT_PLAIN.search(reason):
+        raise ValueError(
+            f"{path} ({size} bytes) holds Python objects ({found[1]}) beside tensors and plain containers. "
+            "They could run code when loaded, so the file is refused, and nothing in it was run. If it is from a "
+            "source that you trust, ask for its state dict alone, saved with torch.save, or as safetensors."
+        )
+    if "Unsupported operand" in reason:
+        raise ValueError(
+            f"{path} ({size} bytes) is a damaged checkpoint, or a Python pickle of another kind than torch.save "
+            f"writes. Pickles may run code, so it is refused, and nothing in it was run ({reason})."
+        )
+    raise ValueError(
+        f"{path} ({size} bytes) is truncated, damaged or not a torch checkpoint: {reason or 'its data end too early'}"
+    )
 
 
 def _read_safetensors(path: Path, size: int) -> dict[str, torch.Tensor]:

@@ -1,21 +1,26 @@
-"""Read the reference's LoRA file as a dictionary that diffusers' `load_lora_weights` takes.
+"""Read a LoRA in PEFT's layout, such as the reference's, as a dictionary that diffusers' `load_lora_weights` takes.
 
 The reference saves PEFT's own state dict of the generator under "generator_lora", with Wan's original module names
-(`base_model.model.blocks.0.self_attn.q.lora_A.weight`) and without the adapter's configuration. diffusers expects
-`transformer.blocks.0.attn1.to_q.lora_A.weight`, and assumes that alpha is the rank if none is given; another alpha is
-therefore multiplied into lora_B here, which changes nothing else.
+(`base_model.model.blocks.0.self_attn.q.lora_A.weight`) and without the adapter's configuration; PEFT itself saves the
+same with a configuration beside it. diffusers expects `transformer.blocks.0.attn1.to_q.lora_A.weight`, and assumes
+that alpha is the rank if none is given; another alpha is therefore multiplied into lora_B here, which changes nothing
+else.
 """
 
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from ..nvfp4.format import Weight
-from .checkpoint_file import read_checkpoint_file
+from .checkpoint_file import check_finite, named_tensors, read_checkpoint_file
+from .lora_file import LORA_SUFFIXES, LoraFile, read_lora_file
 from .original import Checkpoint, rename_to_diffusers, strip_wrappers
 
 
@@ -32,11 +37,11 @@ _WAN_MODULES = (
     "proj_out.",
 )
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".alpha")
-LORA_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_SETTINGS = ("alpha", "lora_alpha", "use_rslora", "alpha_pattern")
 
 
 def is_original_lora(checkpoint: Checkpoint) -> bool:
-    """Whether `checkpoint` is a LoRA in the reference's layout, which `read_original_lora` reads.
+    """Whether `checkpoint` is a LoRA in PEFT's layout, such as the reference's, which `read_original_lora` reads.
 
     Files in diffusers' layouts (keys that begin with `transformer.`, `diffusion_model.` or `lora_unet_`), folders and
     names of Hub repos are not.
@@ -51,20 +56,25 @@ def is_original_lora(checkpoint: Checkpoint) -> bool:
         checkpoint = read_checkpoint_file(path)
     if "generator_lora" in checkpoint:
         return True
-    tensors, _ = _unwrap(checkpoint)
+    content, _ = _unwrap(checkpoint)
+    tensors = (key for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor))
     return any(
-        ".lora_A." in key and not key.startswith("diffusion_model.") and strip_wrappers(key).startswith(_WAN_MODULES)
+        (".lora_A." in key or ".lora_B." in key)
+        and not key.startswith("transformer.")
+        and not key.startswith("diffusion_model.")
+        and strip_wrappers(key).startswith(_WAN_MODULES)
         for key in tensors
     )
 
 
-def read_original_lora(checkpoint: Checkpoint, *, alpha: float | None = None) -> dict[str, torch.Tensor]:
+def read_original_lora(checkpoint: Checkpoint | LoraFile, *, alpha: float | None = None) -> dict[str, torch.Tensor]:
     """Read the generator's LoRA for `pipe.load_lora_weights(...)`.
 
     Args:
         checkpoint: The path of a `.pt` or `.safetensors` file, or the loaded dictionary (not modified): PEFT's state
-            dict, bare or under "generator_lora", with or without wrapper names and adapter names in its keys.
-        alpha: The LoRA's alpha, if it is not the rank and not stored in the file. The weights' change is
+            dict, bare or under "generator_lora", with or without wrapper names and adapter names in its keys. An
+            `adapter_config.json` beside the file is read, too.
+        alpha: The LoRA's alpha, if it is not the rank and not stored with the weights. The weights' change is
             `alpha / rank * lora_B @ lora_A` (arXiv 2106.09685, section 4.1).
 
     Returns:
@@ -75,11 +85,15 @@ def read_original_lora(checkpoint: Checkpoint, *, alpha: float | None = None) ->
         ValueError: If the file cannot be read, or holds no LoRA, an empty one, or something besides lora_A and lora_B;
             if a layer is incomplete, or shapes or ranks disagree; if `alpha` contradicts the file.
     """
-    source = "The given dictionary" if isinstance(checkpoint, Mapping) else str(checkpoint)
-    content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint_file(checkpoint)
-    tensors, settings = _unwrap(content)
-    layers = _layers(tensors, source=source)
-    rank = _common_rank(layers, source=source)
+    if isinstance(checkpoint, Mapping):
+        lora = LoraFile("The given dictionary", checkpoint)
+    else:
+        lora = checkpoint if isinstance(checkpoint, LoraFile) else read_lora_file(Path(checkpoint))
+    source = lora.source
+    content, settings = _unwrap(lora.content)
+    settings = {**lora.settings, **settings}
+    layers = _layers(named_tensors(content, source), source=source)
+    rank = _common_rank(layers, settings, source=source)
 
     scales = {name: _scale(name, parts, rank, alpha, settings, source=source) for name, parts in layers.items()}
     renamed = rename_to_diffusers(
@@ -92,48 +106,128 @@ def read_original_lora(checkpoint: Checkpoint, *, alpha: float | None = None) ->
     return {f"transformer.{name}": tensor for name, tensor in renamed.items()}
 
 
+def read_lora(lora: LoraFile, convert: Callable[..., Any]) -> tuple[dict[str, torch.Tensor], Mapping[str, Any] | None]:
+    """Read a LoRA of any layout for diffusers' `load_lora_weights`.
+
+    Args:
+        lora: The LoRA's file, or a dictionary as one.
+        convert: diffusers' own function, which turns the layouts of other trainers into its own.
+
+    Returns:
+        `{"transformer.<layer>.lora_A.weight": [rank, in], ...}`, and diffusers' settings of the adapter, if there are.
+
+    Raises:
+        ValueError: If it is no LoRA of this model, incomplete or damaged.
+    """
+    if is_original_lora(lora.content):
+        return read_original_lora(lora), None
+    tensors = named_tensors(lora.content, lora.source)
+    if not any("lora" in key or "lokr" in key for key in tensors):
+        raise ValueError(f"{lora.source} is not a LoRA: none of its {len(tensors)} tensors is of a LoRA layer.")
+    if halves := [key for key in tensors if (partner := _partner(key)) is not None and partner not in tensors]:
+        raise ValueError(f"{lora.source}: {len(halves)} layers lack their lora_A or lora_B: {_first(halves)}.")
+    try:
+        state = convert(dict(tensors))
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{lora.source} is not a LoRA of this model: its {len(tensors)} keys ({_first(list(tensors))}) cannot be "
+            f"converted ({error})."
+        ) from error
+    if lora.metadata is not None:
+        _check_metadata(lora.metadata, state, source=lora.source)
+    # Where layers have an alpha of their own, diffusers has multiplied it into them already.
+    elif "lora_alpha" in lora.settings and not any(key.endswith(".alpha") for key in tensors):
+        for key in [key for key in state if key.endswith(".lora_B.weight")]:
+            layer = {"lora_A": state[key.replace(".lora_B.", ".lora_A.")], "lora_B": state[key]}
+            rank = layer["lora_B"].shape[-1]
+            name = key.removeprefix("transformer.").removesuffix(".lora_B.weight")
+            state[key] = _scaled(state[key], _scale(name, layer, rank, None, lora.settings, source=lora.source))
+    return state, lora.metadata
+
+
+def _check_metadata(metadata: Mapping[str, Any], state: Mapping[str, torch.Tensor], *, source: str) -> None:
+    """Check the settings that diffusers hands to PEFT, which fails on them in words of its own."""
+    prefix = "transformer."
+    settings = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
+    if unknown := sorted(set(settings) - {field.name for field in fields(LoraConfig)}):
+        raise ValueError(f"{source} has settings that this release of PEFT does not know: {', '.join(unknown)}.")
+    ranks = {tensor.shape[0] for key, tensor in state.items() if key.endswith(".lora_A.weight") and tensor.ndim}
+    if settings.get("r") not in ranks and not settings.get("rank_pattern"):
+        found = " and ".join(map(str, sorted(ranks)))
+        raise ValueError(f"{source}: its settings say rank {settings.get('r')!r} (r), its layers have rank {found}.")
+    _check_alpha(settings.get("lora_alpha"), "all layers", source=source)
+
+
 def check_lora_fits(lora: Mapping[str, torch.Tensor], weights: Mapping[str, Weight]) -> None:
     """Compare a LoRA with the weights of the transformer it is for; both may be on the meta device.
 
     Args:
-        lora: The LoRA in diffusers' layout, such as `read_original_lora` returns.
-        weights: The transformer's weights, `{diffusers name: tensor}`.
+        lora: The LoRA in diffusers' layout, such as `read_original_lora` returns. Keys that do not begin with
+            "transformer." are of other models, which diffusers leaves out.
+        weights: The transformer's weights, `{diffusers name: tensor}`; it may carry other LoRAs already.
 
     Raises:
-        ValueError: If a layer's target is not among the weights or has other sizes, or if a layer is incomplete.
+        ValueError: If no layer is for the transformer, a layer's target is not among the weights or has other sizes,
+            a layer is incomplete, its halves have different ranks, or it has infinities or NaN.
     """
-    problems = []
-    for key, lora_A in lora.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        name = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
-        lora_B = lora.get(key.replace(".lora_A.", ".lora_B."))
-        target = weights.get(f"{name}.weight")
-        if lora_B is None:
-            problems.append(f"{name} has no lora_B")
-        elif target is None:
-            problems.append(f"{name} does not exist")
-        elif tuple(target.shape) != (lora_B.shape[0], lora_A.shape[1]):
-            problems.append(f"{name} is {tuple(target.shape)}, its LoRA {(lora_B.shape[0], lora_A.shape[1])}")
-    if problems:
+    own = {key.removeprefix("transformer."): tensor for key, tensor in lora.items() if key.startswith("transformer.")}
+    if not own:
         raise ValueError(
-            f"The LoRA is for another model; {len(problems)} layers do not fit: {'; '.join(problems[:4])}."
+            f"Nothing of this LoRA is for the transformer: none of its {len(lora)} keys is ({_first(list(lora))})."
         )
+    if any(".lokr_" in key for key in own):
+        return  # Kronecker products (LoKr): diffusers knows their layout, and checks it
+    targets = {name.replace(".base_layer.", "."): tuple(weight.shape) for name, weight in weights.items()}
+    problems = {}
+    for key, tensor in own.items():
+        name, found, part = key.partition(".lora_")
+        if not found or part not in ("A.weight", "B.weight", "B.bias", "magnitude_vector", "magnitude_vector.weight"):
+            problems[name] = f"{key} is no part of a LoRA"
+        elif name not in problems and part in ("A.weight", "B.weight"):
+            problems[name] = _problem(name, own, targets.get(f"{name}.weight"))
+        if tensor.device.type != "meta" and tensor.numel():
+            check_finite(tensor, f"The LoRA's {key}")
+    if unfit := [problem for problem in problems.values() if problem is not None]:
+        raise ValueError(f"The LoRA is for another model; {len(unfit)} layers do not fit: {'; '.join(unfit[:4])}.")
 
 
-def _unwrap(content: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the dictionary of tensors inside `content`, and the adapter's settings found on the way."""
+def _problem(name: str, lora: Mapping[str, torch.Tensor], target: tuple[int, ...] | None) -> str | None:
+    down, up = lora.get(f"{name}.lora_A.weight"), lora.get(f"{name}.lora_B.weight")
+    if down is None or up is None:
+        return f"{name} has no {'lora_A' if down is None else 'lora_B'}"
+    if target is None:
+        return f"{name} does not exist"
+    if not (down.is_floating_point() and up.is_floating_point()):
+        return f"{name} has {down.dtype} and {up.dtype}, not floats"
+    if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
+        return f"{name} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}, which disagree on the rank"
+    if target[:2] != (up.shape[0], down.shape[1]):
+        return f"{name} is {target}, its LoRA {(up.shape[0], down.shape[1])}"
+    return None
+
+
+def _partner(key: str) -> str | None:
+    """Return the key of the other half of a layer, or None if the key is not of a half."""
+    for half, other in (("lora_A", "lora_B"), ("lora_down", "lora_up")):
+        for one, two in ((half, other), (other, half)):
+            if key.endswith(".weight") and f".{one}." in key:
+                return key.replace(f".{one}.", f".{two}.")
+    return None
+
+
+def _unwrap(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return the dictionary with tensors inside `content`, and the adapter's settings found on the way."""
     settings: dict[str, Any] = {}
     for _ in range(4):
         scalars = {key: value for key, value in content.items() if isinstance(value, (int, float, bool))}
         nested = [content[key] for key in _CONFIG_DICTS if isinstance(content.get(key), Mapping)]
         for entry in (scalars, *nested):
-            settings.update((key, entry[key]) for key in ("alpha", "lora_alpha", "use_rslora") if key in entry)
+            settings.update((key, entry[key]) for key in _SETTINGS if key in entry)
         inner = [key for key in _LORA_DICTS if isinstance(content.get(key), Mapping)]
         if not inner:
             break
         content = content[inner[0]]
-    return {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}, settings
+    return content, settings
 
 
 def _layers(tensors: Mapping[str, torch.Tensor], *, source: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -168,7 +262,7 @@ def _layers(tensors: Mapping[str, torch.Tensor], *, source: str) -> dict[str, di
     return layers
 
 
-def _common_rank(layers: Mapping[str, Mapping[str, torch.Tensor]], *, source: str) -> int:
+def _common_rank(layers: Mapping[str, Mapping[str, torch.Tensor]], settings: Mapping[str, Any], *, source: str) -> int:
     for name, layer in layers.items():
         down, up = layer["lora_A"], layer["lora_B"]
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
@@ -182,7 +276,10 @@ def _common_rank(layers: Mapping[str, Mapping[str, torch.Tensor]], *, source: st
     if len(ranks) > 1:
         counts = ", ".join(f"rank {rank} in {count} layers" for rank, count in ranks.most_common())
         raise ValueError(f"{source}: the layers' ranks disagree ({counts}); one rank for all is expected.")
-    return next(iter(ranks))
+    rank = next(iter(ranks))
+    if settings.get("r", rank) != rank and not settings.get("rank_pattern"):
+        raise ValueError(f"{source}: its settings say rank {settings['r']!r} (r), its layers have rank {rank}.")
+    return rank
 
 
 def _scale(
@@ -195,8 +292,13 @@ def _scale(
     source: str,
 ) -> float:
     stored = settings.get("lora_alpha", settings.get("alpha"))
+    stored = _alpha_of_pattern(settings.get("alpha_pattern") or {}, name, source=source) or stored
     if "alpha" in layer:
+        if layer["alpha"].numel() != 1:
+            raise ValueError(f"{source}: alpha of {name} is {tuple(layer['alpha'].shape)}, one number is expected.")
         stored = layer["alpha"].item()
+    if stored is not None:
+        _check_alpha(stored, name, source=source)
     if stored is not None and given is not None and not math.isclose(stored, given):
         raise ValueError(f"{source} says alpha={stored} for {name}, but alpha={given} was given.")
     alpha = given if stored is None else stored
@@ -204,6 +306,20 @@ def _scale(
         return 1.0
     # Rank-stabilized LoRA (arXiv 2312.03732) divides by the square root of the rank.
     return alpha / (math.sqrt(rank) if settings.get("use_rslora", False) else rank)
+
+
+def _alpha_of_pattern(patterns: Any, name: str, *, source: str) -> Any:
+    """Return the alpha that PEFT's `alpha_pattern` has for a layer; None if it has none."""
+    try:
+        found = [alpha for pattern, alpha in dict(patterns).items() if re.fullmatch(rf"(.*\.)?({pattern})", name)]
+    except (re.error, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its alpha_pattern {patterns!r} is not possible: {error}.") from error
+    return found[0] if found else None
+
+
+def _check_alpha(alpha: Any, name: str, *, source: str) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"{source} says alpha={alpha!r} for {name}; a finite number is expected.")
 
 
 def _scaled(tensor: torch.Tensor, scale: float) -> torch.Tensor:

@@ -24,7 +24,8 @@ from torch import nn
 
 from ..nvfp4.format import NVFP4Tensor, Weight, Weights
 from ..nvfp4.quantizer import NVFP4Config, mark_quantized
-from .checkpoint_file import read_checkpoint_file
+from ..setting_types import check_setting_types
+from .checkpoint_file import check_finite, named_tensors, read_checkpoint_file
 from .packed_nvfp4 import is_packed, join_packed, packed_rule
 
 
@@ -87,16 +88,18 @@ def load_original_transformer(
 
     Raises:
         ValueError: If the file cannot be read or is of another kind (LoRA, VAE, image-to-video, ...), if keys are
-            missing or unexpected, or if a shape or a configuration value contradicts the others.
+            missing or unexpected, if a shape or a configuration value contradicts the others, or if a weight has
+            infinities or NaN (also by conversion to `torch_dtype`).
     """
     if torch_dtype is None:
         torch_dtype = torch.float32
     if torch_dtype not in _DTYPES:
         raise ValueError(f"torch_dtype has to be one of {', '.join(map(str, _DTYPES))}, not {torch_dtype}.")
 
+    check_setting_types(config, model_class)
     weights = read_original_state_dict(checkpoint, use_ema=use_ema, weight_scale_rule=weight_scale_rule)
     model = _empty_model(model_class, infer_transformer_config(weights, **config))
-    _check_against_model(weights, model)
+    check_against_model(weights, model)
 
     packed = {name: weight for name, weight in weights.items() if isinstance(weight, NVFP4Tensor)}
     state_dict = {name: weight for name, weight in weights.items() if isinstance(weight, torch.Tensor)}
@@ -106,6 +109,7 @@ def load_original_transformer(
         dtype = torch_dtype if fp32_modules.isdisjoint(name.split(".")) else torch.float32
         # A copy, so that the model depends neither on the caller's tensors nor on the mapped file staying as it is.
         tensor = state_dict[name].detach().to(device=device or "cpu", dtype=dtype, copy=True)
+        check_finite(tensor, name)
         state_dict[name] = tensor.contiguous()
     model.load_state_dict(state_dict, assign=True, strict=not packed)
     if packed:
@@ -126,7 +130,7 @@ def _put_packed(model: ModelMixin, packed: Mapping[str, NVFP4Tensor], device: st
     ]
     for name, weight in layers.items():
         linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)  # `_check_against_model` compared the weights' shapes with its own
+        assert isinstance(linear, nn.Linear)  # `check_against_model` compared the weights' shapes with its own
         layer = config.empty_layer(linear)
         layer.store(weight.to(device or "cpu"))
         model.set_submodule(name, layer)
@@ -233,7 +237,7 @@ def infer_transformer_config(state_dict: Mapping[str, Weight], **config: Any) ->
     }
     for name, value in inferred.items():
         given = config.get(name, value)
-        if name == "patch_size":
+        if name == "patch_size" and isinstance(given, list):
             given = tuple(given)
         if given != value:
             raise ValueError(f"{name}={given} was given, but the checkpoint's shapes say {name}={value}.")
@@ -275,7 +279,12 @@ def _empty_model(model_class: type[Model], config: Mapping[str, Any]) -> Model:
         return model_class(**config)
 
 
-def _check_against_model(state_dict: Mapping[str, Weight], model: ModelMixin) -> None:
+def check_against_model(state_dict: Mapping[str, Weight], model: nn.Module) -> None:
+    """Compare the names and shapes of weights with those of the model that they are for, which may be on "meta".
+
+    Raises:
+        ValueError: If weights are missing, unexpected or of another shape.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = [name for name in expected if name not in state_dict]
     unexpected = [name for name in state_dict if name not in expected]
@@ -307,7 +316,7 @@ def _unwrap(content: Mapping[str, Any], *, use_ema: bool, source: str) -> Weight
         if use_ema and found[0] == "generator":
             logger.warning("%s has no generator_ema; its generator is used instead.", source)
         content = inner[found[0]]
-    weights = {key: value for key, value in content.items() if isinstance(value, (torch.Tensor, NVFP4Tensor))}
+    weights: Weights = named_tensors(content, source, (torch.Tensor, NVFP4Tensor))
     if not weights:
         keys = ", ".join(map(str, list(content)[:6])) or "none"
         kind = " It is a LoRA: load it with load_lora_weights." if "generator_lora" in content else ""
@@ -321,6 +330,11 @@ def _describe_foreign(weights: Mapping[str, Weight]) -> str | None:
     def has(*marks: str) -> bool:
         return any(mark in key for key in weights for mark in marks)
 
+    if has(".weight_codes"):
+        return (
+            "is the state dict of a model that this package quantized to NVFP4. Save the model with save_pretrained, "
+            "and open the folder with from_pretrained."
+        )
     if has(".lora_A", ".lora_B", ".lora_down", ".lora_up", "lora_unet_"):
         return "is a LoRA, not a complete model: load the base model, then the LoRA with load_lora_weights."
     if has("k_img.", "img_emb.", "add_k_proj.", "image_embedder."):

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
 from ..nvfp4.lora import adopt_lora_layers
 from ..parallel.layout import check_heads
+from ..setting_types import check_setting_types
 from .attention import LongLiveAttnProcessor
 from .chunk_mask import ChunkMask
 from .kv_cache import KVCache
@@ -319,13 +322,43 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
     @classmethod
     def from_wan(cls, wan: WanTransformer3DModel, **config) -> "LongLiveTransformer3DModel":
         """Build a LongLive network from the weights of a Wan network (shared, not copied); `config` sets what Wan has
-        no setting for, for instance `chunk_size`."""
+        no setting for, for instance `chunk_size`.
+
+        Raises:
+            ValueError: If the Wan network is quantized (GGUF, Quanto, ...), carries a LoRA, or is of another kind.
+        """
         own = inspect.signature(cls.__init__).parameters
         inherited = {name: value for name, value in wan.config.items() if name in own}
         with torch.device("meta"):
             model = cls(**{**inherited, **config})
+        check_plain_wan(wan, model)
         model.load_state_dict(wan.state_dict(), assign=True)
         return model.train(wan.training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info: bool = False, **kwargs) -> Any:
+        """
+        Like diffusers' own `from_pretrained`, which only warns where weights are missing or left over.
+
+        Raises:
+            ValueError: If the checkpoint is not of this network (its blocks are not `num_layers`, for instance), a
+                setting has a wrong type, or the path is that of a single file.
+        """
+        source = pretrained_model_name_or_path
+        if os.path.isfile(source):
+            raise ValueError(f"'{source}' is a single file: open it with {cls.__name__}.from_original.")
+        loaded: Any = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        model, info = loaded
+        check_all_weights_loaded(info, model, source)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict, **options) -> "LongLiveTransformer3DModel":
+        """Load one weight file that is on disk: diffusers' name for [`from_original`], which describes `options`;
+        `dtype` is another name of `torch_dtype`."""
+        if "dtype" in options:
+            options["torch_dtype"] = options.pop("dtype")
+        return cls.from_original(pretrained_model_link_or_path_or_dict, **options)
 
     @classmethod
     def from_original(
@@ -520,7 +553,15 @@ def check_sp_mesh(sp_mesh: DeviceMesh | None, num_heads: int, kv_cache: KVCache 
 
 
 def check_config(config) -> None:
-    """Raise a ValueError for Wan configurations of other models than text-and-image-to-video."""
+    """Raise a ValueError for settings of a wrong type or that no network can have, and for Wan configurations of other
+    models than text-and-image-to-video."""
+    check_setting_types(config, LongLiveTransformer3DModel)
+    sizes = ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim")
+    sizes += ("ffn_dim", "num_layers", "chunk_size", "sample_height", "sample_width")
+    if too_small := [f"`{name}` must be at least 1, got {config[name]}" for name in sizes if config[name] < 1]:
+        raise ValueError(f"{'; '.join(too_small)}.")
+    if min(config.patch_size) < 1:
+        raise ValueError(f"`patch_size` has sizes of at least 1, got {tuple(config.patch_size)}.")
     if config.patch_size[0] != 1:
         raise ValueError(f"A token must span one latent frame, got `patch_size` {tuple(config.patch_size)}.")
     if config.qk_norm != "rms_norm_across_heads":
@@ -530,5 +571,3 @@ def check_config(config) -> None:
             "Image cross-attention (image_dim, added_kv_proj_dim, pos_embed_seq_len) belongs to Wan's 14B models and "
             f"not to LongLive; got {config.image_dim}, {config.added_kv_proj_dim}, {config.pos_embed_seq_len}."
         )
-    if config.chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1, got {config.chunk_size}.")

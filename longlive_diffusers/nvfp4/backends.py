@@ -91,7 +91,7 @@ def check_backend_name(name: str) -> None:
     Raises:
         ValueError: If there is no backend of that name.
     """
-    if name != "auto" and name not in BACKENDS:
+    if not isinstance(name, str) or name not in ("auto", *BACKENDS):
         raise ValueError(f"An NVFP4 backend is auto, {', '.join(BACKENDS)}; got {name!r}.")
 
 

@@ -71,7 +71,7 @@ class NVFP4Linear(nn.Linear):
         scales = torch.zeros(out_features, blocks, dtype=torch.float8_e4m3fn, device=device)
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_scales", scales)
-        self.register_buffer("weight_amax", torch.zeros(1, device=device))
+        self.register_buffer("weight_amax", torch.zeros(1, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.select_backend()
 

@@ -6,8 +6,10 @@ and `quantization_config` in `config.json`, by which it is recognized when it is
 """
 
 import copy
+import inspect
 import json
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
@@ -47,11 +49,12 @@ class NVFP4Config(QuantizationConfigMixin):
         backend: How products are computed: "auto", "scaled_mm", "te", "fp8", "w4a16" or "emulate"
             (see `backends.py`).
         modules_to_not_convert: Names, or parts of names between dots, of modules that stay as they are, with all that
-            is in them; by default, the embeddings and the last layer.
+            is in them; by default, the embeddings and the last layer. A string is one name. Each has to occur in the
+            model.
         quant_method: The name of the method, as it stands in `config.json`; always "longlive_nvfp4".
 
     Raises:
-        ValueError: If a rule, the block, the backend or the method is unknown.
+        ValueError: If a rule, the block, the backend or the method is unknown, or a module is not given by its name.
     """
 
     def __init__(
@@ -60,13 +63,13 @@ class NVFP4Config(QuantizationConfigMixin):
         activation_scale_rule: str = "mse",
         weight_block: tuple[int, int] = (1, BLOCK),
         backend: str = "auto",
-        modules_to_not_convert: list[str] | None = None,
+        modules_to_not_convert: Iterable[str] | None = None,
         quant_method: str = NVFP4Method.NVFP4.value,
     ):
         for rule in (weight_scale_rule, activation_scale_rule):
             scale_rule_named(rule)
         check_backend_name(backend)
-        if tuple(weight_block) not in BLOCKS:
+        if not isinstance(weight_block, (list, tuple)) or tuple(weight_block) not in BLOCKS:
             raise ValueError(f"`weight_block` is (1, 16) or (16, 16), got {weight_block}.")
         if quant_method != NVFP4Method.NVFP4.value:
             raise ValueError(f"An NVFP4Config is of the method {NVFP4Method.NVFP4.value!r}, got {quant_method!r}.")
@@ -74,8 +77,7 @@ class NVFP4Config(QuantizationConfigMixin):
         self.weight_scale_rule, self.activation_scale_rule = weight_scale_rule, activation_scale_rule
         self.weight_block = list(weight_block)
         self.backend = backend
-        kept = DEFAULT_MODULES_TO_NOT_CONVERT if modules_to_not_convert is None else modules_to_not_convert
-        self.modules_to_not_convert = list(kept)
+        self.modules_to_not_convert = _names(modules_to_not_convert)
 
     @classmethod
     def from_recipe(cls, recipe: NVFP4Recipe, num_blocks: int, backend: str = "auto") -> "NVFP4Config":
@@ -92,6 +94,21 @@ class NVFP4Config(QuantizationConfigMixin):
             modules_to_not_convert=[*DEFAULT_MODULES_TO_NOT_CONVERT, *kept],
         )
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs) -> Any:
+        """Read the settings that stand in `config.json`.
+
+        Raises:
+            ValueError: If there is a setting that this class does not have, or the value of one is not possible.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        if unknown := sorted(set(config_dict) - set(known)):
+            raise ValueError(
+                f"The model's quantization_config has {', '.join(unknown)}, which {cls.__name__} does not know: the "
+                "model was quantized by a newer release of longlive_diffusers, or its config.json was edited."
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as they are written to `config.json`."""
         return {**copy.deepcopy(vars(self)), "quant_method": self.quant_method.value}
@@ -107,7 +124,7 @@ class NVFP4Config(QuantizationConfigMixin):
             return False
         if self.weight_block[0] > 1 and module.out_features % BLOCK:
             return False
-        return not any(re.search(rf"(^|\.){re.escape(kept)}(\.|$)", name) for kept in self.modules_to_not_convert)
+        return not any(_is_part(kept, name) for kept in self.modules_to_not_convert)
 
     def quantize_layer(self, linear: nn.Linear, name: str = "the layer") -> NVFP4Linear:
         """Quantize a layer; `name` is what an error calls it.
@@ -133,12 +150,40 @@ class NVFP4Config(QuantizationConfigMixin):
         }
 
 
+def _names(modules: Iterable[str] | None) -> list[str]:
+    if modules is None:
+        return list(DEFAULT_MODULES_TO_NOT_CONVERT)
+    is_one = isinstance(modules, (str, bytes)) or not isinstance(modules, Iterable)
+    names = [modules] if is_one else list(modules)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`modules_to_not_convert` is a list of names of modules, got {modules!r}.")
+    return names
+
+
+def _is_part(kept: str, name: str) -> bool:
+    """Whether `kept` is a module's name, or a part of it between dots."""
+    return re.search(rf"(^|\.){re.escape(kept)}(\.|$)", name) is not None
+
+
 def layers_to_convert(model: nn.Module, config: NVFP4Config) -> list[str]:
     """Return the names of the layers that a configuration stores in NVFP4.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or a name of `modules_to_not_convert` does not occur in the model. (The default
+            ones may be missing: other models have no such modules.)
     """
+    modules = [name for name, _ in model.named_modules() if name]
+    unknown = [
+        kept
+        for kept in config.modules_to_not_convert
+        if kept not in DEFAULT_MODULES_TO_NOT_CONVERT and not any(_is_part(kept, name) for name in modules)
+    ]
+    if unknown:
+        parts = dict.fromkeys(part for name in modules for part in name.split(".") if not part.isdigit())
+        raise ValueError(
+            f"{type(model).__name__} has no module {', '.join(map(repr, unknown))} to keep as it is. The parts of its "
+            f"modules' names are {', '.join(parts)}, and numbers between them."
+        )
     names = [name for name, module in model.named_modules() if config.converts(name, module)]
     if not names:
         raise ValueError(

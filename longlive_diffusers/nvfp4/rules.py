@@ -72,6 +72,6 @@ def scale_rule_named(name: str) -> ScaleRule:
     Raises:
         ValueError: If there is no such rule.
     """
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ValueError(f"A scale rule is one of {', '.join(RULES)}, got {name!r}.")
     return RULES[name]

@@ -1,7 +1,7 @@
 """LongLivePipeline: text, shots, images or video in; a video out, complete or chunk by chunk while it is made."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.loaders import WanLoraLoaderMixin
-from diffusers.utils import _get_model_file, logging, replace_example_docstring
+from diffusers.utils import logging, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
 from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ..loaders.lora import is_original_lora, read_original_lora
+from ..loaders.lora import check_lora_fits, read_lora
+from ..loaders.lora_file import LoraFile, find_lora_file, read_lora_file
 from ..models.streaming_vae import encode_video
 from ..models.transformer_longlive import LongLiveTransformer3DModel
+from ..nvfp4.linear import nvfp4_layers, weights_of
 from ..schedulers.scheduling_longlive import LongLiveScheduler
 from .async_workers import AsyncWorkers
 from .chunk_step import is_guided
@@ -564,7 +566,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         scale, config = self.vae_scale_factor_spatial, self.transformer.config
         sizes = {"height": config.sample_height * scale, "width": config.sample_width * scale}
-        return render_model_card(repo_id, chunk_size=config.chunk_size, **{**sizes, **details})
+        stored = {"quantization": "NVFP4 (4 bits)", "tags": ["nvfp4"]} if nvfp4_layers(self.transformer) else {}
+        return render_model_card(repo_id, chunk_size=config.chunk_size, **{**sizes, **stored, **details})
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Like diffusers' own `save_pretrained`, except that nothing written names a folder of this machine, and that
@@ -587,14 +590,68 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs) -> Any:
-        """Like diffusers' own `lora_state_dict`, except that LongLive's LoRA files (`lora.pt`) are read as well:
-        directly, or by their `weight_name` from a folder or a repository on the Hub."""
-        source, weight_name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
-        if weight_name is not None and weight_name.endswith((".pt", ".pth")) and not isinstance(source, dict):
-            names = ("subfolder", "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-            options = {name: kwargs[name] for name in names if name in kwargs}
-            source = _get_model_file(source, weights_name=weight_name, **options)
-        if is_original_lora(source):
-            source = read_original_lora(source)
-        return super().lora_state_dict(source, **kwargs)
+    def from_single_file(cls, *args, **kwargs) -> "LongLivePipeline":
+        """
+        Refuse diffusers' way to make a whole pipeline from one weight file, which holds the transformer alone.
+
+        Raises:
+            ValueError: Always; the message says what to do instead.
+        """
+        raise ValueError(
+            "A single file holds the transformer alone. Make a pipeline folder of it with `longlive convert FILE "
+            "--base PIPELINE --output FOLDER`, or load it into a pipeline: LongLivePipeline.from_pretrained(PIPELINE, "
+            "transformer=LongLiveTransformer3DModel.from_single_file(FILE))."
+        )
+
+    @classmethod
+    def lora_state_dict(
+        cls, pretrained_model_name_or_path_or_dict: str | os.PathLike | Mapping[str, Any], **kwargs
+    ) -> Any:
+        """Like diffusers' own `lora_state_dict`, except that LongLive's LoRA files (`lora.pt`) and PEFT's are read as
+        well: directly, or from a folder or a repository on the Hub, with the alpha that is stored with them.
+
+        Raises:
+            ValueError: If the LoRA cannot be found or read, or is incomplete.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, Mapping):
+            lora = LoraFile("The given dictionary", source)
+        else:
+            names = (
+                "cache_dir",
+                "force_download",
+                "local_files_only",
+                "token",
+                "revision",
+                "weight_name",
+                "subfolder",
+            )
+            lora = read_lora_file(find_lora_file(source, **{name: kwargs[name] for name in names if name in kwargs}))
+        state_dict, metadata = read_lora(lora, super().lora_state_dict)
+        return (state_dict, metadata) if kwargs.get("return_lora_metadata", False) else state_dict
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | Mapping[str, Any],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs,
+    ) -> None:
+        """Like diffusers' own `load_lora_weights`, which leaves layers that it does not know, or of which a half is
+        missing, to chance.
+
+        Raises:
+            ValueError: If the LoRA cannot be found or read, or does not fit the transformer.
+        """
+        kwargs["return_lora_metadata"] = True
+        state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        check_lora_fits(state_dict, weights_of(self.transformer))
+        self.load_lora_into_transformer(
+            state_dict,
+            transformer=self.transformer,
+            adapter_name=adapter_name,
+            metadata=metadata,
+            _pipeline=self,
+            low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", True),
+            hotswap=hotswap,
+        )

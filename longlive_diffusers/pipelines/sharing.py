@@ -41,6 +41,10 @@ def render_model_card(
     prompt: str = EXAMPLE_PROMPT,
     base_model: str | None = None,
     license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    origin: str | None = None,
+    quantization: str | None = None,
     tags: Iterable[str] = (),
 ) -> ModelCard:
     """Render the model card of a LongLive pipeline.
@@ -56,6 +60,9 @@ def render_model_card(
         base_model: The repository that these weights come from, if any.
         license: The license of the weights, by its Hub identifier. Unset, it is the NVIDIA Open Model License for
             weights that come from LongLive-2.0's, and is left open for all others.
+        license_name, license_link: The name of a license that is "other" to the Hub, and where it is.
+        origin: Where the parts come from, and their licenses; sentences.
+        quantization: How the transformer's weights are stored, if not as plain numbers.
         tags: Further tags.
     """
     return _render(
@@ -63,8 +70,12 @@ def render_model_card(
         repo_id,
         base_model=base_model,
         license=license,
+        license_name=license_name,
+        license_link=license_link,
         tags=tags,
         prompt=prompt,
+        origin=origin,
+        quantization=quantization,
         height=height,
         width=width,
         chunk_size=chunk_size,
@@ -139,9 +150,11 @@ def _render(
     license: str | None,
     tags: Iterable[str],
     prompt: str,
+    license_name: str | None = None,
+    license_link: str | None = None,
     **values: Any,
 ) -> ModelCard:
-    license_fields: dict[str, Any] = {"license": license}
+    license_fields: dict[str, Any] = {"license": license, "license_name": license_name, "license_link": license_link}
     if license is None and base_model is not None and LONGLIVE_WEIGHTS in base_model.lower():
         license_fields = NVIDIA_OPEN_MODEL_LICENSE
     data = ModelCardData(
@@ -170,4 +183,5 @@ def _license_remark(data: ModelCardData) -> str:
         )
     if data.license is None:
         return "The weights' license is not stated here; ask their owner."
-    return f"The weights' license is `{data.license}`."
+    name = f"`{data.license_name or data.license}`"
+    return f"The weights' license is {f'[{name}]({data.license_link})' if data.license_link else name}."

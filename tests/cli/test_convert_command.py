@@ -1,10 +1,14 @@
 """`longlive convert`: an original checkpoint in, a folder that opens and makes video out."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 
 from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.assets import toy_pipeline_path
@@ -79,8 +83,12 @@ def test_ema_is_taken_on_request(tmp_path, checkpoint):
         ({"checkpoint": "empty.pt"}, "empty.pt (0 bytes) is not a checkpoint: it is empty"),
         ({"--base": "full"}, "'full' is not a pipeline: it has no model_index.json"),
         ({"--output": "full"}, "The output full already holds 1 files or folders"),
-        ({"--lora": "missing.pt"}, "There is no LoRA file missing.pt"),
+        ({"--lora": "missing.pt"}, "There is no LoRA file 'missing.pt'"),
         ({"--lora": "empty.pt"}, "empty.pt (0 bytes)"),
+        ({"--lora": "full"}, "The LoRA 'full' has no weight file; it has file"),
+        ({"--lora": "nope"}, "The LoRA 'nope' is no file, no folder, and no Hub repository that can be reached"),
+        ({"--output": "empty.pt/new"}, "empty.pt is not a folder"),
+        ({"--output": ""}, "The output '' is no name"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line(tmp_path, monkeypatch, capsys, checkpoint, replaced, message):
@@ -96,3 +104,53 @@ def test_what_cannot_be_converted_is_one_line(tmp_path, monkeypatch, capsys, che
     (line,) = err.splitlines()
     assert line.startswith("longlive: error: ") and message in line
     assert not Path("new").exists()
+
+
+def test_the_card_says_where_the_parts_come_from(tmp_path, checkpoint):
+    assert main(["convert", str(checkpoint), "--base", BASE, "--output", str(tmp_path / "mine")]) == 0
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert "# mine\n" in card.content and ".partial" not in card.content
+    section = card.content.split("## License")[1]
+    assert "The transformer was converted from `model.pt`, whose license it keeps." in section
+    assert "come from a base, whose license is `apache-2.0`" in section
+    assert card.data.license is None  # the transformer has a license of its own
+    assert str(tmp_path) not in card.content and BASE not in card.content
+
+
+SLOW = """
+import sys, time
+from longlive_diffusers import LongLivePipeline
+from longlive_diffusers.cli import main
+
+def save_slowly(self, folder, **options):
+    with open(f"{folder}/half.safetensors", "wb") as file:
+        file.write(bytes(10))
+    print("writing", flush=True)
+    time.sleep(60)
+
+LongLivePipeline.save_pretrained = save_slowly
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize"])
+def test_told_to_end_it_removes_what_it_had_written(tmp_path, checkpoint, command):
+    source = [str(checkpoint), "--base", BASE] if command == "convert" else [BASE]
+    arguments = [sys.executable, "-c", SLOW, command, *source, "--output", str(tmp_path / "out")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line == "writing\n":
+                break
+        assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1] == "longlive: ended by SIGTERM; what was half-written is removed"
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_handlers_of_signals_are_those_of_before():
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["convert", "missing.pt", "--base", BASE, "--output", "nowhere"]) == 2
+    assert signal.getsignal(signal.SIGTERM) is before

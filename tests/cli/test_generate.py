@@ -437,7 +437,7 @@ def test_a_model_of_the_hub(hub: "Hub", output):
             ["x", *["--lora", "a.pt"] * 3, *["--lora-scale", 1] * 2],
             "there are 2 --lora-scale for 3 --lora; give one for all, or one for each",
         ),
-        (["x", "--lora", "missing.pt"], "there is no LoRA file 'missing.pt'"),
+        (["x", "--lora", "missing.pt"], "There is no LoRA file 'missing.pt'"),
         (["x", "--lora", "shots.txt"], "shots.txt (7 bytes) is not a checkpoint"),
         (["x", "--model", "."], "'.' is not a pipeline: it has no model_index.json"),
         (["x", "--model", str(toy_pipeline_path() / "transformer")], "it has no model_index.json"),

@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.cli import main
@@ -53,11 +56,31 @@ def test_a_lora_is_added_first(tmp_path):
     assert not torch.equal(first.weight_codes, second.weight_codes)
 
 
-def test_modules_are_kept(tmp_path):
-    keep = ["condition_embedder", "proj_out", "attn1", "attn2"]
-    assert main(["quantize", TOY, "--output", str(tmp_path / "out"), "--keep", *keep]) == 0
+def test_modules_are_kept_beside_the_default_ones(tmp_path):
+    assert main(["quantize", TOY, "--output", str(tmp_path / "out"), "--keep", "attn1", "attn2"]) == 0
     layers = nvfp4_layers(DiffusionPipeline.from_pretrained(tmp_path / "out").transformer)
     assert {name.split(".", 2)[2] for name in layers} == {"ffn.net.0.proj", "ffn.net.2"}
+
+
+def test_the_card_is_of_the_folder_and_says_what_it_holds(tmp_path):
+    assert main(["quantize", TOY, "--output", str(tmp_path / "my-toy")]) == 0
+    card = ModelCard.load(tmp_path / "my-toy" / "README.md")
+    assert "# my-toy\n" in card.content and ".partial" not in card.content
+    assert 'from_pretrained("my-toy"' in card.content
+    assert "| weights of the transformer | NVFP4 (4 bits) |" in card.content and "nvfp4" in card.data.tags
+    assert card.data.license == ModelCard.load(toy_pipeline_path() / "README.md").data.license == "apache-2.0"
+    assert "The weights' license is `apache-2.0`" in card.content
+    assert str(tmp_path) not in card.content and TOY not in card.content
+
+
+def test_a_license_of_its_own_is_stated_with_its_name_and_link(tmp_path):
+    source = Path(shutil.copytree(TOY, tmp_path / "source"))
+    front = "license: other\nlicense_name: nvidia\nlicense_link: https://x.y/z\nbase_model: someone/base\n"
+    (source / "README.md").write_text(f"---\n{front}---\n# Mine\n")
+    assert main(["quantize", str(source), "--output", str(tmp_path / "out")]) == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "nvidia", "https://x.y/z")
+    assert "[`nvidia`](https://x.y/z)" in card.content and card.data.base_model == "someone/base"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -81,8 +104,11 @@ def test_a_recipe_stores_what_it_trained(tmp_path, capsys, name):
     [
         (["no/such/folder"], "is no folder"),
         ([TOY, "--recipe", "nvidia", "--block", "1x16", "--keep", "x"], "nvidia says what --block, --keep would"),
-        ([TOY, "--lora", "none.pt"], "there is no LoRA file"),
-        ([TOY, "--keep", "blocks", "condition_embedder", "proj_out"], "Nothing to quantize"),
+        ([TOY, "--lora", "none.pt"], "There is no LoRA file"),
+        ([TOY, "--keep", "blocks"], "Nothing to quantize"),
+        ([TOY, "--keep", "attn1", "attn3"], "has no module 'attn3' to keep as it is"),
+        ([TOY, "--keep", "blocks.7"], "has no module 'blocks.7'"),
+        ([TOY, "--lora", "none"], "The LoRA 'none' is no file, no folder, and no Hub repository that can be reached"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(tmp_path, capsys, arguments, message):

@@ -180,6 +180,12 @@ def test_bad_checkpoints(refused, tmp_path, golden, original, wan_base):
     packed = torch.load(golden / "model_4o6.pt", weights_only=True)["generator"]
     refused("does not say by which rule", wan_base, packed)
     refused("is a LoRA", wan_base, golden / "lora.pt")
+    query = "blocks.0.self_attn.q.weight"
+    refused("infinities or NaN", wan_base, {**original, query: original[query] * torch.nan})
+    refused("infinities or NaN", wan_base, {**original, query: original[query] * 1e8}, dtype=torch.float16)
+    refused("is stored as torch.sparse_coo", wan_base, {**original, query: original[query].to_sparse()})
+    refused(r"a key that is not a name, such as 3 \(int\)", wan_base, {**original, 3: original[query]})
+    refused("a key that is not a name", wan_base, {("generator", 0): original[query]})
     refused("1 missing", wan_base, {k: t for k, t in original.items() if k != "blocks.1.modulation"})
     (tmp_path / "cut.pt").write_bytes((golden / "model_bf16.pt").read_bytes()[:-100])
     refused("truncated", wan_base, tmp_path / "cut.pt")
@@ -197,6 +203,12 @@ def test_bad_settings(refused, wan_base):
     refused(r"dtype has to be one of float32, bfloat16, float16, not torch\.int8", wan_base, dtype=torch.int8)
     refused("in_channels=48 was given", wan_base, in_channels=48)
     refused("128 wide, which is not 2 heads of 48", wan_base, attention_head_dim=48)
+    refused("`window_size` 1 is too small", wan_base, window_size=1)
+    refused("`sink_size` at least 0, got 8, 32 and -1", wan_base, sink_size=-1)
+    refused("^LongLivePipeline: multi_shot_sink has to be true or false, got 'no'", wan_base, multi_shot_sink="no")
+    refused("^LongLiveTransformer3DModel: chunk_size has to be a whole number, got '2'", wan_base, chunk_size="2")
+    refused("eps has to be a number, got 'tiny'", wan_base, eps="tiny")
+    refused("`sample_height` must be at least 1, got 0", wan_base, sample_height=0)
 
 
 def test_bad_lora(refused, tmp_path, golden, wan_base):
@@ -208,6 +220,11 @@ def test_bad_lora(refused, tmp_path, golden, wan_base):
     refused("10 layers do not fit", wan_base, lora=tmp_path / "deep.pt")
     refused("no LoRA file", wan_base, lora=tmp_path / "missing.pt")
     refused("not a LoRA", wan_base, lora=golden / "model_bf16.pt")
+    foreign = {f"transformer.double_blocks.0.q.lora_{half}.weight": torch.ones(4, 4) for half in "AB"}
+    refused("1 layers do not fit: double_blocks.0.q does not exist", wan_base, lora=foreign)
+    foreign = {key.replace("transformer.", "text_encoder."): tensor for key, tensor in foreign.items()}
+    refused("Nothing of this LoRA is for the transformer", wan_base, lora=foreign)
+    refused("has no weight file", wan_base, lora=wan_base)
     deep = {k.replace("blocks.1.", "blocks.7."): t for k, t in read_original_lora(golden / "lora.pt").items()}
     save_file(deep, tmp_path / "deep.safetensors")
     refused("10 layers do not fit", wan_base, lora=tmp_path / "deep.safetensors")
@@ -233,8 +250,8 @@ def test_base_of_another_size(refused, make_wan_base, tmp_path):
         ("model_index.json", "has no model_index.json"),
         ("vae/config.json", "has no vae/config.json"),
         ("text_encoder/config.json", "has no text_encoder/config.json"),
-        ("vae/diffusion_pytorch_model.safetensors", "cannot be loaded"),
-        ("text_encoder/model.safetensors", "cannot be loaded"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae has no weights"),
+        ("text_encoder/model.safetensors", "text_encoder has no weights"),
     ],
 )
 def test_base_with_a_file_missing_or_broken(refused, base, name, message):
@@ -242,7 +259,7 @@ def test_base_with_a_file_missing_or_broken(refused, base, name, message):
     (base / name).unlink()
     refused(message, base)
     (base / name).write_bytes(whole[: len(whole) // 2])
-    refused("is not JSON" if name.endswith(".json") else "cannot be loaded", base)
+    refused("is not JSON" if name.endswith(".json") else "is cut off, damaged", base)
 
 
 def test_base_of_another_kind(refused, base):
@@ -250,6 +267,28 @@ def test_base_of_another_kind(refused, base):
     refused("has AutoencoderKL as vae, not AutoencoderKLWan", base)
     edit_json(base / "model_index.json", vae=[None, None])
     refused("has None as vae", base)
+
+
+def test_bases_of_another_kind_or_with_settings_that_cannot_be(refused, base, folder, tmp_path):
+    edit_json(base / "model_index.json", _class_name="FluxPipeline")
+    refused("is a FluxPipeline; it has to be one of LongLivePipeline, WanPipeline", base)
+    edit_json(base / "model_index.json", _class_name="WanPipeline")
+    edit_json(base / "vae" / "config.json", dim_mult=4)
+    refused(r"dim_mult has to be a list of \(a whole number\), got 4", base)
+    longlive = Path(shutil.copytree(folder, tmp_path / "bases" / "longlive"))
+    edit_json(longlive / "model_index.json", window_size="32")
+    refused("'.*longlive' cannot be opened: .*window_size has to be a whole number, got '32'", longlive)
+    edit_json(longlive / "model_index.json", window_size=1)
+    refused("`window_size` 1 is too small", longlive)
+    edit_json(longlive / "model_index.json", window_size=16)
+    edit_json(longlive / "scheduler" / "scheduler_config.json", flow_shift="5")
+    refused("flow_shift has to be a number, got '5'", longlive)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "vae/config.json", "text_encoder/config.json"])
+def test_a_base_whose_json_is_nested_without_end(refused, base, name):
+    (base / name).write_text('{"a":' * 100_000)
+    refused(f"{name} of .* is nested too deeply", base)
 
 
 def test_base_without_a_tokenizer(refused, base):

@@ -1,11 +1,16 @@
+import argparse
+import datetime
+import os
 import pickle
 import random
+import traceback
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from longlive_diffusers.loaders.checkpoint_file import read_checkpoint_file
+from longlive_diffusers.loaders.checkpoint_file import check_finite, named_tensors, read_checkpoint_file
 
 
 STATE = {"generator": {"weight": torch.arange(60.0).view(3, 20)}, "step": 3}
@@ -123,3 +128,92 @@ def test_python_objects_are_refused_and_nothing_runs(tmp_path, zipped):
     with pytest.raises(ValueError, match="could run code"):
         read_checkpoint_file(path)
     assert not Payload.executed
+
+
+class Call:
+    """Pickles as a call of a function, which an unrestricted unpickler makes."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+ALLOWED_ADVICE = "ask for its state dict alone"
+FORBIDDEN = ("weights_only", "add_safe_globals", "will likely succeed", "TORCH_FORCE")
+HOSTILE = {
+    "system": Call(os.system, "touch hostile"),
+    "eval": Call(eval, "open('hostile', 'w')"),
+    "import": Call(__import__, "os"),
+    "open": Call(open, "hostile", "w"),
+    "module": torch.nn.Linear(2, 2),
+    "namespace": argparse.Namespace(rank=3),
+    "date": datetime.date(2026, 1, 1),
+}
+
+
+def assert_refused_without_advice(path) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError) as raised:
+            read_checkpoint_file(path)
+    shown = "".join(traceback.format_exception(raised.value))
+    assert not any(word in shown.replace("weights_only=True, mmap", "") for word in FORBIDDEN), shown
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_objects_are_called_what_they_are(tmp_path, monkeypatch, content, zipped):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pt"
+    torch.save({"generator": content}, path, _use_new_zipfile_serialization=zipped)
+    message = assert_refused_without_advice(path)
+    assert "holds Python objects (" in message and ALLOWED_ADVICE in message
+    assert "truncated" not in message and not (tmp_path / "hostile").exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_that_torch_did_not_write(tmp_path, monkeypatch, protocol):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pt"
+    path.write_bytes(pickle.dumps({"generator": HOSTILE["system"]}, protocol))
+    message = assert_refused_without_advice(path)
+    assert "Python objects (posix.system)" in message or "a Python pickle" in message
+    assert not (tmp_path / "hostile").exists()
+
+
+@pytest.mark.parametrize("part", [0.6, 0.9])
+def test_damage_is_told_without_advice_either(tmp_path, part):
+    whole = save(tmp_path / "model.pt", zipped=False).read_bytes()
+    (tmp_path / "model.pt").write_bytes(whole[: int(part * len(whole))])
+    assert "truncated, damaged" in assert_refused_without_advice(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({3: torch.zeros(2)}, r"1 of its 1 tensors have a key that is not a name, such as 3 \(int\)"),
+        ({"a": torch.zeros(2), ("b", 1): torch.zeros(2)}, r"1 of its 2 tensors .* such as \('b', 1\) \(tuple\)"),
+        ({"a": torch.eye(2).to_sparse()}, r"a is stored as torch\.sparse_coo"),
+    ],
+)
+def test_state_dicts_of_another_kind(content, message):
+    with pytest.raises(ValueError, match=message):
+        named_tensors(content, "model.pt")
+
+
+def test_entries_that_are_no_tensors_are_left_out():
+    assert list(named_tensors({"step": 3, 7: "x", "a": torch.zeros(2)}, "model.pt")) == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_numbers_that_are_none(dtype):
+    tensor = torch.ones(3, 4).to(dtype)
+    check_finite(tensor, "w")
+    for value in (torch.nan, -torch.inf):
+        broken = tensor.clone()
+        broken[1, :2] = value
+        with pytest.raises(ValueError, match="w has 2 infinities or NaN among its 12 numbers"):
+            check_finite(broken, "w")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from longlive_diffusers import LongLiveTransformer3DModel, NVFP4Config
 from longlive_diffusers.nvfp4 import NVFP4Linear, nvfp4_layers, quantize_model
+from longlive_diffusers.nvfp4.quantizer import layers_to_convert
 from tests.support.nvfp4_models import NUM_LAYERS, small_pipeline, small_transformer
 from tests.support.paths import ROOT
 from tests.support.tiny_pipeline import random_inputs, tiny_arguments
@@ -174,11 +175,51 @@ def test_two_adapters_are_rounded_once():
         ({"weight_block": (1, 32)}, r"\(1, 32\)"),
         ({"backend": "best"}, "'best'"),
         ({"quant_method": "gguf"}, "'gguf'"),
+        ({"weight_scale_rule": ["mse"]}, r"got \['mse'\]"),
+        ({"backend": None}, "got None"),
+        ({"weight_block": 16}, "got 16"),
+        ({"weight_block": "16x16"}, "got 16x16"),
+        ({"modules_to_not_convert": [3]}, r"list of names of modules, got \[3\]"),
+        ({"modules_to_not_convert": 3}, "list of names of modules, got 3"),
+        ({"modules_to_not_convert": b"blocks"}, "list of names of modules, got b'blocks'"),
     ],
 )
 def test_bad_configurations(arguments, message):
     with pytest.raises(ValueError, match=message):
         NVFP4Config(**arguments)
+
+
+@pytest.mark.parametrize("names", ["attn1", ["attn1"], ("attn1",), {"attn1"}, iter(["attn1"])])
+def test_a_string_is_one_name(names):
+    config = NVFP4Config(modules_to_not_convert=names)
+    assert config.modules_to_not_convert == ["attn1"]
+    layers = nvfp4_layers(quantize_model(small_transformer(), config))
+    assert layers and not any("attn1" in name for name in layers)
+
+
+@pytest.mark.parametrize("kept", ["block", "blocks.", "blocks.2", "attn1.to_x", "", ".", "to_out.1.weight", "(", "*"])
+def test_names_that_match_nothing_are_refused(kept):
+    for names in (kept, ["attn1", kept]):
+        with pytest.raises(ValueError, match=r"has no module .* to keep as it is") as raised:
+            quantize_model(small_transformer(), NVFP4Config(modules_to_not_convert=names))
+        assert repr(kept) in str(raised.value) and "attn2" in str(raised.value)
+
+
+@pytest.mark.parametrize("kept", ["blocks.0", "0", "attn2.to_out", "to_out.0", "blocks.1.ffn.net.2", "norm1"])
+def test_parts_of_names_between_dots_match(kept):
+    quantize_model(small_transformer(), NVFP4Config(modules_to_not_convert=[kept]))
+
+
+def test_default_names_may_be_missing():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    assert layers_to_convert(model, NVFP4Config()) == ["0"]
+
+
+def test_settings_of_a_newer_release_are_named(quantized_folder):
+    path = quantized_folder / "config.json"
+    path.write_text(path.read_text().replace('"weight_scale_rule"', '"rotation": 3, "weight_scale_rule"'))
+    with pytest.raises(ValueError, match="quantization_config has rotation, which NVFP4Config does not know"):
+        LongLiveTransformer3DModel.from_pretrained(quantized_folder)
 
 
 def test_models_that_cannot_be_quantised(plain_folder):

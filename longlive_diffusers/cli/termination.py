@@ -1,0 +1,34 @@
+"""What a command does when it is told to end (SIGTERM, or SIGHUP of a terminal that closes)."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+@contextmanager
+def ends_cleanly() -> Iterator[None]:
+    """Let a signal to end unwind the block, so that what was half-written is removed, say so in one line, and exit
+    with the status that a shell expects (143 after SIGTERM). Signals only reach the main thread: elsewhere, nothing
+    changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, _end) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the removal
+    print(f"longlive: ended by {signal.Signals(number).name}; what was half-written is removed", file=sys.stderr)
+    raise SystemExit(128 + number)
