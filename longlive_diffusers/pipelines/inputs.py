@@ -1,9 +1,7 @@
 """Check what the caller asks for and bring it into one form, a [`Request`], before any long work begins."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,8 +12,9 @@ from diffusers.video_processor import VideoProcessor
 from ..frame_counts import chunks_to_cover, latent_frames, pixel_frames
 from ..models.kv_cache import check_window
 from ..models.layer_kv_cache import resolve_kv_cache_dtype
+from ..number_checks import check_counts, check_non_negative, is_count
 from .conditions import check_conditions, image_to_pixels, video_to_pixels
-from .shots import ShotPlan, is_count
+from .shots import ShotPlan
 
 
 logger = logging.get_logger(__name__)
@@ -495,20 +494,6 @@ def for_each_sample(name: str, tensor: torch.Tensor, num_prompts: int, num_video
 
 
 # ------------------------------------------------------------------------------------------------------------- options
-def check_counts(**counts: object) -> None:
-    """Raise a ValueError unless all values are integers of at least 1."""
-    for name, value in counts.items():
-        if not is_count(value) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-
-
-def check_non_negative(**numbers: object) -> None:
-    """Raise a ValueError unless all values are finite numbers of at least 0."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
-
-
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
     generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
     for item in generators:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
-from typing import TypeGuard
+
+from ..number_checks import is_count
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,3 @@ def _spread(num_chunks: int, num_shots: int) -> list[int]:
     base, remainder = divmod(num_chunks, num_shots)
     durations = [base + (index < remainder) for index in range(num_shots)]
     return [duration for duration in durations if duration]
-
-
-def is_count(value: object) -> TypeGuard[int]:
-    """Whether `value` is an integer (NumPy's included) that is not a boolean."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
