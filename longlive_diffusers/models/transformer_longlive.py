@@ -281,6 +281,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         sink_size: int,
         multi_shot_sink: bool,
         relative_rope: bool = False,
+        num_frames: int | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> KVCache:
@@ -294,6 +295,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
                 never evicts; see [`KVCache`].
             multi_shot_sink: Whether the frames that opened the current shot are kept as well.
             relative_rope: Whether time positions are counted from the cached frames, for endless video.
+            num_frames: The length of the video in latent frames, where it is known: a shorter video than the window
+                takes memory for its own frames only.
             dtype: What keys and values are stored as: `torch.float32`, `torch.bfloat16`, `torch.float16`, "nvfp4" or
                 "fp8"; by default the dtype of the network.
             device: The device they are stored on; by default that of the network.
@@ -311,6 +314,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             chunk_size=self.config.chunk_size,
             multi_shot_sink=multi_shot_sink,
             relative_rope=relative_rope,
+            num_frames=num_frames,
             dtype=dtype or self.dtype,
             compute_dtype=self.dtype,
             device=device or self.device,

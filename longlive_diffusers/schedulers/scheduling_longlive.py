@@ -96,9 +96,7 @@ class LongLiveScheduler(UniPCMultistepScheduler):
                 "cannot tell apart: take fewer steps, or a shift closer to 1."
             )
 
-    def index_for_timestep(
-        self, timestep: int | torch.Tensor, schedule_timesteps: torch.Tensor | None = None
-    ) -> int:
+    def index_for_timestep(self, timestep: int | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
         """Return the index of the first step with this timestep. Many steps share timesteps, which are integers;
         diffusers would begin with the second of those, and step beyond the end."""
         schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps

@@ -139,15 +139,28 @@ def test_with_more_sinks_than_a_chunk_a_whole_chunk_is_pinned():
     )
 
 
-def test_an_odd_window_holds_whole_chunks():
-    """One frame is evicted for each new one, so the seventh slot is never used."""
+def test_an_odd_window_is_filled():
+    """No more frames are evicted than there is no room for, as in the reference."""
     play(
         [
             (False, [0, 1]),
             (False, [0, 1, 2, 3]),
             (False, [0, 1, 2, 3, 4, 5]),
-            (False, [0, 1, 4, 5, 6, 7]),
-            (False, [0, 1, 6, 7, 8, 9]),
+            (False, [0, 1, 3, 4, 5, 6, 7]),
+            (False, [0, 1, 5, 6, 7, 8, 9]),
+        ],
+        window_size=7,
+    )
+
+
+def test_an_old_pin_may_go_in_parts():
+    play(
+        [
+            (False, [0, 1]),
+            (True, [0, 1, 2, 3]),
+            (True, [0, 1, 2, 3, 4, 5]),
+            (False, [0, 1, 3, 4, 5, 6, 7]),  # 4 and 5 are pinned now, and 2 the oldest that is not
+            (False, [0, 1, 4, 5, 7, 8, 9]),
         ],
         window_size=7,
     )
@@ -261,9 +274,8 @@ def scenarios(draw) -> Scenario:
 def frames_held(options: dict, opens: list[bool]) -> list[list[int]]:
     """The frames of one video held during each chunk, by the rules alone, with no notion of slots.
 
-    A frame that is held stays, unless it is among the oldest that have to go: when the chunk does not fit, one for
-    each new frame (or as many as may go), never a sink, never the opening of the shot that was running when the chunk
-    before was finished.
+    A frame that is held stays, unless it is among the oldest that have to go: as many as there is no room for, never a
+    sink, never the opening of the shot that was running when the chunk before was finished.
     """
     chunk, sink, window = options["chunk_size"], options["sink_size"], options["window_size"]
     pin_size = min(sink, chunk) if options["multi_shot_sink"] else 0
@@ -272,9 +284,8 @@ def frames_held(options: dict, opens: list[bool]) -> list[list[int]]:
         openers = [c for c in range(number) if c == 0 or opens[c]]
         pinned = range(chunk * openers[-1], chunk * openers[-1] + pin_size) if openers else range(0)
         new = list(range(chunk * number, chunk * (number + 1)))
-        if len(frames) + chunk > window:
-            may_go = sorted(set(frames) - set(range(sink)) - set(pinned))
-            frames = sorted(set(frames) - set(may_go[:chunk]))
+        may_go = sorted(set(frames) - set(range(sink)) - set(pinned))
+        frames = sorted(set(frames) - set(may_go[: max(0, len(frames) + chunk - window)]))
         frames = frames + new
         history.append(frames)
     return history
@@ -523,11 +534,20 @@ def test_recache_gives_each_row_its_own_frames():
 
 def test_recache_splits_at_the_borders_of_chunks():
     """A chunk of which a part is left is rewritten by itself; no step is longer than a chunk."""
-    cache = make_cache(sink_size=3, multi_shot_sink=False, window_size=7)
+    cache = make_cache(sink_size=3, multi_shot_sink=False)
     for _ in range(4):
         cache.begin_chunk(2)
     assert held(cache) == [0, 1, 2, 5, 6, 7]
     assert list(cache.recache()) == [[[0, 1]], [[2]], [[5]], [[6, 7]]]
+
+
+def test_recache_splits_where_a_chunk_of_any_row_ends():
+    cache = make_cache(batch_size=2, window_size=7)
+    for opens_shot in (False, [False, True], False, False):
+        cache.begin_chunk(2, opens_shot=opens_shot)
+    assert (held(cache, 0), held(cache, 1)) == ([0, 1, 3, 4, 5, 6, 7], [0, 1, 2, 3, 5, 6, 7])
+    groups = [[[0, 1], [0, 1]], [[3], [2]], [[4], [3]], [[5], [5]], [[6, 7], [6, 7]]]
+    assert list(cache.recache()) == groups
 
 
 def test_recache_before_anything_is_cached_does_nothing():
