@@ -211,8 +211,8 @@ class KVCache:
             raise ValueError(f"A chunk has 1 to {self.chunk_size} latent frames, got {num_frames}.")
         if self.num_frames is not None and self.num_frames_seen + num_frames > self.num_frames:
             raise ValueError(
-                f"This KV cache is for a video of {self.num_frames} latent frames; after {self.num_frames_seen}, there "
-                f"is no room for {num_frames} more."
+                f"This KV cache is for a video of {self.num_frames} latent frames; after {self.num_frames_seen}, there"
+                f" is no room for {num_frames} more."
             )
         opens_shot = self._for_each_sample(opens_shot, "opens_shot")
         rope_offset = (

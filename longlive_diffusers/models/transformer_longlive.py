@@ -24,6 +24,7 @@ from ..loaders.original import load_original_transformer
 from ..nvfp4.lora import adopt_lora_layers
 from ..parallel.layout import check_heads
 from .attention import LongLiveAttnProcessor
+from .attention_kwargs import with_checked_attention_kwargs
 from .chunk_mask import ChunkMask
 from .kv_cache import KVCache
 from .layer_kv_cache import ChunkSlots, LayerKVCache, PackedLayerKVCache
@@ -163,6 +164,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
 
+    @with_checked_attention_kwargs
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,

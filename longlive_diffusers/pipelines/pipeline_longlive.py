@@ -1,5 +1,6 @@
 """LongLivePipeline: text, shots, images or video in; a video out, complete or chunk by chunk while it is made."""
 
+import copy
 import os
 from collections.abc import Callable
 from functools import partial
@@ -29,13 +30,16 @@ from ..models.streaming_vae import encode_video
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..schedulers.scheduling_longlive import LongLiveScheduler
 from .async_workers import AsyncWorkers
+from .callbacks import CALLBACK_TENSOR_INPUTS
 from .chunk_step import is_guided
 from .decoder import ChunkDecoder
-from .denoiser import ChunkDenoiser, RunState
-from .inputs import CALLBACK_TENSOR_INPUTS, ModelSizes, Request, check_output_type, resolve_request
+from .denoiser import ChunkDenoiser
+from .inputs import ModelSizes, Request, check_output_type, resolve_request
+from .memory import check_caches_fit, check_result_fits
 from .pipeline_output import Frames, LongLivePipelineOutput, join_frames
-from .prompt_cleaning import clean_prompt
+from .prompt_cleaning import clean_prompt, describe_cuts
 from .prompt_source import PromptSource
+from .run_state import RunView
 from .session import StreamingSession
 from .sharing import load_model_card, render_model_card, strip_local_paths
 
@@ -62,6 +66,18 @@ EXAMPLE_DOC_STRING = """
         ...             break
         ```
 """
+
+
+def _run_property(name: str, *, writable: bool = False) -> property:
+    """A field of the state of the session that is advancing."""
+
+    def read(pipe: "LongLivePipeline") -> Any:
+        return getattr(pipe._runs.current, name)
+
+    def write(pipe: "LongLivePipeline", value: Any) -> None:
+        setattr(pipe._runs.current, name, value)
+
+    return property(read, write if writable else None)
 
 
 class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -117,51 +133,24 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.vae_scale_factor_temporal = vae.config["scale_factor_temporal"] if vae is not None else 4
         self.vae_scale_factor_spatial = vae.config["scale_factor_spatial"] if vae is not None else 16
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
-        self._run = RunState(guidance_scale=1.0, num_timesteps=0, attention_kwargs=None)
+        self._runs = RunView()
         self._workers = AsyncWorkers()
 
-    # -- what callbacks read and change: the state of the session that is advancing ----------------------------------
+    # -- what callbacks read and change: the state of the session that calls them, see `run_state.py` -----------------
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._run.guidance_scale
+    guidance_scale = _run_property("guidance_scale")
+    num_timesteps = _run_property("num_timesteps")
+    current_timestep = _run_property("current_timestep")
+    interrupt = _run_property("interrupt")
+    attention_kwargs = _run_property("attention_kwargs")
+    # diffusers' own callbacks write these.
+    _guidance_scale = _run_property("guidance_scale", writable=True)
+    _interrupt = _run_property("interrupt", writable=True)
+    _attention_kwargs = _run_property("attention_kwargs", writable=True)
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return is_guided(self._run.guidance_scale)
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._run.num_timesteps
-
-    @property
-    def current_timestep(self) -> torch.Tensor | None:
-        return self._run.current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        return self._run.interrupt
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
-        return self._run.attention_kwargs
-
-    # diffusers' own callbacks write these two.
-    @property
-    def _guidance_scale(self) -> float:
-        return self._run.guidance_scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, value: float) -> None:
-        self._run.guidance_scale = value
-
-    @property
-    def _interrupt(self) -> bool:
-        return self._run.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        self._run.interrupt = value
+        return is_guided(self.guidance_scale)
 
     @property
     def is_offloaded(self) -> bool:
@@ -284,7 +273,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if decode_later:
             check_output_type(output_type)
             options["output_type"] = "latent"
-        with self.stream(**options) as session:
+        request = self._resolve(async_decode=False, **options)
+        held_on = torch.device("cpu") if output_type in ("np", "pil") else self._execution_device
+        check_result_fits(request, self.sizes, output_type, held_on)
+        with self._begin(request) as session:
             frames = join_frames([chunk.frames for chunk in session], options["output_type"])
         if isinstance(frames, torch.Tensor) and decode_later:
             frames = self.decode_latents(frames, output_type)
@@ -340,23 +332,42 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         options = {name: value for name, value in locals().items() if name != "self"}
 
-        # 1. Check everything that can be checked without work.
+        return self._begin(self._resolve(**options))
+
+    def _resolve(self, *, output_type, image, video, **options) -> Request:
+        """Check everything that can be checked without work; the arguments are those of `stream`."""
         self._check_vae(is_needed=output_type != "latent" or image is not None or video is not None)
         request = resolve_request(
-            self.sizes, self.config, self.video_processor, is_offloaded=self.is_offloaded, **options
+            self.sizes,
+            self.config,
+            self.video_processor,
+            is_offloaded=self.is_offloaded,
+            output_type=output_type,
+            image=image,
+            video=video,
+            **options,
         )
+        copy.deepcopy(self.scheduler).set_timesteps(request.num_inference_steps)  # raises where it cannot solve
+        check_caches_fit(self.transformer, request, self._num_tokens(request), self._execution_device)
+        return request
 
-        # 2. Encode the prompts.
-        prompts = self._encode_prompts(request)
+    def _begin(self, request: Request) -> StreamingSession:
+        """Encode what the video begins with, and return the session that does the rest."""
+        try:
+            # 1. Encode the prompts.
+            prompts = self._encode_prompts(request)
 
-        # 3. Encode the image, or the video to continue.
-        image_latents, video_latents = request.image_latents, request.video_latents
-        if request.image is not None:
-            image_latents = self.encode_video(request.image)
-        if request.video is not None:
-            video_latents = self.encode_video(request.video)
+            # 2. Encode the image, or the video to continue.
+            image_latents, video_latents = request.image_latents, request.video_latents
+            if request.image is not None:
+                image_latents = self.encode_video(request.image)
+            if request.video is not None:
+                video_latents = self.encode_video(request.video)
+        except BaseException:  # out of memory, for instance: no model stays where it was moved
+            self.maybe_free_model_hooks()
+            raise
 
-        # 4. The session does the rest.
+        # 3. Denoise and decode, chunk by chunk, as the session is iterated.
         device = self._execution_device
         denoiser = ChunkDenoiser(
             self.transformer,
@@ -367,19 +378,19 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             video_latents=video_latents,
             device=device,
             progress_bar=self.progress_bar,
-            show_run=self._show_run,
+            show_run=self._runs.showing,
             callback=None if request.callback is None else partial(request.callback, self),
         )
         decoder = None
-        if output_type != "latent":
-            shares_gpu = async_decode and device.type == "cuda" and self.vae_device == device
+        if request.output_type != "latent":
+            shares_gpu = request.async_decode and device.type == "cuda" and self.vae_device == device
             stream = self._workers.decode_stream(device) if shares_gpu else None
-            decoder = self._chunk_decoder(output_type, stream)
+            decoder = self._chunk_decoder(request.output_type, stream)
         return StreamingSession(
             denoiser,
             decoder,
             is_single=request.is_single,
-            worker=self._workers.denoise_worker(device) if async_decode else None,
+            worker=self._workers.denoise_worker(device) if request.async_decode else None,
             temporal_scale=self.vae_scale_factor_temporal,
             on_close=self.maybe_free_model_hooks,
         )
@@ -433,8 +444,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Decode normalized latents `[B, C, F, h, w]` of whole videos, in memory that does not depend on F."""
         check_output_type(output_type)
         decoder, chunk_size = self._chunk_decoder(output_type), self.transformer.config.chunk_size
-        frames = [decoder.decode(chunk) for chunk in latents.split(chunk_size, dim=2)]
-        self.maybe_free_model_hooks()
+        try:
+            frames = [decoder.decode(chunk) for chunk in latents.split(chunk_size, dim=2)]
+        finally:
+            self.maybe_free_model_hooks()
         return join_frames(frames, output_type)
 
     def _chunk_decoder(self, output_type: str, stream: torch.cuda.Stream | None = None) -> ChunkDecoder:
@@ -452,8 +465,11 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     request.negative_prompt, request.num_prompts, request.max_sequence_length
                 )
             negative_embeds = self._for_transformer(request.for_each_sample("negative_prompt_embeds", negative_embeds))
+        plans = request.plans
+        if plans is not None:
+            plans = [plan for plan in plans for _ in range(request.num_videos_per_prompt)]
         return PromptSource(
-            request.plans,
+            plans,
             lambda prompts: self._embed_prompts(prompts, request.max_sequence_length),
             prompt_embeds=prompt_embeds,
             negative_embeds=negative_embeds,
@@ -466,8 +482,13 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _for_transformer(self, embeds: torch.Tensor) -> torch.Tensor:
         return embeds.to(self._execution_device, self.transformer.dtype)
 
-    def _show_run(self, run: RunState) -> None:
-        self._run = run
+    def _num_tokens(self, request: Request) -> int:
+        """The number of tokens of a prompt's embeddings."""
+        if request.prompt_embeds is not None:
+            return request.prompt_embeds.shape[1]
+        if self.tokenizer is None:
+            return request.max_sequence_length
+        return min(request.max_sequence_length, self.tokenizer.model_max_length)
 
     def _check_vae(self, *, is_needed: bool) -> None:
         channels = self.transformer.config.in_channels
@@ -494,10 +515,14 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(f"{len(prompts)} prompts, but no tokenizer or text encoder: pass `prompt_embeds`.")
         device = device or self._execution_device
         dtype = dtype or (self.text_encoder.dtype if self.transformer is None else self.transformer.dtype)
+        prompts = [clean_prompt(prompt) for prompt in prompts]
+        max_length = min(max_sequence_length, self.tokenizer.model_max_length)
+        for cut in describe_cuts(prompts, self.tokenizer, max_length):
+            logger.warning(cut)
         tokens = self.tokenizer(
-            [clean_prompt(prompt) for prompt in prompts],
+            prompts,
             padding="max_length",
-            max_length=min(max_sequence_length, self.tokenizer.model_max_length),
+            max_length=max_length,
             truncation=True,
             add_special_tokens=True,
             return_attention_mask=True,

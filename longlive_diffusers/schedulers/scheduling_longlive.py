@@ -78,8 +78,8 @@ class LongLiveScheduler(UniPCMultistepScheduler):
             table = self.config["num_train_timesteps"]
             if not is_count(num_inference_steps) or not 1 <= num_inference_steps <= table:
                 raise ValueError(
-                    f"`num_inference_steps` must be at least 1 and at most {table}, the timesteps that the network was "
-                    f"trained on, got {num_inference_steps!r}."
+                    f"`num_inference_steps` must be at least 1 and at most {table}, the timesteps that the network "
+                    f"was trained on, got {num_inference_steps!r}."
                 )
             largest = np.float32(1 - 1 / table)  # float32, to equal the reference exactly
             sigmas = np.linspace(float(largest), 0, num_inference_steps + 1)[:-1]

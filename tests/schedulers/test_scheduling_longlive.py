@@ -337,7 +337,7 @@ def test_options_are_checked_where_they_are_loaded_too(tmp_path):
     LongLiveScheduler().save_pretrained(tmp_path)
     path = tmp_path / "scheduler_config.json"
     path.write_text(path.read_text().replace('"flow_shift": 5.0', '"flow_shift": 0.0'))
-    with pytest.raises(ValueError, match="`flow_shift` must be a finite number above 0, got 0.0"):
+    with pytest.raises(ValueError, match=r"`flow_shift` must be a finite number above 0, got 0\.0"):
         LongLiveScheduler.from_pretrained(tmp_path)
 
 
