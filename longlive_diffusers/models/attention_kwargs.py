@@ -6,7 +6,7 @@ from ..number_checks import is_finite
 
 
 def check_attention_kwargs(attention_kwargs: object) -> None:
-    """Raise a ValueError unless it is None, or a dict with nothing in it but a finite `scale`."""
+    """Raise a ValueError unless it is None, or a dict with nothing in it but a `scale` that is a finite number."""
     if attention_kwargs is None:
         return
     if not isinstance(attention_kwargs, dict):

@@ -103,7 +103,6 @@ class ChunkDenoiser:
                         return
                     yield self._make_chunk(index)
                     bar.update()
-            self.prompts.warn_of_unused()
         finally:
             self.kv_caches, self._clean_latents = [], {}
 

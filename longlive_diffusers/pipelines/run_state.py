@@ -56,7 +56,7 @@ class RunView:
         try:
             yield
         finally:
-            self._own.run = previous
+            self._own.run, self._latest = previous, run
 
     def __getstate__(self) -> dict:
         return {}  # what belongs to a thread can be neither copied nor pickled

@@ -13,6 +13,7 @@ from ..frame_counts import TEMPORAL_SCALE, pixel_frames
 from .async_workers import DenoiseWorker
 from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser, DenoisedChunk
+from .memory import ADVICE
 from .pipeline_output import VideoChunk
 from .prefetch import Prefetcher
 
@@ -67,7 +68,9 @@ class StreamingSession:
             self._consumer = threading.get_ident()
             try:
                 return self._next_chunk()
-            except BaseException:  # the end of the stream included: nothing is left half-open
+            except BaseException as error:  # the end of the stream included: nothing is left half-open
+                if isinstance(error, torch.OutOfMemoryError):
+                    error.add_note(ADVICE)
                 self._free()
                 raise
             finally:
@@ -76,8 +79,10 @@ class StreamingSession:
     def _next_chunk(self) -> VideoChunk:
         if self._closed:
             raise StopIteration
-        chunk = next(self._source)
-        if self._closed:  # meanwhile: the chunk is not complete
+        chunk = next(self._source, None)
+        if chunk is None and not self._denoiser.run.is_ending:
+            self._denoiser.prompts.warn_of_unused()
+        if chunk is None or self._closed:  # closed meanwhile: the chunk is not complete
             raise StopIteration
         if chunk.ready is not None:
             _hand_over(chunk.latents, chunk.ready)

@@ -218,6 +218,49 @@ def test_a_last_chunk_may_be_short():
     assert held(cache) == [0, 1, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "fp8"])
+@pytest.mark.parametrize("relative_rope", [False, True])
+def test_a_video_shorter_than_the_window_takes_memory_for_its_own_frames(dtype, relative_rope):
+    options = {"window_size": 32, "sink_size": 8, "dtype": dtype, "relative_rope": relative_rope}
+    for num_frames, num_slots in ((2, 2), (10, 10), (32, 32), (34, 32), (10**9, 32)):
+        cache = make_cache(**options, num_frames=num_frames)
+        expected = make_cache(
+            window_size=num_slots, sink_size=0, dtype=dtype, relative_rope=relative_rope, multi_shot_sink=False
+        )
+        raw = 0 if cache[0].raw_key is None else cache[0].raw_key.nbytes
+        assert cache.num_bytes - raw == expected.num_bytes
+        assert (raw > 0) == (relative_rope and num_frames > 32), "nothing is rotated again before the first eviction"
+
+
+@pytest.mark.parametrize("relative_rope", [False, True])
+def test_a_short_video_is_cached_as_in_a_cache_of_the_whole_window(relative_rope):
+    options = {"window_size": 32, "sink_size": 8, "relative_rope": relative_rope}
+    short, whole = make_cache(num_frames=10, **options), make_cache(**options)
+    for chunk in range(5):
+        plans = [cache.begin_chunk(2, opens_shot=chunk == 2, rope_offset=8.0) for cache in (short, whole)]
+        assert short.cached_frames() == whole.cached_frames()
+        assert torch.equal(plans[0].rotary, plans[1].rotary)
+        assert torch.equal(plans[0].token_slots, plans[1].token_slots)
+
+
+@pytest.mark.parametrize("window_size", [6, 8, 32])
+def test_a_video_does_not_go_beyond_the_length_it_was_made_for(window_size):
+    cache = make_cache(window_size=window_size, num_frames=7)
+    for _ in range(3):
+        cache.begin_chunk(2)
+    with pytest.raises(ValueError, match="video of 7 latent frames; after 6, there is no room for 2 more"):
+        cache.begin_chunk(2)
+    cache.begin_chunk(1)
+    cache.reset()
+    cache.begin_chunk(2)
+
+
+@pytest.mark.parametrize("num_frames", [0, -1])
+def test_a_cache_is_for_at_least_one_frame(num_frames):
+    with pytest.raises(ValueError, match=f"at least 1 latent frame, got {num_frames}"):
+        make_cache(num_frames=num_frames)
+
+
 def test_time_positions_are_frame_indices_and_the_offset_of_the_shot():
     cache = make_cache(batch_size=2)
     cache.begin_chunk(2)
