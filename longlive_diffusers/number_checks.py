@@ -11,8 +11,13 @@ def is_count(value: object) -> TypeGuard[int]:
 
 
 def is_finite(value: object) -> TypeGuard[float]:
-    """Whether `value` is a finite real number (NumPy's included) that is not a boolean."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a finite real number (NumPy's included) that is not a boolean, and not beyond float64."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        return False
 
 
 def check_counts(**counts: object) -> None:

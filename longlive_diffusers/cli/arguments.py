@@ -1,13 +1,13 @@
 """The types of command-line arguments, and the options that several commands share."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 
 from ..models.layer_kv_cache import KV_CACHE_DTYPES
+from ..number_checks import is_finite
 
 
 def count(text: str) -> int:
@@ -18,6 +18,14 @@ def count(text: str) -> int:
 def size(text: str) -> int:
     """Parse an integer of at least 0."""
     return _in_range(text, int, 0)
+
+
+def seed(text: str) -> int:
+    """Parse an integer that PyTorch takes as a seed."""
+    value = size(text)
+    if value >= 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is not below 2**64, where seeds end")
+    return value
 
 
 def positive(text: str) -> float:
@@ -117,6 +125,6 @@ def _in_range(text: str, kind: type, least: int) -> Any:
         value = kind(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"'{text}' is not a{'n integer' if kind is int else ' number'}") from error
-    if not math.isfinite(value) or value < least:
+    if not is_finite(value) or value < least:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {least}")
     return value

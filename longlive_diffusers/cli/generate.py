@@ -12,7 +12,7 @@ from ..benchmark.measure import as_size, peak_memory, reset_peak_memory
 from ..dtypes import DTYPES
 from ..pipelines.pipeline_output import VideoChunk
 from ..video.writer import VideoWriter
-from .arguments import add_cache_options, add_device_option, count, non_negative, positive, size
+from .arguments import add_cache_options, add_device_option, count, non_negative, positive, seed
 from .generation_request import DEFAULT_SECONDS, FPS, GenerationRequest, check_request
 from .shots_file import FORMAT
 from .typed_prompts import HELP, TypedPrompts, readable_descriptor
@@ -77,7 +77,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="The scale of classifier-free guidance: 1 for distilled models (default), 3 for others.",
     )
     sampling.add_argument(
-        "--seed", type=size, help="The same seed gives the same video (default: one is drawn, and printed)."
+        "--seed", type=seed, help="The same seed gives the same video (default: one is drawn, and printed)."
     )
     add_cache_options(sampling)
     sampling.add_argument(

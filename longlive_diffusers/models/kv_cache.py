@@ -31,6 +31,7 @@ from itertools import groupby
 import torch
 
 from ..number_checks import is_count
+from .attend import allocate_scratch
 from .layer_kv_cache import (
     ChunkSlots,
     DequantBuffers,
@@ -140,6 +141,9 @@ class KVCache:
                 PackedLayerKVCache(shape, self._num_raw_slots, dtype, compute_dtype, self.device, buffers)
                 for _ in range(num_layers)
             ]
+        scratch = allocate_scratch(compute_dtype, self.device)
+        for layer in self._layers:
+            layer.scratch = scratch
         self.reset()
 
     def __getitem__(self, layer: int) -> LayerKVCache | PackedLayerKVCache:

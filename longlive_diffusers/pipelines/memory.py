@@ -46,7 +46,7 @@ def check_caches_fit(
     if needed > available:
         raise ValueError(
             f"The KV cache of {batch} x {frames} latent frames of {height}x{width}, with prompts of {text_length} "
-            f"tokens, needs {needed / GIB:.1f} GiB; {available / GIB:.1f} GiB are available. {ADVICE}"
+            f"tokens, needs {-(-needed // GIB)} GiB; {available // GIB} GiB are available. {ADVICE}"
         )
 
 
@@ -82,7 +82,7 @@ def check_result_fits(request: Request, sizes: ModelSizes, output_type: str, dev
     needed = batch * values * (1 if output_type == "pil" else 2 * torch.float32.itemsize)
     if needed > available:
         raise ValueError(
-            f"{batch} videos of {frames} frames (`output_type` {output_type!r}) need {needed / GIB:.1f} GiB; "
-            f"{available / GIB:.1f} GiB are available. Make fewer frames, or take them chunk by chunk from "
+            f"{batch} videos of {frames} frames (`output_type` {output_type!r}) need {-(-needed // GIB)} GiB; "
+            f"{available // GIB} GiB are available. Make fewer frames, or take them chunk by chunk from "
             "`pipe.stream(...)`."
         )

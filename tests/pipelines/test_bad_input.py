@@ -148,6 +148,7 @@ BAD_CALLS = {
     "more steps than timesteps": ({"num_inference_steps": 1001}, ["`num_inference_steps`", "1000", "1001"]),
     "a billion steps": ({"num_inference_steps": 10**9}, ["`num_inference_steps`", "1000", "1000000000"]),
     "guidance that overflows": ({"guidance_scale": 1e300}, ["`guidance_scale`", "1e+06", "1e+300"]),
+    "guidance beyond float64": ({"guidance_scale": 10**400}, ["`guidance_scale`", "1" + "0" * 400]),
     "guidance that is no number": ({"guidance_scale": NAN}, ["`guidance_scale`", "nan"]),
     "negative guidance": ({"guidance_scale": -1.0}, ["`guidance_scale`", "-1.0"]),
     "guidance in words": ({"guidance_scale": "high"}, ["`guidance_scale`", "'high'"]),
@@ -249,7 +250,7 @@ def test_an_endless_stream_of_several_shots_needs_durations(pipe, forwards):
 
 TOO_LARGE = {
     "a window of a billion frames": ({"window_size": 10**9, "num_frames": None}, ["1000000000 latent frames"]),
-    "a window beyond 64 bits": ({"window_size": 10**30, "num_frames": None}, ["`window_size`"]),
+    "a window beyond all bits": ({"window_size": 10**400, "num_frames": None}, ["`window_size`"]),
     "sinks of a billion frames": ({"sink_size": 10**9, "window_size": 3 * 10**9, "num_frames": None}, ["3000000000"]),
     "a video as high as the earth": ({"height": 32 * 10**12}, ["2000000000000x4"]),
     "a video beyond 64 bits": ({"width": 32 * 10**25}, ["4x"]),
@@ -274,7 +275,7 @@ def test_prompts_padded_to_a_billion_tokens_are_refused_where_the_tokenizer_has_
 
 
 @pytest.mark.parametrize("output_type", ["np", "pt", "pil", "latent"])
-@pytest.mark.parametrize("num_frames", [10**10, 10**40])
+@pytest.mark.parametrize("num_frames", [10**10, 10**400])
 def test_a_video_that_does_not_fit_into_memory_can_only_be_streamed(pipe, forwards, output_type, num_frames):
     arguments = tiny_arguments(num_frames=num_frames, output_type=output_type)
     with pytest.raises(ValueError, match=rf"1 videos of {num_frames - 9 + 10 - 10 + 9 + 0}\d* frames|GiB"):
