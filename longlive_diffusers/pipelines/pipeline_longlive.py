@@ -227,14 +227,15 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt: What the video shows; a list makes a batch.
             shot_prompts: In place of `prompt`: one prompt for each shot; a list of such lists makes a batch.
             chunks_per_shot: How long each shot lasts, in chunks: one number, one for each shot, or a list for each
-                video. Without it, the video is divided evenly.
+                video. Without it, the video is divided evenly. Shots that find no room are left out, with a warning.
             image: The first frame of the video (image to video).
             video: A video to continue; the result begins with it. Frames that do not fill whole chunks are dropped
                 from its beginning, with a warning.
             negative_prompt: What the video should not show; used where `guidance_scale` is neither 1 nor 0.
             height, width: The size of the video in pixels; the model's own by default.
             num_frames: The number of frames of the whole result; rounded up to whole chunks, with a warning.
-            num_inference_steps: The solver steps of each chunk: 4 or 2 for distilled models, 30 to 50 for others.
+            num_inference_steps: The solver steps of each chunk: 4 or 2 for distilled models, 30 to 50 for others; at
+                most as many as the scheduler has timesteps (1000).
             guidance_scale: The scale of classifier-free guidance: 1 (or 0, both mean none) for distilled models, about
                 3 for others.
             num_videos_per_prompt: How many videos are made for each prompt.
@@ -249,12 +250,14 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 default.
             output_type: The layout of the result: "np", "pt", "pil", or "latent" (normalized latents).
             return_dict: Whether to return a `LongLivePipelineOutput` instead of a tuple.
-            attention_kwargs: `{"scale": s}` scales the LoRA.
+            attention_kwargs: `{"scale": s}` scales the LoRA; it may hold nothing else.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after every solver step, with
-                steps counted over all chunks; may return changed tensors.
+                steps counted over all chunks; may return changed tensors, of the shapes that they had. What it reads
+                of `pipe` (`guidance_scale`, `num_timesteps`, ...) and writes to it (`_guidance_scale`, `_interrupt`,
+                `_attention_kwargs`) is the state of this video alone.
             callback_on_step_end_tensor_inputs: The names of the tensors that the callback gets.
-            max_sequence_length: The number of tokens that a prompt is padded or truncated to, at most the tokenizer's
-                `model_max_length`.
+            max_sequence_length: The number of tokens that a prompt is padded or truncated to (a warning says where),
+                at most the tokenizer's `model_max_length`.
 
         Examples:
 
@@ -262,7 +265,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             [`LongLivePipelineOutput`], or `(frames,)`.
 
         Raises:
-            ValueError: If anything is malformed; raised before any long work, with a message that states the numbers.
+            ValueError: If anything is malformed or does not fit into memory; raised before any long work, with a
+                message that states the numbers.
         """
         # These are only passed on; naming each of them again would make it easy to forget one.
         options = {name: value for name, value in locals().items() if name not in ("self", "return_dict")}
