@@ -24,6 +24,7 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 MAX_GUIDANCE_SCALE = 1e6  # beyond all use, and far from where float32 ends
+MAX_FRAMES = 2**53  # up to there, time positions are exact
 MAX_ROPE_OFFSET = 1e9  # angles of float64 are exact to a millionth there
 
 
@@ -472,6 +473,8 @@ def resolve_num_chunks(
         return None
     if not is_count(num_frames) or num_frames < 1:
         raise ValueError(f"`num_frames` must be at least 1, got {num_frames!r}.")
+    if num_frames > MAX_FRAMES:
+        raise ValueError(f"`num_frames` must be at most {MAX_FRAMES} (None is endless), got {num_frames!r}.")
     num_chunks = chunks_to_cover(num_frames, chunk_size, temporal_scale=temporal_scale)
     rounded = pixel_frames(num_chunks * chunk_size, temporal_scale=temporal_scale)
     if num_chunks * chunk_size <= condition_frames:
