@@ -36,7 +36,7 @@ def describe_cuts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, max_le
         if len(ids) <= max_length:
             continue
         end = max_length - tokenizer.num_special_tokens_to_add()  # what is kept ends with special tokens, too
-        kept, rest = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:end], ids[end:]))
+        kept, rest = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:end], ids[end:]))
         end_of_kept = shortened(kept, at_start=True)
         cuts.append(
             f"A prompt of {len(ids)} tokens is cut to {max_length}: it ends with {end_of_kept}, and {shortened(rest)} "
