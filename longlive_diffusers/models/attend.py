@@ -19,11 +19,17 @@ _SCORE_BYTES = 16 * 2**20  # per block of scores; larger allocations go back to 
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: AttentionBackendName | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    backend: AttentionBackendName | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute unmasked attention, `[B, tokens, heads, head_dim]`, with `backend` (None: diffusers' active one)."""
+    """Compute unmasked attention, `[B, tokens, heads, head_dim]`, with `backend` (None: diffusers' active one);
+    `scratch` is one from [`allocate_scratch`]."""
     if backend is None and _prefers_matmul(query):
-        return _matmul_attention(query, key, value)
+        # The compiler would copy a buffer that an operator writes to, for each call.
+        return _matmul_attention(query, key, value, None if torch.compiler.is_compiling() else scratch)
     # A member of the enum already: making one of its value stops the compiler (seen on Python 3.12 with torch 2.11).
     name = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
     if name == AttentionBackendName.FLEX:
@@ -153,9 +159,20 @@ def _prefers_matmul(query: torch.Tensor) -> bool:
     )
 
 
-@torch.library.custom_op("longlive_diffusers::matmul_attention", mutates_args=())
-def _matmul_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Compute attention in blocks of heads and queries, whose scores share one buffer, small enough to be reused.
+def allocate_scratch(dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """Allocate what calls of [`attend`] that run one after the other can compute their scores in, instead of in a
+    buffer each; None where they need none."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return None
+    return torch.empty(_SCORE_BYTES // dtype.itemsize, dtype=dtype)
+
+
+@torch.library.custom_op("longlive_diffusers::matmul_attention", mutates_args=("scratch",))
+def _matmul_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute attention in blocks of heads and queries, whose scores share one buffer (`scratch`, or one of this
+    call's), small enough to be reused.
 
     It is a custom operator so that `torch.compile` leaves it as it is: the compiler cannot trace the shared buffer,
     and the code it generated from the same products without one was slower, measured alone at the benchmark's shape.
@@ -166,7 +183,8 @@ def _matmul_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     row_bytes = key.shape[1] * key.element_size()
     num_rows = min(num_queries, max(1, _SCORE_BYTES // row_bytes))
     num_heads = min(batch * heads, max(1, _SCORE_BYTES // (row_bytes * num_rows)))
-    buffer = query.new_empty(num_heads * num_rows * key.shape[1])
+    num_scores = num_heads * num_rows * key.shape[1]
+    buffer = query.new_empty(num_scores) if scratch is None or scratch.numel() < num_scores else scratch
     output = query.new_empty(query.shape)
     blocks = zip(*(states.split(num_heads) for states in (query, key, value, output)), strict=True)
     for queries, keys, values, outputs in blocks:
@@ -180,5 +198,5 @@ def _matmul_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
 
 
 @_matmul_attention.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
     return query.new_empty(query.shape)

@@ -73,7 +73,7 @@ class LongLiveAttnProcessor:
 
         if layer_cache is not None:
             key, value = layer_cache.update(key, value, raw_key, chunk)
-            return attend(query, key, value, self._attention_backend)
+            return attend(query, key, value, self._attention_backend, layer_cache.scratch)
         if sp_mesh is None:
             return self._attend_by_chunks(query, key, value, attention_mask)
         # Rotated before the exchange, so that a rank needs the positions and angles of its own frames only.
@@ -94,7 +94,7 @@ class LongLiveAttnProcessor:
                 # Stored heads first, like the frames: each head's keys are then contiguous in every forward.
                 layer_cache.text = tuple(states.transpose(1, 2).contiguous().transpose(1, 2) for states in text)
             key, value = layer_cache.text
-            return attend(query, key, value, self._attention_backend)
+            return attend(query, key, value, self._attention_backend, layer_cache.scratch)
 
         key, value = project_text(attn, encoder_hidden_states)
         if key.ndim == 4:

@@ -26,10 +26,12 @@ unrotated (so that rounding does not pile up in an endless stream). No forward p
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from itertools import groupby
 
 import torch
 
+from ..number_checks import is_count
+from .attend import allocate_scratch
 from .layer_kv_cache import (
     ChunkSlots,
     DequantBuffers,
@@ -70,6 +72,8 @@ class KVCache:
         batch_size: The number of videos that are streamed together.
         grid_height, grid_width: The number of tokens of a frame along each axis.
         window_size: The number of latent frames that the cache holds.
+        num_frames: The length of the video in latent frames; None if it has no end. A shorter video than the window
+            takes memory for its own frames only.
         sink_size: How many of the video's first frames are never evicted.
         chunk_size: The number of latent frames in a chunk.
         multi_shot_sink: Whether the first `min(sink_size, chunk_size)` frames of the current shot are kept as well.
@@ -101,6 +105,7 @@ class KVCache:
         chunk_size: int,
         multi_shot_sink: bool,
         relative_rope: bool = False,
+        num_frames: int | None = None,
         dtype: torch.dtype | str = torch.float32,
         compute_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -110,15 +115,21 @@ class KVCache:
         check_window(window_size, sink_size, chunk_size, multi_shot_sink)
         if batch_size < 1:
             raise ValueError(f"A KV cache is for at least 1 video, got {batch_size}.")
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"A KV cache is for a video of at least 1 latent frame, got {num_frames}.")
         self.batch_size, self.grid_height, self.grid_width = batch_size, grid_height, grid_width
         self.num_heads, self.head_dim = num_heads, head_dim
         self.window_size, self.sink_size, self.chunk_size = window_size, sink_size, chunk_size
         self.pin_size = min(sink_size, chunk_size) if multi_shot_sink else 0
         self.relative_rope = relative_rope
         self.device, self.theta = torch.device(device), theta
-        # Unrotated keys are kept for sinks, the current pin, and the frames that are about to become the next one.
-        self._num_raw_slots = sink_size + 2 * self.pin_size if relative_rope else 0
-        shape = (batch_size, num_heads, window_size, grid_height * grid_width, head_dim)
+        self.num_frames = num_frames
+        num_slots = window_size if num_frames is None else min(window_size, num_frames)
+        is_evicting = num_frames is None or num_frames > window_size
+        # Unrotated keys are kept for sinks, the current pin, and the frames that are about to become the next one;
+        # none is rotated again where no frame is ever evicted.
+        self._num_raw_slots = sink_size + 2 * self.pin_size if relative_rope and is_evicting else 0
+        shape = (batch_size, num_heads, num_slots, grid_height * grid_width, head_dim)
         self.is_packed = isinstance(dtype, str)
         self._dequant_buffers: DequantBuffers | None = None
         self._layers: Sequence[LayerKVCache | PackedLayerKVCache]
@@ -130,6 +141,9 @@ class KVCache:
                 PackedLayerKVCache(shape, self._num_raw_slots, dtype, compute_dtype, self.device, buffers)
                 for _ in range(num_layers)
             ]
+        scratch = allocate_scratch(compute_dtype, self.device)
+        for layer in self._layers:
+            layer.scratch = scratch
         self.reset()
 
     def __getitem__(self, layer: int) -> LayerKVCache | PackedLayerKVCache:
@@ -188,8 +202,9 @@ class KVCache:
                 Ignored with relative RoPE.
 
         Raises:
-            ValueError: If `num_frames` is not between 1 and `chunk_size`; or, in a packed cache, if the previous chunk
-                was not finished, so that nothing of it was stored.
+            ValueError: If `num_frames` is not between 1 and `chunk_size`, or goes beyond the length that the cache was
+                made for; or, in a packed cache, if the previous chunk was not finished, so that nothing of it was
+                stored.
         """
         if self.is_packed and self._chunk is not None and not self._chunk.finished:
             raise ValueError(
@@ -198,6 +213,11 @@ class KVCache:
             )
         if not 0 < num_frames <= self.chunk_size:
             raise ValueError(f"A chunk has 1 to {self.chunk_size} latent frames, got {num_frames}.")
+        if self.num_frames is not None and self.num_frames_seen + num_frames > self.num_frames:
+            raise ValueError(
+                f"This KV cache is for a video of {self.num_frames} latent frames; after {self.num_frames_seen}, there"
+                f" is no room for {num_frames} more."
+            )
         opens_shot = self._for_each_sample(opens_shot, "opens_shot")
         rope_offset = (
             [0.0] * self.batch_size if self.relative_rope else self._for_each_sample(rope_offset, "rope_offset")
@@ -230,20 +250,18 @@ class KVCache:
         chronological = [self.cached_frames(sample) for sample in range(self.batch_size)]
         for sample in self._samples:
             sample.slots = []
-        # Samples may hold different shots, but they hold whole chunks, or all hold the same frames, so groups have
-        # equal sizes.
-        start, total = 0, len(chronological[0])
-        while start < total:
-            chunk = chronological[0][start].index // self.chunk_size
-            stop = start
-            while stop < total and chronological[0][stop].index // self.chunk_size == chunk:
-                stop += 1
-            for sample, frames in zip(self._samples, chronological, strict=True):
-                sample.slots += frames[start:stop]
-            self._chunk = self._slots_of_chunk([list(range(start, stop))] * self.batch_size)
+        # Samples may hold different shots, and parts of chunks: a group ends where a chunk of any sample does.
+        chunks_of_age = [
+            [frame.index // self.chunk_size for frame in frames] for frames in zip(*chronological, strict=True)
+        ]
+        for _, group in groupby(range(len(chunks_of_age)), key=chunks_of_age.__getitem__):
+            ages = list(group)
+            frames = [[own[age] for age in ages] for own in chronological]
+            for sample, rewritten in zip(self._samples, frames, strict=True):
+                sample.slots += rewritten
+            self._chunk = self._slots_of_chunk([ages] * self.batch_size)
             self.finish_chunk()
-            yield [[frame.index for frame in frames[start:stop]] for frames in chronological]
-            start = stop
+            yield [[frame.index for frame in rewritten] for rewritten in frames]
 
     def has_text(self, encoder_hidden_states: torch.Tensor) -> bool:
         """Whether the cached text keys and values were computed from this very tensor, and it is unchanged since."""
@@ -272,30 +290,28 @@ class KVCache:
             sample.pinned, sample.opening = sample.opening, []
         if opens_shot and self.pin_size:
             sample.opening = list(indices[: self.pin_size])
-        if self.relative_rope:
+        if self._num_raw_slots:
             free = iter(sorted(set(range(self._num_raw_slots)) - set(sample.raw_slots.values())))
             for index in indices:
                 if index < self.sink_size or index in sample.opening:
                     sample.raw_slots[index] = next(free)
 
     def _place(self, sample: _Sample, frames: list[CachedFrame]) -> list[int]:
-        """Give each new frame a slot: the next free one or, once the chunk does not fit, that of the oldest evictable
-        frame. Where too few frames are evictable (the sinks end within a chunk), the rest take free slots."""
+        """Give each new frame a slot: the next free one or, once the window is full, that of the oldest evictable
+        frame. No more frames are evicted than there is no room for, as in the reference, so that a window that is no
+        multiple of a chunk is filled too: of the oldest chunk, the last frames then stay for longer."""
         first_free = len(sample.slots)
-        if first_free + len(frames) <= self.window_size:
-            sample.slots += frames
-            return list(range(first_free, first_free + len(frames)))
+        num_free = min(len(frames), self.window_size - first_free)
         evictable = sorted(
             (frame.index, slot)
             for slot, frame in enumerate(sample.slots)
             if frame.index >= self.sink_size and frame.index not in sample.pinned
         )
-        slots = [slot for _, slot in evictable[: len(frames)]]
+        slots = [slot for _, slot in evictable[: len(frames) - num_free]]
         for slot, frame in zip(slots, frames, strict=False):
             sample.slots[slot] = frame
-        rest = frames[len(slots) :]
-        sample.slots += rest
-        return [*slots, *range(first_free, first_free + len(rest))]
+        sample.slots += frames[len(slots) :]
+        return [*slots, *range(first_free, first_free + num_free)]
 
     def _close_gaps(self) -> None:
         """For relative RoPE, move the frames before an evicted stretch to their new distance from the newest frame."""
@@ -374,7 +390,7 @@ def _version_of(tensor: torch.Tensor) -> int | None:
 
 def check_window(window_size: int, sink_size: int, chunk_size: int, multi_shot_sink: bool) -> None:
     """Raise a ValueError that states the numbers, unless a chunk always fits beside the protected frames."""
-    if not all(isinstance(size, Integral) for size in (window_size, sink_size, chunk_size)):
+    if not all(is_count(size) for size in (window_size, sink_size, chunk_size)):
         raise ValueError(
             f"`window_size`, `sink_size` and `chunk_size` are whole numbers of latent frames, got {window_size}, "
             f"{sink_size} and {chunk_size}."

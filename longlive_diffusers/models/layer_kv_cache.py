@@ -69,6 +69,8 @@ class LayerCacheBase:
 
     visible: tuple[torch.Tensor, torch.Tensor]
     """Keys and values of the filled slots, `[B, heads, length * tokens, head_dim]`, which are written in place."""
+    scratch: torch.Tensor | None = None
+    """What attention computes its scores in, shared by all layers, since these run one after the other."""
 
     def __init__(self, shape: Shape, num_raw_slots: int, raw_dtype: torch.dtype, device: torch.device):
         # One more slot than there are, for the keys that nobody will ask for.

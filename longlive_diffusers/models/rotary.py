@@ -35,21 +35,27 @@ def rotary_embedding(
     spatial_channels = 2 * (head_dim // 6)
     time_channels = head_dim - 2 * spatial_channels
 
-    grid = (*time_positions.shape, height, width, -1)
-    time_angles = time_positions[..., None] * axis_frequencies(time_channels, theta, device)
     spatial_frequencies = axis_frequencies(spatial_channels, theta, device)
-    row_angles = torch.arange(height, dtype=torch.float64, device=device)[:, None] * spatial_frequencies
-    column_angles = torch.arange(width, dtype=torch.float64, device=device)[:, None] * spatial_frequencies
+    rows, columns = (torch.arange(size, dtype=torch.float64, device=device) for size in (height, width))
+    by_time = cos_and_sin(time_positions, axis_frequencies(time_channels, theta, device))
+    by_row, by_column = cos_and_sin(rows, spatial_frequencies), cos_and_sin(columns, spatial_frequencies)
 
-    angles = torch.cat(
+    grid = (*time_positions.shape, height, width, -1, -1)
+    rotary = torch.cat(
         [
-            time_angles[:, :, None, None, :].expand(grid),
-            row_angles[None, None, :, None, :].expand(grid),
-            column_angles[None, None, None, :, :].expand(grid),
+            by_time[:, :, None, None].expand(grid),
+            by_row[None, None, :, None].expand(grid),
+            by_column[None, None, None].expand(grid),
         ],
-        dim=-1,
+        dim=-2,
     )
-    angles = angles.flatten(1, 3).unsqueeze(2)  # [B or 1, tokens, 1, head_dim / 2]
+    return rotary.flatten(1, 3).unsqueeze(2)
+
+
+def cos_and_sin(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Return the cosines and sines of the angles at `positions [...]`, float32 `[..., len(frequencies), 2]`. They are
+    computed for each axis by itself: all tokens of a grid have few different ones."""
+    angles = positions[..., None] * frequencies
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 

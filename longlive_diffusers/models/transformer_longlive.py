@@ -27,13 +27,15 @@ from ..nvfp4.lora import adopt_lora_layers
 from ..parallel.layout import check_heads
 from ..setting_types import check_setting_types
 from .attention import LongLiveAttnProcessor
+from .attention_kwargs import with_checked_attention_kwargs
 from .chunk_mask import ChunkMask
 from .kv_cache import KVCache
 from .layer_kv_cache import ChunkSlots, LayerKVCache, PackedLayerKVCache
-from .rotary import rotary_embedding
+from .rotary import axis_frequencies, rotary_embedding
 
 
 ROPE_THETA = 10000.0
+TIME_THETA = 10000.0
 
 
 class LongLiveTransformerBlock(nn.Module):
@@ -165,6 +167,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
 
+    @with_checked_attention_kwargs
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -283,6 +286,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         sink_size: int,
         multi_shot_sink: bool,
         relative_rope: bool = False,
+        num_frames: int | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> KVCache:
@@ -296,6 +300,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
                 never evicts; see [`KVCache`].
             multi_shot_sink: Whether the frames that opened the current shot are kept as well.
             relative_rope: Whether time positions are counted from the cached frames, for endless video.
+            num_frames: The length of the video in latent frames, where it is known: a shorter video than the window
+                takes memory for its own frames only.
             dtype: What keys and values are stored as: `torch.float32`, `torch.bfloat16`, `torch.float16`, "nvfp4" or
                 "fp8"; by default the dtype of the network.
             device: The device they are stored on; by default that of the network.
@@ -313,6 +319,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             chunk_size=self.config.chunk_size,
             multi_shot_sink=multi_shot_sink,
             relative_rope=relative_rope,
+            num_frames=num_frames,
             dtype=dtype or self.dtype,
             compute_dtype=self.dtype,
             device=device or self.device,
@@ -430,10 +437,9 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
     def _embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Embed timesteps `[B, F]`: return the embedding `[B, F, dim]` and the modulation `[B, F, 6, dim]`."""
         embedder = self.condition_embedder
-        frequencies = embedder.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)
         # With layerwise casting, this is the dtype that the embedder computes in, not the one it is stored in.
-        frequencies = frequencies.to(get_parameter_dtype(embedder.time_embedder))
-        temb = embedder.time_embedder(frequencies).to(dtype)
+        waves = sinusoidal_embedding(timestep, self.config.freq_dim).to(get_parameter_dtype(embedder.time_embedder))
+        temb = embedder.time_embedder(waves).to(dtype)
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
 
     def _rotate_clip(self, positions: torch.Tensor, grid: tuple[int, int], has_clean: bool) -> torch.Tensor:
@@ -504,6 +510,16 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
                 f"width) = {expected}, this forward has {got}."
             )
         return chunk
+
+
+def sinusoidal_embedding(timestep: torch.Tensor, channels: int) -> torch.Tensor:
+    """Return the cosines and sines, `[..., channels]`, of a timestep `[...]` at `channels / 2` frequencies.
+
+    Float64, like the reference: in float32, the fastest waves of timestep 999 are already wrong in the fifth digit.
+    """
+    device = torch.device("cpu") if timestep.device.type == "mps" else timestep.device  # Metal has no float64
+    angles = timestep.to(device, torch.float64)[..., None] * axis_frequencies(channels, TIME_THETA, device)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(timestep.device, torch.float32)
 
 
 def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

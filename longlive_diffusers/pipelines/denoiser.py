@@ -6,34 +6,29 @@ with the plain functions of `chunk_step.py`.
 
 import copy
 import itertools
+import threading
 from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..models.attention_kwargs import check_attention_kwargs
 from ..models.kv_cache import KVCache
 from ..models.transformer_longlive import LongLiveTransformer3DModel
+from ..number_checks import check_non_negative
+from .callbacks import check_returned
 from .chunk_step import Conditioning, Solver, chunk_step, is_guided, write_clean
-from .inputs import Request
+from .inputs import MAX_GUIDANCE_SCALE, Request
 from .prompt_source import PromptSource
+from .run_state import RunState
 from .shots import ChunkPrompt
 
 
 Callback = Callable[[int, torch.Tensor, dict[str, torch.Tensor | None]], dict[str, torch.Tensor] | None]
 """A user's callback, bound to its pipeline: takes step, timestep and tensors by name, returns changed tensors."""
-
-
-@dataclass
-class RunState:
-    """What a callback may read and change while a session runs; properties like `pipe.guidance_scale` show it."""
-
-    guidance_scale: float
-    num_timesteps: int
-    attention_kwargs: dict[str, Any] | None
-    current_timestep: torch.Tensor | None = None
-    interrupt: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,8 +55,7 @@ class ChunkDenoiser:
         image_latents, video_latents: The normalized latents that the video begins with, or None.
         device: The device that the transformer runs on.
         progress_bar: Creates progress bars, like `DiffusionPipeline.progress_bar`.
-        show_run: Called with the run's state as each chunk begins, so that the pipeline shows the session that is
-            advancing.
+        show_run: Opened with the run's state for each chunk, so that the pipeline shows the session that is advancing.
         callback: Called after every solver step, or None.
     """
 
@@ -76,7 +70,7 @@ class ChunkDenoiser:
         video_latents: torch.Tensor | None,
         device: torch.device,
         progress_bar: Callable[..., Any],
-        show_run: Callable[[RunState], None],
+        show_run: Callable[[RunState], AbstractContextManager[None]],
         callback: Callback | None,
     ):
         self.transformer, self.request, self.prompts, self.device = transformer, request, prompts, device
@@ -88,23 +82,39 @@ class ChunkDenoiser:
         self._image_latents, self._video_latents = image_latents, video_latents
         self._progress_bar, self._show_run, self._callback = progress_bar, show_run, callback
         self._clean_latents: dict[int, torch.Tensor] = {}  # by chunk, for as long as one of its frames is cached
+        self._thread: int | None = None  # the one that makes a chunk
+
+    @property
+    def is_busy_here(self) -> bool:
+        """Whether the calling thread is making a chunk: whether this is asked in a callback."""
+        return self._thread == threading.get_ident()
 
     def chunks(self) -> Generator[DenoisedChunk, None, None]:
-        """Yield the chunks in order; those of a video that is continued come first."""
+        """Yield the chunks in order; those of a video that is continued come first. At the end, however it comes, the
+        caches are freed."""
         total = self.request.num_chunks
-        bar = self._progress_bar(itertools.count() if total is None else range(total))
-        bar.set_description("Chunks")
-        self._allocate_caches()
-        with bar:
-            for index in itertools.count() if total is None else range(total):
-                if self.run.interrupt:
-                    return
-                yield self._make_chunk(index)
-                bar.update()
+        try:
+            self._allocate_caches()
+            bar = self._progress_bar(itertools.count() if total is None else range(total))
+            bar.set_description("Chunks")
+            with bar:
+                for index in itertools.count() if total is None else range(total):
+                    if self.run.is_ending:
+                        return
+                    yield self._make_chunk(index)
+                    bar.update()
+        finally:
+            self.kv_caches, self._clean_latents = [], {}
 
-    @torch.no_grad()
     def _make_chunk(self, index: int) -> DenoisedChunk:
-        self._show_run(self.run)
+        with torch.no_grad(), self._show_run(self.run):
+            self._thread = threading.get_ident()
+            try:
+                return self._next_chunk(index)
+            finally:
+                self._thread = None
+
+    def _next_chunk(self, index: int) -> DenoisedChunk:
         new_index = index - self.request.num_condition_chunks
         prompts, prompt_embeds, switched = self.prompts.advance(new_index)
         conditioning = Conditioning(
@@ -140,8 +150,10 @@ class ChunkDenoiser:
             bar.leave = False
             with bar:
                 for timestep in timesteps:
-                    if self.run.interrupt:
+                    if self.run.is_ending:
                         break
+                    check_non_negative(at_most=MAX_GUIDANCE_SCALE, guidance_scale=self.run.guidance_scale)
+                    check_attention_kwargs(self.run.attention_kwargs)
                     self.run.current_timestep = timestep
                     conditioning.guidance_scale = self.run.guidance_scale
                     conditioning.attention_kwargs = self.run.attention_kwargs
@@ -175,14 +187,14 @@ class ChunkDenoiser:
             "negative_prompt_embeds": conditioning.negative_prompt_embeds,
         }
         given = {name: tensors[name] for name in self.request.callback_tensor_inputs}
-        changed = self._callback(step, timestep, given) or {}
+        changed = check_returned(self._callback(step, timestep, given), tensors)
         if changed.get("prompt_embeds", conditioning.prompt_embeds) is not conditioning.prompt_embeds:
             conditioning.prompt_embeds = changed["prompt_embeds"]
             self.prompts.replace_embeds(conditioning.prompt_embeds)
         if "negative_prompt_embeds" in changed:
             conditioning.negative_prompt_embeds = changed["negative_prompt_embeds"]
             self.prompts.negative_embeds = conditioning.negative_prompt_embeds
-        return changed.get("latents", latents)
+        return changed.get("latents", latents).to(latents)
 
     def _recache(self, conditioning: Conditioning) -> None:
         """Rewrite the history so that it carries the new prompt instead of the old one (LongLive 1.0, KV recache)."""
@@ -216,6 +228,7 @@ class ChunkDenoiser:
                 sink_size=request.sink_size,
                 multi_shot_sink=request.multi_shot_sink,
                 relative_rope=request.relative_rope,
+                num_frames=None if request.num_chunks is None else request.num_chunks * request.chunk_size,
                 dtype=request.kv_cache_dtype,
                 device=self.device,
             )

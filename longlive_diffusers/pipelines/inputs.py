@@ -1,9 +1,7 @@
 """Check what the caller asks for and bring it into one form, a [`Request`], before any long work begins."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -11,16 +9,22 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 
 from ..frame_counts import chunks_to_cover, latent_frames, pixel_frames
+from ..models.attention_kwargs import check_attention_kwargs
 from ..models.kv_cache import check_window
 from ..models.layer_kv_cache import resolve_kv_cache_dtype
+from ..number_checks import check_counts, check_non_negative, is_count
+from .callbacks import resolve_callback_inputs
 from .conditions import check_conditions, image_to_pixels, video_to_pixels
-from .shots import ShotPlan, is_count
+from .prompt_cleaning import shortened
+from .shots import ShotPlan
 
 
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-CALLBACK_TENSOR_INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+MAX_GUIDANCE_SCALE = 1e6  # beyond all use, and far from where float32 ends
+MAX_FRAMES = 2**53  # up to there, time positions are exact
+MAX_ROPE_OFFSET = 1e9  # angles of float64 are exact to a millionth there
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,20 @@ class Prompts:
     durations: list[int | Sequence[int] | None]
     is_single: bool
 
-    def plans(self, num_chunks: int | None, num_videos_per_prompt: int) -> list[ShotPlan]:
-        """Return a plan for each sample of the batch, with the videos of one prompt next to each other."""
-        plans = [
-            ShotPlan.from_prompts(shots, durations, num_chunks)
-            for shots, durations in zip(self.videos, self.durations, strict=True)
-        ]
-        return [plan for plan in plans for _ in range(num_videos_per_prompt)]
+    def plans(self, num_chunks: int | None) -> list[ShotPlan]:
+        """Return a plan for each video of `num_chunks` (None: endless); prompts that find no room in it are named in a
+        warning."""
+        plans = []
+        for shots, durations in zip(self.videos, self.durations, strict=True):
+            plan = ShotPlan.from_prompts(shots, durations, num_chunks)
+            plans.append(plan)
+            left_out = shots[plan.num_reached(num_chunks) :]
+            if left_out:
+                logger.warning(
+                    f"{len(left_out)} of {len(shots)} prompts find no room in a video of {num_chunks} chunks, and are "
+                    f"left out: {', '.join(map(shortened, left_out))}."
+                )
+        return plans
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,7 @@ class Request:
         latent_shape: The shape of one chunk, `[B, C, chunk_size, h, w]`.
         num_chunks: The number of chunks of the whole result; None for an endless one.
         num_condition_chunks: How many of them are those of a video that is continued.
-        plans: A shot plan for each sample; None where `prompt_embeds` are given.
+        plans: A shot plan for each prompt; None where `prompt_embeds` are given.
         is_single: Whether the caller asked for one video, not for a batch.
         num_prompts, num_videos_per_prompt: Their product is the size of the batch.
         prompt_embeds, negative_prompt_embeds, negative_prompt: As the caller gave them.
@@ -224,17 +235,16 @@ def resolve_request(
             ("multi_shot_rope_offset", multi_shot_rope_offset),
         )
     )
-    if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-        callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+    callback_tensor_inputs = resolve_callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
     check_counts(
         num_inference_steps=num_inference_steps,
         num_videos_per_prompt=num_videos_per_prompt,
         max_sequence_length=max_sequence_length,
     )
-    check_non_negative(guidance_scale=guidance_scale, multi_shot_rope_offset=multi_shot_rope_offset)
+    check_non_negative(at_most=MAX_GUIDANCE_SCALE, guidance_scale=guidance_scale)
+    check_non_negative(at_most=MAX_ROPE_OFFSET, multi_shot_rope_offset=multi_shot_rope_offset)
     check_output_type(output_type)
     check_attention_kwargs(attention_kwargs)
-    check_callback_inputs(callback_on_step_end_tensor_inputs)
     if kv_cache_dtype is not None:
         kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, sizes.head_dim)
     check_window(window_size, sink_size, sizes.chunk_size, multi_shot_sink)
@@ -276,7 +286,7 @@ def resolve_request(
         latent_shape=(batch_size, sizes.latent_channels, sizes.chunk_size, size.latent_height, size.latent_width),
         num_chunks=num_chunks,
         num_condition_chunks=num_condition_chunks,
-        plans=None if prompts is None else prompts.plans(num_new_chunks, num_videos_per_prompt),
+        plans=None if prompts is None else prompts.plans(num_new_chunks),
         is_single=batch_size == 1 and (prompts is None or prompts.is_single),
         num_prompts=num_prompts,
         num_videos_per_prompt=num_videos_per_prompt,
@@ -300,7 +310,7 @@ def resolve_request(
         kv_cache_dtype=kv_cache_dtype,
         attention_kwargs=attention_kwargs,
         callback=callback_on_step_end,
-        callback_tensor_inputs=tuple(callback_on_step_end_tensor_inputs or ()),
+        callback_tensor_inputs=callback_tensor_inputs,
         output_type=output_type,
         async_decode=async_decode,
     )
@@ -463,6 +473,8 @@ def resolve_num_chunks(
         return None
     if not is_count(num_frames) or num_frames < 1:
         raise ValueError(f"`num_frames` must be at least 1, got {num_frames!r}.")
+    if num_frames > MAX_FRAMES:
+        raise ValueError(f"`num_frames` must be at most {MAX_FRAMES} (None is endless), got {num_frames!r}.")
     num_chunks = chunks_to_cover(num_frames, chunk_size, temporal_scale=temporal_scale)
     rounded = pixel_frames(num_chunks * chunk_size, temporal_scale=temporal_scale)
     if num_chunks * chunk_size <= condition_frames:
@@ -495,20 +507,6 @@ def for_each_sample(name: str, tensor: torch.Tensor, num_prompts: int, num_video
 
 
 # ------------------------------------------------------------------------------------------------------------- options
-def check_counts(**counts: object) -> None:
-    """Raise a ValueError unless all values are integers of at least 1."""
-    for name, value in counts.items():
-        if not is_count(value) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-
-
-def check_non_negative(**numbers: object) -> None:
-    """Raise a ValueError unless all values are finite numbers of at least 0."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
-
-
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
     generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
     for item in generators:
@@ -521,17 +519,3 @@ def check_generator(generator: torch.Generator | list[torch.Generator] | None, b
 def check_output_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-
-
-def check_attention_kwargs(attention_kwargs: object) -> None:
-    """Raise a ValueError unless it is a dict, or None."""
-    if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
-        raise ValueError(f"`attention_kwargs` must be a dict, got {type(attention_kwargs).__name__}.")
-
-
-def check_callback_inputs(names: Sequence[str] | None) -> None:
-    """Raise a ValueError for a tensor that callbacks cannot get."""
-    unknown = [name for name in names or [] if name not in CALLBACK_TENSOR_INPUTS]
-    if unknown:
-        allowed = list(CALLBACK_TENSOR_INPUTS)
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` must be in {allowed}, got {unknown}.")

@@ -28,25 +28,20 @@ from ..loaders.lora import check_lora_fits, read_lora
 from ..loaders.lora_file import LoraFile, find_lora_file, read_lora_file
 from ..models.streaming_vae import encode_video
 from ..models.transformer_longlive import LongLiveTransformer3DModel
+from ..number_checks import check_counts
 from ..nvfp4.linear import nvfp4_layers, weights_of
 from ..schedulers.scheduling_longlive import LongLiveScheduler
 from .async_workers import AsyncWorkers
+from .callbacks import CALLBACK_TENSOR_INPUTS
 from .chunk_step import is_guided
 from .decoder import ChunkDecoder
-from .denoiser import ChunkDenoiser, RunState
-from .inputs import (
-    CALLBACK_TENSOR_INPUTS,
-    ModelSizes,
-    Request,
-    check_counts,
-    check_embeds,
-    check_latents,
-    check_output_type,
-    resolve_request,
-)
+from .denoiser import ChunkDenoiser
+from .inputs import ModelSizes, Request, check_embeds, check_latents, check_output_type, resolve_request
+from .memory import check_result_fits
 from .pipeline_output import Frames, LongLivePipelineOutput, join_frames
-from .prompt_cleaning import clean_prompt
+from .prompt_cleaning import clean_prompt, describe_cuts
 from .prompt_source import PromptSource
+from .run_state import RunView
 from .session import StreamingSession
 from .sharing import load_model_card, render_model_card, strip_local_paths
 
@@ -73,6 +68,18 @@ EXAMPLE_DOC_STRING = """
         ...             break
         ```
 """
+
+
+def _run_property(name: str, *, writable: bool = False) -> property:
+    """A field of the state of the session that is advancing."""
+
+    def read(pipe: "LongLivePipeline") -> Any:
+        return getattr(pipe._runs.current, name)
+
+    def write(pipe: "LongLivePipeline", value: Any) -> None:
+        setattr(pipe._runs.current, name, value)
+
+    return property(read, write if writable else None)
 
 
 class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -128,51 +135,24 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.vae_scale_factor_temporal = vae.config["scale_factor_temporal"] if vae is not None else 4
         self.vae_scale_factor_spatial = vae.config["scale_factor_spatial"] if vae is not None else 16
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
-        self._run = RunState(guidance_scale=1.0, num_timesteps=0, attention_kwargs=None)
+        self._runs = RunView()
         self._workers = AsyncWorkers()
 
-    # -- what callbacks read and change: the state of the session that is advancing ----------------------------------
+    # -- what callbacks read and change: the state of the session that calls them, see `run_state.py` -----------------
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._run.guidance_scale
+    guidance_scale = _run_property("guidance_scale")
+    num_timesteps = _run_property("num_timesteps")
+    current_timestep = _run_property("current_timestep")
+    interrupt = _run_property("interrupt")
+    attention_kwargs = _run_property("attention_kwargs")
+    # diffusers' own callbacks write these.
+    _guidance_scale = _run_property("guidance_scale", writable=True)
+    _interrupt = _run_property("interrupt", writable=True)
+    _attention_kwargs = _run_property("attention_kwargs", writable=True)
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return is_guided(self._run.guidance_scale)
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._run.num_timesteps
-
-    @property
-    def current_timestep(self) -> torch.Tensor | None:
-        return self._run.current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        return self._run.interrupt
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
-        return self._run.attention_kwargs
-
-    # diffusers' own callbacks write these two.
-    @property
-    def _guidance_scale(self) -> float:
-        return self._run.guidance_scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, value: float) -> None:
-        self._run.guidance_scale = value
-
-    @property
-    def _interrupt(self) -> bool:
-        return self._run.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        self._run.interrupt = value
+        return is_guided(self.guidance_scale)
 
     @property
     def is_offloaded(self) -> bool:
@@ -249,7 +229,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt: What the video shows; a list makes a batch.
             shot_prompts: In place of `prompt`: one prompt for each shot; a list of such lists makes a batch.
             chunks_per_shot: How long each shot lasts, in chunks: one number, one for each shot, or a list for each
-                video. Without it, the video is divided evenly.
+                video. Without it, the video is divided evenly. Shots that find no room are left out, with a warning.
             image: The first frame of the video (image to video): a PIL image of any mode, an array `[H, W, 3]` or a
                 tensor `[3, H, W]`; a list has one for each prompt. It is shown as a viewer shows it: upright, with
                 what is transparent laid over white. If its shape is another one than the video's, it is resized to
@@ -262,7 +242,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             negative_prompt: What the video should not show; used where `guidance_scale` is neither 1 nor 0.
             height, width: The size of the video in pixels; the model's own by default.
             num_frames: The number of frames of the whole result; rounded up to whole chunks, with a warning.
-            num_inference_steps: The solver steps of each chunk: 4 or 2 for distilled models, 30 to 50 for others.
+            num_inference_steps: The solver steps of each chunk: 4 or 2 for distilled models, 30 to 50 for others; at
+                most as many as the scheduler has timesteps (1000).
             guidance_scale: The scale of classifier-free guidance: 1 (or 0, both mean none) for distilled models, about
                 3 for others.
             num_videos_per_prompt: How many videos are made for each prompt.
@@ -277,12 +258,14 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 default.
             output_type: The layout of the result: "np", "pt", "pil", or "latent" (normalized latents).
             return_dict: Whether to return a `LongLivePipelineOutput` instead of a tuple.
-            attention_kwargs: `{"scale": s}` scales the LoRA.
+            attention_kwargs: `{"scale": s}` scales the LoRA; it may hold nothing else.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after every solver step, with
-                steps counted over all chunks; may return changed tensors.
+                steps counted over all chunks; may return changed tensors, of the shapes that they had. What it reads
+                of `pipe` (`guidance_scale`, `num_timesteps`, ...) and writes to it (`_guidance_scale`, `_interrupt`,
+                `_attention_kwargs`) is the state of this video alone.
             callback_on_step_end_tensor_inputs: The names of the tensors that the callback gets.
-            max_sequence_length: The number of tokens that a prompt is padded or truncated to, at most the tokenizer's
-                `model_max_length`.
+            max_sequence_length: The number of tokens that a prompt is padded or truncated to (a warning says where),
+                at most the tokenizer's `model_max_length`.
 
         Examples:
 
@@ -290,7 +273,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             [`LongLivePipelineOutput`], or `(frames,)`.
 
         Raises:
-            ValueError: If anything is malformed; raised before any long work, with a message that states the numbers.
+            ValueError: If anything is malformed or does not fit into memory; raised before any long work, with a
+                message that states the numbers.
         """
         # These are only passed on; naming each of them again would make it easy to forget one.
         options = {name: value for name, value in locals().items() if name not in ("self", "return_dict")}
@@ -301,7 +285,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if decode_later:
             check_output_type(output_type)
             options["output_type"] = "latent"
-        with self.stream(**options) as session:
+        request = self._resolve(async_decode=False, **options)
+        held_on = torch.device("cpu") if output_type in ("np", "pil") else self._execution_device
+        check_result_fits(request, self.sizes, output_type, held_on)
+        with self._begin(request) as session:
             frames = join_frames([chunk.frames for chunk in session], options["output_type"])
         if isinstance(frames, torch.Tensor) and decode_later:
             frames = self.decode_latents(frames, output_type)
@@ -357,21 +344,41 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         options = {name: value for name, value in locals().items() if name != "self"}
 
-        # 1. Check everything that can be checked without work.
+        return self._begin(self._resolve(**options))
+
+    def _resolve(self, *, output_type, image, video, **options) -> Request:
+        """Check everything that can be checked without work; the arguments are those of `stream`."""
         self._check_vae(is_needed=output_type != "latent" or image is not None or video is not None)
-        request = resolve_request(self.sizes, self.config, is_offloaded=self.is_offloaded, **options)
+        request = resolve_request(
+            self.sizes,
+            self.config,
+            is_offloaded=self.is_offloaded,
+            output_type=output_type,
+            image=image,
+            video=video,
+            **options,
+        )
+        copy.deepcopy(self.scheduler).set_timesteps(request.num_inference_steps)  # raises where it cannot solve
+        check_caches_fit(self.transformer, request, self._num_tokens(request), self._execution_device)
+        return request
 
-        # 2. Encode the prompts.
-        prompts = self._encode_prompts(request)
+    def _begin(self, request: Request) -> StreamingSession:
+        """Encode what the video begins with, and return the session that does the rest."""
+        try:
+            # 1. Encode the prompts.
+            prompts = self._encode_prompts(request)
 
-        # 3. Encode the image, or the video to continue.
-        image_latents, video_latents = request.image_latents, request.video_latents
-        if request.image is not None:
-            image_latents = self.encode_video(request.image)
-        if request.video is not None:
-            video_latents = self.encode_video(request.video)
+            # 2. Encode the image, or the video to continue.
+            image_latents, video_latents = request.image_latents, request.video_latents
+            if request.image is not None:
+                image_latents = self.encode_video(request.image)
+            if request.video is not None:
+                video_latents = self.encode_video(request.video)
+        except BaseException:  # out of memory, for instance: no model stays where it was moved
+            self.maybe_free_model_hooks()
+            raise
 
-        # 4. The session does the rest.
+        # 3. Denoise and decode, chunk by chunk, as the session is iterated.
         device = self._execution_device
         denoiser = ChunkDenoiser(
             self.transformer,
@@ -382,19 +389,19 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             video_latents=video_latents,
             device=device,
             progress_bar=self.progress_bar,
-            show_run=self._show_run,
+            show_run=self._runs.showing,
             callback=None if request.callback is None else partial(request.callback, self),
         )
         decoder = None
-        if output_type != "latent":
-            shares_gpu = async_decode and device.type == "cuda" and self.vae_device == device
+        if request.output_type != "latent":
+            shares_gpu = request.async_decode and device.type == "cuda" and self.vae_device == device
             stream = self._workers.decode_stream(device) if shares_gpu else None
-            decoder = self._chunk_decoder(output_type, stream)
+            decoder = self._chunk_decoder(request.output_type, stream)
         return StreamingSession(
             denoiser,
             decoder,
             is_single=request.is_single,
-            worker=self._workers.denoise_worker(device) if async_decode else None,
+            worker=self._workers.denoise_worker(device) if request.async_decode else None,
             temporal_scale=self.vae_scale_factor_temporal,
             on_close=self.maybe_free_model_hooks,
         )
@@ -467,8 +474,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._check_vae(is_needed=True)
         check_latents("latents", latents, self.transformer.config.in_channels, chunk_size=1)
         decoder, chunk_size = self._chunk_decoder(output_type), self.transformer.config.chunk_size
-        frames = [decoder.decode(chunk) for chunk in latents.split(chunk_size, dim=2)]
-        self.maybe_free_model_hooks()
+        try:
+            frames = [decoder.decode(chunk) for chunk in latents.split(chunk_size, dim=2)]
+        finally:
+            self.maybe_free_model_hooks()
         return join_frames(frames, output_type)
 
     def _chunk_decoder(self, output_type: str, stream: torch.cuda.Stream | None = None) -> ChunkDecoder:
@@ -486,8 +495,11 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     request.negative_prompt, request.num_prompts, request.max_sequence_length
                 )
             negative_embeds = self._for_transformer(request.for_each_sample("negative_prompt_embeds", negative_embeds))
+        plans = request.plans
+        if plans is not None:
+            plans = [plan for plan in plans for _ in range(request.num_videos_per_prompt)]
         return PromptSource(
-            request.plans,
+            plans,
             lambda prompts: self._embed_prompts(prompts, request.max_sequence_length),
             prompt_embeds=prompt_embeds,
             negative_embeds=negative_embeds,
@@ -500,8 +512,13 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _for_transformer(self, embeds: torch.Tensor) -> torch.Tensor:
         return embeds.to(self._execution_device, self.transformer.dtype)
 
-    def _show_run(self, run: RunState) -> None:
-        self._run = run
+    def _num_tokens(self, request: Request) -> int:
+        """The number of tokens of a prompt's embeddings."""
+        if request.prompt_embeds is not None:
+            return request.prompt_embeds.shape[1]
+        if self.tokenizer is None:
+            return request.max_sequence_length
+        return min(request.max_sequence_length, self.tokenizer.model_max_length)
 
     def _check_vae(self, *, is_needed: bool) -> None:
         if is_needed and not isinstance(self.vae, AutoencoderKLWan):
@@ -532,10 +549,14 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(f"{len(prompts)} prompts, but no tokenizer or text encoder: pass `prompt_embeds`.")
         device = device or self._execution_device
         dtype = dtype or (self.text_encoder.dtype if self.transformer is None else self.transformer.dtype)
+        prompts = [clean_prompt(prompt) for prompt in prompts]
+        max_length = min(max_sequence_length, self.tokenizer.model_max_length)
+        for cut in describe_cuts(prompts, self.tokenizer, max_length):
+            logger.warning(cut)
         tokens = self.tokenizer(
-            [clean_prompt(prompt) for prompt in prompts],
+            prompts,
             padding="max_length",
-            max_length=min(max_sequence_length, self.tokenizer.model_max_length),
+            max_length=max_length,
             truncation=True,
             add_special_tokens=True,
             return_attention_mask=True,

@@ -4,8 +4,13 @@ import threading
 from collections.abc import Callable, Sequence
 
 import torch
+from diffusers.utils import logging
 
+from .prompt_cleaning import shortened
 from .shots import ChunkPrompt, ShotPlan
+
+
+logger = logging.get_logger(__name__)
 
 
 class PromptSource:
@@ -100,6 +105,13 @@ class PromptSource:
             if self._plans is None:
                 return [None] * self.batch_size
             return [plan.chunk(self._next_chunk).prompt for plan in self._plans]
+
+    def warn_of_unused(self) -> None:
+        """Warn of a prompt that was set when the last chunk had begun already; called at the end of the video."""
+        with self._lock:
+            if self._redirection is not None:
+                prompts = ", ".join(map(shortened, dict.fromkeys(self._redirection[0])))
+                logger.warning(f"The video ended before its prompt could change: {prompts} came after its last chunk.")
 
     def replace_embeds(self, prompt_embeds: torch.Tensor) -> None:
         """Use other embeddings until the text changes; for callbacks."""

@@ -4,6 +4,7 @@ The session, its denoiser and its decoder hold all that changes while a video is
 number of sessions, advanced in any order.
 """
 
+import threading
 from collections.abc import Callable, Generator
 
 import torch
@@ -12,6 +13,7 @@ from ..frame_counts import TEMPORAL_SCALE, pixel_frames
 from .async_workers import DenoiseWorker
 from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser, DenoisedChunk
+from .memory import ADVICE
 from .pipeline_output import VideoChunk
 from .prefetch import Prefetcher
 
@@ -19,7 +21,9 @@ from .prefetch import Prefetcher
 class StreamingSession:
     """
     A video in the making; iterating over it yields [`VideoChunk`]s. It is created by [`LongLivePipeline.stream`];
-    close it, or use it as a context manager, to free its caches.
+    close it, or use it as a context manager, to free its caches. It may be closed at any time, also by a callback, a
+    signal handler, or another thread than the one that iterates over it (a stop button): the chunk in progress ends
+    after its current step, and the iteration with it.
 
     `session.prompt = "..."` changes the prompt from the next chunk on, and rewrites the cached history under it;
     `session.cut("...")` begins a new shot with the next chunk. Either replaces what was planned after it. With
@@ -46,7 +50,9 @@ class StreamingSession:
     ):
         self._denoiser, self._decoder, self._is_single = denoiser, decoder, is_single
         self._temporal_scale, self._on_close = temporal_scale, on_close
-        self._closed, self._worker = False, worker
+        self._closed, self._freed, self._worker = False, False, worker
+        self._turn = threading.Lock()  # held while a chunk is made and decoded, and while all is freed
+        self._consumer: int | None = None  # the thread that holds it to get a chunk
         chunks = denoiser.chunks()
         self._source: Prefetcher[DenoisedChunk] | Generator[DenoisedChunk, None, None] = (
             chunks if worker is None else Prefetcher(worker.chunks(chunks), worker.thread)
@@ -56,16 +62,33 @@ class StreamingSession:
         return self
 
     def __next__(self) -> VideoChunk:
+        if self._is_busy_here():
+            raise ValueError("A callback cannot ask its own session for the next chunk: it is called in mid-chunk.")
+        with self._turn:
+            self._consumer = threading.get_ident()
+            try:
+                return self._next_chunk()
+            except BaseException as error:  # the end of the stream included: nothing is left half-open
+                if isinstance(error, torch.OutOfMemoryError):
+                    error.add_note(ADVICE)
+                self._free()
+                raise
+            finally:
+                self._consumer = None
+
+    def _next_chunk(self) -> VideoChunk:
         if self._closed:
             raise StopIteration
-        try:
-            chunk = next(self._source)
-            if chunk.ready is not None:
-                _hand_over(chunk.latents, chunk.ready)
-            frames = chunk.latents if self._decoder is None else self._decoder.decode(chunk.latents, chunk.ready)
-        except BaseException:  # the end of the stream included: nothing is left half-open
-            self.close()
-            raise
+        chunk = next(self._source, None)
+        if chunk is None and not self._denoiser.run.is_ending:
+            self._denoiser.prompts.warn_of_unused()
+        if chunk is None or self._closed:  # closed meanwhile: the chunk is not complete
+            raise StopIteration
+        if chunk.ready is not None:
+            _hand_over(chunk.latents, chunk.ready)
+        frames = chunk.latents if self._decoder is None else self._decoder.decode(chunk.latents, chunk.ready)
+        if self._closed:
+            raise StopIteration
         return VideoChunk(
             frames=frames,
             latents=chunk.latents,
@@ -100,17 +123,37 @@ class StreamingSession:
         return sum(kv_cache.num_bytes for kv_cache in self._denoiser.kv_caches)
 
     def close(self) -> None:
-        """Stop, and free the caches. Further iteration ends at once."""
-        if self._closed:
+        """
+        Stop, and free the caches. Further iteration ends at once.
+
+        Where another thread is making a chunk, this waits until the chunk's current step is over; so a callback of
+        this session must not wait for the thread that closes it. In a callback of this session, nothing can be waited
+        for: what it closes is freed when the iteration ends, right after it.
+        """
+        self._closed = self._denoiser.run.closed = True
+        if self._is_busy_here():
             return
-        self._closed = True
+        if isinstance(self._source, Prefetcher):
+            self._source.close()  # a consumer that waits for it holds the turn
+        with self._turn:
+            self._free()
+
+    def _free(self) -> None:
+        """Free everything, once; the caller holds the turn, so that nothing is being made."""
+        if self._freed:
+            return
+        self._closed = self._denoiser.run.closed = self._freed = True
         self._source.close()
         if self._worker is not None:
             self._worker.join_stream()
-        self._denoiser.kv_caches = []
         self._decoder = None
         if self._on_close is not None:
             self._on_close()
+
+    def _is_busy_here(self) -> bool:
+        """Whether the calling thread itself is getting or making a chunk, and so cannot wait for it: whether this is
+        asked in a callback or a signal handler."""
+        return self._consumer == threading.get_ident() or self._denoiser.is_busy_here
 
     def __enter__(self) -> "StreamingSession":
         return self

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
-from typing import TypeGuard
+
+from ..number_checks import is_count
 
 
 @dataclass(frozen=True)
@@ -109,22 +109,32 @@ class ShotPlan:
         return ShotPlan([Shot(prompt, None, shot_index + new_shot, opens=new_shot or index == 0)], start=index)
 
     def conditionings(self, scene_cut_prefix: str, num_chunks: int | None) -> Iterator[str]:
-        """Yield every text that the chunks from `start` up to `num_chunks` (None: all) are conditioned on."""
+        """Yield every text that the chunks from `start` up to `num_chunks` (None: all) are conditioned on: of each
+        shot that is reached, the text of its first chunk and, where it has more, that of the others."""
+        for begin, end in self._spans(num_chunks):
+            for index in (begin, begin + 1):
+                if end is None or index < end:
+                    yield self.chunk(index).conditioning(scene_cut_prefix)
+
+    def num_reached(self, num_chunks: int | None) -> int:
+        """The number of shots that begin in a video of `num_chunks` (None: endless)."""
+        return len(list(self._spans(num_chunks)))
+
+    def _spans(self, num_chunks: int | None) -> Iterator[tuple[int, int | None]]:
+        """Yield the first chunk, and the one after the last (None: endless), of every shot that is reached."""
         begin = self.start
         for shot in self.shots:
             if num_chunks is not None and begin >= num_chunks:
                 return
-            yield ChunkPrompt(shot.prompt, shot.index, shot.opens).conditioning(scene_cut_prefix)
-            yield shot.prompt
-            begin += shot.num_chunks or 0
+            if shot is self.shots[-1] or shot.num_chunks is None:  # it goes on for as long as the video
+                yield begin, num_chunks
+                return
+            end = begin + shot.num_chunks
+            yield begin, end if num_chunks is None else min(end, num_chunks)
+            begin = end
 
 
 def _spread(num_chunks: int, num_shots: int) -> list[int]:
     base, remainder = divmod(num_chunks, num_shots)
     durations = [base + (index < remainder) for index in range(num_shots)]
     return [duration for duration in durations if duration]
-
-
-def is_count(value: object) -> TypeGuard[int]:
-    """Whether `value` is an integer (NumPy's included) that is not a boolean."""
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -10,6 +10,8 @@ from diffusers import UniPCMultistepScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
+from ..number_checks import is_count, is_finite
+
 
 class LongLiveScheduler(UniPCMultistepScheduler):
     """
@@ -19,6 +21,10 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         num_train_timesteps: The length of the training table; timesteps lie in [0, num_train_timesteps].
         flow_shift: The shift of the noise levels.
         solver_order, lower_order_final, disable_corrector: As in `UniPCMultistepScheduler` (in its variant bh2).
+
+    Raises:
+        ValueError: For a shift that is no positive number, a table of less than 2 timesteps, an order below 1, or an
+            order above 1 that does not fall at the end: the last noise level is 0, by which the solver would divide.
     """
 
     @register_to_config
@@ -30,6 +36,7 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         lower_order_final: bool = True,
         disable_corrector: tuple[int, ...] = (),
     ):
+        check_solver(num_train_timesteps, flow_shift, solver_order, lower_order_final)
         super().__init__(
             num_train_timesteps=num_train_timesteps,
             solver_order=solver_order,
@@ -64,18 +71,37 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         """Begin a chunk on the grid `linspace(0.999, 0, n + 1)[:-1]`, shifted; `sigmas` replaces it, before the shift.
 
         Raises:
-            ValueError: If there is no step, or if sigmas are outside (0, 1] or not strictly decreasing.
+            ValueError: If there is no step, or more than the training table has; if sigmas are outside (0, 1] or not
+                strictly decreasing; or if two of them are so close that the solver cannot tell them apart.
         """
         if sigmas is None:
-            if num_inference_steps is None or num_inference_steps < 1:
-                raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
-            largest = np.float32(1 - 1 / self.config["num_train_timesteps"])  # float32, to equal the reference exactly
+            table = self.config["num_train_timesteps"]
+            if not is_count(num_inference_steps) or not 1 <= num_inference_steps <= table:
+                raise ValueError(
+                    f"`num_inference_steps` must be at least 1 and at most {table}, the timesteps that the network "
+                    f"was trained on, got {num_inference_steps!r}."
+                )
+            largest = np.float32(1 - 1 / table)  # float32, to equal the reference exactly
             sigmas = np.linspace(float(largest), 0, num_inference_steps + 1)[:-1]
         sigmas = np.array(sigmas, dtype=np.float64)
         if not len(sigmas) or not (sigmas.min() > 0 and sigmas.max() <= 1 and (np.diff(sigmas) < 0).all()):
             raise ValueError(f"`sigmas` must fall strictly within (0, 1], got {sigmas.tolist()}.")
         # UniPC takes all of these; its annotations say less.
         super().set_timesteps(device=device, sigmas=sigmas, mu=mu)  # pyright: ignore[reportArgumentType]
+        levels = self.sigmas[:-1]
+        log_snr = torch.log(1 - levels) - torch.log(levels)  # what the solver divides by differences of
+        if not torch.isfinite(log_snr).all() or not (log_snr.diff() > 0).all():
+            raise ValueError(
+                f"{len(levels)} steps with `flow_shift` {self.config['flow_shift']} have noise levels that the solver "
+                "cannot tell apart: take fewer steps, or a shift closer to 1."
+            )
+
+    def index_for_timestep(self, timestep: int | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
+        """Return the index of the first step with this timestep. Many steps share timesteps, which are integers;
+        diffusers would begin with the second of those, and step beyond the end."""
+        schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        found = (schedule == timestep).nonzero()
+        return int(found[0]) if len(found) else super().index_for_timestep(timestep, schedule_timesteps)
 
     def step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
@@ -128,3 +154,18 @@ class LongLiveScheduler(UniPCMultistepScheduler):
             raise ValueError(f"`timesteps` must be [{batch}] or [{batch}, {frames}], got {tuple(timesteps.shape)}.")
         sigmas = self.sigmas_at(timesteps.to(sample.device))
         return sigmas.reshape(batch, 1, -1, 1, 1)
+
+
+def check_solver(num_train_timesteps: int, flow_shift: float, solver_order: int, lower_order_final: bool) -> None:
+    """Raise a ValueError that states the numbers, unless there is a schedule and a solver of this kind."""
+    if not is_count(num_train_timesteps) or num_train_timesteps < 2:
+        raise ValueError(f"`num_train_timesteps` must be a whole number of at least 2, got {num_train_timesteps!r}.")
+    if not is_finite(flow_shift) or flow_shift <= 0:
+        raise ValueError(f"`flow_shift` must be a finite number above 0, got {flow_shift!r}.")
+    if not is_count(solver_order) or solver_order < 1:
+        raise ValueError(f"`solver_order` must be a whole number of at least 1, got {solver_order!r}.")
+    if solver_order > 1 and not lower_order_final:
+        raise ValueError(
+            f"`lower_order_final` False with `solver_order` {solver_order} divides by the last noise level, which is "
+            "0: the last step must be of order 1."
+        )

@@ -1,6 +1,7 @@
 """Options that all commands call alike, and what became of the names that they had."""
 
 import pytest
+import torch
 
 from longlive_diffusers.cli import main
 from longlive_diffusers.cli.command_line import parse_arguments
@@ -79,3 +80,17 @@ def test_a_dtype_that_does_not_exist_is_refused_with_those_that_do(value, capsys
         parse("bench", "--kv-cache-dtype", value)
     told = capsys.readouterr().err
     assert all(name in told for name in ("auto", "nvfp4", "fp8", value))
+
+
+@pytest.mark.parametrize("value", [0, 2**63, 2**64 - 1])
+def test_every_seed_that_there_is_is_taken(value):
+    torch.Generator().manual_seed(parse("generate", "a fox", "--seed", str(value)).seed)
+
+
+@pytest.mark.parametrize("value", ["-1", str(2**64), str(10**400), "1.5", "nan", "x"])
+def test_other_seeds_are_refused_in_one_line(value, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse("generate", "a fox", "--seed", value)
+    assert exit_.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "--seed" in told and value[:100] in told

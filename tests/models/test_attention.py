@@ -13,6 +13,7 @@ from longlive_diffusers.models.chunk_mask import ChunkMask, prefixes
 from longlive_diffusers.models.flex import needs_compilation
 from longlive_diffusers.models.layer_kv_cache import LayerKVCache
 from tests.support.checks import needs_gpu
+from tests.support.tiny_pipeline import tiny_cache, tiny_transformer
 
 
 HEADS, HEAD_DIM = 2, 8
@@ -188,6 +189,23 @@ def test_blocks_of_scores_make_no_difference(monkeypatch, score_bytes, num_keys)
         monkeypatch.setattr("longlive_diffusers.models.attend._SCORE_BYTES", score_bytes)
         in_blocks = attend(query, key, value)
     torch.testing.assert_close(in_blocks.float(), at_once.float(), atol=2**-7, rtol=0)
+
+
+@pytest.mark.parametrize("num_scores", [1, 10_000])
+def test_scratch_makes_no_difference(num_scores):
+    """Whatever is in it, and where it is too small."""
+    query, key, value = random_states(23, dtype=torch.bfloat16)
+    scratch = torch.full((num_scores,), float("nan"), dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = attend(query, key, value)
+        assert torch.equal(attend(query, key, value, scratch=scratch), expected)
+    assert scratch.isnan().all() == (num_scores == 1)
+
+
+def test_the_layers_of_a_cache_share_their_scratch():
+    cache = tiny_cache(tiny_transformer(num_layers=3).bfloat16())
+    assert cache[0].scratch is not None and cache[0].scratch is cache[1].scratch is cache[2].scratch
+    assert tiny_cache(tiny_transformer())[0].scratch is None, "only products of bfloat16 on a CPU need it"
 
 
 def test_queries_and_keys_may_differ_in_number():

@@ -139,15 +139,28 @@ def test_with_more_sinks_than_a_chunk_a_whole_chunk_is_pinned():
     )
 
 
-def test_an_odd_window_holds_whole_chunks():
-    """One frame is evicted for each new one, so the seventh slot is never used."""
+def test_an_odd_window_is_filled():
+    """No more frames are evicted than there is no room for, as in the reference."""
     play(
         [
             (False, [0, 1]),
             (False, [0, 1, 2, 3]),
             (False, [0, 1, 2, 3, 4, 5]),
-            (False, [0, 1, 4, 5, 6, 7]),
-            (False, [0, 1, 6, 7, 8, 9]),
+            (False, [0, 1, 3, 4, 5, 6, 7]),
+            (False, [0, 1, 5, 6, 7, 8, 9]),
+        ],
+        window_size=7,
+    )
+
+
+def test_an_old_pin_may_go_in_parts():
+    play(
+        [
+            (False, [0, 1]),
+            (True, [0, 1, 2, 3]),
+            (True, [0, 1, 2, 3, 4, 5]),
+            (False, [0, 1, 3, 4, 5, 6, 7]),  # 4 and 5 are pinned now, and 2 the oldest that is not
+            (False, [0, 1, 4, 5, 7, 8, 9]),
         ],
         window_size=7,
     )
@@ -203,6 +216,49 @@ def test_a_last_chunk_may_be_short():
     plan = cache.begin_chunk(1)
     assert (plan.num_frames, plan.length) == (1, 6)
     assert held(cache) == [0, 1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "fp8"])
+@pytest.mark.parametrize("relative_rope", [False, True])
+def test_a_video_shorter_than_the_window_takes_memory_for_its_own_frames(dtype, relative_rope):
+    options = {"window_size": 32, "sink_size": 8, "dtype": dtype, "relative_rope": relative_rope}
+    for num_frames, num_slots in ((2, 2), (10, 10), (32, 32), (34, 32), (10**9, 32)):
+        cache = make_cache(**options, num_frames=num_frames)
+        expected = make_cache(
+            window_size=num_slots, sink_size=0, dtype=dtype, relative_rope=relative_rope, multi_shot_sink=False
+        )
+        raw = 0 if cache[0].raw_key is None else cache[0].raw_key.nbytes
+        assert cache.num_bytes - raw == expected.num_bytes
+        assert (raw > 0) == (relative_rope and num_frames > 32), "nothing is rotated again before the first eviction"
+
+
+@pytest.mark.parametrize("relative_rope", [False, True])
+def test_a_short_video_is_cached_as_in_a_cache_of_the_whole_window(relative_rope):
+    options = {"window_size": 32, "sink_size": 8, "relative_rope": relative_rope}
+    short, whole = make_cache(num_frames=10, **options), make_cache(**options)
+    for chunk in range(5):
+        plans = [cache.begin_chunk(2, opens_shot=chunk == 2, rope_offset=8.0) for cache in (short, whole)]
+        assert short.cached_frames() == whole.cached_frames()
+        assert torch.equal(plans[0].rotary, plans[1].rotary)
+        assert torch.equal(plans[0].token_slots, plans[1].token_slots)
+
+
+@pytest.mark.parametrize("window_size", [6, 8, 32])
+def test_a_video_does_not_go_beyond_the_length_it_was_made_for(window_size):
+    cache = make_cache(window_size=window_size, num_frames=7)
+    for _ in range(3):
+        cache.begin_chunk(2)
+    with pytest.raises(ValueError, match="video of 7 latent frames; after 6, there is no room for 2 more"):
+        cache.begin_chunk(2)
+    cache.begin_chunk(1)
+    cache.reset()
+    cache.begin_chunk(2)
+
+
+@pytest.mark.parametrize("num_frames", [0, -1])
+def test_a_cache_is_for_at_least_one_frame(num_frames):
+    with pytest.raises(ValueError, match=f"at least 1 latent frame, got {num_frames}"):
+        make_cache(num_frames=num_frames)
 
 
 def test_time_positions_are_frame_indices_and_the_offset_of_the_shot():
@@ -261,9 +317,8 @@ def scenarios(draw) -> Scenario:
 def frames_held(options: dict, opens: list[bool]) -> list[list[int]]:
     """The frames of one video held during each chunk, by the rules alone, with no notion of slots.
 
-    A frame that is held stays, unless it is among the oldest that have to go: when the chunk does not fit, one for
-    each new frame (or as many as may go), never a sink, never the opening of the shot that was running when the chunk
-    before was finished.
+    A frame that is held stays, unless it is among the oldest that have to go: as many as there is no room for, never a
+    sink, never the opening of the shot that was running when the chunk before was finished.
     """
     chunk, sink, window = options["chunk_size"], options["sink_size"], options["window_size"]
     pin_size = min(sink, chunk) if options["multi_shot_sink"] else 0
@@ -272,9 +327,8 @@ def frames_held(options: dict, opens: list[bool]) -> list[list[int]]:
         openers = [c for c in range(number) if c == 0 or opens[c]]
         pinned = range(chunk * openers[-1], chunk * openers[-1] + pin_size) if openers else range(0)
         new = list(range(chunk * number, chunk * (number + 1)))
-        if len(frames) + chunk > window:
-            may_go = sorted(set(frames) - set(range(sink)) - set(pinned))
-            frames = sorted(set(frames) - set(may_go[:chunk]))
+        may_go = sorted(set(frames) - set(range(sink)) - set(pinned))
+        frames = sorted(set(frames) - set(may_go[: max(0, len(frames) + chunk - window)]))
         frames = frames + new
         history.append(frames)
     return history
@@ -523,11 +577,20 @@ def test_recache_gives_each_row_its_own_frames():
 
 def test_recache_splits_at_the_borders_of_chunks():
     """A chunk of which a part is left is rewritten by itself; no step is longer than a chunk."""
-    cache = make_cache(sink_size=3, multi_shot_sink=False, window_size=7)
+    cache = make_cache(sink_size=3, multi_shot_sink=False)
     for _ in range(4):
         cache.begin_chunk(2)
     assert held(cache) == [0, 1, 2, 5, 6, 7]
     assert list(cache.recache()) == [[[0, 1]], [[2]], [[5]], [[6, 7]]]
+
+
+def test_recache_splits_where_a_chunk_of_any_row_ends():
+    cache = make_cache(batch_size=2, window_size=7)
+    for opens_shot in (False, [False, True], False, False):
+        cache.begin_chunk(2, opens_shot=opens_shot)
+    assert (held(cache, 0), held(cache, 1)) == ([0, 1, 3, 4, 5, 6, 7], [0, 1, 2, 3, 5, 6, 7])
+    groups = [[[0, 1], [0, 1]], [[3], [2]], [[4], [3]], [[5], [5]], [[6, 7], [6, 7]]]
+    assert list(cache.recache()) == groups
 
 
 def test_recache_before_anything_is_cached_does_nothing():

@@ -212,9 +212,9 @@ def test_attention_has_one_dtype_where_autocast_normalizes_in_float32(model, for
                 norm.register_forward_hook(lambda module, arguments, output: output.float())
     dtypes = set()
 
-    def noting(query, key, value, backend=None):
+    def noting(query, key, value, *options):
         dtypes.update({query.dtype, key.dtype, value.dtype})
-        return attend(query, key, value, backend)
+        return attend(query, key, value, *options)
 
     for module in ("attend", "attention", "chunk_mask"):
         monkeypatch.setattr(f"longlive_diffusers.models.{module}.attend", noting)

@@ -180,6 +180,24 @@ def test_saving_an_unknown_adapter_raises(model, tmp_path):
 # -- scale, fusing, swapping -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "x", None, True, [1.0]], ids=str)
+def test_a_scale_that_is_no_number_raises_and_leaves_the_lora_as_it_was(model, scale):
+    """diffusers multiplies the LoRA's own scale by it for a forward, and divides afterwards."""
+    model.add_adapter(lora_config())
+    inputs = random_inputs()
+    with torch.no_grad():
+        before = model(**inputs).sample
+        with pytest.raises(ValueError, match="'scale' of `attention_kwargs` must be a finite number, got"):
+            model(**inputs, attention_kwargs={"scale": scale})
+        assert torch.equal(model(**inputs).sample, before)
+
+
+@pytest.mark.parametrize("name", ["lora_scale", "ip_adapter_image_embeds", 7])
+def test_attention_arguments_that_nobody_reads_raise(model, name):
+    with pytest.raises(ValueError, match=rf"nothing else, got \[{name!r}\]"):
+        model(**random_inputs(), attention_kwargs={"scale": 1.0, name: 0.5})
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["block causal", "teacher forcing"])
 def test_the_scale_of_one_forward(model, kind):

@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 import torch
 
-from longlive_diffusers import LongLivePipeline
+from longlive_diffusers import LongLivePipeline, LongLiveScheduler
 from tests.support.checks import assert_raises
 from tests.support.tiny_pipeline import TEXT_DIM, TEXT_LENGTH, tiny_arguments, tiny_pipeline
 from tests.support.tiny_vae import tiny_vae
@@ -140,11 +140,16 @@ BAD_CALLS = {
     # length
     "no frames": ({"num_frames": 0}, ["`num_frames`", "0"]),
     "negative frames": ({"num_frames": -5}, ["`num_frames`", "-5"]),
+    "more frames than have a position": ({"num_frames": 10**400}, ["`num_frames`", str(2**53), "1" + "0" * 400]),
     "fractional frames": ({"num_frames": 12.5}, ["`num_frames`", "12.5"]),
     "nothing to add to a video": ({"video_latents": latents(1, 8, 4, 4, 4), "num_frames": 13}, ["13"]),
     # options
     "no steps": ({"num_inference_steps": 0}, ["`num_inference_steps`", "0"]),
     "fractional steps": ({"num_inference_steps": 2.5}, ["`num_inference_steps`", "2.5"]),
+    "more steps than timesteps": ({"num_inference_steps": 1001}, ["`num_inference_steps`", "1000", "1001"]),
+    "a billion steps": ({"num_inference_steps": 10**9}, ["`num_inference_steps`", "1000", "1000000000"]),
+    "guidance that overflows": ({"guidance_scale": 1e300}, ["`guidance_scale`", "1e+06", "1e+300"]),
+    "guidance beyond float64": ({"guidance_scale": 10**400}, ["`guidance_scale`", "1" + "0" * 400]),
     "guidance that is no number": ({"guidance_scale": NAN}, ["`guidance_scale`", "nan"]),
     "negative guidance": ({"guidance_scale": -1.0}, ["`guidance_scale`", "-1.0"]),
     "guidance in words": ({"guidance_scale": "high"}, ["`guidance_scale`", "'high'"]),
@@ -162,6 +167,25 @@ BAD_CALLS = {
         {"callback_on_step_end_tensor_inputs": ["latents", "noise"]},
         ["'noise'", "prompt_embeds"],
     ),
+    "a callback input that is a number": (
+        {"callback_on_step_end_tensor_inputs": 7},
+        ["`callback_on_step_end_tensor_inputs`", "7"],
+    ),
+    "an unknown callback input as a string": (
+        {"callback_on_step_end_tensor_inputs": "latent"},
+        ["'latent'", "prompt_embeds"],
+    ),
+    "a number as callback": ({"callback_on_step_end": 7}, ["`callback_on_step_end`", "7"]),
+    "the name of a callback": ({"callback_on_step_end": "print"}, ["`callback_on_step_end`", "'print'"]),
+    "callbacks in a list": ({"callback_on_step_end": [print]}, ["`callback_on_step_end`", "built-in function print"]),
+    "attention arguments that nobody reads": (
+        {"attention_kwargs": {"scale": 1.0, "lora_scale": 0.5}},
+        ["`attention_kwargs`", "'scale'", "['lora_scale']"],
+    ),
+    **{
+        f"{value!r} as the scale of the LoRA": ({"attention_kwargs": {"scale": value}}, ["'scale'", repr(value)])
+        for value in (NAN, INFINITY, -INFINITY, "x", None, True, [1.0])
+    },
     "attention arguments as a list": ({"attention_kwargs": [1.0]}, ["`attention_kwargs`", "list"]),
     "a cache of integers": ({"kv_cache_dtype": torch.int8}, ["KV cache", "torch.int8"]),
     "a cache in 4 bits for heads of 12 channels": ({"kv_cache_dtype": "nvfp4"}, ["NVFP4", "16", "12"]),
@@ -171,6 +195,12 @@ BAD_CALLS = {
     "half a chunk of sink": ({"sink_size": 3, "window_size": 12}, ["`sink_size`", "2", "3"]),
     "a negative sink": ({"sink_size": -2}, ["`sink_size`", "-2"]),
     "a fractional window": ({"window_size": 6.5}, ["`window_size`", "6.5"]),
+    "a shot offset beyond exact angles": (
+        {"multi_shot_rope_offset": 1e300},
+        ["`multi_shot_rope_offset`", "1e+09", "1e+300"],
+    ),
+    "a window in words": ({"window_size": "32"}, ["`window_size`", "32"]),
+    "a truth as sink": ({"sink_size": True}, ["`sink_size`", "True"]),
     "an endless shot offset": ({"multi_shot_rope_offset": INFINITY}, ["`multi_shot_rope_offset`", "inf"]),
 }
 
@@ -216,6 +246,49 @@ def test_a_call_has_an_end(pipe, forwards):
 def test_an_endless_stream_of_several_shots_needs_durations(pipe, forwards):
     arguments = tiny_arguments(prompt=None, shot_prompts=["a", "b", "c"], num_frames=None)
     assert_raises(lambda: pipe.stream(**arguments), "3", "`chunks_per_shot`")
+    assert forwards == []
+
+
+TOO_LARGE = {
+    "a window of a billion frames": ({"window_size": 10**9, "num_frames": None}, ["1000000000 latent frames"]),
+    "a window beyond all bits": ({"window_size": 10**400, "num_frames": None}, ["`window_size`"]),
+    "sinks of a billion frames": ({"sink_size": 10**9, "window_size": 3 * 10**9, "num_frames": None}, ["3000000000"]),
+    "a video as high as the earth": ({"height": 32 * 10**12}, ["2000000000000x4"]),
+    "a video beyond 64 bits": ({"width": 32 * 10**25}, ["4x"]),
+    "a billion videos": ({"num_videos_per_prompt": 10**9}, ["1000000000 x 4 latent frames"]),
+}
+
+
+@pytest.mark.parametrize(("overrides", "numbers"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_allocated(pipe, forwards, overrides, numbers):
+    arguments = tiny_arguments(**overrides)
+    with pytest.raises(ValueError, match=r"KV cache of .* needs .* GiB; .* GiB are available.*smaller") as raised:
+        pipe.stream(**arguments)
+    assert all(number in str(raised.value) for number in numbers)
+    assert forwards == []
+
+
+def test_prompts_padded_to_a_billion_tokens_are_refused_where_the_tokenizer_has_no_limit(pipe, forwards, monkeypatch):
+    monkeypatch.setattr(pipe.tokenizer, "model_max_length", 10**30)  # transformers' way to say so
+    with pytest.raises(ValueError, match=r"prompts of 1000000000 tokens, needs .* GiB"):
+        pipe(**tiny_arguments(max_sequence_length=10**9))
+    assert forwards == []
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil", "latent"])
+@pytest.mark.parametrize("num_frames", [10**10, 2**53])
+def test_a_video_that_does_not_fit_into_memory_can_only_be_streamed(pipe, forwards, output_type, num_frames):
+    arguments = tiny_arguments(num_frames=num_frames, output_type=output_type)
+    with pytest.raises(ValueError, match=rf"1 videos of {num_frames - 9 + 10 - 10 + 9 + 0}\d* frames|GiB"):
+        pipe(**arguments)
+    assert forwards == []
+    with pipe.stream(**arguments) as session:
+        assert next(session).index == 0
+
+
+def test_a_step_count_is_refused_that_the_scheduler_cannot_solve(forwards):
+    pipe = tiny_pipeline(scheduler=LongLiveScheduler(flow_shift=1e4))
+    assert_raises(lambda: pipe(**tiny_arguments(num_inference_steps=200)), "200", "10000.0")
     assert forwards == []
 
 

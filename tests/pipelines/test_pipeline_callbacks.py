@@ -204,6 +204,66 @@ def test_diffusers_own_cutoff_of_guidance_works(pipe):
     torch.testing.assert_close(found[:, :, CHUNK_SIZE:], continued[:, :, CHUNK_SIZE:], atol=1e-5, rtol=1e-5)
 
 
+# -- what they may not do --------------------------------------------------------------------------------------------
+
+BAD_RETURNS = {
+    "a number": (7, "a dict of tensors, or None, got int"),
+    "a list": ([1], "a dict of tensors, or None, got list"),
+    "a tensor": (torch.zeros(1), "a dict of tensors, or None, got Tensor"),
+    "a misspelled name": ({"latent": torch.zeros(1)}, r"may return tensors of .*'latents'.*, got \['latent'\]"),
+    "no latents": ({"latents": None}, "`latents` as a tensor, got NoneType"),
+    "an array": ({"latents": torch.zeros(1, 8, 2, 4, 4).numpy()}, "`latents` as a tensor, got ndarray"),
+    "latents without a frame": ({"latents": torch.zeros(1, 8, 1, 4, 4)}, r"\[1, 8, 2, 4, 4\], got \[1, 8, 1, 4, 4\]"),
+    "latents of another batch": ({"latents": torch.zeros(2, 8, 2, 4, 4)}, r"got \[2, 8, 2, 4, 4\]"),
+    "prompts of another width": ({"prompt_embeds": torch.zeros(1, 8, 17)}, r"\[1, 8, 16\], got \[1, 8, 17\]"),
+    "prompts of no tokens": ({"prompt_embeds": torch.zeros(1, 0, 16)}, r"\[1, 8, 16\], got \[1, 0, 16\]"),
+    "a flat prompt": ({"prompt_embeds": torch.zeros(8, 16)}, r"\[1, 8, 16\], got \[8, 16\]"),
+    "a negative prompt without guidance": (
+        {"negative_prompt_embeds": torch.zeros(1, 8, 16)},
+        "`negative_prompt_embeds`, but without guidance there is none",
+    ),
+}
+
+
+@pytest.mark.parametrize(("returned", "message"), BAD_RETURNS.values(), ids=BAD_RETURNS)
+def test_what_they_return_is_checked(pipe, returned, message):
+    with pytest.raises(ValueError, match=message):
+        run(pipe, callback_on_step_end=lambda *_: returned)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("_guidance_scale", float("nan"), "`guidance_scale` must be a finite number of at least 0, got nan"),
+        ("_guidance_scale", None, "`guidance_scale` must be a finite number of at least 0, got None"),
+        ("_guidance_scale", 1e30, "`guidance_scale` must be at most"),
+        ("_attention_kwargs", {"scale": float("nan")}, "'scale' of `attention_kwargs` must be a finite number"),
+        ("_attention_kwargs", 0.5, "`attention_kwargs` must be a dict"),
+    ],
+)
+def test_what_they_write_is_checked(pipe, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        run(pipe, callback_on_step_end=lambda pipe, *_: setattr(pipe, name, value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_latents_of_another_dtype_are_converted(pipe, dtype):
+    video = run(pipe, callback_on_step_end=lambda p, s, t, tensors: {"latents": tensors["latents"].to(dtype)})
+    assert video.dtype == torch.float32 and video.isfinite().all()
+
+
+def test_a_prompt_may_have_another_number_of_tokens(pipe):
+    longer = torch.randn(1, 11, TEXT_DIM, generator=torch.Generator().manual_seed(0))
+    changed = run(pipe, callback_on_step_end=lambda *_: {"prompt_embeds": longer})
+    assert not torch.equal(changed, run(pipe))
+
+
+def test_one_name_of_a_tensor_need_not_be_a_list(pipe):
+    recorder = Recorder()
+    run(pipe, callback_on_step_end=recorder, callback_on_step_end_tensor_inputs="prompt_embeds")
+    assert [list(inputs) for inputs in recorder.inputs] == [["prompt_embeds"]] * 4
+
+
 # -- interrupting ----------------------------------------------------------------------------------------------------
 
 

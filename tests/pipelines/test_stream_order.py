@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from diffusers.video_processor import VideoProcessor
 from longlive_diffusers.models.streaming_vae import StreamingDecoder
 from longlive_diffusers.pipelines.async_workers import AsyncWorkers
 from longlive_diffusers.pipelines.decoder import ChunkDecoder
-from longlive_diffusers.pipelines.denoiser import DenoisedChunk, RunState
+from longlive_diffusers.pipelines.denoiser import DenoisedChunk
+from longlive_diffusers.pipelines.run_state import RunState
 from longlive_diffusers.pipelines.session import StreamingSession
 from longlive_diffusers.pipelines.shots import ChunkPrompt
 from tests.support.fake_cuda_streams import FakeStream, happens, known, put_in_place, stream
@@ -33,6 +35,8 @@ class Denoiser:
     """Makes chunks of noise, and says on which stream."""
 
     device = GPU
+    is_busy_here = False
+    prompts = SimpleNamespace(warn_of_unused=lambda: None)
 
     def __init__(self, num_chunks: int = NUM_CHUNKS):
         self.kv_caches, self.run, self.num_chunks = [], RunState(1.0, 0, None), num_chunks

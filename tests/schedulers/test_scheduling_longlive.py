@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -174,12 +175,6 @@ def test_timesteps_go_to_the_device_and_noise_levels_stay():
     assert scheduler.sigmas.device.type == "cpu"
 
 
-@pytest.mark.parametrize("steps", [None, 0, -1])
-def test_less_than_one_step_raises(steps):
-    with pytest.raises(ValueError, match=f"at least 1, got {steps}"):
-        LongLiveScheduler().set_timesteps(steps)
-
-
 @pytest.mark.parametrize(
     "levels", [[], [1.1], [0.5, 0.0], [0.5, 0.5], [0.2, 0.5], [-0.1], [float("nan"), 0.5]], ids=str
 )
@@ -282,6 +277,68 @@ def test_timesteps_of_another_shape_raise(shape):
     for use in (scheduler.add_noise, scheduler.x0):
         with pytest.raises(ValueError, match=r"`timesteps` must be \[2\] or \[2, 6\], got \("):
             use(x0, x0, torch.zeros(shape))
+
+
+# -- every schedule there can be -------------------------------------------------------------------------------------
+
+
+def point_mass(scheduler: LongLiveScheduler, steps: int) -> float:
+    """Solve for a single clean video, 0, whose velocity is known; returns how far from it the solution ends."""
+    scheduler.set_timesteps(steps)
+    x = torch.randn(1, 2, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    for index, timestep in enumerate(scheduler.timesteps):
+        x = scheduler.step(x / scheduler.sigmas[index], timestep, x).prev_sample
+        assert scheduler.step_index == index + 1
+    return x.abs().max().item()
+
+
+@pytest.mark.parametrize(("shift", "steps"), [(8, 143), (8, 144), (8, 1000), (5, 333), (3, 999), (12, 100), (100, 12)])
+def test_every_step_is_taken_where_timesteps_repeat(shift, steps):
+    """Timesteps are whole numbers, so that many steps share some; the noise levels are apart."""
+    assert point_mass(LongLiveScheduler(flow_shift=shift), steps) < 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50, 1000])
+@pytest.mark.parametrize("shift", [1e-6, 0.01, 0.5, 1, 1000])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unusual_shifts_are_solved(shift, steps, order):
+    assert point_mass(LongLiveScheduler(flow_shift=shift, solver_order=order), steps) < 1e-6
+
+
+@pytest.mark.parametrize(("shift", "steps"), [(1e4, 144), (1e6, 2), (1e8, 3), (1e30, 50)])
+def test_noise_levels_that_are_one_in_float32_raise(shift, steps):
+    with pytest.raises(ValueError, match=rf"{steps} steps with `flow_shift` {re.escape(str(shift))} .* fewer steps"):
+        LongLiveScheduler(flow_shift=shift).set_timesteps(steps)
+
+
+@pytest.mark.parametrize("steps", [None, 0, -1, 1001, 10**9, 2.5, True, "4", float("nan")])
+def test_no_step_more_steps_than_timesteps_and_what_is_no_number_raise_at_once(steps):
+    with pytest.raises(ValueError, match=f"`num_inference_steps` must be .* at most 1000, .*got {steps!r}"):
+        LongLiveScheduler().set_timesteps(steps)
+
+
+BAD_OPTIONS = [
+    *({"flow_shift": value} for value in (0, 0.0, -5.0, float("nan"), float("inf"), "5", None, True)),
+    *({"num_train_timesteps": value} for value in (0, 1, -1000, 10.5, None)),
+    *({"solver_order": value} for value in (0, -1, 1.5, "2")),
+    {"lower_order_final": False},
+    {"lower_order_final": False, "solver_order": 3},
+]
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
+def test_options_of_which_there_is_no_schedule_raise(options):
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=re.escape(f"`{name}`") + f".*{re.escape(repr(value))}"):
+        LongLiveScheduler(**options)
+
+
+def test_options_are_checked_where_they_are_loaded_too(tmp_path):
+    LongLiveScheduler().save_pretrained(tmp_path)
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"flow_shift": 5.0', '"flow_shift": 0.0'))
+    with pytest.raises(ValueError, match=r"`flow_shift` must be a finite number above 0, got 0\.0"):
+        LongLiveScheduler.from_pretrained(tmp_path)
 
 
 # -- saving and loading ----------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class KeyTokenizer:
     def __init__(self, keys: list[str]):
         self.keys = keys
 
-    def __call__(self, prompts: list[str], max_length: int, **_) -> SimpleNamespace:
+    def __call__(self, prompts: list[str], max_length: int = 1, **_) -> SimpleNamespace:
         ids = torch.tensor([[self.keys.index(prompt or "<negative>")] * max_length for prompt in prompts])
         return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
 

@@ -41,5 +41,6 @@ def split_shots(prompt: str) -> list[str]:
 
 def texts_of(prompts: Iterable[str], scene_cut_prefix: str) -> list[str]:
     """Return all texts that videos of these prompts are conditioned on."""
-    plans = [ShotPlan.from_prompts(split_shots(prompt), 1, None) for prompt in prompts]
+    # Two chunks a shot, the first of which is conditioned on another text than all others.
+    plans = [ShotPlan.from_prompts(split_shots(prompt), 2, None) for prompt in prompts]
     return [text for plan in plans for text in plan.conditionings(scene_cut_prefix, None)]

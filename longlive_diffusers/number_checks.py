@@ -1,0 +1,36 @@
+"""What counts as a whole number or a number where one is expected, and the errors for everything else."""
+
+import math
+from numbers import Integral, Real
+from typing import TypeGuard
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether `value` is an integer (NumPy's included) that is not a boolean."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether `value` is a finite real number (NumPy's included) that is not a boolean, and not beyond float64."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        return False
+
+
+def check_counts(**counts: object) -> None:
+    """Raise a ValueError unless all values are integers of at least 1."""
+    for name, value in counts.items():
+        if not is_count(value) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+
+def check_non_negative(*, at_most: float = math.inf, **numbers: object) -> None:
+    """Raise a ValueError unless all values are finite numbers of at least 0, and `at_most` so large."""
+    for name, value in numbers.items():
+        if not is_finite(value) or value < 0:
+            raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
+        if value > at_most:
+            raise ValueError(f"`{name}` must be at most {at_most:g}, got {value!r}.")
