@@ -1,5 +1,6 @@
 """LongLivePipeline: text, shots, images or video in; a video out, complete or chunk by chunk while it is made."""
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -37,7 +38,7 @@ from .chunk_step import is_guided
 from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser
 from .inputs import ModelSizes, Request, check_embeds, check_latents, check_output_type, resolve_request
-from .memory import check_result_fits
+from .memory import check_caches_fit, check_result_fits
 from .pipeline_output import Frames, LongLivePipelineOutput, join_frames
 from .prompt_cleaning import clean_prompt, describe_cuts
 from .prompt_source import PromptSource
