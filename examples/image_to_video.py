@@ -1,6 +1,6 @@
 """Bring an image to life: python examples/image_to_video.py [--image FILE] [--model DIR_OR_REPO] [--output video.mp4]
 
-The image becomes the first frame, and is resized to the video's size. Without --image, one is drawn. To continue a
+The image becomes the first frame, cropped to the video's shape. Without --image, one is drawn. To continue a
 video instead, pass its frames as `video=`.
 
 Without --model, the small one that comes with the package is used: it knows plain shapes that move.
@@ -27,7 +27,8 @@ args = parser.parse_args()
 
 if args.image is None:
     image = Image.new("RGB", (512, 512), (125, 125, 125))
-    ImageDraw.Draw(image).ellipse((184, 184, 328, 328), fill=(225, 40, 40))
+    # Of a size, and at one of the places, with which the small model's videos begin.
+    ImageDraw.Draw(image).ellipse((120, 248, 264, 392), fill=(225, 40, 40))
 else:
     image = load_image(args.image)
 

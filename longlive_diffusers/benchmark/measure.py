@@ -26,7 +26,7 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
 
 def _peak_resident_memory() -> int:
     if sys.platform == "win32":
-        import psutil  # comes with accelerate
+        import psutil
 
         return psutil.Process().memory_info().peak_wset
     import resource  # not on Windows

@@ -14,7 +14,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 aten = torch.ops.aten
 
 
-def kernel_named(backend: AttentionBackendName) -> Callable[..., torch.Tensor] | None:
+def kernel_named(backend: AttentionBackendName | str) -> Callable[..., torch.Tensor] | None:
     """Return the kernel that a name stands for, which takes and returns `[B, heads, tokens, head_dim]`; None if it is
     not the name of one of PyTorch's kernels."""
     return _KERNELS.get(backend)

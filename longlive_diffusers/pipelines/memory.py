@@ -4,7 +4,7 @@ On a GPU, an allocation that does not fit is an error. On a CPU it succeeds, and
 when the memory is used, which may be minutes later.
 """
 
-import psutil  # comes with accelerate
+import psutil
 import torch
 
 from ..frame_counts import pixel_frames
