@@ -116,7 +116,7 @@ def test_a_lora_changes_the_video(output, tmp_path, capsys):
     assert difference(whole, plain) > 1e-3
     assert difference(make(output, *options, "--lora", lora, "--lora-scale", 0), plain) < 1e-4
     two = ["--lora", lora, "--lora", lora, "--lora-scale", 0.25, "--lora-scale", 0.75]
-    assert difference(make(output, *options, *two), whole) < 1e-4
+    assert difference(make(output, *options, *two), whole) < difference(whole, plain) / 20  # H.264 rounds
     misfit = save_original_lora(tmp_path / "misfit.pt", width=96)
     assert main(["generate", "x", "--lora", str(misfit), "--output", str(output)]) == 2
     assert "The LoRA is for another model" in capsys.readouterr().err
@@ -148,12 +148,12 @@ def test_a_pipeline_in_four_bits_keeps_its_weights_and_changes_its_backend():
 
 
 def test_memory_that_is_not_there_is_one_line(output, monkeypatch, capsys):
-    """A cache of 100 TB, on a CPU; and what a GPU says."""
+    """A cache of 12 TB, on a CPU; and what a GPU says."""
     command = ["generate", "x", "--output", str(output), "--num-frames", "100000"]
-    assert main([*command, "--window-size", "100000", "--height", "4096", "--width", "4096"]) == 1
+    assert main([*command, "--window-size", "100000", "--height", "4096", "--width", "4096"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("longlive: error: out of memory; what needs less: a smaller --window-size, ")
-    assert "tried to allocate" in line and "--offload" not in line
+    assert line.startswith("longlive: error: The KV cache of 1 x 25002 latent frames of 512x512, with prompts of 32 ")
+    assert "GiB are available. What takes less memory: a smaller --window-size, --height and --width, " in line
     assert not output.exists()
 
     def fail(*args, **kwargs):
@@ -406,8 +406,14 @@ def test_a_model_of_the_hub(hub: "Hub", output):
         (["x", "--image", "shots.txt"], "'shots.txt' cannot be read as an image"),
         (["x", "--video", "missing.mp4"], "the video 'missing.mp4' does not exist"),
         (["x", "--video", "short.mp4"], "the video to continue has 4 frames; at least 5 are needed"),
-        (["x", "--video", "long.mp4", "--num-frames", "1"], "1 frame is no more than the 13 of the video"),
-        (["x", "--video", "long.mp4", "--num-frames", "13"], "13 frames is no more than the 13 of the video"),
+        (
+            ["x", "--video", "long.mp4", "--num-frames", "1"],
+            "1 frame would leave nothing to add",
+        ),
+        (
+            ["x", "--video", "long.mp4", "--num-frames", "13"],
+            "13 frames would leave nothing to add",
+        ),
         (["x", "--output", "video.avi"], "its suffix is '.avi'"),
         (["x", "--output", "missing/video.mp4"], "the folder 'missing' does not exist"),
         (["x", "--output", "here.mp4", "--video", "long.mp4"], "--output 'here.mp4' is the file of --video"),

@@ -87,7 +87,8 @@ class Arrivals:
             return block_forward(model, hidden_states, text, temb, rotary_emb, *arguments)
 
         def noting_create_kv_cache(model, *arguments, dtype=None, **options):
-            self.note_dtype("KV cache", dtype)
+            if options.get("device") != "meta":  # on which memory is counted beforehand
+                self.note_dtype("KV cache", dtype)
             return create_kv_cache(model, *arguments, dtype=dtype, **options)
 
         def noting_gradient_sync(model, requires_gradient_sync, **options):

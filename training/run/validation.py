@@ -1,6 +1,5 @@
 """Make videos during training, with the current weights (or with their average, if one is kept)."""
 
-import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,32 +8,13 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from longlive_diffusers import LongLiveScheduler, LongLiveTransformer3DModel, VideoWriter, pixel_frames
+from longlive_diffusers import LongLiveTransformer3DModel, VideoWriter, pixel_frames
 from run.arguments import RunArguments
 from run.averaging import averaged_weights
 from run.cached_prompts import CachedPromptsPipeline, split_shots
 
 
 logger = logging.getLogger("validation")
-
-
-def check_solver(scheduler: LongLiveScheduler, num_inference_steps: int) -> None:
-    """Raise a ValueError if a solver cannot take so many steps: two of them may have the same timestep."""
-    scheduler, sample = copy.deepcopy(scheduler), torch.ones(1, 1, 1, 1, 1)
-    try:
-        scheduler.set_timesteps(num_inference_steps)
-        for timestep in scheduler.timesteps:
-            sample = scheduler.step(torch.zeros_like(sample), timestep, sample, return_dict=False)[0]
-    except (ValueError, ArithmeticError, AssertionError, IndexError, RuntimeError) as error:
-        sample = torch.full_like(sample, torch.nan)
-        reason = f": {error}" if str(error) else ""
-    else:
-        reason = ""
-    if not sample.isfinite().all():
-        raise ValueError(
-            f"Validation would fail: the solver cannot take {num_inference_steps} steps "
-            f"(--validation_num_inference_steps){reason}"
-        )
 
 
 class EmptyTexts:
@@ -107,8 +87,6 @@ class Validation:
             raise ValueError(f"Validation would fail: {error}") from error
         finally:
             pipe.transformer = None
-        if self.arguments.validation_prompts:
-            check_solver(pipe.scheduler, self.arguments.validation_num_inference_steps)
 
     def _options(self, index: int, prompt: str) -> dict[str, Any]:
         """Return the arguments of the pipeline for the video of a prompt."""
