@@ -26,6 +26,7 @@ PACKAGES = (
     "av",
     "ftfy",
     "pillow",
+    "psutil",
     "tqdm",
     "Jinja2",
 )
