@@ -42,7 +42,7 @@ def check_new_file(path: str | os.PathLike) -> Path:
         if is_stream(path):
             return path
         target = Path(os.path.realpath(path))  # a link is written through, also where it leads to nothing yet
-        if not target.parent.is_dir():
+        if not (path.parent.is_dir() and target.parent.is_dir()):  # a missing "a" in a/../b, too
             leads = f", to which '{path}' leads," if path.is_symlink() else ""
             raise ValueError(
                 f"Cannot write '{path}': the folder '{target.parent if leads else path.parent}'{leads} does not exist"

@@ -169,6 +169,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     for name, message in [
         ("folder", "it is a folder"),
         ("missing/file", "missing' does not exist"),
+        ("missing/../file", "missing/..' does not exist"),
         ("astray", "missing', to which .*astray' leads, does not exist"),
         ("loop", "leads back to itself"),
         ("file/below", "file' does not exist"),

@@ -113,6 +113,8 @@ def _frames(name: str, values: Iterable) -> Frames:
     frames: Frames = []
     for value in values:
         if isinstance(value, PIL.Image.Image):
+            if 0 in value.size:
+                raise ValueError(f"`{name}` has a picture of {value.height}x{value.width} pixels.")
             frames.append(value)
         elif isinstance(value, np.ndarray | torch.Tensor):
             frames += list(_channels_last(name, value))

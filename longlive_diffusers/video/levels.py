@@ -28,9 +28,9 @@ def white_level(name: str, arrays: Sequence[np.ndarray]) -> float:
     dtype = arrays[0].dtype
     if dtype.kind not in "buif":
         raise ValueError(f"{name} must hold numbers of a picture, got {dtype}.")
-    least, most = min(array.min() for array in arrays), max(array.max() for array in arrays)
+    # By NumPy, whose smallest and largest are not numbers where one is none; Python's may be.
+    least, most = np.min([array.min() for array in arrays]), np.max([array.max() for array in arrays])
     if dtype.kind == "f":
-        # One that is not a number makes these not a number.
         if not (np.isfinite(least) and np.isfinite(most)):
             raise ValueError(f"{name} has values that are not finite.")
         if least < -ROUNDING or most > 1 + ROUNDING:

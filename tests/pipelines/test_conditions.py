@@ -107,6 +107,15 @@ def test_numbers_that_are_no_picture_are_refused(values, numbers):
         assert_raises(lambda: image_pixels(as_tensor(values)), "`image`", *numbers[:1])
 
 
+@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_none_is_found_in_any_frame(value, index):
+    frames = np.full((5, 16, 24, 3), 0.5, np.float32)
+    frames[index, 3, 4, 1] = value
+    for video in (frames, list(frames), as_tensor(frames)):
+        assert_raises(lambda video=video: video_pixels(video), "`video`", "not finite")
+
+
 def test_a_fade_to_black_in_16_bits_stays_16_bits():
     """Its last frames alone might be of 8 bits; so might those that are dropped from the beginning."""
     levels = [65535, 30000, 255, 100, 0, 0]
@@ -164,6 +173,8 @@ BAD_SHAPES = {
     "an array with channels first": (np.zeros((3, 16, 24), np.uint8), ["[(F,) H, W, 3]", "(3, 16, 24)"]),
     "a tensor with channels last": (torch.zeros(16, 24, 3), ["[(F,) 3, H, W]", "(16, 24, 3)"]),
     "nothing": (np.zeros((0, 24, 3), np.uint8), ["(0, 24, 3)"]),
+    "a picture without rows": (PIL.Image.new("RGB", (5, 0)), ["0x5"]),
+    "a picture without columns": (PIL.Image.new("L", (0, 5)), ["5x0"]),
     "one number": (np.array(3), ["()"]),
     "a batch of videos": (np.zeros((2, 5, 16, 24, 3), np.uint8), ["(2, 5, 16, 24, 3)"]),
     "a file": ("cat.png", ["str"]),
