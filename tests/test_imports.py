@@ -17,6 +17,7 @@ PACKAGE_FLOORS = [
         "dtypes",
         "frame_counts",
         "hub_cards",
+        "json_files",
         "number_checks",
         "registration",
         "setting_types",

@@ -12,7 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..loaders.checkpoint_file import read_checkpoint_file
-from .json_files import read_json
+from ..loaders.names import first_names
+from .config_file import read_config
 
 
 _WEIGHTLESS = ("tokenizer", "scheduler")
@@ -46,7 +47,7 @@ def check_complete(
                 f"'{source}' is incomplete: its model_index.json names {name}, and there is no such folder."
             )
         for config in sorted((folder / name).glob("*.json")):
-            read_json(folder, f"{name}/{config.name}", source)
+            read_config(folder, f"{name}/{config.name}", source)
         if name in _WEIGHTLESS or name in without_weights:
             continue
         files = list(_weight_files(folder / name, source))
@@ -81,14 +82,14 @@ def _weight_files(component: Path, source: str | os.PathLike) -> Iterator[Path]:
     indexes = sorted(component.glob(f"*{_INDEX}"))
     for index in indexes:
         name = f"{component.name}/{index.name}"
-        parts = read_json(component.parent, name, source).get("weight_map")
+        parts = read_config(component.parent, name, source).get("weight_map")
         if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
             raise ValueError(f"{name} of '{source}' has no weight_map from names of weights to names of files.")
         wanted = sorted(set(parts.values()))
         if missing := [part for part in wanted if not (component / part).is_file()]:
             raise ValueError(
                 f"'{source}' is incomplete: {len(missing)} of the {len(wanted)} weight files of {component.name} are "
-                f"missing ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})."
+                f"missing ({first_names(missing, 3)})."
             )
         yield from (component / part for part in wanted)
     if not indexes:

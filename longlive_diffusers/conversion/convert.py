@@ -36,7 +36,7 @@ from ..schedulers.scheduling_longlive import LongLiveScheduler
 from ..setting_types import check_setting_types
 from .cards import origin_details
 from .complete_folder import check_complete
-from .json_files import read_json
+from .config_file import read_config
 from .output_folder import prepare_output, save_atomically
 from .pipeline_folder import components_of, default_settings, find_folder, fuse_lora, settings_of, stored_dtype
 
@@ -150,7 +150,7 @@ def _base_folder(base: str | os.PathLike, patterns: tuple[str, ...]) -> Path:
 
 
 def _read_index(folder: Path, base: str | os.PathLike) -> dict[str, Any]:
-    index = read_json(folder, "model_index.json", base)
+    index = read_config(folder, "model_index.json", base)
     for name, needed in _BASE_COMPONENTS.items():
         entry = index.get(name)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
@@ -184,7 +184,7 @@ def _split_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 def _base_transformer_config(folder: Path, base: str | os.PathLike) -> dict[str, Any]:
     name = "transformer/config.json"
-    config = read_json(folder, name, base) if (folder / name).is_file() else {}
+    config = read_config(folder, name, base) if (folder / name).is_file() else {}
     return {key: config[key] for key in _TRANSFORMER_SETTINGS if key in config}
 
 
@@ -199,11 +199,11 @@ def _check_base(
     """Check the base's small files: that they are there, of the right types, and of the checkpoint's sizes."""
     if Path(base).expanduser().is_dir():  # the weights of one on the Hub are downloaded later
         check_complete(folder, {name: index[name] for name in _BASE_COMPONENTS}, base)
-    vae, text_encoder = (read_json(folder, f"{name}/config.json", base) for name in ("vae", "text_encoder"))
+    vae, text_encoder = (read_config(folder, f"{name}/config.json", base) for name in ("vae", "text_encoder"))
     with settings_of(base):
         check_setting_types(vae, AutoencoderKLWan)
         if from_longlive:
-            scheduler = read_json(folder, "scheduler/scheduler_config.json", base)
+            scheduler = read_config(folder, "scheduler/scheduler_config.json", base)
             check_setting_types(scheduler, LongLiveScheduler)
     if vae.get("z_dim") != sizes["in_channels"]:
         raise ValueError(

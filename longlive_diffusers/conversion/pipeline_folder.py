@@ -34,7 +34,7 @@ from ..pipelines.inputs import ModelSizes
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..setting_types import check_setting_types
 from .complete_folder import check_complete, stored_shapes
-from .json_files import read_json
+from .config_file import read_config
 
 
 _CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json")
@@ -67,7 +67,7 @@ class PipelineFolder:
             ValueError: If there is no such folder or repository, or it is not a pipeline that this package can run.
         """
         folder = find_folder(source, _CONFIGS)
-        index, transformer, vae = (read_json(folder, name, source) for name in _CONFIGS)
+        index, transformer, vae = (read_config(folder, name, source) for name in _CONFIGS)
         if index.get("_class_name") not in _PIPELINES:
             raise ValueError(f"'{source}' is a {index.get('_class_name')}, not a LongLivePipeline")
         with settings_of(source):
@@ -177,7 +177,7 @@ class PipelineFolder:
 
     def _check_weights(self, folder: Path) -> None:
         """Check that the pipeline is complete, by names and headers alone."""
-        check_complete(folder, read_json(folder, "model_index.json", self.source), self.source)
+        check_complete(folder, read_config(folder, "model_index.json", self.source), self.source)
         with settings_of(self.source):
             check_num_layers(folder / "transformer", self.transformer["num_layers"])
 

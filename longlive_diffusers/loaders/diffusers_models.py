@@ -1,12 +1,13 @@
 """Whether weights that diffusers has read, or a network that diffusers has built, are what our network needs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import WanTransformer3DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .names import first_names
 from .original import check_against_model
 
 
@@ -30,9 +31,9 @@ def check_all_weights_loaded(info: Mapping[str, Any], model: nn.Module, source: 
         return
     found = []
     if missing:
-        found.append(f"lacks {len(missing)} of its weights ({_first(missing)})")
+        found.append(f"lacks {len(missing)} of its weights ({first_names(missing, 3)})")
     if unexpected:
-        found.append(f"has {len(unexpected)} weights that the model does not know ({_first(unexpected)})")
+        found.append(f"has {len(unexpected)} weights that the model does not know ({first_names(unexpected, 3)})")
     blocks = {name.split(".")[1] for name in (*missing, *unexpected) if name.startswith("blocks.")}
     hint = f" Its config.json says num_layers={model.config['num_layers']}." if blocks else ""  # pyright: ignore
     raise ValueError(
@@ -68,8 +69,3 @@ def check_plain_wan(wan: WanTransformer3DModel, empty: nn.Module) -> None:
             "with NVFP4Config (`longlive quantize`)."
         )
     check_against_model(weights, empty)
-
-
-def _first(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from ..nvfp4.format import Weight
 from .checkpoint_file import check_finite, named_tensors, read_checkpoint_file
 from .lora_file import LORA_SUFFIXES, LoraFile, read_lora_file
+from .names import first_names
 from .original import Checkpoint, rename_to_diffusers, strip_wrappers
 
 
@@ -125,12 +126,12 @@ def read_lora(lora: LoraFile, convert: Callable[..., Any]) -> tuple[dict[str, to
     if not any("lora" in key or "lokr" in key for key in tensors):
         raise ValueError(f"{lora.source} is not a LoRA: none of its {len(tensors)} tensors is of a LoRA layer.")
     if halves := [key for key in tensors if (partner := _partner(key)) is not None and partner not in tensors]:
-        raise ValueError(f"{lora.source}: {len(halves)} layers lack their lora_A or lora_B: {_first(halves)}.")
+        raise ValueError(f"{lora.source}: {len(halves)} layers lack their lora_A or lora_B: {first_names(halves)}.")
     try:
         state = convert(dict(tensors))
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(
-            f"{lora.source} is not a LoRA of this model: its {len(tensors)} keys ({_first(list(tensors))}) cannot be "
+            f"{lora.source} is not a LoRA of this model: its {len(tensors)} keys ({first_names(tensors)}) cannot be "
             f"converted ({error})."
         ) from error
     if lora.metadata is not None:
@@ -173,7 +174,7 @@ def check_lora_fits(lora: Mapping[str, torch.Tensor], weights: Mapping[str, Weig
     own = {key.removeprefix("transformer."): tensor for key, tensor in lora.items() if key.startswith("transformer.")}
     if not own:
         raise ValueError(
-            f"Nothing of this LoRA is for the transformer: none of its {len(lora)} keys is ({_first(list(lora))})."
+            f"Nothing of this LoRA is for the transformer: none of its {len(lora)} keys is ({first_names(lora)})."
         )
     if any(".lokr_" in key for key in own):
         return  # Kronecker products (LoKr): diffusers knows their layout, and checks it
@@ -253,12 +254,12 @@ def _layers(tensors: Mapping[str, torch.Tensor], *, source: str) -> dict[str, di
         layer[part] = tensor
     if not layers:
         raise ValueError(
-            f"{source} is not a LoRA of this model: none of its {len(tensors)} keys is ({_first(unknown)})."
+            f"{source} is not a LoRA of this model: none of its {len(tensors)} keys is ({first_names(unknown)})."
         )
     if unknown:
-        raise ValueError(f"{source} holds {len(unknown)} keys that are no plain LoRA layers: {_first(unknown)}.")
+        raise ValueError(f"{source} holds {len(unknown)} keys that are no plain LoRA layers: {first_names(unknown)}.")
     if halves := [name for name, layer in layers.items() if not {"lora_A", "lora_B"} <= set(layer)]:
-        raise ValueError(f"{source}: {len(halves)} layers lack their lora_A or lora_B: {_first(halves)}.")
+        raise ValueError(f"{source}: {len(halves)} layers lack their lora_A or lora_B: {first_names(halves)}.")
     return layers
 
 
@@ -324,7 +325,3 @@ def _check_alpha(alpha: Any, name: str, *, source: str) -> None:
 
 def _scaled(tensor: torch.Tensor, scale: float) -> torch.Tensor:
     return tensor if scale == 1.0 else (tensor.float() * scale).to(tensor.dtype)
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

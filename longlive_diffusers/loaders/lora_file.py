@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 
 from .checkpoint_file import read_checkpoint_file
+from .names import first_names
 
 
 LORA_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -149,7 +150,7 @@ def _choose(names: Iterable[str], source: str, weight_name: str | None, subfolde
 
 
 def _list(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
+    return first_names(names, 5) or "nothing"
 
 
 def _stored_metadata(path: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longlive_diffusers.conversion.complete_folder import check_complete, stored_shapes
-from longlive_diffusers.conversion.json_files import read_json
+from longlive_diffusers.conversion.config_file import read_config
 from longlive_diffusers.conversion.pipeline_folder import PipelineFolder, stored_dtype
 from tests.support.tiny_pipeline import tiny_pipeline
 
@@ -143,7 +143,7 @@ def test_pickled_weights_are_read_as_carefully(folder):
     weights = folder / TRANSFORMER
     weights.unlink()
     torch.save({"blocks.0.weight": torch.nn.Linear(1, 1)}, weights.with_suffix(".bin"))
-    index = read_json(folder, "model_index.json", folder)
+    index = read_config(folder, "model_index.json", folder)
     with pytest.raises(ValueError, match="holds Python objects"):
         check_complete(folder, index, folder)
     check_complete(folder, index, folder, without_weights=("transformer",))

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data.json_files import read_json
 from longlive_diffusers.atomic_write import new_file, write_text
+from longlive_diffusers.json_files import read_json
 
 
 SETTINGS_FILE = "settings.json"

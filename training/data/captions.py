@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from data.json_files import read_json
 from data.samples import SampleError
+from longlive_diffusers.json_files import read_json
 
 
 CAPTION_SUFFIXES = (".json", ".txt")

@@ -16,9 +16,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from data.cache_files import make_folder
-from data.json_files import read_json
 from data.videos import ClipError, count_frames
 from longlive_diffusers.atomic_write import write_text
+from longlive_diffusers.json_files import read_json
 
 
 INDEX_FILE = "clips.json"

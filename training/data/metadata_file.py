@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from data.captions import caption_of, shortened
-from data.json_files import parse_json
 from data.names import find_file, plain_name
 from data.samples import Clip, Sample, SampleError
+from longlive_diffusers.json_files import parse_json
 
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")

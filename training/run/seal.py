@@ -5,8 +5,10 @@ import json
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 from longlive_diffusers.atomic_write import write_text
+from longlive_diffusers.json_files import read_json
 
 
 SEAL = "files.json"
@@ -45,11 +47,11 @@ def write_seal(folder: Path, sums: Sums) -> None:
 def damages(folder: Path, *, rank: int, num_ranks: int) -> list[str]:
     """Return what is wrong with this process's share of the files of a sealed folder, one text for each."""
     try:
-        sums: Sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        sums: Any = read_json(folder / SEAL)
         files = sorted((folder / name, size, checksum) for name, (size, checksum) in sums.items())
     except FileNotFoundError:
         return [f"'{folder}' has no {SEAL}: it is no checkpoint of this script, or was not written to its end"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         return [f"'{folder / SEAL}' is damaged"]
     return [text for file in files[rank::num_ranks] for text in _damage(*file)]
 

@@ -1,12 +1,13 @@
 """Read the configuration files of a pipeline, and say clearly what is wrong with one."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from ..json_files import parse_json
 
-def read_json(folder: Path, name: str, source: str | os.PathLike) -> dict[str, Any]:
+
+def read_config(folder: Path, name: str, source: str | os.PathLike) -> dict[str, Any]:
     """
     Read one configuration file of a pipeline.
 
@@ -19,13 +20,13 @@ def read_json(folder: Path, name: str, source: str | os.PathLike) -> dict[str, A
         ValueError: If there is no such file, or it is not a JSON object.
     """
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        content = parse_json((folder / name).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ValueError(f"'{source}' is not a pipeline: it has no {name}") from error
-    except RecursionError as error:
-        raise ValueError(f"{name} of '{source}' is not a configuration: it is nested too deeply") from error
-    except ValueError as error:  # not JSON, or not UTF-8
+    except UnicodeDecodeError as error:
         raise ValueError(f"{name} of '{source}' is not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} of '{source}' {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} of '{source}' holds a {type(content).__name__}, not an object")
     return content
