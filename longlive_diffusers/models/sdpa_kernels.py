@@ -14,7 +14,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 aten = torch.ops.aten
 
 
-def kernel_named(backend: AttentionBackendName | str) -> Callable[..., torch.Tensor] | None:
+def kernel_named(backend: str) -> Callable[..., torch.Tensor] | None:
     """Return the kernel that a name stands for, which takes and returns `[B, heads, tokens, head_dim]`; None if it is
     not the name of one of PyTorch's kernels."""
     return _KERNELS.get(backend)
@@ -44,7 +44,7 @@ def _is_differentiated(*states: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states)
 
 
-_KERNELS = {
+_KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     AttentionBackendName._NATIVE_FLASH: _flash,
     AttentionBackendName._NATIVE_CUDNN: _cudnn,
     AttentionBackendName._NATIVE_EFFICIENT: _efficient,
