@@ -185,6 +185,11 @@ class KVCache:
         """The frames held for one sample, oldest first."""
         return sorted(self._samples[sample].slots, key=lambda frame: frame.index)
 
+    @property
+    def cached_chunks(self) -> set[int]:
+        """The indices of the chunks of which a frame is held, for any sample."""
+        return {frame.index // self.chunk_size for sample in self._samples for frame in sample.slots}
+
     def begin_chunk(
         self,
         num_frames: int,

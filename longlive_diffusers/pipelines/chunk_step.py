@@ -9,7 +9,7 @@ state.
 LongLive-2.0 (arXiv 2605.18739), streaming inference.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -164,6 +164,29 @@ def write_clean(
     for kv_cache, prompt_embeds in zip(kv_caches, embeds, strict=False):
         kv_cache.finish_chunk()
         _forward(transformer, latents, timestep, prompt_embeds, kv_cache, conditioning)
+
+
+def rewrite_history(
+    transformer: LongLiveTransformer3DModel,
+    kv_cache: KVCache,
+    clean_latents: Mapping[int, torch.Tensor],
+    conditioning: Conditioning,
+) -> None:
+    """
+    Rewrite the cached history so that it carries another prompt (LongLive 1.0, KV recache).
+
+    Args:
+        clean_latents: The clean latents `[B, C, chunk_size, h, w]` of all chunks that have a frame in the cache, by
+            the index of the chunk.
+        transformer, kv_cache, conditioning: See [`chunk_step`]; the prompt is the new one.
+    """
+    chunk_size = kv_cache.chunk_size
+    for frames in kv_cache.recache():
+        samples = [
+            torch.stack([clean_latents[i // chunk_size][sample, :, i % chunk_size] for i in indices], dim=1)
+            for sample, indices in enumerate(frames)
+        ]
+        write_clean(transformer, torch.stack(samples), [kv_cache], conditioning)  # [B, C, n, h, w]
 
 
 def with_first_frame(latents: torch.Tensor, first_frame: torch.Tensor | None) -> torch.Tensor:

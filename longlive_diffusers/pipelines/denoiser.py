@@ -20,7 +20,7 @@ from ..models.kv_cache import KVCache
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_non_negative
 from .callbacks import check_returned
-from .chunk_step import Conditioning, Solver, chunk_step, is_guided, write_clean
+from .chunk_step import Conditioning, Solver, chunk_step, is_guided, rewrite_history, write_clean
 from .inputs import MAX_GUIDANCE_SCALE, Request
 from .prompt_source import PromptSource
 from .run_state import RunState
@@ -125,7 +125,7 @@ class ChunkDenoiser:
             self.run.attention_kwargs,
         )
         if switched:
-            self._recache(conditioning)
+            rewrite_history(self.transformer, self.kv_caches[0], self._clean_latents, conditioning)
         for kv_cache in self.kv_caches:
             kv_cache.begin_chunk(
                 self.request.chunk_size,
@@ -196,24 +196,9 @@ class ChunkDenoiser:
             self.prompts.negative_embeds = conditioning.negative_prompt_embeds
         return changed.get("latents", latents).to(latents)
 
-    def _recache(self, conditioning: Conditioning) -> None:
-        """Rewrite the history so that it carries the new prompt instead of the old one (LongLive 1.0, KV recache)."""
-        kv_cache, chunk_size = self.kv_caches[0], self.request.chunk_size
-        for frames in kv_cache.recache():
-            samples = [
-                torch.stack([self._clean_latents[i // chunk_size][sample, :, i % chunk_size] for i in indices], dim=1)
-                for sample, indices in enumerate(frames)
-            ]
-            write_clean(self.transformer, torch.stack(samples), [kv_cache], conditioning)  # [B, C, n, h, w]
-
     def _remember(self, index: int, latents: torch.Tensor) -> None:
         self._clean_latents[index] = latents
-        chunk_size, kv_cache = self.request.chunk_size, self.kv_caches[0]
-        cached = {
-            frame.index // chunk_size
-            for sample in range(kv_cache.batch_size)
-            for frame in kv_cache.cached_frames(sample)
-        }
+        cached = self.kv_caches[0].cached_chunks
         self._clean_latents = {chunk: self._clean_latents[chunk] for chunk in cached}
 
     def _allocate_caches(self) -> None:
