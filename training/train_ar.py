@@ -16,11 +16,9 @@ rounding, the errors that are recycled).
 
 import logging
 import math
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -28,26 +26,27 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from data.loading import ClipShape, batches, encode_batch, open_dataset
-from data.text_encoder import TextEncoder, prompt_length
-from longlive_diffusers import LongLiveTransformer3DModel
+from data.loading import ClipShape, batches, clip_shape, encode_batch, open_dataset
+from data.text_encoder import text_encoder_of
 from longlive_diffusers.parallel import FrameLayout, check_heads
 from objectives.error_recycling import ErrorRecycler
 from objectives.teacher_forcing import PreparedBatch, TeacherForcing
 from run.agreement import check_processes, on_main_process
 from run.arguments import Arguments, parse_arguments
+from run.averaging import for_inference
 from run.cached_prompts import texts_of
-from run.checkpoints import Checkpoints, EMAState, resolve_checkpoint
+from run.checkpoints import Checkpoints, EMAState, check_steps, resolve_checkpoint
 from run.history import Setting, SettingsHistory
-from run.interruption import StopRequest
+from run.interruption import StopRequest, end_early
 from run.log import TrainingLog, check_tracker
 from run.network import prepare_transformer
 from run.optimizers import build_optimizers, build_schedules, check_optimizer
 from run.output_folder import output_folder
-from run.precision import keep_inputs_in_float32
+from run.precision import keep_inputs_in_float32, precision_name
 from run.process_mesh import ProcessMesh, build_process_mesh
-from run.publishing import HUB_ERRORS, make_repository, publish
+from run.publishing import make_repository, publish
 from run.saving import load_start, save_result, trained_weights
+from run.script import run_script
 from run.validation import Validation
 
 
@@ -92,7 +91,7 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
 
     # 2. The pipeline and the transformer that training starts from.
     pipe, transformer = load_start(model_args)
-    shape = clip_shape(arguments, pipe, transformer)
+    shape = clip_shape(data_args, pipe, transformer)
     layout = FrameLayout(shape.num_latent_frames, mesh.sp_size, shape.chunk_size)
     check_heads(transformer.config.num_attention_heads, mesh.sp_size)
     validation = Validation(
@@ -108,7 +107,7 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
 
     # 3. Data: encoded once, then read.
     cache = Path(data_args.data_cache_dir or output / "cache")
-    encoder = text_encoder(arguments, accelerator, pipe)
+    encoder = text_encoder_of(model_args, data_args.max_sequence_length, accelerator, pipe.tokenizer)
     validation_texts = texts_of(run_args.validation_prompts, pipe.config.scene_cut_prefix)
     dataset, texts = open_dataset(accelerator, data_args, shape, pipe, encoder, validation_texts, cache, output)
     pipe.texts = texts
@@ -218,7 +217,7 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
                 checkpoints.save(done)
                 saved_step = done
             if done < optimization.max_train_steps and validation.is_due(done):
-                validation.run(accelerator, model, ema, done)
+                validation.run(accelerator, done, lambda: for_inference(accelerator, model, ema))
 
     # 8. The result, and only then its videos, which may fail.
     weights = trained_weights(accelerator, model, ema)
@@ -228,7 +227,9 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
         logger.info("saved to '%s'", output)
     del weights
     if run_args.validation_prompts:
-        validation.run(accelerator, model, ema, optimization.max_train_steps)
+        validation.run(
+            accelerator, optimization.max_train_steps, lambda: for_inference(accelerator, model, ema)
+        )
     if accelerator.is_main_process and run_args.push_to_hub:
         publish(written, repo_id, run_args)
     accelerator.end_training()
@@ -276,56 +277,6 @@ def update(
     return loss, float(norm)
 
 
-def clip_shape(arguments: Arguments, pipe, transformer: LongLiveTransformer3DModel) -> ClipShape:
-    """
-    Return the shape of the training clips; the size in pixels is the model's own by default.
-
-    Raises:
-        ValueError: If the VAE or the network cannot take the size, or the clips are not a whole number of chunks.
-    """
-    data, config = arguments.data, transformer.config
-    scale = pipe.vae_scale_factor_spatial
-    height = data.height or config.sample_height * scale
-    width = data.width or config.sample_width * scale
-    units = (scale * config.patch_size[1], scale * config.patch_size[2])
-    if height % units[0] or width % units[1]:
-        raise ValueError(f"--height and --width must be multiples of {units[0]} and {units[1]}, got {height}x{width}.")
-    if data.num_latent_frames % config.chunk_size:
-        raise ValueError(
-            f"--num_latent_frames {data.num_latent_frames} is no multiple of {config.chunk_size} (chunks)"
-        )
-    return ClipShape(height, width, data.num_latent_frames, config.chunk_size)
-
-
-def text_encoder(arguments: Arguments, accelerator: Accelerator, pipe) -> TextEncoder:
-    """Return the text encoder of the run, not loaded yet; it computes in bfloat16 where the network does."""
-    model = arguments.model
-    return TextEncoder(
-        model.pretrained_model_name_or_path,
-        model.revision,
-        model.variant,
-        dtype=torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32,
-        device=accelerator.device,
-        max_sequence_length=prompt_length(arguments.data.max_sequence_length, pipe.tokenizer),
-    )
-
-
-def check_steps(checkpoint: Path, step: int, max_train_steps: int) -> None:
-    """Raise a ValueError if a checkpoint has more updates than there are to be."""
-    if step > max_train_steps:
-        raise ValueError(f"'{checkpoint}' has {step} updates, more than --max_train_steps {max_train_steps}")
-
-
-def end_early(accelerator: Accelerator, signal_number: int, step: int, max_train_steps: int) -> NoReturn:
-    """End a run that was asked to, after `step` updates, of which a checkpoint has been written, unless it is 0."""
-    name = signal.Signals(signal_number).name
-    how = "go on with --resume_from_checkpoint latest" if step else "nothing was trained yet"
-    if accelerator.is_main_process:
-        logger.warning("ended by %s after update %d of %d; %s", name, step, max_train_steps, how)
-    accelerator.end_training()
-    raise SystemExit(128 + signal_number)
-
-
 def checkpoint_states(recycler: ErrorRecycler | None, ema: EMAModel | None) -> tuple[dict, dict]:
     """Return what is saved besides weights and optimizers, by name: the states that each process has of its own, and
     those that are the same in all processes."""
@@ -367,26 +318,12 @@ def settings_of(arguments: Arguments, accelerator: Accelerator, shape: ClipShape
     settings = {name: value for group in groups for name, value in vars(group).items()}
     for name in ("data_cache_dir", "dataloader_num_workers", "vae_batch_size"):
         del settings[name]
-    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision)
-    return settings | asdict(shape) | {"mixed_precision": precision or accelerator.mixed_precision}
+    return settings | asdict(shape) | {"mixed_precision": precision_name(accelerator)}
 
 
 def run(argv: list[str]) -> int:
-    """Run the script.
-
-    Returns:
-        The exit status: 0 on success; 1 if the disk, the network or the training itself failed; 2 if something was
-        asked for that is not possible (all of them are reported in one line); 130 after Ctrl-C.
-    """
-    try:
-        main(parse_arguments(argv))
-    except (ValueError, FloatingPointError, MemoryError, torch.OutOfMemoryError, *HUB_ERRORS) as error:
-        print(f"train_ar.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    except KeyboardInterrupt:
-        print("train_ar.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    """Run the script, and return its exit status; see `run_script`."""
+    return run_script("train_ar.py", argv, lambda words: main(parse_arguments(words)))
 
 
 if __name__ == "__main__":

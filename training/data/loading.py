@@ -16,11 +16,11 @@ from data.sample_list import describe
 from data.sampler import EpochSampler, WithSampleId
 from data.text_cache import TextCache, missing_prompts
 from data.text_encoder import TextEncoder, encode_missing
-from longlive_diffusers import LongLivePipeline
+from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.models.streaming_vae import normalize_latents
 from longlive_diffusers.parallel import FrameLayout, encode_shard
-from run.arguments import DataArguments
+from run.arguments import DataArguments, EncodingArguments
 from run.interruption import ignore_stop_requests
 from run.process_mesh import ProcessMesh
 
@@ -33,6 +33,28 @@ class ClipShape:
     width: int
     num_latent_frames: int
     chunk_size: int
+
+
+def clip_shape(
+    arguments: EncodingArguments, pipe: LongLivePipeline, transformer: LongLiveTransformer3DModel
+) -> ClipShape:
+    """
+    Return the shape of the clips; the size in pixels is the model's own by default.
+
+    Raises:
+        ValueError: If the VAE or the network cannot take the size, or the clips are not a whole number of chunks.
+    """
+    config, scale = transformer.config, pipe.vae_scale_factor_spatial
+    height = arguments.height or config.sample_height * scale
+    width = arguments.width or config.sample_width * scale
+    units = (scale * config.patch_size[1], scale * config.patch_size[2])
+    if height % units[0] or width % units[1]:
+        raise ValueError(f"--height and --width must be multiples of {units[0]} and {units[1]}, got {height}x{width}.")
+    if arguments.num_latent_frames % config.chunk_size:
+        raise ValueError(
+            f"--num_latent_frames {arguments.num_latent_frames} is no multiple of {config.chunk_size} (chunks)"
+        )
+    return ClipShape(height, width, arguments.num_latent_frames, config.chunk_size)
 
 
 def open_dataset(

@@ -31,6 +31,7 @@ from data.cache_files import (
 )
 from data.text_cache import build_text_cache, missing_prompts, text_settings
 from longlive_diffusers import LongLivePipeline
+from run.arguments import ModelArguments
 
 
 KNOWN_FILES = "known_encoders.json"
@@ -117,6 +118,29 @@ class TextEncoder:
             )
             described = [self.source, Path(snapshot).name]
         return hashlib.sha256(json.dumps([*described, self.variant, str(self.dtype)]).encode()).hexdigest()
+
+
+def text_encoder_of(
+    model: ModelArguments,
+    max_sequence_length: int | None,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+) -> TextEncoder:
+    """
+    Return the text encoder of the model that a run starts from, not loaded yet; it computes in bfloat16 where the
+    network does.
+
+    Raises:
+        ValueError: As [`prompt_length`].
+    """
+    return TextEncoder(
+        model.pretrained_model_name_or_path,
+        model.revision,
+        model.variant,
+        dtype=torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32,
+        device=accelerator.device,
+        max_sequence_length=prompt_length(max_sequence_length, tokenizer),
+    )
 
 
 def encode_missing(accelerator: Accelerator, encoder: TextEncoder, prompts: Sequence[str], folder: Path) -> None:

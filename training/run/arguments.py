@@ -2,9 +2,10 @@
 file may set. Each setting is defined once: as a field of its dataclass, with its range, its default and its help."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -282,15 +283,26 @@ def parse_arguments(argv: list[str]) -> Arguments:
         description="Teacher-forcing training of LongLive-2.0 (its AR stage).",
     )
     arguments = Arguments(*groups)
-    _check(arguments)
+    check_arguments(vars(arguments).values(), arguments.model, arguments.optimization, arguments.run)
     return arguments
 
 
-def _check(arguments: Arguments) -> None:
-    check_settings(vars(arguments).values())
-    _check_schedule(arguments.optimization)
-    recipe_named(arguments.optimization.nvfp4_recipe)
-    model, run = arguments.model, arguments.run
+def check_arguments(
+    groups: Iterable[Any], model: ModelArguments, optimization: OptimizationArguments, run: RunArguments
+) -> None:
+    """
+    Check the settings of a script.
+
+    Args:
+        groups: All of its settings.
+        model, optimization, run: Those among them that every script has.
+
+    Raises:
+        ValueError: For a number that is out of range, or settings that do not go together.
+    """
+    check_settings(groups)
+    _check_schedule(optimization)
+    recipe_named(optimization.nvfp4_recipe)
     if model.rank is None and model.lora_alpha is not None:
         raise ValueError(f"--lora_alpha {model.lora_alpha} needs a --rank: without one, all weights train")
     try:

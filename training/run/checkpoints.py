@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from run.agreement import on_main_process
 from run.seal import damages, sync, sync_files, write_seal
+from run.trained_weights import local
 
 
 PREFIX = "checkpoint-"
@@ -55,14 +56,14 @@ class EMAState:
         """Return the number of updates and the averages."""
         return {
             "optimization_step": self.ema.optimization_step,
-            "shadow": [_local(tensor) for tensor in self.ema.shadow_params],
+            "shadow": [local(tensor) for tensor in self.ema.shadow_params],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state."""
         self.ema.optimization_step = state["optimization_step"]
         for shadow, saved in zip(self.ema.shadow_params, state["shadow"], strict=True):
-            _local(shadow).copy_(saved)
+            local(shadow).copy_(saved)
 
 
 class Checkpoints:
@@ -234,6 +235,12 @@ def resolve_checkpoint(accelerator: Accelerator, folder: Path, requested: str | 
     return None
 
 
+def check_steps(checkpoint: Path, step: int, max_train_steps: int) -> None:
+    """Raise a ValueError if a checkpoint has more updates than there are to be."""
+    if step > max_train_steps:
+        raise ValueError(f"'{checkpoint}' has {step} updates, more than --max_train_steps {max_train_steps}")
+
+
 def _candidates(folder: Path, requested: str | None) -> list[Path]:
     """Return the checkpoints to try, in order."""
     if requested is None:
@@ -297,11 +304,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _ranks(accelerator: Accelerator) -> dict[str, int]:
     return {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of a tensor that FSDP has sharded; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _step(checkpoint: Path) -> int:

@@ -1,13 +1,17 @@
 """Ctrl-C and SIGTERM: a run that is asked to end finishes its update, writes a checkpoint, and says how to go on."""
 
+import logging
 import os
 import signal
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+
+
+logger = logging.getLogger("interruption")
 
 
 class StopRequest:
@@ -60,3 +64,13 @@ def ignore_stop_requests(_: int) -> None:
     processes of a run: the main one decides. Give this to a DataLoader as `worker_init_fn`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def end_early(accelerator: Accelerator, signal_number: int, step: int, max_train_steps: int) -> NoReturn:
+    """End a run that was asked to, after `step` updates, of which a checkpoint has been written, unless it is 0."""
+    name = signal.Signals(signal_number).name
+    how = "go on with --resume_from_checkpoint latest" if step else "nothing was trained yet"
+    if accelerator.is_main_process:
+        logger.warning("ended by %s after update %d of %d; %s", name, step, max_train_steps, how)
+    accelerator.end_training()
+    raise SystemExit(128 + signal_number)

@@ -1,6 +1,7 @@
 """Prepare the network of a run for training: 4-bit layers, a LoRA, gradient checkpointing, attention, compilation."""
 
 import logging
+from collections.abc import Sequence
 
 from peft import LoraConfig
 
@@ -27,12 +28,17 @@ def prepare_transformer(
         use_nvfp4(transformer, optimization, trains_lora=model.rank is not None)
     if model.rank is not None:
         add_lora(transformer, model)
+    set_computation(transformer, optimization)
+    if optimization.compile:
+        transformer.compile_repeated_blocks()
+
+
+def set_computation(transformer: LongLiveTransformer3DModel, optimization: OptimizationArguments) -> None:
+    """Choose gradient checkpointing and the attention backend as the options say."""
     if optimization.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if optimization.attention_backend is not None:
         transformer.set_attention_backend(optimization.attention_backend)
-    if optimization.compile:
-        transformer.compile_repeated_blocks()
 
 
 def use_nvfp4(
@@ -49,8 +55,10 @@ def use_nvfp4(
     logger.info("%d linear layers train in NVFP4, recipe '%s'", len(layers), recipe.name)
 
 
-def add_lora(transformer: LongLiveTransformer3DModel, model: ModelArguments) -> None:
-    """Freeze the network, and add a LoRA that is trained instead."""
+def add_lora(
+    transformer: LongLiveTransformer3DModel, model: ModelArguments, names: Sequence[str] = ("default",)
+) -> None:
+    """Freeze the network, and add LoRAs that are trained instead, with these names (of adapters in PEFT)."""
     transformer.requires_grad_(False)
     config = LoraConfig(
         r=model.rank,
@@ -60,6 +68,7 @@ def add_lora(transformer: LongLiveTransformer3DModel, model: ModelArguments) -> 
         init_lora_weights="gaussian",
     )
     try:
-        transformer.add_adapter(config)
+        for name in names:
+            transformer.add_adapter(config, name)
     except ValueError as error:
         raise ValueError(f"--lora_layers {model.lora_layers!r}: {error}") from error

@@ -21,3 +21,14 @@ def keep_inputs_in_float32(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, cast_forward_inputs=False, reduce_dtype=torch.float32, output_dtype=None
         )
+
+
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Return the dtype that networks compute in: what weights that are not trained need to be stored as."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def precision_name(accelerator: Accelerator) -> str:
+    """Return the name of the precision that networks compute in."""
+    names = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    return names.get(accelerator.mixed_precision, accelerator.mixed_precision)

@@ -3,6 +3,7 @@ model card."""
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,29 @@ from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.atomic_write import new_folder
 from longlive_diffusers.nvfp4 import nvfp4_layers
 from longlive_diffusers.pipelines.sharing import render_lora_card
-from run.arguments import Arguments, ModelArguments
+from run.arguments import Arguments, EncodingArguments, ModelArguments, OptimizationArguments, RunArguments
 from run.averaging import averaged_weights
 from run.cached_prompts import CachedPromptsPipeline, split_shots
 from run.history import SettingsHistory
 
 
-def load_start(arguments: ModelArguments) -> tuple[CachedPromptsPipeline, LongLiveTransformer3DModel]:
+def load_start(
+    arguments: ModelArguments, dtype: torch.dtype = torch.float32
+) -> tuple[CachedPromptsPipeline, LongLiveTransformer3DModel]:
     """
-    Load the pipeline that training starts from, without its transformer and its text encoder, and the transformer in
-    float32, the precision of the weights that are trained. Wan pipelines are loaded as LongLive pipelines.
+    Load the pipeline that training starts from, without its transformer and its text encoder, and the transformer.
+    Wan pipelines are loaded as LongLive pipelines.
+
+    Args:
+        arguments: What to start from.
+        dtype: The dtype of the transformer's weights; those that are trained need float32.
 
     Raises:
         ValueError: If the folder has no transformer that this package can train.
     """
-    options = {"revision": arguments.revision, "variant": arguments.variant}
     source = arguments.pretrained_model_name_or_path
-    overrides = {} if arguments.chunk_size is None else {"chunk_size": arguments.chunk_size}
-    try:
-        transformer = LongLiveTransformer3DModel.from_pretrained(
-            source, subfolder="transformer", dtype=torch.float32, **options, **overrides
-        )
-    except OSError as error:
-        raise ValueError(f"'{source}' has no transformer to start from: {error}") from error
+    options = {"revision": arguments.revision, "variant": arguments.variant}
+    transformer = load_transformer(source, dtype, arguments.chunk_size, **options)
     if nvfp4_layers(transformer) and arguments.rank is None:
         transformer.dequantize()  # all weights are trained; under a LoRA they stay in 4 bits
     pipe = CachedPromptsPipeline.from_pretrained(
@@ -47,6 +48,30 @@ def load_start(arguments: ModelArguments) -> tuple[CachedPromptsPipeline, LongLi
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.requires_grad_(False).eval()
     return pipe, transformer
+
+
+def load_transformer(
+    source: str, dtype: torch.dtype, chunk_size: int | None = None, **options: str | None
+) -> LongLiveTransformer3DModel:
+    """
+    Load the transformer of a pipeline.
+
+    Args:
+        source: The folder or Hub repository of the pipeline.
+        dtype: The dtype of its weights.
+        chunk_size: The number of latent frames of a chunk, if it is not the model's own.
+        options: `revision` and `variant`, as in `from_pretrained`.
+
+    Raises:
+        ValueError: If there is none that this package can train.
+    """
+    overrides = {} if chunk_size is None else {"chunk_size": chunk_size}
+    try:
+        return LongLiveTransformer3DModel.from_pretrained(
+            source, subfolder="transformer", dtype=dtype, **options, **overrides
+        )
+    except OSError as error:
+        raise ValueError(f"'{source}' has no transformer to start from: {error}") from error
 
 
 def trained_weights(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None) -> dict[str, torch.Tensor]:
@@ -76,11 +101,24 @@ def save_result(
     Returns:
         The names of the files and folders that were written.
     """
-    output = arguments.run.output
-    with new_folder(output / "result", replace=True) as result:
-        card = _save_weights(weights, transformer, arguments, repo_id, result)
+
+    def write(folder: Path) -> None:
+        card = _save_weights(weights, transformer, arguments, repo_id, folder)
         card.text += training_section(arguments, history, repo_id)
-        card.save(result / "README.md")
+        card.save(folder / "README.md")
+
+    return place_result(arguments.run.output, write)
+
+
+def place_result(output: Path, write: Callable[[Path], None]) -> list[str]:
+    """
+    Let `write` write a result into a new folder, then move all of it into the folder of the run.
+
+    Returns:
+        The names of the files and folders that were written.
+    """
+    with new_folder(output / "result", replace=True) as result:
+        write(result)
     # The index is moved last: without it, the folder is not taken for a pipeline.
     names = sorted((path.name for path in (output / "result").iterdir()), key=lambda name: name == "model_index.json")
     for name in names:
@@ -99,7 +137,7 @@ def _save_weights(
     folder: Path,
 ) -> ModelCard:
     """Write the LoRA or the complete pipeline, and return its model card, which is not saved yet."""
-    details = card_details(arguments)
+    details = card_details(arguments.run, arguments.data, arguments.model.pretrained_model_name_or_path)
     if arguments.model.rank is not None:
         LongLivePipeline.save_lora_weights(
             folder,
@@ -107,24 +145,42 @@ def _save_weights(
             **_collate_lora_metadata({"transformer": transformer}),
         )
         return render_lora_card(repo_id, rank=arguments.model.rank, **details)
-    source = arguments.model.pretrained_model_name_or_path
+    plain = {_plain(name): tensor for name, tensor in weights.items()}
+    return save_pipeline(plain, transformer.config, arguments.model, folder).model_card(repo_id, **details)
+
+
+def save_pipeline(
+    weights: dict[str, torch.Tensor], config: Mapping[str, Any], model: ModelArguments, folder: Path
+) -> LongLivePipeline:
+    """Write the pipeline that training started from, with a transformer of this configuration and these weights, and
+    return it."""
     with torch.device("meta"):
-        trained = LongLiveTransformer3DModel.from_config(dict(transformer.config))
-    trained.load_state_dict({_plain(name): tensor for name, tensor in weights.items()}, assign=True)
-    options = {"revision": arguments.model.revision, "variant": arguments.model.variant}
-    pipe = LongLivePipeline.from_pretrained(source, transformer=trained, dtype=torch.float32, **options)
+        trained = LongLiveTransformer3DModel.from_config(dict(config))
+    trained.load_state_dict(weights, assign=True)
+    pipe = LongLivePipeline.from_pretrained(
+        model.pretrained_model_name_or_path,
+        transformer=trained,
+        dtype=torch.float32,
+        revision=model.revision,
+        variant=model.variant,
+    )
     pipe.save_pretrained(folder)
-    return pipe.model_card(repo_id, **details)
+    return pipe
 
 
-def card_details(arguments: Arguments) -> dict[str, Any]:
-    """Return what a card says about using the result: the settings that validation used."""
-    run, data, source = arguments.run, arguments.data, arguments.model.pretrained_model_name_or_path
+def card_details(run: RunArguments, data: EncodingArguments, base_model: str) -> dict[str, Any]:
+    """
+    Return what a card says about using the result: the settings that validation used.
+
+    Args:
+        run, data: The settings of the run.
+        base_model: The pipeline that the result was made from, or is loaded into.
+    """
     details: dict[str, Any] = {
         "num_inference_steps": run.validation_num_inference_steps,
         "guidance_scale": run.validation_guidance_scale,
         "fps": int(data.fps) if data.fps == int(data.fps) else data.fps,
-        "base_model": None if Path(source).exists() else source,  # a local folder means nothing to others
+        "base_model": None if Path(base_model).exists() else base_model,  # a local folder means nothing to others
     }
     if run.validation_prompts:
         details["prompt"] = split_shots(run.validation_prompts[0])[0]
@@ -133,9 +189,8 @@ def card_details(arguments: Arguments) -> dict[str, Any]:
 
 def training_section(arguments: Arguments, history: SettingsHistory, repo_id: str) -> str:
     """Return the section of a card that says how the result was trained."""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in training_facts(arguments, history).items())
     intro = "Teacher forcing, with `training/train_ar.py` of longlive-diffusers."
-    text = f"\n## Training\n\n{intro}\n\n| | |\n|---|---|\n{rows}\n"
+    text = training_table(intro, training_facts(arguments, history))
     if arguments.optimization.precision == "nvfp4" and arguments.model.rank is None:
         recipe = arguments.optimization.nvfp4_recipe
         text += (
@@ -143,6 +198,12 @@ def training_section(arguments: Arguments, history: SettingsHistory, repo_id: st
             f"`longlive quantize {repo_id} --output FOLDER --recipe {recipe}`\n"
         )
     return text
+
+
+def training_table(intro: str, facts: Mapping[str, str | int]) -> str:
+    """Return a section of a card: how the result was trained, in a sentence, and the settings as a table."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return f"\n## Training\n\n{intro}\n\n| | |\n|---|---|\n{rows}\n"
 
 
 # Rows of a card, and the settings that they state.
@@ -175,20 +236,20 @@ def training_facts(arguments: Arguments, history: SettingsHistory) -> dict[str, 
     facts: dict[str, str | int] = {
         "updates": optimization.max_train_steps,
         "clips of an update, each data-parallel group": clips,
-        "precision": precision_in_words(arguments, history),
+        "precision": precision_in_words(arguments.model, arguments.optimization, history),
     }
     rows = FACTS if arguments.model.rank is None else LORA_FACTS | FACTS
     return facts | {row: history.describe(name) for row, name in rows.items()}
 
 
-def precision_in_words(arguments: Arguments, history: SettingsHistory) -> str:
+def precision_in_words(model: ModelArguments, optimization: OptimizationArguments, history: SettingsHistory) -> str:
     """Return what was computed in, in which precision."""
     words = history.describe("mixed_precision")
-    if arguments.optimization.precision != "nvfp4":
+    if optimization.precision != "nvfp4":
         return words
-    if arguments.model.rank is not None:
+    if model.rank is not None:
         return f"{words}, with the frozen weights in NVFP4"
-    return f"NVFP4, recipe {arguments.optimization.nvfp4_recipe}; everything else in {words}"
+    return f"NVFP4, recipe {optimization.nvfp4_recipe}; everything else in {words}"
 
 
 def _plain(name: str) -> str:

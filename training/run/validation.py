@@ -1,20 +1,23 @@
 """Make videos during training, with the current weights (or with their average, if one is kept)."""
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 
 from longlive_diffusers import LongLiveTransformer3DModel, VideoWriter, pixel_frames
 from run.arguments import RunArguments
-from run.averaging import averaged_weights
 from run.cached_prompts import CachedPromptsPipeline, split_shots
 
 
 logger = logging.getLogger("validation")
+
+Network = Callable[[], AbstractContextManager[LongLiveTransformer3DModel]]
+"""Opens the network of a run as it is to be used, and gives it back to training."""
 
 
 class EmptyTexts:
@@ -66,12 +69,12 @@ class Validation:
         return bool(self.arguments.validation_prompts) and step % self.arguments.validation_steps == 0
 
     @torch.no_grad()
-    def run(self, accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None, step: int) -> None:
-        """Make one video for each prompt. Every process has to call this: all of them gather sharded weights. Videos
-        that cannot be made are no reason to end the run: a warning says so."""
+    def run(self, accelerator: Accelerator, step: int, network: Network) -> None:
+        """Make one video for each prompt, with what `network` yields. Every process has to call this: all of them
+        gather sharded weights. Videos that cannot be made are no reason to end the run: a warning says so."""
         if accelerator.is_main_process or accelerator.is_fsdp2:
             try:
-                self._make_videos(accelerator, model, ema, step)
+                self._make_videos(accelerator, step, network)
             except (ValueError, ArithmeticError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
                 logger.warning("the validation after update %d failed, training goes on: %s", step, error)
         accelerator.wait_for_everyone()
@@ -102,19 +105,17 @@ class Validation:
             "max_sequence_length": self.pipe.texts.max_sequence_length,
         }
 
-    def _make_videos(self, accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None, step: int) -> None:
-        transformer = accelerator.unwrap_model(model, keep_torch_compile=False)
+    def _make_videos(self, accelerator: Accelerator, step: int, network: Network) -> None:
         random_state = torch.get_rng_state()  # what is drawn here must not change the run
         vae, vae_device = self.pipe.vae, self.pipe.vae.device
-        with averaged_weights(model, ema):
-            self.pipe.transformer = transformer.eval()
+        with network() as transformer:
+            self.pipe.transformer = transformer
             try:
                 vae.to(accelerator.device)
                 for index, prompt in enumerate(self.arguments.validation_prompts):
                     self._make_video(accelerator, index, prompt, step)
             finally:
                 self.pipe.transformer = None
-                transformer.train()
                 vae.to(vae_device)
                 torch.set_rng_state(random_state)
 
