@@ -20,7 +20,7 @@ from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.models.streaming_vae import normalize_latents
 from longlive_diffusers.parallel import FrameLayout, encode_shard
-from run.arguments import DataArguments
+from run.arguments import DataArguments, EncodingArguments
 from run.interruption import ignore_stop_requests
 from run.process_mesh import ProcessMesh
 
@@ -77,7 +77,7 @@ def open_dataset(
         check_cache(latents, cache_settings(videos, pipe.vae))
     encode_missing(accelerator, encoder, ["", *videos.distinct_prompts(), *other_prompts], texts)
     if arguments.cache_latents:
-        _build_latent_cache(accelerator, arguments, pipe, videos, latents)
+        encode_videos(accelerator, arguments, pipe, videos, latents)
     accelerator.wait_for_everyone()
     if arguments.cache_latents:
         dataset = LatentDataset(latents, texts, encoder.max_sequence_length, samples=describe(videos))
@@ -122,10 +122,15 @@ def _scan_videos(
             index_folder=cache / "index",
             progress=accelerator.is_main_process,
         )
+    list_skipped(accelerator, videos, output)
+    return videos
+
+
+def list_skipped(accelerator: Accelerator, videos: VideoDataset, output: Path) -> None:
+    """Write down which samples cannot be used, and why, if there are any."""
     if accelerator.is_main_process and videos.skipped:
         reasons = "".join(f"  {name}: {reason}\n" for name, reason in videos.skipped.items())
         write_text(output / "skipped_samples.txt", reasons)
-    return videos
 
 
 def _folder(accelerator: Accelerator, arguments: DataArguments, hub_folder: Path) -> Path:
@@ -151,10 +156,10 @@ def _folder(accelerator: Accelerator, arguments: DataArguments, hub_folder: Path
     return hub_folder
 
 
-def _build_latent_cache(
-    accelerator: Accelerator, arguments: DataArguments, pipe: LongLivePipeline, videos: VideoDataset, folder: Path
+def encode_videos(
+    accelerator: Accelerator, arguments: EncodingArguments, pipe: LongLivePipeline, videos: VideoDataset, folder: Path
 ) -> None:
-    """Encode every video; each process encodes its part."""
+    """Encode every video that is not in the cache yet; each process encodes its part. Wait for all before reading."""
     build_latent_cache(
         videos,
         pipe.vae,
