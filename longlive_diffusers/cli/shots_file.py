@@ -58,6 +58,22 @@ def read_shots(path: str | os.PathLike) -> list[RequestedShot]:
     return [shot for _, shot in shots]
 
 
+def parse_shot(line: str) -> RequestedShot:
+    """Read a shot as the text format has it, `[3] A fox runs.` or without a duration.
+
+    Raises:
+        ValueError: If the duration is not a whole number of chunks, or there is no prompt behind it.
+    """
+    chunks, prompt = None, line.strip()
+    if prompt.startswith("[") and "]" in prompt:
+        chunks, _, prompt = (part.strip() for part in prompt[1:].partition("]"))
+    if chunks is not None and not (chunks.isdecimal() and len(chunks) < 10 and 0 < int(chunks) <= MAX_CHUNKS):
+        raise ValueError(f"a shot lasts a whole number of chunks, from 1 to {MAX_CHUNKS}, not '[{chunks}]'")
+    if not prompt:
+        raise ValueError("there is no prompt" if chunks is None else f"there is no prompt after '[{chunks}]'")
+    return RequestedShot(prompt, None if chunks is None else int(chunks))
+
+
 def _parse_lines(text: str, path: Path) -> list[tuple[str, RequestedShot]]:
     shots = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -65,16 +81,10 @@ def _parse_lines(text: str, path: Path) -> list[tuple[str, RequestedShot]]:
         if not line or line.startswith("#"):
             continue
         place = f"line {number}"
-        chunks, prompt = None, line
-        if line.startswith("[") and "]" in line:
-            chunks, _, prompt = (part.strip() for part in line[1:].partition("]"))
-        if chunks is not None and not (chunks.isdecimal() and len(chunks) < 10 and 0 < int(chunks) <= MAX_CHUNKS):
-            raise ValueError(
-                f"'{path}', {place}: a shot lasts a whole number of chunks, from 1 to {MAX_CHUNKS}, not '[{chunks}]'"
-            )
-        if not prompt:
-            raise ValueError(f"'{path}', {place}: there is no prompt after '[{chunks}]'")
-        shots.append((place, RequestedShot(prompt, None if chunks is None else int(chunks))))
+        try:
+            shots.append((place, parse_shot(line)))
+        except ValueError as error:
+            raise ValueError(f"'{path}', {place}: {error}") from error
     return shots
 
 

@@ -27,7 +27,7 @@ from data.layouts import scan
 from data.names import writable
 from data.samples import Clip, Sample, SampleError, describe_skipped
 from data.videos import ClipError, read_frames
-from longlive_diffusers import ShotPlan, pixel_frames, whole_chunks
+from longlive_diffusers import pixel_frames, whole_chunks
 
 
 __all__ = ["Clip", "Sample", "VideoDataset", "scan"]
@@ -79,10 +79,6 @@ class VideoDataset(Dataset):
         scene_cut_prefix: The text put before the prompt of the first chunk of every shot but the first.
         pad_short_videos: Whether the last frame and prompt of a video that is too short are repeated; what is added
             bears no loss. Otherwise such a sample is left out.
-        text_only: Whether to read only the captions, for distillation. Then no videos are needed, and items have no
-            `pixels` and no `loss_mask`. Shots last as long as `shot_durations.txt` says, the last of them to the end;
-            without that file, chunks are spread evenly and the first shots take the remainder. Each chunk has its own
-            prompt, also at switches.
         recache_switches: Whether prompt switches within a shot are trained as they are generated, with history under
             the new prompt and without loss (see `conditioning.py`). Otherwise each chunk keeps its own prompt and
             bears loss.
@@ -108,7 +104,6 @@ class VideoDataset(Dataset):
         max_chunks_per_shot: int | None = None,
         scene_cut_prefix: str = "The scene transitions. ",
         pad_short_videos: bool = True,
-        text_only: bool = False,
         recache_switches: bool = True,
         index_folder: str | os.PathLike | None = None,
         caption_column: str | None = None,
@@ -122,20 +117,17 @@ class VideoDataset(Dataset):
             raise ValueError(f"fps must be in (0, 1000], got {fps}")
         if max_chunks_per_shot is not None and max_chunks_per_shot < 1:
             raise ValueError(f"max_chunks_per_shot must be at least 1, got {max_chunks_per_shot}")
-        if text_only and max_chunks_per_shot is not None:
-            raise ValueError(f"text_only has no clips that max_chunks_per_shot={max_chunks_per_shot} could limit")
         self.root = Path(root).expanduser()
         self.num_latent_frames, self.chunk_size = num_latent_frames, chunk_size
         self.height, self.width = height, width
         self.fps = frame_rate(fps)
         self.max_chunks_per_shot, self.pad_short_videos = max_chunks_per_shot, pad_short_videos
         self.scene_cut_prefix, self.recache_switches = scene_cut_prefix, recache_switches
-        self.text_only = text_only
 
-        samples, skipped = scan(self.root, text_only=text_only, caption_column=caption_column)
+        samples, skipped = scan(self.root, caption_column=caption_column)
         most_chunks = min(self.num_chunks, max_chunks_per_shot or self.num_chunks)
         limit = pixel_frames(most_chunks * chunk_size, opens_video=False)
-        self._index = ClipIndex(None if text_only else index_folder, self.fps, limit)
+        self._index = ClipIndex(index_folder, self.fps, limit)
         self.skipped: dict[str, str] = skipped
         """The reason why a sample is not used, by the name of the sample."""
         self._entries = self._look_at(samples, progress)
@@ -165,10 +157,6 @@ class VideoDataset(Dataset):
         Raises:
             ValueError: If a clip was changed since the dataset was created, and can no longer be read.
         """
-        if self.text_only:
-            item = self.conditioning(index)
-            del item["loss_mask"]
-            return item
         return {"pixels": self._pixels(self._entries[index]), **self.conditioning(index)}
 
     def conditioning(self, index: int) -> dict:
@@ -227,11 +215,7 @@ class VideoDataset(Dataset):
         return entries
 
     def _entry(self, sample: Sample) -> _Entry:
-        digests: list[str] = []
-        if self.text_only:
-            counts = self._chunks_of_texts(sample)
-        else:
-            counts, digests = self._chunks_of_clips(sample)
+        counts, digests = self._chunks_of_clips(sample)
         clips = sample.clips[: len(counts)]
         if sum(counts) < self.num_chunks and not self.pad_short_videos:
             raise SampleError(
@@ -243,14 +227,9 @@ class VideoDataset(Dataset):
             counts,
             self.num_chunks,
             scene_cut_prefix=self.scene_cut_prefix,
-            recache_switches=self.recache_switches and not self.text_only,
+            recache_switches=self.recache_switches,
         )
         return _Entry(sample.name, clips, tuple(digests), tuple(counts), conditioning)
-
-    def _chunks_of_texts(self, sample: Sample) -> list[int]:
-        plan = ShotPlan.from_prompts([clip.caption for clip in sample.clips], sample.durations, self.num_chunks)
-        shots = [plan.chunk(index).shot_index for index in range(self.num_chunks)]
-        return [shots.count(shot) for shot in range(shots[-1] + 1)]
 
     def _chunks_of_clips(self, sample: Sample) -> tuple[list[int], list[str]]:
         """Return how many chunks each clip gives, and the digest of its file; of those that are needed."""

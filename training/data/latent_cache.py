@@ -88,15 +88,13 @@ def build_latent_cache(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the folder is a cache made with other settings (they are named); the dataset is text-only; the
-            VAE does not take the size of its frames; a video can no longer be read; or its latents are not finite.
+        ValueError: If the folder is a cache made with other settings (they are named); the VAE does not take the
+            size of the frames; a video can no longer be read; or its latents are not finite.
     """
     if dtype not in STORED_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, STORED_DTYPES))}, got {dtype}")
     if batch_size < 1 or not 0 <= rank < num_ranks:
         raise ValueError(f"batch_size must be at least 1 and rank in [0, {num_ranks}), got {batch_size} and {rank}")
-    if dataset.text_only:
-        raise ValueError(f"The dataset '{dataset.root}' has text_only=True: there are no videos to encode")
     scale = vae.config.scale_factor_spatial
     if dataset.height % scale or dataset.width % scale:
         raise ValueError(f"The VAE takes multiples of {scale} pixels, but videos are {dataset.height}x{dataset.width}")
@@ -202,14 +200,23 @@ class LatentDataset(Dataset):
         """
         sample = self._list.samples[index]
         return {
-            "latents": self._latents(index).float(),
+            "latents": self.latents(index),
             "prompt_embeds": torch.stack([self._embeds(self.prompts[prompt]) for prompt in sample.prompts]),
             "shot_index": torch.tensor(sample.shot_index, dtype=torch.int64),
             "loss_mask": torch.tensor(sample.loss_mask, dtype=torch.bool),
             "name": sample.name,
         }
 
-    def _latents(self, index: int) -> torch.Tensor:
+    def latents(self, index: int) -> torch.Tensor:
+        """
+        Return the normalized latents of a sample, float32 `[C, F, h, w]`.
+
+        Raises:
+            ValueError: If their file is damaged.
+        """
+        return self._stored_latents(index).float()
+
+    def _stored_latents(self, index: int) -> torch.Tensor:
         path = _latents_path(self.folder, self._list, index)
         if path in self._kept:
             return self._kept[path].clone()  # the caller may change an item

@@ -99,7 +99,7 @@ def open_dataset(
         check_cache(latents, cache_settings(videos, pipe.vae))
     encode_missing(accelerator, encoder, ["", *videos.distinct_prompts(), *other_prompts], texts)
     if arguments.cache_latents:
-        _build_latent_cache(accelerator, arguments, pipe, videos, latents)
+        encode_videos(accelerator, arguments, pipe, videos, latents)
     accelerator.wait_for_everyone()
     if arguments.cache_latents:
         dataset = LatentDataset(latents, texts, encoder.max_sequence_length, samples=describe(videos))
@@ -144,10 +144,15 @@ def _scan_videos(
             index_folder=cache / "index",
             progress=accelerator.is_main_process,
         )
+    list_skipped(accelerator, videos, output)
+    return videos
+
+
+def list_skipped(accelerator: Accelerator, videos: VideoDataset, output: Path) -> None:
+    """Write down which samples cannot be used, and why, if there are any."""
     if accelerator.is_main_process and videos.skipped:
         reasons = "".join(f"  {name}: {reason}\n" for name, reason in videos.skipped.items())
         write_text(output / "skipped_samples.txt", reasons)
-    return videos
 
 
 def _folder(accelerator: Accelerator, arguments: DataArguments, hub_folder: Path) -> Path:
@@ -173,10 +178,10 @@ def _folder(accelerator: Accelerator, arguments: DataArguments, hub_folder: Path
     return hub_folder
 
 
-def _build_latent_cache(
-    accelerator: Accelerator, arguments: DataArguments, pipe: LongLivePipeline, videos: VideoDataset, folder: Path
+def encode_videos(
+    accelerator: Accelerator, arguments: EncodingArguments, pipe: LongLivePipeline, videos: VideoDataset, folder: Path
 ) -> None:
-    """Encode every video; each process encodes its part."""
+    """Encode every video that is not in the cache yet; each process encodes its part. Wait for all before reading."""
     build_latent_cache(
         videos,
         pipe.vae,

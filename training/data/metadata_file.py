@@ -49,7 +49,7 @@ def candidates(path: Path, text_only: bool, caption_column: str | None) -> dict[
     found: dict[str, Callable[[], Sample]] = {}
     try:
         for place, row in _csv_rows(path) if path.suffix == ".csv" else _json_rows(path):
-            name = _name(row, place)
+            name = sample_name(row, place)
             name = name if name not in found else f"{name} ({place})"
             found[name] = partial(_read, name, row, place, path.parent, text_only, caption_column)
     except OSError as error:
@@ -77,7 +77,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
             yield f"line {rows.line_num}", row
 
 
-def _name(row: object, place: str) -> str:
+def sample_name(row: object, place: str) -> str:
+    """Return the name of the sample in a row: that of its clip, or the row's place if it names none."""
     file_name = row.get(FILE_COLUMN) if isinstance(row, dict) else None
     if not isinstance(file_name, str) or not file_name:
         return place
@@ -90,11 +91,17 @@ def _read(name: str, row: object, place: str, root: Path, text_only: bool, capti
     if not isinstance(row, dict):
         raise SampleError(f"{place} must be an object with '{FILE_COLUMN}' and a caption, but it is {shortened(row)}")
     clip = None if text_only else _clip(row, place, root)
-    caption = caption_of(row[_caption_column(row, place, caption_column)], place)
+    caption = caption_of(row[find_caption_column(row, place, caption_column)], place)
     return Sample(name, (Clip(clip, caption),))
 
 
-def _caption_column(row: dict, place: str, wanted: str | None) -> str:
+def find_caption_column(row: dict, place: str, wanted: str | None) -> str:
+    """
+    Return the name of the caption in a row: the one that is wanted, or else the usual name that it has.
+
+    Raises:
+        SampleError: If it has none of them, or more than one.
+    """
     found = [column for column in ((wanted,) if wanted else CAPTION_COLUMNS) if column in row]
     if len(found) != 1:
         problem = f"more than one caption ({', '.join(found)})" if found else f"no caption (it has {_columns(row)})"

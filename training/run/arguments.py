@@ -53,19 +53,13 @@ class ModelArguments:
 
 
 @dataclass(eq=False)
-class DataArguments:
+class EncodingArguments:
+    """How a training set is read and encoded, whatever it is used for."""
+
     train_data_dir: str | None = field(
         default=None,
         metadata={"help": "The folder of the training set; not needed where the caches are complete."},
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "The training set on the Hub, in place of a folder; needs the package datasets."},
-    )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "The configuration of the Hub data set, if it has several."}
-    )
-    dataset_split: str = field(default="train", metadata={"help": "The part of the Hub data set."})
     caption_column: str | None = field(
         default=None,
         metadata={"help": "The captions of a list of clips (default: the one there is of caption, text and prompt)."},
@@ -73,10 +67,6 @@ class DataArguments:
     data_cache_dir: str | None = field(
         default=None,
         metadata={"help": "The folder where latents and text embeddings are kept (default: OUTPUT_DIR/cache)."},
-    )
-    cache_latents: bool = field(
-        default=True,
-        metadata={"help": "Encode all videos before training; otherwise, each batch is encoded when it is needed."},
     )
     height: Annotated[int | None, POSITIVE] = field(
         default=None, metadata={"help": "The height of the videos in pixels (default: the model's own)."}
@@ -90,12 +80,34 @@ class DataArguments:
     num_latent_frames: Annotated[int, POSITIVE] = field(
         default=96, metadata={"help": "The length of the clips; n latent frames are 1 + 4 (n - 1) frames."}
     )
-    max_chunks_per_shot: Annotated[int | None, POSITIVE] = field(
-        default=None, metadata={"help": "The longest shot in chunks; longer ones are cut."}
-    )
     max_sequence_length: Annotated[int | None, POSITIVE] = field(
         default=None,
         metadata={"help": "The number of tokens prompts are padded or cut to (default: 512 or the model's limit)."},
+    )
+    vae_batch_size: Annotated[int, POSITIVE] = field(
+        default=1, metadata={"help": "The number of videos encoded at a time for the cache."}
+    )
+    dataloader_num_workers: Annotated[int, NOT_NEGATIVE] = field(
+        default=0, metadata={"help": "The number of processes that read data."}
+    )
+
+
+@dataclass(eq=False)
+class DataArguments(EncodingArguments):
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "The training set on the Hub, in place of a folder; needs the package datasets."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "The configuration of the Hub data set, if it has several."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "The part of the Hub data set."})
+    cache_latents: bool = field(
+        default=True,
+        metadata={"help": "Encode all videos before training; otherwise, each batch is encoded when it is needed."},
+    )
+    max_chunks_per_shot: Annotated[int | None, POSITIVE] = field(
+        default=None, metadata={"help": "The longest shot in chunks; longer ones are cut."}
     )
     pad_short_videos: bool = field(
         default=True, metadata={"help": "Pad short videos, without loss on what is added; otherwise skip them."}
@@ -103,15 +115,33 @@ class DataArguments:
     recache_switches: bool = field(
         default=True, metadata={"help": "Train prompt switches within a shot under the new prompt, as generated."}
     )
-    vae_batch_size: Annotated[int, POSITIVE] = field(
-        default=1, metadata={"help": "The number of videos encoded at a time for the cache."}
-    )
     vae_halo: Annotated[int, NOT_NEGATIVE] = field(
         default=28,
         metadata={"help": "The latents that a rank encodes left of its own, with --no_cache_latents and sp_size > 1."},
     )
-    dataloader_num_workers: Annotated[int, NOT_NEGATIVE] = field(
-        default=0, metadata={"help": "The number of processes that read data."}
+
+
+@dataclass(eq=False)
+class PromptDataArguments(EncodingArguments):
+    """The data of distillation: prompts, and images to begin from if they are asked for."""
+
+    prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "What videos are made of: a .txt or .jsonl file with a video on each line, or a training set, of "
+            "which only the captions are read."
+        },
+    )
+    image_conditioning: bool = field(
+        default=False,
+        metadata={"help": "Continue from the first frames of the videos of --train_data_dir, under their captions."},
+    )
+    train_data_dir: str | None = field(
+        default=None,
+        metadata={"help": "The training set that --image_conditioning takes first frames and captions from."},
+    )
+    num_latent_frames: Annotated[int, POSITIVE] = field(
+        default=96, metadata={"help": "The length of the videos that are made while training, in latent frames."}
     )
 
 

@@ -1,5 +1,6 @@
 """A pipeline without a text encoder: its prompts are looked up in the text cache of the run."""
 
+import re
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -7,6 +8,9 @@ import torch
 
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.pipelines.shots import ShotPlan
+
+
+SHOT_BREAK = re.compile(r"(?<= )\|(?= )")  # two of them may share a blank: "a | | b" has three shots
 
 
 class Texts(Protocol):
@@ -36,7 +40,7 @@ class CachedPromptsPipeline(LongLivePipeline):
 
 def split_shots(prompt: str) -> list[str]:
     """Return the prompt of each shot of a video; ' | ' separates them."""
-    return [shot.strip() for shot in prompt.split(" | ")]
+    return [shot.strip() for shot in SHOT_BREAK.split(prompt)]
 
 
 def texts_of(prompts: Iterable[str], scene_cut_prefix: str) -> list[str]:

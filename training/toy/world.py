@@ -2,9 +2,13 @@
 
     python training/toy/world.py --output data/toy --num_samples 2000
 
-writes it as a dataset in LongLive-2.0's layout (see `training/data/samples.py`). Everything a caption may say - color,
-shape, size, motion, how many objects, the background - can be read back from the pixels (`judge.py`), so a model that
-was trained on it can be judged without a person looking.
+writes it as a dataset in LongLive-2.0's layout (see `training/data/layouts.py`), and
+
+    python training/toy/world.py --prompts data/prompts.jsonl --num_samples 2000
+
+the captions of the same videos alone (see `training/data/prompt_list.py`), for distillation. Everything a caption may
+say - color, shape, size, motion, how many objects, the background - can be read back from the pixels (`judge.py`), so
+a model that was trained on it can be judged without a person looking.
 
 The picture is a torus: what leaves on one side enters on the other. So a motion can go on forever at the same speed,
 and a video of any length has one right answer at every moment, which is what long videos are judged by. Two objects
@@ -27,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from longlive_diffusers import VideoWriter, pixel_frames
+from longlive_diffusers.atomic_write import check_new_file, write_text
 
 
 SIDE = 64  # pixels
@@ -226,6 +231,11 @@ def draw_sample(rng: random.Random, num_chunks: int, chunk_size: int) -> list[Pa
     return [Part(scene, caption(scene, rng), length, cut) for scene, length, cut in triples]
 
 
+def draw_indexed(seed: int, index: int, num_chunks: int, chunk_size: int) -> list[Part]:
+    """Draw sample `index` of the dataset of a seed."""
+    return draw_sample(random.Random(f"{seed} {index}"), num_chunks, chunk_size)
+
+
 def write_sample(root: Path, name: str, parts: list[Part], chunk_size: int) -> None:
     """Write `video/<name>/000001.mp4 ...`, then their captions: a sample without captions is not complete."""
     videos, captions = root / "video" / name, root / "caption" / name
@@ -243,15 +253,40 @@ def write_sample(root: Path, name: str, parts: list[Part], chunk_size: int) -> N
 
 def draw_and_write(root: Path, seed: int, num_chunks: int, chunk_size: int, name: str) -> None:
     """Draw and write one sample of the dataset of a seed; `name` is its index."""
-    parts = draw_sample(random.Random(f"{seed} {int(name)}"), num_chunks, chunk_size)
-    write_sample(root, name, parts, chunk_size)
+    write_sample(root, name, draw_indexed(seed, int(name), num_chunks, chunk_size), chunk_size)
+
+
+def prompt_line(parts: list[Part]) -> str:
+    """Return the captions of a sample as a line of a list of prompts."""
+    shots = [
+        {"prompt": part.caption, "chunks": part.num_chunks} | ({} if part.cut else {"cut": False}) for part in parts
+    ]
+    return json.dumps({"shots": shots} if len(shots) > 1 else {"prompt": parts[0].caption}) + "\n"
+
+
+def write_videos(root: Path, arguments: argparse.Namespace) -> None:
+    names = [f"{index:06d}" for index in range(arguments.num_samples)]
+    todo = [name for name in names if not (root / "caption" / name / "shot_durations.txt").exists()]
+    write = partial(draw_and_write, root, arguments.seed, arguments.num_chunks, arguments.chunk_size)
+    with Pool(arguments.num_workers) as pool:
+        for _ in tqdm(pool.imap_unordered(write, todo), total=len(todo), desc="toy world", unit="video"):
+            pass
+
+
+def write_prompts(path: Path, arguments: argparse.Namespace) -> None:
+    """Write the captions of the samples that `write_videos` draws, one sample on each line."""
+    samples = (
+        draw_indexed(arguments.seed, index, arguments.num_chunks, arguments.chunk_size)
+        for index in range(arguments.num_samples)
+    )
+    write_text(path, "".join(map(prompt_line, samples)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the toy world as a video dataset.")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="The folder to write; samples that are in it are kept."
-    )
+    parser = argparse.ArgumentParser(description="Write the toy world as a video dataset, or its captions alone.")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", type=Path, help="The folder to write; samples that are in it are kept.")
+    target.add_argument("--prompts", type=Path, help="The .jsonl file to write, with captions and no videos.")
     parser.add_argument(
         "--num_samples", type=int, default=2000, help="The number of videos to write (default: %(default)s)."
     )
@@ -271,12 +306,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.num_samples, arguments.num_chunks, arguments.chunk_size, arguments.num_workers) < 1:
         parser.error("--num_samples, --num_chunks, --chunk_size and --num_workers must be at least 1")
-    names = [f"{index:06d}" for index in range(arguments.num_samples)]
-    todo = [name for name in names if not (arguments.output / "caption" / name / "shot_durations.txt").exists()]
-    write = partial(draw_and_write, arguments.output, arguments.seed, arguments.num_chunks, arguments.chunk_size)
-    with Pool(arguments.num_workers) as pool:
-        for _ in tqdm(pool.imap_unordered(write, todo), total=len(todo), desc="toy world", unit="video"):
-            pass
+    if arguments.output is not None:
+        write_videos(arguments.output, arguments)
+        return
+    try:
+        path = check_new_file(arguments.prompts)
+    except ValueError as error:
+        parser.error(str(error))
+    if path.suffix.lower() != ".jsonl":
+        parser.error(f"--prompts must be a .jsonl file, not '{path}'")
+    write_prompts(path, arguments)
 
 
 if __name__ == "__main__":

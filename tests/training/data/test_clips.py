@@ -137,30 +137,6 @@ def test_a_prompt_switch_is_trained_as_it_is_generated(tmp_path):
     assert item["loss_mask"].all()
 
 
-def test_texts_alone(tmp_path):
-    goes_on = {"caption": "three", "cut": False}
-    write_captions(tmp_path, "even", ["one", "two", goes_on])
-    write_captions(tmp_path, "given", ["one", "two", goes_on], "1 1 1")
-    write_captions(tmp_path, "long", ["one", "two"], "99 1")
-    write_captions(tmp_path, "many", [f"shot {number}" for number in range(9)])
-    data = dataset(tmp_path, num_latent_frames=8, text_only=True)
-    assert data[0] == {"prompts": ["one", "one", PREFIX + "two", "three"], "shot_index": ANY, "name": "even"}
-    assert data[0]["shot_index"].tolist() == [0, 0, 1, 1]
-    assert data[1]["prompts"] == ["one", PREFIX + "two", "three", "three"]
-    assert data[2]["prompts"] == ["one"] * 4 and data[2]["shot_index"].tolist() == [0] * 4
-    assert data[3]["shot_index"].tolist() == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="max_chunks_per_shot=2"):
-        dataset(tmp_path, text_only=True, max_chunks_per_shot=2)
-
-
-class _Anything:
-    def __eq__(self, other) -> bool:
-        return True
-
-
-ANY = _Anything()
-
-
 # Samples that are left out.
 
 

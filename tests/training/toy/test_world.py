@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import world
+from data.prompt_dataset import plan_chunks
+from data.prompt_list import read_prompts
 from longlive_diffusers.video.reader import read_video
 from world import COLORS, MOTIONS, SHAPES, SIDE, Part, Scene, Thing
 
@@ -113,6 +115,49 @@ def test_a_sample_on_disk(tmp_path):
     for name, frames in (("000001.mp4", 13), ("000002.mp4", 8)):
         pixels, fps = read_video(tmp_path / "video" / "000000" / name)
         assert len(pixels) == frames and fps == world.FPS
+
+
+def draw(monkeypatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["world.py", "--num_chunks", "6", "--chunk_size", "2", *options])
+    world.main()
+
+
+def test_prompts_are_the_captions_of_the_videos(tmp_path, monkeypatch):
+    draw(monkeypatch, "--prompts", str(tmp_path / "prompts.jsonl"), "--num_samples", "12", "--seed", "3")
+    draw(monkeypatch, "--output", str(tmp_path / "set"), "--num_samples", "12", "--seed", "3")
+    prompts = read_prompts(tmp_path / "prompts.jsonl")
+    videos = read_prompts(tmp_path / "set")
+    assert len(prompts) == len(videos) == 12
+    for listed, captions in zip(prompts, videos, strict=True):
+        assert plan_chunks(listed, 6, "Cut. ") == plan_chunks(captions, 6, "Cut. ")
+
+
+def test_prompts_have_cuts_and_switches_and_one_or_two_things(tmp_path, monkeypatch):
+    draw(monkeypatch, "--prompts", str(tmp_path / "prompts.jsonl"), "--num_samples", "300")
+    prompts = read_prompts(tmp_path / "prompts.jsonl")
+    kinds = {(len(sample.shots), all(shot.cut for shot in sample.shots)) for sample in prompts}
+    assert kinds == {(1, True), (2, True), (3, True), (2, False)}
+    assert all(sum(shot.chunks for shot in sample.shots) == 6 for sample in prompts if len(sample.shots) > 1)
+    captions = [shot.prompt for sample in prompts for shot in sample.shots]
+    things = Counter(sum(text.count(shape) for shape in SHAPES) for text in captions)
+    assert set(things) == {1, 2} and things[1] > things[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompts", "missing/prompts.jsonl"], "'missing' does not exist"),
+        (["--prompts", "prompts.txt"], "must be a .jsonl file"),
+        (["--prompts", "prompts.jsonl", "--output", "set"], "not allowed with argument"),
+        (["--prompts", "prompts.jsonl", "--num_samples", "0"], "must be at least 1"),
+        ([], "one of the arguments --output --prompts is required"),
+    ],
+)
+def test_where_captions_cannot_be_written(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        draw(monkeypatch, *options)
+    assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_bad_input(monkeypatch, capsys):
