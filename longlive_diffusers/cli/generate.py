@@ -2,7 +2,6 @@
 
 import argparse
 
-from ..assets import toy_pipeline_path
 from .arguments import (
     add_attention_backend_option,
     add_cache_options,
@@ -128,8 +127,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     models.add_argument(
         "--model",
         metavar="DIR_OR_REPO",
-        default=str(toy_pipeline_path()),
-        help="A pipeline: folder or Hub repository (default: the small one that comes with the package).",
+        help="A pipeline: folder or Hub repository (default: the small one that comes with the package, with the LoRA "
+        "that is made for 4 or for 2 --steps without guidance, where these are asked for).",
     )
     models.add_argument(
         "--lora",
@@ -138,6 +137,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="A LoRA to load: file, folder or Hub repository. Several --lora are added up.",
     )
+    models.add_argument("--no-lora", action="store_true", help="Use the default model without a LoRA of its own.")
     models.add_argument(
         "--lora-scale",
         action="append",

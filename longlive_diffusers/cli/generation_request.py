@@ -4,9 +4,11 @@ import argparse
 import os
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from ..assets import toy_pipeline_path
 from ..conversion.pipeline_folder import PipelineFolder, check_lora_file
 from ..frame_counts import chunks_to_cover, pixel_frames, whole_chunks
 from ..models.kv_cache import check_window
@@ -20,6 +22,7 @@ from .beginning import Beginning, read_beginning
 from .choices import DEFAULT_SECONDS, FPS
 from .console import counted
 from .device import choose_device
+from .embedded_lora import choose_embedded_lora
 from .shots_file import RequestedShot, read_shots
 
 
@@ -28,7 +31,8 @@ class GenerationRequest:
     """What the user wants, checked as far as it can be without the models.
 
     `num_frames` is None for an endless video. `condition_frames` counts the frames that the result begins with, of the
-    video that it continues.
+    video that it continues. `embedded_lora` is the file of the LoRA that nobody named, if one is used. `notes` are what
+    the user should know before it begins, a line each.
     """
 
     shots: list[RequestedShot]
@@ -37,6 +41,8 @@ class GenerationRequest:
     condition_frames: int
     seed: int
     device: torch.device
+    embedded_lora: Path | None
+    notes: list[str]
 
     def stream_arguments(self, args: argparse.Namespace) -> dict:
         """Return the arguments for `LongLivePipeline.stream`."""
@@ -91,8 +97,9 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
             existing_file(path, kind)
     for lora, _ in scaled_loras(args):
         check_lora_file(lora)
+    embedded_lora, lora_note = choose_embedded_lora(args)
 
-    folder = PipelineFolder.find(args.model)
+    folder = PipelineFolder.find(toy_pipeline_path() if args.model is None else args.model)
     sizes, settings = folder.sizes, folder.settings
     resolve_size(args.height, args.width, {}, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)
     beginning = read_beginning(args, sizes, requested_frames(args))
@@ -112,7 +119,11 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
     if args.nvfp4:
         check_nvfp4_backend(args.nvfp4, folder.transformer, device)
     seed = random.randrange(2**31) if args.seed is None else args.seed
-    return GenerationRequest(shots, beginning, num_frames, condition_frames, seed, device), folder
+    notes = beginning.notes if lora_note is None else [*beginning.notes, lora_note]
+    request = GenerationRequest(
+        shots, beginning, num_frames, condition_frames, seed, device, embedded_lora, notes=notes
+    )
+    return request, folder
 
 
 def requested_frames(args: argparse.Namespace) -> int | None:
@@ -124,9 +135,11 @@ def scaled_loras(args: argparse.Namespace) -> list[tuple[str, float]]:
     """Return the LoRAs to load, each with its scale.
 
     Raises:
-        ValueError: If the scales are neither none, nor one for all, nor one for each.
+        ValueError: If the scales are neither none, nor one for all, nor one for each, or no LoRA is to be used.
     """
     scales = args.lora_scale or [1.0]
+    if args.lora and args.no_lora:
+        raise ValueError("give either --lora or --no-lora, not both")
     if args.lora_scale and not args.lora:
         raise ValueError("--lora-scale needs a --lora")
     if len(scales) not in (1, len(args.lora)):

@@ -43,7 +43,7 @@ class Progress:
 def generate(args: argparse.Namespace) -> int:
     """Make the video; return 130 if Ctrl-C ended it (the file is then valid, only shorter)."""
     request, folder = check_request(args)
-    for note in request.beginning.notes:
+    for note in request.notes:
         print(f"longlive: {note}", file=sys.stderr)
     shows_bars = not args.no_progress and sys.stderr is not None and sys.stderr.isatty()
     began = time.perf_counter()
@@ -52,6 +52,7 @@ def generate(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         offload=args.offload,
         loras=scaled_loras(args),
+        fused_lora=request.embedded_lora,
         nvfp4_backend=args.nvfp4,
         attention_backend=args.attention_backend,
         compile=args.compile,

@@ -98,6 +98,7 @@ class PipelineFolder:
         dtype: str = "auto",
         offload: str = "none",
         loras: Sequence[tuple[str, float]] = (),
+        fused_lora: str | os.PathLike | None = None,
         nvfp4_backend: str | None = None,
         attention_backend: str | None = None,
         compile: bool = False,
@@ -112,6 +113,7 @@ class PipelineFolder:
             offload: "none", or what is kept on the GPU only while it is needed: "model" for a model at a time,
                 "sequential" for a layer at a time.
             loras: LoRAs, each a file, folder or repository, and its scale.
+            fused_lora: A LoRA to add to the transformer's weights for good, before they are quantized.
             nvfp4_backend: How products with weights in 4 bits are computed; the transformer's blocks are quantized
                 where they are not yet. None to leave them as they are.
             attention_backend: An attention backend of diffusers; None for its default.
@@ -129,6 +131,9 @@ class PipelineFolder:
         with components_of(self.source):
             pipe = LongLivePipeline.from_pretrained(folder, dtype=torch_dtype)
         pipe.set_progress_bar_config(disable=not show_progress)
+        if fused_lora is not None:
+            pipe.load_lora_weights(fused_lora)
+            fuse_lora(pipe)
         if nvfp4_backend is not None:
             if offload != "sequential":  # by which the whole transformer may not fit on the device
                 pipe.transformer.to(device)

@@ -45,10 +45,10 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out.mp4"
 
 
-def make(output: Path, *arguments: object, seed: int = 0) -> np.ndarray:
+def make(output: Path, *arguments: object, seed: int = 0, embedded_lora: bool = False) -> np.ndarray:
     """Run the command; the frames of the file, in [0, 1]."""
     command = ["generate", *map(str, arguments), "--output", str(output), "--seed", str(seed), "--no-progress"]
-    assert main(command) == 0
+    assert main(command if embedded_lora or "--lora" in arguments else [*command, "--no-lora"]) == 0
     frames, fps = read_video(output)
     assert fps == 24
     return frames / 255
@@ -149,7 +149,7 @@ def test_a_pipeline_in_four_bits_keeps_its_weights_and_changes_its_backend():
 
 def test_memory_that_is_not_there_is_one_line(output, monkeypatch, capsys):
     """A cache of 12 TB, on a CPU; and what a GPU says."""
-    command = ["generate", "x", "--output", str(output), "--num-frames", "100000"]
+    command = ["generate", "x", "--no-lora", "--output", str(output), "--num-frames", "100000"]
     assert main([*command, "--window-size", "100000", "--height", "4096", "--width", "4096"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("longlive: error: The KV cache of 1 x 25002 latent frames of 512x512, with prompts of 32 ")
@@ -294,7 +294,7 @@ def ctrl_c_after_the_first_chunk(monkeypatch) -> None:
     monkeypatch.setattr(Progress, "add", add_and_interrupt)
 
 
-COMMAND = ["generate", "a red circle", "--steps", "1", "--seed", "0", "--output"]
+COMMAND = ["generate", "a red circle", "--steps", "1", "--no-lora", "--seed", "0", "--output"]
 
 
 @pytest.mark.usefixtures("ctrl_c_after_the_first_chunk")
@@ -346,7 +346,7 @@ def test_an_interruption_elsewhere_is_told(monkeypatch, output, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PipelineFolder, "load", interrupt)
-    assert main(["generate", "x", "--output", str(output)]) == 130
+    assert main(["generate", "x", "--no-lora", "--output", str(output)]) == 130
     assert capsys.readouterr().err == "longlive: interrupted\n"
     assert not output.exists()
 
@@ -439,6 +439,7 @@ def test_a_model_of_the_hub(hub: "Hub", output):
         (["x", "--nvfp4", "te"], "--nvfp4 te needs TransformerEngine"),
         (["x", "--nvfp4", "scaled_mm"], "--nvfp4 scaled_mm needs a GPU of compute capability 10.0"),
         (["x", "--lora-scale", "2"], "--lora-scale needs a --lora"),
+        (["x", "--lora", "a.pt", "--no-lora"], "give either --lora or --no-lora, not both"),
         (
             ["x", *["--lora", "a.pt"] * 3, *["--lora-scale", 1] * 2],
             "there are 2 --lora-scale for 3 --lora; give one for all, or one for each",
