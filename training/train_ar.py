@@ -227,9 +227,7 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
         logger.info("saved to '%s'", output)
     del weights
     if run_args.validation_prompts:
-        validation.run(
-            accelerator, optimization.max_train_steps, lambda: for_inference(accelerator, model, ema)
-        )
+        validation.run(accelerator, optimization.max_train_steps, lambda: for_inference(accelerator, model, ema))
     if accelerator.is_main_process and run_args.push_to_hub:
         publish(written, repo_id, run_args)
     accelerator.end_training()

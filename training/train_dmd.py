@@ -4,9 +4,10 @@
         --config training/configs/longlive2_dmd4.yaml --pretrained_model_name_or_path runs/ar \\
         --prompts prompts.jsonl --output_dir runs/dmd4
 
-Read `train` from top to bottom. Its parts are in the folders next to this file, most of them shared with `train_ar.py`:
-`objectives/rollout.py` makes the generator's videos, `objectives/distillation.py` defines what the scores see and the
-losses, and `objectives/distillation_networks.py` holds generator, fake score and real score: one network with two LoRAs.
+Read `train` from top to bottom. Its parts are in the folders next to this file, and most of them are shared with
+`train_ar.py`: `objectives/rollout.py` makes the generator's videos, `objectives/distillation.py` defines what the
+scores see and the losses, and `objectives/distillation_networks.py` holds generator, fake score and real score: one
+network with two LoRAs.
 
 Every step updates the fake score (the critic); every n-th step updates the generator before that, on the same prompts.
 The losses of an update are means over all frames that bear loss in the whole batch, over all processes. So a run has
@@ -16,9 +17,10 @@ the same losses and gradients however it is distributed.
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,6 +34,7 @@ from data.text_encoder import text_encoder_of
 from longlive_diffusers.parallel import FrameLayout, check_heads
 from objectives.distillation import (
     Distillation,
+    DistillationSettings,
     Purpose,
     RolloutDraws,
     RolloutShape,
@@ -42,7 +45,7 @@ from objectives.distillation_networks import TRAINED_ROLES, DistillationNetworks
 from objectives.rollout import ChunkPlan, RolloutCaches, roll_out
 from run.agreement import check_processes, on_main_process
 from run.averaging import free_gathered
-from run.cached_prompts import texts_of
+from run.cached_prompts import CachedPromptsPipeline, texts_of
 from run.checkpoints import Checkpoints, EMAState, Stateful, check_steps, resolve_checkpoint
 from run.distillation_arguments import DistillationArguments, parse_distillation_arguments
 from run.distillation_result import DistilledNetwork, save_distilled
@@ -107,8 +110,8 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
     layout = FrameLayout(shape.scored_frames, mesh.sp_size, shape.chunk_size)
     check_heads(transformer.config.num_attention_heads, mesh.sp_size)
     check_gradient_chunks(shape, mesh.sp_size)
-    caches = RolloutCaches.of(settings, pipe.config, dtype)
-    caches.check(shape.chunk_size, transformer.config.attention_head_dim)
+    caches = rollout_caches(settings, pipe.config, dtype)
+    caches.check(transformer)
     validation = Validation(
         run_args,
         pipe,
@@ -161,7 +164,7 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
         seed=optimization.seed,
         layout=layout,
         rank=mesh.sp_rank,
-        frame_shape=latent_shape(pipe, size),
+        frame_shape=frame_shape(pipe, size),
     )
     trainer = Trainer(accelerator, networks, objective, mesh, caches, texts.load(negative_prompt))
 
@@ -210,7 +213,7 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
         disable=not accelerator.is_local_main_process,
     )
     stop = StopRequest(accelerator)
-    saved_step = first_step
+    saved_step, shown = first_step, {}
     with stop:
         for step in bar:
             fetched = stop.unless_requested(lambda: [next(loader) for _ in range(accumulation)])
@@ -244,7 +247,8 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
             accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=step + 1)
             if log is not None:
                 log.write(entry)
-            bar.set_postfix({name: f"{entry[name]:.4f}" for name in ("generator_loss", "critic_loss") if name in entry})
+            shown |= {name: f"{entry[name]:.4f}" for name in ("generator_loss", "critic_loss") if name in entry}
+            bar.set_postfix(shown)
 
             done = step + 1
             if done % run_args.checkpointing_steps == 0:
@@ -366,19 +370,17 @@ class Trainer:
         with self.networks.using(Role.FAKE_SCORE) as fake_score:
             fake = self._score(fake_score, inputs, prompts)
         with self.networks.using(Role.REAL_SCORE) as real_score:
-            real, negative, scale = self._score(real_score, inputs, prompts), None, objective.settings.score_guidance_scale
-            if scale != 1:
+            real, negative = self._score(real_score, inputs, prompts), None
+            if objective.settings.score_guidance_scale != 1:
                 negative_prompt = self.negative_embeds.to(prompts).expand(prompts.shape[0], -1, -1)
                 negative = self._score(real_score, inputs, negative_prompt)
-        real = guided(real, negative, scale)
+        real = guided(real, negative, objective.settings.score_guidance_scale)
         return objective.direction(objective.predicted_x0(fake, inputs), objective.predicted_x0(real, inputs), inputs)
 
     def _score(self, score, inputs: ScoreInputs, prompts: torch.Tensor) -> torch.Tensor:
         """Return the velocity that a score predicts for this rank's frames."""
         with self.accelerator.autocast():
-            return score(
-                **inputs.arguments, encoder_hidden_states=prompts, sp_mesh=self.mesh.sp, return_dict=False
-            )[0]
+            return score(**inputs.arguments, encoder_hidden_states=prompts, sp_mesh=self.mesh.sp, return_dict=False)[0]
 
     def _whole(self, direction: torch.Tensor) -> torch.Tensor:
         """Return the frames of all processes that share a video."""
@@ -411,9 +413,23 @@ class Rollout:
     draws: RolloutDraws
 
 
+def rollout_caches(settings: DistillationSettings, pipeline: Mapping[str, Any], dtype: torch.dtype) -> RolloutCaches:
+    """Return the caches of roll-outs: as the settings say, else as those of the pipeline."""
+    names = ("window_size", "sink_size", "multi_shot_sink")
+    chosen = {name: vars(settings)[name] for name in names}
+    sizes = {name: pipeline[name] if value is None else value for name, value in chosen.items()}
+    return RolloutCaches(**sizes, dtype=dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype)
+
+
 def detached(chunks: list[torch.Tensor]) -> torch.Tensor:
     """Return the video of a roll-out, `[B, C, F, h, w]`, without its graph."""
     return torch.cat([chunk.detach() for chunk in chunks], dim=2)
+
+
+def frame_shape(pipe: CachedPromptsPipeline, size: ClipShape) -> tuple[int, int, int]:
+    """Return the shape of a latent frame, `(C, h, w)`."""
+    scale = pipe.vae_scale_factor_spatial
+    return pipe.vae.config.z_dim, size.height // scale, size.width // scale
 
 
 def check_gradient_chunks(shape: RolloutShape, sp_size: int) -> None:

@@ -381,8 +381,8 @@ class Distillation:
         self, chunks: Sequence[torch.Tensor], direction: torch.Tensor, differentiated: Sequence[int]
     ) -> torch.Tensor:
         """
-        Return the sum over frames of the generator's loss: half the mean square of what the video is to be moved by, as
-        a function whose gradient with respect to the video is `direction`, divided by the elements of a frame.
+        Return the sum over frames of the generator's loss: half the mean square of what the video is to be moved by,
+        as a function whose gradient with respect to the video is `direction`, divided by the elements of a frame.
 
         Args:
             chunks: All chunks of the roll-out, `[B, C, chunk_size, h, w]`.

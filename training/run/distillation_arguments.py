@@ -93,8 +93,8 @@ class DistillationArguments:
     @property
     def generator_optimization(self) -> OptimizationArguments:
         """The settings of the generator's optimizer; it has an update in every n-th step."""
-        interval = self.distillation.generator_interval
-        return replace(self.optimization, max_train_steps=self.generator_updates(self.optimization.max_train_steps))
+        steps = self.generator_updates(self.optimization.max_train_steps)
+        return replace(self.optimization, max_train_steps=steps)
 
     @property
     def critic_optimization(self) -> OptimizationArguments:

@@ -12,8 +12,8 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
-from longlive_diffusers.conversion.original_lora import save_original_lora
-from longlive_diffusers.pipelines.sharing import render_distilled_lora_card
+from longlive_diffusers.loaders.lora_export import original_lora_state_dict
+from longlive_diffusers.pipelines.sharing import render_lora_card
 from objectives.distillation_networks import DistillationNetworks, Role
 from run.averaging import averaged_weights
 from run.distillation_arguments import DistillationArguments, NetworkArguments
@@ -165,13 +165,11 @@ def _save_lora(
         folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=config
     )
     if arguments.model.save_original_lora:
-        save_original_lora(weights, folder / ORIGINAL_LORA)
+        torch.save(original_lora_state_dict(weights), folder / ORIGINAL_LORA)
     settings = arguments.distillation
-    return render_distilled_lora_card(
+    return render_lora_card(
         repo_id,
         rank=config["r"],
-        start=settings.start,
-        score_context="clean" if settings.sees_clean_history else "noisy",
         **details(arguments),
     )
 

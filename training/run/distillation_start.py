@@ -96,7 +96,7 @@ def _load_teacher(source: str, student: LongLiveTransformer3DModel, dtype: torch
         ours, theirs = student.config[name], teacher.config[name]
         if list(ours) != list(theirs) if isinstance(ours, tuple | list) else ours != theirs:
             raise ValueError(
-                f"The teacher '{source}' does not see what the generator makes: {name} is {theirs} there and {ours} here"
+                f"The teacher '{source}' cannot see what the generator makes: {name} is {theirs} there and {ours} here"
             )
     return teacher
 
