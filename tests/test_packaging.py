@@ -86,7 +86,7 @@ def test_the_version_is_written_in_one_place(wheel):
 def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel):
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert files == package_files()
-    assert {f"longlive_diffusers/hub_cards/{card}.md" for card in ("pipeline", "lora")} <= files
+    assert {f"longlive_diffusers/hub_cards/{card}.md" for card in ("pipeline", "lora", "distilled_lora")} <= files
     assert "longlive_diffusers/py.typed" in files, "without it, type checkers ignore the annotations"
     info = {name.split("/", 1)[1] for name in wheel.namelist() if ".dist-info/" in name}
     assert {"METADATA", "entry_points.txt", "licenses/LICENSE"} <= info

@@ -1,5 +1,5 @@
-"""`longlive convert`: a checkpoint of the reference implementation in; a pipeline folder out. Or, the other way, a LoRA
-in; a file of the reference implementation out."""
+"""`longlive convert`: a checkpoint of the reference implementation in; a pipeline folder out. Or, the other way, a
+LoRA in; a file of the reference implementation out."""
 
 import argparse
 

@@ -31,8 +31,8 @@ class GenerationRequest:
     """What the user wants, checked as far as it can be without the models.
 
     `num_frames` is None for an endless video. `condition_frames` counts the frames that the result begins with, of the
-    video that it continues. `embedded_lora` is the file of the LoRA that nobody named, if one is used. `notes` are what
-    the user should know before it begins, a line each.
+    video that it continues. `embedded_lora` is the file of the LoRA that nobody named, if one is used. `notes` are
+    what the user should know before it begins, a line each.
     """
 
     shots: list[RequestedShot]

@@ -40,8 +40,8 @@ def convert_lora(
         The path of the file.
 
     Raises:
-        ValueError: If the LoRA cannot be read or has no counterpart in the reference's network, or the output cannot be
-            written; nothing has been written then.
+        ValueError: If the LoRA cannot be read or has no counterpart in the reference's network, or the output cannot
+            be written; nothing has been written then.
     """
     path = check_new_file(output)
     if path.suffix not in _SUFFIXES:

@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.attention_kwargs import check_attention_kwargs
 from ..models.kv_cache import KVCache
 from ..models.transformer_longlive import LongLiveTransformer3DModel
-from ..number_checks import check_non_negative
+from ..number_checks import check_counts, check_non_negative
 from .callbacks import check_returned
 from .chunk_step import Conditioning, Solver, chunk_step, is_guided, rewrite_history, write_clean
 from .inputs import MAX_GUIDANCE_SCALE, Request
@@ -73,7 +73,10 @@ class ChunkDenoiser:
         show_run: Callable[[RunState], AbstractContextManager[None]],
         callback: Callback | None,
     ):
-        self.transformer, self.request, self.prompts, self.device = transformer, request, prompts, device
+        self.transformer, self.scheduler, self.request = transformer, scheduler, request
+        self.prompts, self.device = prompts, device
+        self.num_inference_steps = request.num_inference_steps  # of the next chunk
+        self._num_steps = 0  # of all chunks that were begun
         num_timesteps = (request.num_new_chunks or 0) * request.num_inference_steps
         self.run = RunState(request.guidance_scale, num_timesteps, request.attention_kwargs)
         self.kv_caches: list[KVCache] = []  # for the prompt and, with guidance, for the negative prompt
@@ -88,6 +91,17 @@ class ChunkDenoiser:
     def is_busy_here(self) -> bool:
         """Whether the calling thread is making a chunk: whether this is asked in a callback."""
         return self._thread == threading.get_ident()
+
+    def set_num_inference_steps(self, num_inference_steps: int) -> None:
+        """
+        Change the number of solver steps from the next chunk on.
+
+        Raises:
+            ValueError: If the scheduler cannot solve in so many steps.
+        """
+        check_counts(num_inference_steps=num_inference_steps)
+        copy.deepcopy(self.scheduler).set_timesteps(num_inference_steps, device=self.device)
+        self.num_inference_steps = num_inference_steps
 
     def chunks(self) -> Generator[DenoisedChunk, None, None]:
         """Yield the chunks in order; those of a video that is continued come first. At the end, however it comes, the
@@ -116,6 +130,7 @@ class ChunkDenoiser:
 
     def _next_chunk(self, index: int) -> DenoisedChunk:
         new_index = index - self.request.num_condition_chunks
+        self._forget_text()  # between two chunks, another LoRA may have been chosen
         prompts, prompt_embeds, switched = self.prompts.advance(new_index)
         conditioning = Conditioning(
             prompt_embeds,
@@ -144,6 +159,12 @@ class ChunkDenoiser:
         """Denoise a chunk from its noise; what the pipeline shows, and what a callback changes, goes through the run's
         state."""
 
+        num_inference_steps, first_step = self.num_inference_steps, self._num_steps
+        self._num_steps += num_inference_steps
+        if self.request.num_new_chunks is not None:
+            num_chunks_left = self.request.num_new_chunks - new_index
+            self.run.num_timesteps = first_step + num_chunks_left * num_inference_steps
+
         def iterate(timesteps: torch.Tensor) -> Iterable[torch.Tensor]:
             bar = self._progress_bar(total=len(timesteps))
             bar.set_description(f"Chunk {index} steps")
@@ -162,8 +183,7 @@ class ChunkDenoiser:
             self.run.current_timestep = None
 
         def on_step_end(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-            step += new_index * self.request.num_inference_steps
-            return self._call_back(step, timestep, latents, conditioning)
+            return self._call_back(first_step + step, timestep, latents, conditioning)
 
         return chunk_step(
             self.transformer,
@@ -171,7 +191,7 @@ class ChunkDenoiser:
             self._initial_noise(new_index),
             self.kv_caches,
             conditioning,
-            num_inference_steps=self.request.num_inference_steps,
+            num_inference_steps=num_inference_steps,
             iterate=iterate,
             on_step_end=on_step_end,
         )
@@ -188,6 +208,7 @@ class ChunkDenoiser:
         }
         given = {name: tensors[name] for name in self.request.callback_tensor_inputs}
         changed = check_returned(self._callback(step, timestep, given), tensors)
+        self._forget_text()
         if changed.get("prompt_embeds", conditioning.prompt_embeds) is not conditioning.prompt_embeds:
             conditioning.prompt_embeds = changed["prompt_embeds"]
             self.prompts.replace_embeds(conditioning.prompt_embeds)
@@ -195,6 +216,12 @@ class ChunkDenoiser:
             conditioning.negative_prompt_embeds = changed["negative_prompt_embeds"]
             self.prompts.negative_embeds = conditioning.negative_prompt_embeds
         return changed.get("latents", latents).to(latents)
+
+    def _forget_text(self) -> None:
+        """Have the text's keys and values computed again, wherever others' code has run: it may have chosen another
+        LoRA, or another scale of it, and nothing tells. They are a small part of a chunk."""
+        for kv_cache in self.kv_caches:
+            kv_cache.clear_text()
 
     def _remember(self, index: int, latents: torch.Tensor) -> None:
         self._clean_latents[index] = latents

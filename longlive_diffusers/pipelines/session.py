@@ -29,6 +29,9 @@ class StreamingSession:
     `session.cut("...")` begins a new shot with the next chunk. Either replaces what was planned after it. With
     asynchronous decoding, denoising is ahead of what has been yielded: the next chunk is then the next to be denoised.
 
+    Between two chunks, `session.num_inference_steps` and the pipeline's LoRAs (`pipe.set_adapters`) may be changed as
+    well. With asynchronous decoding, LoRAs are better changed by a callback: it runs in the thread that denoises.
+
     Args:
         denoiser: Makes the latents.
         decoder: Decodes them to frames; None if chunks have latents only.
@@ -112,6 +115,17 @@ class StreamingSession:
         """Begin a new shot with the next chunk."""
         self._check_open()
         self._denoiser.prompts.redirect(prompt, cut=True)
+
+    @property
+    def num_inference_steps(self) -> int:
+        """The number of solver steps of the next chunk. Setting it changes it from the next chunk on, for instance
+        together with a LoRA that was distilled to another number."""
+        return self._denoiser.num_inference_steps
+
+    @num_inference_steps.setter
+    def num_inference_steps(self, num_inference_steps: int) -> None:
+        self._check_open()
+        self._denoiser.set_num_inference_steps(num_inference_steps)
 
     def interrupt(self) -> None:
         """End the stream with the chunk in progress, after its current step; callable from any thread."""

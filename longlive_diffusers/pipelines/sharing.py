@@ -27,6 +27,16 @@ NVIDIA_OPEN_MODEL_LICENSE = {
     "license_link": "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license/",
 }
 
+# What the settings of distillation mean, for a reader of the card who has never seen the training script.
+DISTILLATION_STARTS = {
+    "direct": "direct: all three networks from the pipeline that the LoRA is for",
+    "standalone": "standalone: all three networks from a base, the LoRA put onto this pipeline afterwards",
+}
+SCORE_CONTEXTS = {
+    "clean": "clean: the roll-out itself, without noise",
+    "noisy": "noisy: the roll-out, noised like the chunk itself",
+}
+
 
 def render_model_card(
     repo_id: str,
@@ -111,6 +121,70 @@ def render_lora_card(
         rank=rank,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        fps=fps,
+        dtype=dtype,
+    )
+
+
+def render_distilled_lora_card(
+    repo_id: str,
+    *,
+    num_inference_steps: int,
+    start: str,
+    score_context: str,
+    base_model: str | None = None,
+    trained_from: str | None = None,
+    rank: int | None = None,
+    teacher_guidance_scale: float | None = None,
+    other_lora: str | None = None,
+    other_num_inference_steps: int | None = None,
+    fps: int = 24,
+    dtype: str = "bfloat16",
+    prompt: str = EXAMPLE_PROMPT,
+    license: str | None = None,
+    tags: Iterable[str] = (),
+) -> ModelCard:
+    """Render the card of a LoRA that distills a pipeline to a few steps without guidance, like `render_lora_card`.
+
+    Args:
+        repo_id: The repository on the Hub, `user/name`.
+        num_inference_steps: The number of steps that it is distilled to.
+        start: What training began from, "direct" or "standalone".
+        score_context: What the scores see of earlier chunks, "clean" or "noisy".
+        base_model: The pipeline on the Hub that it is loaded into, None if it is not there.
+        trained_from: The model that training began from, if it is not `base_model`; a name, not a local folder.
+        rank: The LoRA's rank.
+        teacher_guidance_scale: The guidance scale of the real score.
+        other_lora, other_num_inference_steps: The repository of a LoRA for another number of steps, for the example of
+            switching; by default a placeholder, and 2 steps, or 4 where this one is for 2.
+        fps, dtype, prompt, license, tags: As in `render_model_card`.
+
+    Raises:
+        ValueError: If `start` or `score_context` is none of these.
+    """
+    for name, value, known in (
+        ("start", start, DISTILLATION_STARTS),
+        ("score_context", score_context, SCORE_CONTEXTS),
+    ):
+        if value not in known:
+            raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+    return _render(
+        "distilled_lora.md",
+        repo_id,
+        base_model=base_model,
+        license=license,
+        tags=("lora", "distillation", *tags),
+        prompt=prompt,
+        rank=rank,
+        num_inference_steps=num_inference_steps,
+        steps="1 step" if num_inference_steps == 1 else f"{num_inference_steps} steps",
+        adapter=f"distilled-{num_inference_steps}",
+        start_remark=DISTILLATION_STARTS[start],
+        score_context_remark=SCORE_CONTEXTS[score_context],
+        trained_from=trained_from,
+        teacher_guidance_scale=teacher_guidance_scale,
+        other_lora=other_lora,
+        other_num_inference_steps=other_num_inference_steps or (4 if num_inference_steps == 2 else 2),
         fps=fps,
         dtype=dtype,
     )

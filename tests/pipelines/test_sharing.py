@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from longlive_diffusers.pipelines.sharing import render_lora_card, render_model_card
+from longlive_diffusers.pipelines.sharing import render_distilled_lora_card, render_lora_card, render_model_card
 
 
 LONGLIVE = "Efficient-Large-Model/LongLive-2.0-5B"
@@ -16,6 +16,11 @@ WAN = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 
 def pipeline_card(**changes) -> ModelCard:
     return render_model_card("someone/foxes", **{"height": 704, "width": 1280, "chunk_size": 8, **changes})
+
+
+def distilled_card(**changes) -> ModelCard:
+    required = {"num_inference_steps": 4, "start": "direct", "score_context": "clean"}
+    return render_distilled_lora_card("someone/foxes-4-steps", **{**required, **changes})
 
 
 def programs(card: ModelCard) -> list[str]:
@@ -84,7 +89,8 @@ def test_the_weights_license_is_not_the_codes(base_model, license, fields, remar
 
 
 def test_no_blank_is_left_open():
-    for card in (pipeline_card(), render_lora_card("someone/foxes-lora", base_model=LONGLIVE)):
+    cards = (pipeline_card(), render_lora_card("someone/foxes-lora", base_model=LONGLIVE), distilled_card())
+    for card in cards:
         assert "None" not in card.content
         assert "{{" not in card.content and "{%" not in card.content
         for program in programs(card):
@@ -99,3 +105,46 @@ def test_lora_card():
     assert "of rank 128" in card.content
     assert {"lora", "foxes", "longlive"} <= set(card.data.tags)
     assert (card.data.base_model, card.data.license_name) == (LONGLIVE, "nvidia-open-model-license")
+
+
+@pytest.mark.parametrize(("steps", "other", "words"), [(4, 2, "4 steps"), (2, 4, "2 steps"), (1, 2, "1 step")])
+def test_a_distilled_lora_is_used_with_its_steps_and_without_guidance(steps, other, words):
+    card = distilled_card(base_model=LONGLIVE, num_inference_steps=steps)
+    call, stream = programs(card)
+    assert arguments(call, "pipe")["num_inference_steps"] == steps and arguments(call, "pipe")["guidance_scale"] == 1.0
+    assert arguments(stream, "pipe.stream")["num_inference_steps"] == steps
+    assert arguments(call, "pipe.load_lora_weights") == {"adapter_name": f"distilled-{steps}"}
+    assert call.index(f'from_pretrained("{LONGLIVE}"') < call.index('load_lora_weights("someone/foxes-4-steps"')
+    assert f"session.num_inference_steps = {other}" in stream
+    assert f"makes a chunk in {words}, without guidance" in card.content
+    assert f"| steps, guidance | {steps}, none |" in card.content
+
+
+def test_a_distilled_lora_says_how_it_was_made():
+    card = distilled_card(
+        base_model=LONGLIVE,
+        start="standalone",
+        score_context="noisy",
+        trained_from=WAN,
+        rank=16,
+        teacher_guidance_scale=4.0,
+        other_lora="someone/foxes-2-steps",
+        tags=["foxes"],
+    )
+    section = card.content.split("## How it was made")[1]
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", section, re.M))
+    assert rows["start"].startswith("standalone: all three networks from a base")
+    assert rows["what the scores see of earlier chunks"].startswith("noisy: ")
+    assert (rows["trained from"], rows["guidance scale of the teacher"]) == (WAN, "4.0")
+    assert "of rank 16" in card.content and 'load_lora_weights("someone/foxes-2-steps"' in card.content
+    assert {"lora", "distillation", "foxes", "longlive"} <= set(card.data.tags)
+    assert (card.data.base_model, card.data.license_name) == (LONGLIVE, "nvidia-open-model-license")
+    short = distilled_card().content.split("## How it was made")[1]
+    assert "trained from" not in short and "teacher" not in short and "direct: " in short
+
+
+@pytest.mark.parametrize("changes", [{"start": "Direct"}, {"score_context": "none"}, {"start": ""}])
+def test_a_distillation_that_does_not_exist_raises(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"`{name}` must be one of "):
+        distilled_card(**changes)

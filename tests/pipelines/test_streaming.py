@@ -71,6 +71,40 @@ def test_chunks_say_where_they_are(pipe):
     assert all(chunk.latents.shape == (1, 8, 2, 4, 6) for chunk in chunks)
 
 
+def test_the_number_of_steps_changes_with_the_next_chunk(pipe):
+    seen = []
+
+    def on_step_end(pipe, step, timestep, tensors):
+        seen.append((step, pipe.num_timesteps))
+        return {}
+
+    with pipe.stream("a", num_frames=21, callback_on_step_end=on_step_end, **options()) as session:
+        first = next(session).latents
+        assert session.num_inference_steps == 2
+        session.num_inference_steps = 3
+        assert session.num_inference_steps == 3
+        second = next(session).latents
+        session.num_inference_steps = 1
+        next(session)
+    assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5]
+    assert [total for _, total in seen] == [6, 6, 8, 8, 8, 6]
+    two, three = (drain(pipe.stream("a", num_frames=13, **options(num_inference_steps=steps))) for steps in (2, 3))
+    assert torch.equal(first, two[:, :, :2])
+    assert not torch.equal(second, two[:, :, 2:]) and not torch.equal(second, three[:, :, 2:])
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, "4", None, True])
+def test_a_number_of_steps_that_cannot_be_raises_and_changes_nothing(pipe, steps):
+    with pipe.stream("a", num_frames=13, **options()) as session:
+        next(session)
+        with pytest.raises(ValueError, match="`num_inference_steps` must be"):
+            session.num_inference_steps = steps
+        assert session.num_inference_steps == 2
+        next(session)
+    with pytest.raises(ValueError, match="This session is closed"):
+        session.num_inference_steps = 4
+
+
 def test_interleaved_sessions_give_what_each_gives_alone(pipe):
     first, second = options(1), options(2, shot_prompts=["b", "c"], num_frames=21, relative_rope=True)
     alone = [drain(pipe.stream("a", num_frames=29, **first)), drain(pipe.stream(**second))]
