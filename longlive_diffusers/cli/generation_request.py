@@ -15,10 +15,10 @@ from ..pipelines.chunk_step import is_guided
 from ..pipelines.inputs import ModelSizes, resolve_size
 from ..video.input_file import existing_file
 from ..video.writer import check_output
-from .backends import check_attention_backend, check_nvfp4_backend
+from ..wording import counted
+from .backends import check_attention_backend, check_nvfp4_backend, notes_on_speed
 from .beginning import Beginning, read_beginning
 from .choices import DEFAULT_SECONDS, FPS
-from .console import counted
 from .device import choose_device
 from .shots_file import RequestedShot, read_shots
 
@@ -28,7 +28,7 @@ class GenerationRequest:
     """What the user wants, checked as far as it can be without the models.
 
     `num_frames` is None for an endless video. `condition_frames` counts the frames that the result begins with, of the
-    video that it continues.
+    video that it continues. `notes` are what the user should know before it begins, a line each.
     """
 
     shots: list[RequestedShot]
@@ -37,6 +37,7 @@ class GenerationRequest:
     condition_frames: int
     seed: int
     device: torch.device
+    notes: list[str]
 
     def stream_arguments(self, args: argparse.Namespace) -> dict:
         """Return the arguments for `LongLivePipeline.stream`."""
@@ -110,9 +111,12 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
     if args.attention_backend:
         check_attention_backend(args.attention_backend, device)
     if args.nvfp4:
-        check_nvfp4_backend(args.nvfp4, folder.transformer, device)
+        check_nvfp4_backend("--nvfp4", args.nvfp4, folder.transformer, device)
     seed = random.randrange(2**31) if args.seed is None else args.seed
-    return GenerationRequest(shots, beginning, num_frames, condition_frames, seed, device), folder
+    notes = [*beginning.notes, *notes_on_speed(device, args.dtype, args.nvfp4)]
+    if output.is_fifo():
+        notes.append(f"'{output}' is a pipe: nothing can be written before somebody reads it")
+    return GenerationRequest(shots, beginning, num_frames, condition_frames, seed, device, notes), folder
 
 
 def requested_frames(args: argparse.Namespace) -> int | None:

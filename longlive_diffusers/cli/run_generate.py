@@ -11,8 +11,8 @@ from ..benchmark.measure import as_size, peak_memory, reset_peak_memory
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..pipelines.pipeline_output import VideoChunk
 from ..video.writer import VideoWriter
+from ..wording import counted
 from .choices import FPS
-from .console import counted
 from .generation_request import GenerationRequest, check_request, scaled_loras
 from .status_line import StatusLine
 from .typed_prompts import HELP, TypedPrompts, readable_descriptor
@@ -43,7 +43,7 @@ class Progress:
 def generate(args: argparse.Namespace) -> int:
     """Make the video; return 130 if Ctrl-C ended it (the file is then valid, only shorter)."""
     request, folder = check_request(args)
-    for note in request.beginning.notes:
+    for note in request.notes:
         print(f"longlive: {note}", file=sys.stderr)
     shows_bars = not args.no_progress and sys.stderr is not None and sys.stderr.isatty()
     began = time.perf_counter()

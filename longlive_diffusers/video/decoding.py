@@ -107,7 +107,8 @@ def _video_stream(path: Path, container: av.container.InputContainer) -> av.Vide
     # The cover of an album is a picture among the streams of a sound file.
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not streams:
-        raise ValueError(f"'{path}' holds no video, only {len(container.streams)} other stream(s)")
+        others = sorted({stream.type for stream in container.streams})
+        raise ValueError(f"'{path}' holds no video" + (f", only {', '.join(others)}" if others else ""))
     stream = streams[0]
     if stream.codec_context is None:
         raise ValueError(f"'{path}' holds video of a format that PyAV {av.__version__} cannot decode")

@@ -29,6 +29,8 @@ from av.video.frame import PictureType
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from ..atomic_write import check_new_file, shortened
+from ..number_checks import is_finite
+from ..tensor_checks import check_plain
 
 
 ENCODER = "libx264"
@@ -38,6 +40,7 @@ CONTAINER_OPTIONS = {
     ".mov": {"movflags": "frag_every_frame+empty_moov+default_base_moof"},
     ".mkv": {"cluster_time_limit": "0"},
 }
+LARGEST_DENOMINATOR = 1001  # of a frame rate in use: 23.976 is 24000/1001
 # Float pixels are in [0, 1]; what rounding in a half-precision decoder may add beyond that is clipped silently.
 RANGE_TOLERANCE = 1e-2
 
@@ -52,6 +55,8 @@ def check_output(path: str | os.PathLike) -> Path:
         ValueError: If the suffix is not that of a video this can write, no file can be written there (see
             `atomic_write.check_new_file`), or PyAV was built without the H.264 encoder.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"A video is written to the path of a file, got {path!r}")
     suffix = Path(path).suffix
     if suffix.lower() not in CONTAINER_OPTIONS:
         suffixes = ", ".join(CONTAINER_OPTIONS)
@@ -92,12 +97,11 @@ class VideoWriter:
 
     def __init__(self, path: str | os.PathLike, fps: float | Fraction = 24, *, crf: int = 18) -> None:
         self.path = check_output(path)
-        # 1001 is the largest denominator in use: 23.976 is 24000/1001.
-        self.fps = Fraction(fps).limit_denominator(1001) if 0 < fps <= 1000 else Fraction(0)
-        if self.fps <= 0:
-            raise ValueError(f"fps must be in (0, 1000], but it is {fps}")
-        if not 0 <= crf <= 51:
-            raise ValueError(f"crf must be in [0, 51], but it is {crf}")
+        if not is_finite(fps) or not Fraction(1, LARGEST_DENOMINATOR) <= fps <= 1000:
+            raise ValueError(f"`fps` must be a number from 1/{LARGEST_DENOMINATOR} to 1000, got {fps!r}")
+        if not is_finite(crf) or not 0 <= crf <= 51:
+            raise ValueError(f"`crf` must be a number from 0 to 51, got {crf!r}")
+        self.fps = Fraction(fps).limit_denominator(LARGEST_DENOMINATOR)
         self.crf = crf
         self.written_to = self.path
         self.frames_written = 0
@@ -198,7 +202,9 @@ class VideoWriter:
         if Path(os.path.realpath(self.path)).is_file():
             self.written_to = _unfinished_path(Path(os.path.realpath(self.path)))
         # Named as a file: "12:30.mp4" would be taken for a protocol called 12.
-        container = av.open(f"file:{self.written_to}", mode="w", options=options)
+        with open(self.path, "wb") if self.path.is_fifo() else contextlib.nullcontext():
+            # A pipe waits here, where Ctrl-C can end it, for somebody who reads it; FFmpeg then finds its reader.
+            container = av.open(f"file:{self.written_to}", mode="w", options=options)
         encoder_options = {"crf": str(self.crf), "preset": "medium", "tune": "zerolatency"}
         stream = container.add_stream(ENCODER, rate=self.fps, options=encoder_options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
@@ -227,11 +233,15 @@ def _unfinished_path(path: Path) -> Path:
 
 
 def _as_numpy(frames: np.ndarray | torch.Tensor) -> np.ndarray:
-    if not isinstance(frames, torch.Tensor):
+    if isinstance(frames, torch.Tensor):
+        check_plain("frames", frames)
+        frames = frames.detach().cpu()
+        # NumPy has neither bfloat16 nor the floats of 8 bits.
+        return (frames.float() if frames.is_floating_point() and frames.dtype != torch.float64 else frames).numpy()
+    try:
         return np.asarray(frames)
-    frames = frames.detach().cpu()
-    # NumPy has no bfloat16.
-    return (frames.float() if frames.dtype == torch.bfloat16 else frames).numpy()
+    except ValueError as error:
+        raise ValueError(f"frames must be [F, H, W, 3], an array or a tensor: {error}") from error
 
 
 def _as_uint8(frame: np.ndarray) -> np.ndarray:

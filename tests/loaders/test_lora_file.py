@@ -237,7 +237,7 @@ def test_half_a_layer_is_refused_in_every_layout(prefix, half):
             lora = {key.replace(old, new): tensor for key, tensor in lora.items()}
         half = {"lora_A": "lora_down", "lora_B": "lora_up"}[half]
     gone = next(key for key in lora if half in key)
-    with pytest.raises(ValueError, match="1 layers lack their lora_A or lora_B"):
+    with pytest.raises(ValueError, match="1 layer without lora_A or lora_B"):
         LongLivePipeline.lora_state_dict({key: tensor for key, tensor in lora.items() if key != gone})
 
 
