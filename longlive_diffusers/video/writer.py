@@ -97,11 +97,11 @@ class VideoWriter:
 
     def __init__(self, path: str | os.PathLike, fps: float | Fraction = 24, *, crf: int = 18) -> None:
         self.path = check_output(path)
-        if not is_finite(fps) or not Fraction(1, LARGEST_DENOMINATOR) <= fps <= 1000:
+        if not is_finite(fps) or not 1 / LARGEST_DENOMINATOR <= fps <= 1000:
             raise ValueError(f"`fps` must be a number from 1/{LARGEST_DENOMINATOR} to 1000, got {fps!r}")
         if not is_finite(crf) or not 0 <= crf <= 51:
             raise ValueError(f"`crf` must be a number from 0 to 51, got {crf!r}")
-        self.fps = Fraction(fps).limit_denominator(LARGEST_DENOMINATOR)
+        self.fps = Fraction(float(fps)).limit_denominator(LARGEST_DENOMINATOR)  # NumPy's floats are no fractions
         self.crf = crf
         self.written_to = self.path
         self.frames_written = 0

@@ -203,6 +203,16 @@ def test_rank_of_a_pair_disagrees(stored):
         read_original_lora(changed(stored, "q.lora_A.weight", torch.zeros(8)))
 
 
+def test_rank_0(stored, expected, original):
+    empty = changed(stored, "q.lora_A.weight", torch.zeros(0, 128))
+    empty = changed(empty, "q.lora_B.weight", torch.zeros(128, 0))
+    with pytest.raises(ValueError, match=r"self_attn\.q has rank 0 \(\(0, 128\) and \(128, 0\)\)"):
+        read_original_lora(empty)
+    all_empty = {key: t[:0] if ".lora_A." in key else t[:, :0] for key, t in expected.items()}
+    with pytest.raises(ValueError, match=r"does not fit in 20 layers: \S+ has rank 0: lora_A \(0, \d+\)"):
+        check_lora_fits(all_empty, read_original_state_dict(original))
+
+
 def test_ranks_of_layers_disagree(stored):
     mixed = changed(stored, "q.lora_A.weight", torch.zeros(4, 128))
     with pytest.raises(ValueError, match=r"rank 8 in 19 layers, rank 4 in 1 layer"):

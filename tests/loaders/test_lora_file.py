@@ -249,7 +249,7 @@ A, B = f"transformer.{TARGET}.lora_A.weight", f"transformer.{TARGET}.lora_B.weig
     [
         ({A: torch.ones(3, WIDTH)}, r"lora_A \(3, 24\) and lora_B \(24, 4\), which disagree on the rank"),
         ({A: torch.ones(4, 16)}, r"to_q is \(24, 24\), its LoRA \(24, 16\)"),
-        ({A: torch.ones(0, WIDTH), B: torch.ones(WIDTH, 0)}, "disagree on the rank"),
+        ({A: torch.ones(0, WIDTH), B: torch.ones(WIDTH, 0)}, r"has rank 0: lora_A \(0, 24\) and lora_B \(24, 0\)"),
         ({A: torch.ones(4, WIDTH, dtype=torch.int32)}, r"torch\.int32 and torch\.float32, not floats"),
         ({A: torch.full((4, WIDTH), torch.nan)}, "96 infinities or NaN"),
         ({f"transformer.{TARGET}.weight": torch.ones(4, 4)}, "is no part of a LoRA"),

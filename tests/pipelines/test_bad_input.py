@@ -274,6 +274,34 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_allocated(pipe, f
     assert forwards == []
 
 
+def test_more_tokens_than_the_tokenizer_takes_are_refused_but_for_the_default(pipe, forwards, monkeypatch):
+    monkeypatch.setattr(pipe.tokenizer, "model_max_length", TEXT_LENGTH)
+    for length in (TEXT_LENGTH + 1, 511, 513, 10**9):
+        numbers = ["`max_sequence_length`", TEXT_LENGTH, length]
+        assert_raises(lambda length=length: pipe(**tiny_arguments(max_sequence_length=length)), *numbers)
+        assert_raises(lambda length=length: pipe.stream(**tiny_arguments(max_sequence_length=length)), *numbers)
+        assert_raises(lambda length=length: pipe.encode_prompt("a", max_sequence_length=length), *numbers)
+    assert forwards == []
+    for options in ({}, {"max_sequence_length": 512}, {"max_sequence_length": TEXT_LENGTH}):
+        assert pipe.encode_prompt("a", **options)[0].shape == (1, TEXT_LENGTH, TEXT_DIM)
+    assert pipe.encode_prompt("a", max_sequence_length=3)[0].shape == (1, 3, TEXT_DIM)
+
+
+BATCHES = [
+    (1, 1, 2, "`latents` has batch size 2; it must be 1 for 1 prompt and 1 video of each"),
+    (3, 1, 2, "`latents` has batch size 2; it must be 1 or 3 for 3 prompts and 1 video of each"),
+    (1, 2, 3, "`latents` has batch size 3; it must be 1 or 2 for 1 prompt and 2 videos of each"),
+    (2, 3, 5, "`latents` has batch size 5; it must be 1, 2 or 6 for 2 prompts and 3 videos of each"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "videos", "size", "message"), BATCHES)
+def test_sizes_of_batches_are_told_in_good_english(pipe, prompts, videos, size, message):
+    overrides = {"prompt": ["a"] * prompts, "num_videos_per_prompt": videos, "latents": latents(size, 8, 2, 4, 4)}
+    with pytest.raises(ValueError, match=message):
+        pipe(**tiny_arguments(**overrides))
+
+
 def test_prompts_padded_to_a_billion_tokens_are_refused_where_the_tokenizer_has_no_limit(pipe, forwards, monkeypatch):
     monkeypatch.setattr(pipe.tokenizer, "model_max_length", 10**30)  # transformers' way to say so
     with pytest.raises(ValueError, match=r"prompts of 1000000000 tokens, needs .* GiB"):
