@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import av
 import av.codec
@@ -107,6 +108,7 @@ class VideoWriter:
         self.frames_written = 0
         self._size: tuple[int, int] | None = None  # height, width
         self._output: tuple[av.container.OutputContainer, av.VideoStream] | None = None
+        self._pipe: BinaryIO | None = None  # keeps a pipe's reader until FFmpeg has opened it, too
         self._closed = False
 
     def write(self, frames: np.ndarray | torch.Tensor) -> None:
@@ -168,6 +170,8 @@ class VideoWriter:
                 container.mux(stream.encode(None))
             finally:
                 container.close()
+                if self._pipe is not None:
+                    self._pipe.close()
 
     @contextlib.contextmanager
     def _naming_the_file(self) -> Iterator[None]:
@@ -202,9 +206,11 @@ class VideoWriter:
         if Path(os.path.realpath(self.path)).is_file():
             self.written_to = _unfinished_path(Path(os.path.realpath(self.path)))
         # Named as a file: "12:30.mp4" would be taken for a protocol called 12.
-        with open(self.path, "wb") if self.path.is_fifo() else contextlib.nullcontext():
-            # A pipe waits here, where Ctrl-C can end it, for somebody who reads it; FFmpeg then finds its reader.
-            container = av.open(f"file:{self.written_to}", mode="w", options=options)
+        if self.path.is_fifo():
+            # It waits here, where Ctrl-C can end it, for somebody who reads it; FFmpeg, which opens it with the first
+            # frame, then does not wait.
+            self._pipe = open(self.path, "wb")  # noqa: SIM115 (closed with the container)
+        container = av.open(f"file:{self.written_to}", mode="w", options=options)
         encoder_options = {"crf": str(self.crf), "preset": "medium", "tune": "zerolatency"}
         stream = container.add_stream(ENCODER, rate=self.fps, options=encoder_options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
