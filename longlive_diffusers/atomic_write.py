@@ -31,6 +31,8 @@ def check_new_file(path: str | os.PathLike) -> Path:
         ValueError: If its folder is missing or cannot be written to, if it is a folder, or a file that cannot be
             written to, or if no file can have its name.
     """
+    if "\0" in os.fspath(path):
+        raise ValueError(f"Cannot write {os.fspath(path)!r}: no file can have a null character in its name")
     path = Path(os.path.expanduser(path))
     try:
         if path.is_dir():

@@ -9,6 +9,9 @@ A part of a video that does not open it has no such first frame: all of its late
 pixel frames each. A chunk is `chunk_size` latent frames.
 """
 
+from .number_checks import check_booleans
+
+
 TEMPORAL_SCALE = 4
 """Pixel frames of a latent frame, in all of Wan's VAEs (`vae.config.scale_factor_temporal`)."""
 
@@ -21,11 +24,13 @@ def pixel_frames(num_latent_frames: int, *, opens_video: bool = True, temporal_s
         opens_video: Whether the first of them is the first of a video.
         temporal_scale: Pixel frames of every latent frame but the first of a video.
     """
+    check_booleans(opens_video=opens_video)
     return max(0, num_latent_frames * temporal_scale - (temporal_scale - 1) * opens_video)
 
 
 def latent_frames(num_pixel_frames: int, *, opens_video: bool = True, temporal_scale: int = TEMPORAL_SCALE) -> int:
     """The latent frames that pixel frames fill; the inverse of [`pixel_frames`], rounded down."""
+    check_booleans(opens_video=opens_video)
     return (num_pixel_frames + (temporal_scale - 1) * opens_video) // temporal_scale
 
 

@@ -1,8 +1,10 @@
-"""What counts as a whole number or a number where one is expected, and the errors for everything else."""
+"""What counts as an integer, a number or a boolean where one is expected, and the errors for everything else."""
 
 import math
 from numbers import Integral, Real
 from typing import TypeGuard
+
+import numpy as np
 
 
 def is_count(value: object) -> TypeGuard[int]:
@@ -18,6 +20,13 @@ def is_finite(value: object) -> TypeGuard[float]:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond float64
         return False
+
+
+def check_booleans(**booleans: object) -> None:
+    """Raise a ValueError unless all values are booleans (NumPy's included): in Python, "no" is as true as "yes"."""
+    for name, value in booleans.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"`{name}` must be True or False, got {value!r}.")
 
 
 def check_counts(**counts: object) -> None:

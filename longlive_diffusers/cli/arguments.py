@@ -6,6 +6,7 @@ once.
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -44,12 +45,12 @@ def number(least: float, most: float, *, above: bool = False) -> Callable[[str],
 
 
 def text(argument: str) -> str:
-    """Check that an argument is text; bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer takes."""
+    """Read an argument as UTF-8, whatever the locale: bytes that this does not know, in the locale C all but ASCII,
+    arrive as lone surrogates (PEP 383), which no tokenizer takes."""
     try:
-        argument.encode()
-    except UnicodeEncodeError as error:
+        return os.fsencode(argument).decode()
+    except UnicodeError as error:  # of a lone surrogate that stands for no byte, too
         raise argparse.ArgumentTypeError(f"is not UTF-8 text: {_quoted(argument)}") from error
-    return argument
 
 
 def add_device_option(parser: argparse._ActionsContainer, what: str = "The device to run on") -> None:

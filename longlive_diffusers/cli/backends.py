@@ -15,6 +15,8 @@ RUN_ON_CPU = (
     AttentionBackendName._NATIVE_MATH,
     AttentionBackendName.FLEX,
 )
+# "auto" is "emulate" there.
+EMULATED_ON_CPU = ("auto", "emulate", "fp8")
 
 
 def check_attention_backend(name: str, device: torch.device) -> None:
@@ -37,20 +39,42 @@ def check_attention_backend(name: str, device: torch.device) -> None:
         raise ValueError(f"--attention-backend {name} needs a GPU; on a CPU, there are {names}")
 
 
-def check_nvfp4_backend(name: str, transformer: Mapping[str, Any], device: torch.device) -> None:
+def check_nvfp4_backend(
+    option: str,
+    name: str,
+    transformer: Mapping[str, Any],
+    device: torch.device,
+    weight_rule: str = "mse",
+    activation_rule: str = "mse",
+) -> None:
     """
     Check how products with weights in 4 bits are to be computed.
 
     Args:
+        option: The option that asks for it.
         name: "auto", or the name of a backend.
         transformer: The configuration of the transformer.
         device: The device that it is to run on.
+        weight_rule, activation_rule: The scale rules of its weights and their inputs.
 
     Raises:
         ValueError: If the backend cannot run the transformer's layers on the device.
     """
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    layer = LayerShape(width, width, "mse", "mse")
+    layer = LayerShape(width, width, weight_rule, activation_rule)
     reason = None if name == "auto" else BACKENDS[name].unsupported_reason(layer, device)
     if reason is not None:
-        raise ValueError(f"--nvfp4 {name} {reason}")
+        raise ValueError(f"{option} {name} {reason}")
+
+
+def notes_on_speed(device: torch.device, dtype: str, nvfp4: str | None) -> list[str]:
+    """Return what a user should know about the speed of what was asked for, a line each."""
+    notes = []
+    if device.type == "cpu" and dtype == "float16":
+        notes.append("--dtype float16 is slow on a CPU; float32 and bfloat16 are faster there")
+    if device.type == "cpu" and nvfp4 in EMULATED_ON_CPU:
+        notes.append(
+            f"--nvfp4 {nvfp4} is emulated on a CPU: it computes what a GPU would, but slower than without --nvfp4; "
+            "w4a16 is not"
+        )
+    return notes

@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..limits import MAX_SIDE
 from .arguments import (
     add_attention_backend_option,
     add_cache_options,
@@ -11,7 +12,7 @@ from .arguments import (
     add_renamed,
     integer,
 )
-from .choices import BENCH_SIZES, DTYPES, MAX_CHUNKS, MAX_SIDE, MAX_STEPS, MAX_THREADS
+from .choices import BENCH_SIZES, DTYPES, MAX_CHUNKS, MAX_STEPS, MAX_THREADS
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -16,7 +16,6 @@ BENCH_SIZES = ("toy", "cpu-reference", "5b")
 FPS = 24  # the frame rate of the model
 DEFAULT_SECONDS = 5.0
 
-MAX_SIDE = 16_384  # pixels; H.264 knows no larger picture
 MAX_STEPS = 1000  # the timesteps that the model was trained with
 MAX_SEED = 2**64 - 1  # torch's generators take 64 bits
 MAX_SECONDS = 1_000_000  # 11 days; beyond that, --stream
@@ -24,5 +23,4 @@ MAX_FRAMES = MAX_SECONDS * FPS
 MAX_CHUNKS = 10_000_000
 MAX_CACHED_FRAMES = 100_000
 MAX_THREADS = 1024
-MAX_GUIDANCE = 1000
 MAX_LORA_SCALE = 100

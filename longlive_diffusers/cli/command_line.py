@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..version import __version__
 from .bench import add_parser as add_bench
-from .console import flush, show_any_character
+from .console import flush, show_any_character, warnings_in_one_line
 from .convert import add_parser as add_convert
 from .env import add_parser as add_env
 from .errors import one_line
@@ -21,7 +21,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         try:
             args = parse_arguments(argv)
-            return args.run(args)
+            with warnings_in_one_line():
+                return args.run(args)
         finally:
             flush()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

@@ -3,6 +3,10 @@
 import io
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 
 def show_any_character() -> None:
@@ -10,6 +14,29 @@ def show_any_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Show Python's warnings without the source lines that they come from, and each text once."""
+    shown: set[str] = set()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = " ".join(str(message).split())
+        if text not in shown and sys.stderr is not None:
+            shown.add(text)
+            print(f"longlive: warning: {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def flush() -> None:
@@ -27,8 +54,3 @@ def flush() -> None:
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
         raise
-
-
-def counted(count: int, noun: str) -> str:
-    """Return "1 chunk" or "3 chunks"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

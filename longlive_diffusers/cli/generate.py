@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..limits import MAX_GUIDANCE_SCALE, MAX_SIDE
 from .arguments import (
     add_attention_backend_option,
     add_cache_options,
@@ -16,11 +17,9 @@ from .choices import (
     DEFAULT_SECONDS,
     DTYPES,
     MAX_FRAMES,
-    MAX_GUIDANCE,
     MAX_LORA_SCALE,
     MAX_SECONDS,
     MAX_SEED,
-    MAX_SIDE,
     MAX_STEPS,
 )
 from .shots_file import FORMAT
@@ -99,7 +98,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument(
         "--guidance-scale",
-        type=number(0, MAX_GUIDANCE),
+        type=number(0, MAX_GUIDANCE_SCALE),
         default=1.0,
         help="The scale of classifier-free guidance: 1 for distilled models (default), 3 for others.",
     )

@@ -17,10 +17,10 @@ from ..pipelines.chunk_step import is_guided
 from ..pipelines.inputs import ModelSizes, resolve_size
 from ..video.input_file import existing_file
 from ..video.writer import check_output
-from .backends import check_attention_backend, check_nvfp4_backend
+from ..wording import counted
+from .backends import check_attention_backend, check_nvfp4_backend, notes_on_speed
 from .beginning import Beginning, read_beginning
 from .choices import DEFAULT_SECONDS, FPS
-from .console import counted
 from .device import choose_device
 from .embedded_lora import choose_embedded_lora
 from .shots_file import RequestedShot, read_shots
@@ -117,9 +117,12 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
     if args.attention_backend:
         check_attention_backend(args.attention_backend, device)
     if args.nvfp4:
-        check_nvfp4_backend(args.nvfp4, folder.transformer, device)
+        check_nvfp4_backend("--nvfp4", args.nvfp4, folder.transformer, device)
     seed = random.randrange(2**31) if args.seed is None else args.seed
-    notes = beginning.notes if lora_note is None else [*beginning.notes, lora_note]
+    notes = [*beginning.notes, *([] if lora_note is None else [lora_note])]
+    notes += notes_on_speed(device, args.dtype, args.nvfp4)
+    if output.is_fifo():
+        notes.append(f"'{output}' is a pipe: nothing can be written before somebody reads it")
     request = GenerationRequest(
         shots, beginning, num_frames, condition_frames, seed, device, embedded_lora, notes=notes
     )

@@ -1,6 +1,7 @@
 """`longlive quantize`: a pipeline in; the same with its transformer in NVFP4 out."""
 
 import argparse
+import warnings
 from typing import TYPE_CHECKING
 
 from .arguments import add_device_option
@@ -79,6 +80,7 @@ def quantize(args: argparse.Namespace) -> int:
     from ..models.transformer_longlive import LongLiveTransformer3DModel
     from ..nvfp4.linear import nvfp4_layers
     from ..nvfp4.quantizer import layers_to_convert, quantize_model
+    from .backends import check_nvfp4_backend
     from .device import choose_device
 
     device = choose_device(args.device)
@@ -90,6 +92,14 @@ def quantize(args: argparse.Namespace) -> int:
         raise ValueError(f"--recipe {args.recipe} says what {', '.join(own)} would")
     folder = PipelineFolder.find(args.model)
     config = requested_config(args, folder.transformer["num_layers"])
+    check_nvfp4_backend(
+        "--backend",
+        config.backend,
+        folder.transformer,
+        device,
+        weight_rule=config.weight_scale_rule,
+        activation_rule=config.activation_scale_rule,
+    )
     with torch.device("meta"):  # the names of kept modules are checked before anything is loaded
         layers_to_convert(LongLiveTransformer3DModel(**folder.transformer), config)
     pipe = folder.load_stored(dtype=args.dtype, lora=args.lora)
@@ -97,7 +107,10 @@ def quantize(args: argparse.Namespace) -> int:
     before = weights_bytes(transformer)
     quantize_model(transformer, config)
     after, layers = weights_bytes(transformer), nvfp4_layers(transformer)
-    transformer.to("cpu")
+    with warnings.catch_warnings():
+        # A backend of the device does not run on the CPU, where the weights only wait to be written.
+        warnings.filterwarnings("ignore", "NVFP4: ")
+        transformer.to("cpu")
     save_atomically(pipe, destination, pipe.model_card(destination.name, **origin_details(args.model)))
     first = next(iter(layers.values()))
     print(f"layers in NVFP4:     {len(layers)}, such as {next(iter(layers))}: {first}")

@@ -49,7 +49,7 @@ def requested_options(args: argparse.Namespace) -> BenchOptions:
     if args.attention_backend:
         check_attention_backend(args.attention_backend, device)
     if args.nvfp4:
-        check_nvfp4_backend(args.nvfp4, size.transformer, device)
+        check_nvfp4_backend("--nvfp4", args.nvfp4, size.transformer, device)
     return BenchOptions(
         size_name=args.size,
         size=size,

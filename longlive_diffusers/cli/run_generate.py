@@ -11,8 +11,8 @@ from ..benchmark.measure import as_size, peak_memory, reset_peak_memory
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..pipelines.pipeline_output import VideoChunk
 from ..video.writer import VideoWriter
+from ..wording import counted
 from .choices import FPS
-from .console import counted
 from .generation_request import GenerationRequest, check_request, scaled_loras
 from .status_line import StatusLine
 from .typed_prompts import HELP, TypedPrompts, readable_descriptor

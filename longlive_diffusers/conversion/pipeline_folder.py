@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -148,7 +149,8 @@ class PipelineFolder:
         elif offload == "sequential":
             pipe.enable_sequential_cpu_offload(device=device)
         else:
-            pipe.to(device)
+            # diffusers warns of float16 on a CPU, for every model, that it would fail, which these do not.
+            pipe.to(device, silence_dtype_warnings=True)
         return pipe
 
     def load_stored(self, *, dtype: str = "auto", lora: str | None = None) -> LongLivePipeline:
@@ -191,7 +193,11 @@ class PipelineFolder:
         """Load LoRAs, which are added up, each by its scale."""
         names = [f"lora_{number}" for number in range(len(loras))]
         for name, (lora, _) in zip(names, loras, strict=True):
-            pipe.load_lora_weights(lora, adapter_name=name)
+            with warnings.catch_warnings():
+                # PEFT asks whoever loads a second LoRA to know what they do. Each has a name of its own here, and all
+                # of them are switched on below.
+                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+                pipe.load_lora_weights(lora, adapter_name=name)
         if loras:
             pipe.set_adapters(names, [scale for _, scale in loras])
 

@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig
 
 from ..nvfp4.format import Weight
+from ..wording import counted
 from .checkpoint_file import check_finite, named_tensors, read_checkpoint_file
 from .lora_file import LORA_SUFFIXES, LoraFile, read_lora_file
 from .names import first_names
@@ -126,13 +127,15 @@ def read_lora(lora: LoraFile, convert: Callable[..., Any]) -> tuple[dict[str, to
     if not any("lora" in key or "lokr" in key for key in tensors):
         raise ValueError(f"{lora.source} is not a LoRA: none of its {len(tensors)} tensors is of a LoRA layer.")
     if halves := [key for key in tensors if (partner := _partner(key)) is not None and partner not in tensors]:
-        raise ValueError(f"{lora.source}: {len(halves)} layers lack their lora_A or lora_B: {first_names(halves)}.")
+        raise ValueError(
+            f"{lora.source}: {counted(len(halves), 'layer')} without lora_A or lora_B: {first_names(halves)}."
+        )
     try:
         state = convert(dict(tensors))
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(
-            f"{lora.source} is not a LoRA of this model: its {len(tensors)} keys ({first_names(tensors)}) cannot be "
-            f"converted ({error})."
+            f"{lora.source} is not a LoRA of this model: its {counted(len(tensors), 'key')} ({first_names(tensors)}) "
+            f"cannot be converted ({error})."
         ) from error
     if lora.metadata is not None:
         _check_metadata(lora.metadata, state, source=lora.source)
@@ -189,7 +192,8 @@ def check_lora_fits(lora: Mapping[str, torch.Tensor], weights: Mapping[str, Weig
         if tensor.device.type != "meta" and tensor.numel():
             check_finite(tensor, f"The LoRA's {key}")
     if unfit := [problem for problem in problems.values() if problem is not None]:
-        raise ValueError(f"The LoRA is for another model; {len(unfit)} layers do not fit: {'; '.join(unfit[:4])}.")
+        count = counted(len(unfit), "layer")
+        raise ValueError(f"The LoRA is for another model; it does not fit in {count}: {'; '.join(unfit[:4])}.")
 
 
 def _problem(name: str, lora: Mapping[str, torch.Tensor], target: tuple[int, ...] | None) -> str | None:
@@ -200,11 +204,17 @@ def _problem(name: str, lora: Mapping[str, torch.Tensor], target: tuple[int, ...
         return f"{name} does not exist"
     if not (down.is_floating_point() and up.is_floating_point()):
         return f"{name} has {down.dtype} and {up.dtype}, not floats"
-    if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
+    if _has_rank_0(down, up):
+        return f"{name} has rank 0: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}"
+    if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]:
         return f"{name} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}, which disagree on the rank"
     if target[:2] != (up.shape[0], down.shape[1]):
         return f"{name} is {target}, its LoRA {(up.shape[0], down.shape[1])}"
     return None
+
+
+def _has_rank_0(down: torch.Tensor, up: torch.Tensor) -> bool:
+    return down.ndim >= 2 and up.ndim >= 2 and down.shape[0] == up.shape[1] == 0
 
 
 def _partner(key: str) -> str | None:
@@ -257,16 +267,20 @@ def _layers(tensors: Mapping[str, torch.Tensor], *, source: str) -> dict[str, di
             f"{source} is not a LoRA of this model: none of its {len(tensors)} keys is ({first_names(unknown)})."
         )
     if unknown:
-        raise ValueError(f"{source} holds {len(unknown)} keys that are no plain LoRA layers: {first_names(unknown)}.")
+        raise ValueError(
+            f"{source} holds {counted(len(unknown), 'key')} of no plain LoRA layer: {first_names(unknown)}."
+        )
     if halves := [name for name, layer in layers.items() if not {"lora_A", "lora_B"} <= set(layer)]:
-        raise ValueError(f"{source}: {len(halves)} layers lack their lora_A or lora_B: {first_names(halves)}.")
+        raise ValueError(f"{source}: {counted(len(halves), 'layer')} without lora_A or lora_B: {first_names(halves)}.")
     return layers
 
 
 def _common_rank(layers: Mapping[str, Mapping[str, torch.Tensor]], settings: Mapping[str, Any], *, source: str) -> int:
     for name, layer in layers.items():
         down, up = layer["lora_A"], layer["lora_B"]
-        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
+        if _has_rank_0(down, up):
+            raise ValueError(f"{source}: the LoRA of {name} has rank 0 ({tuple(down.shape)} and {tuple(up.shape)}).")
+        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
             raise ValueError(
                 f"{source}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} of {name} do not agree on a rank; "
                 "[rank, in] and [out, rank] are expected."
@@ -275,7 +289,7 @@ def _common_rank(layers: Mapping[str, Mapping[str, torch.Tensor]], settings: Map
             raise ValueError(f"{source}: {name} holds {down.dtype} and {up.dtype}; floats are expected.")
     ranks = Counter(layer["lora_A"].shape[0] for layer in layers.values())
     if len(ranks) > 1:
-        counts = ", ".join(f"rank {rank} in {count} layers" for rank, count in ranks.most_common())
+        counts = ", ".join(f"rank {rank} in {counted(count, 'layer')}" for rank, count in ranks.most_common())
         raise ValueError(f"{source}: the layers' ranks disagree ({counts}); one rank for all is expected.")
     rank = next(iter(ranks))
     if settings.get("r", rank) != rank and not settings.get("rank_pattern"):

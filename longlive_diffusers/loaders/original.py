@@ -22,6 +22,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from diffusers.utils import logging
 from torch import nn
 
+from ..number_checks import check_booleans
 from ..nvfp4.format import NVFP4Tensor, Weight, Weights
 from ..nvfp4.quantizer import NVFP4Config, mark_quantized
 from ..setting_types import check_setting_types
@@ -154,6 +155,7 @@ def read_original_state_dict(
     Raises:
         ValueError: If there are no weights of a Wan text-to-video transformer; the message says what is there instead.
     """
+    check_booleans(use_ema=use_ema)
     source = "The given state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
     content = dict(checkpoint) if isinstance(checkpoint, Mapping) else read_checkpoint_file(checkpoint)
     if content.get("checkpoint_format") == _LEGACY_FORMAT:

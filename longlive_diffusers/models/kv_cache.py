@@ -30,7 +30,8 @@ from itertools import groupby
 
 import torch
 
-from ..number_checks import is_count
+from ..number_checks import check_booleans, check_counts, is_count
+from ..wording import counted
 from .attend import allocate_scratch
 from .layer_kv_cache import (
     ChunkSlots,
@@ -113,10 +114,10 @@ class KVCache:
     ):
         dtype = resolve_kv_cache_dtype(dtype, head_dim)
         check_window(window_size, sink_size, chunk_size, multi_shot_sink)
-        if batch_size < 1:
-            raise ValueError(f"A KV cache is for at least 1 video, got {batch_size}.")
-        if num_frames is not None and num_frames < 1:
-            raise ValueError(f"A KV cache is for a video of at least 1 latent frame, got {num_frames}.")
+        check_booleans(relative_rope=relative_rope)
+        check_counts(batch_size=batch_size)
+        if num_frames is not None:
+            check_counts(num_frames=num_frames)
         self.batch_size, self.grid_height, self.grid_width = batch_size, grid_height, grid_width
         self.num_heads, self.head_dim = num_heads, head_dim
         self.window_size, self.sink_size, self.chunk_size = window_size, sink_size, chunk_size
@@ -216,14 +217,16 @@ class KVCache:
                 "The chunk before was never finished: a packed KV cache stores a chunk in the forward on its clean "
                 "latents, after `finish_chunk()`."
             )
-        if not 0 < num_frames <= self.chunk_size:
-            raise ValueError(f"A chunk has 1 to {self.chunk_size} latent frames, got {num_frames}.")
+        if not is_count(num_frames) or not 0 < num_frames <= self.chunk_size:
+            raise ValueError(f"`num_frames` must be an integer from 1 to {self.chunk_size}, got {num_frames!r}.")
         if self.num_frames is not None and self.num_frames_seen + num_frames > self.num_frames:
             raise ValueError(
                 f"This KV cache is for a video of {self.num_frames} latent frames; after {self.num_frames_seen}, there"
                 f" is no room for {num_frames} more."
             )
         opens_shot = self._for_each_sample(opens_shot, "opens_shot")
+        for opens in opens_shot:
+            check_booleans(opens_shot=opens)
         rope_offset = (
             [0.0] * self.batch_size if self.relative_rope else self._for_each_sample(rope_offset, "rope_offset")
         )
@@ -380,10 +383,10 @@ class KVCache:
         return tensor.to(self.device, non_blocking=True)
 
     def _for_each_sample(self, value, name: str) -> list:
-        if not isinstance(value, Sequence):
+        if not isinstance(value, Sequence) or isinstance(value, str):
             return [value] * self.batch_size
         if len(value) != self.batch_size:
-            raise ValueError(f"`{name}` has {len(value)} values for a batch of {self.batch_size}.")
+            raise ValueError(f"`{name}` has {counted(len(value), 'value')} for a batch of {self.batch_size}.")
         return list(value)
 
 
@@ -395,10 +398,11 @@ def _version_of(tensor: torch.Tensor) -> int | None:
 
 def check_window(window_size: int, sink_size: int, chunk_size: int, multi_shot_sink: bool) -> None:
     """Raise a ValueError that states the numbers, unless a chunk always fits beside the protected frames."""
+    check_booleans(multi_shot_sink=multi_shot_sink)
     if not all(is_count(size) for size in (window_size, sink_size, chunk_size)):
         raise ValueError(
-            f"`window_size`, `sink_size` and `chunk_size` are whole numbers of latent frames, got {window_size}, "
-            f"{sink_size} and {chunk_size}."
+            f"`window_size`, `sink_size` and `chunk_size` are integers, numbers of latent frames, got "
+            f"{window_size!r}, {sink_size!r} and {chunk_size!r}."
         )
     if chunk_size < 1 or window_size < 1 or sink_size < 0:
         raise ValueError(

@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchif
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..frame_counts import latent_frames, pixel_frames
+from ..tensor_checks import check_floats
 
 
 ROUNDING = 1e-2  # what pixels may be beyond [-1, 1]: two steps of bfloat16 there
@@ -215,6 +216,8 @@ def encode_video(
 def _check_pixels(vae: AutoencoderKLWan, pixels: torch.Tensor) -> None:
     scale, multiple = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
     channels = vae.config.in_channels // (vae.config.patch_size or 1) ** 2
+    if isinstance(pixels, torch.Tensor):
+        check_floats("The video to encode", pixels)
     shape = tuple(pixels.shape) if isinstance(pixels, torch.Tensor) else type(pixels).__name__
     if not isinstance(pixels, torch.Tensor) or pixels.ndim != 5 or pixels.shape[1] != channels or 0 in pixels.shape:
         raise ValueError(f"Expected pixels [B, {channels}, 1 + {scale} n, H, W], got {shape}.")
@@ -223,7 +226,7 @@ def _check_pixels(vae: AutoencoderKLWan, pixels: torch.Tensor) -> None:
         raise ValueError(f"Expected 1 + {scale} n frames of multiples of {multiple} pixels, got {shape}.")
     least, most = pixels.min(), pixels.max()
     # Not a number is not within them either.
-    if not pixels.is_floating_point() or not (least >= -1 - ROUNDING and most <= 1 + ROUNDING):
+    if not (least >= -1 - ROUNDING and most <= 1 + ROUNDING):
         raise ValueError(f"Expected floats in [-1, 1], got {pixels.dtype} in [{least.item()}, {most.item()}].")
 
 

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
+from ..number_checks import check_booleans
 from ..nvfp4.lora import adopt_lora_layers
 from ..parallel.layout import check_heads
 from ..setting_types import check_setting_types
@@ -213,6 +214,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             ValueError: For shapes that do not fit the network, each other or the cache; for an `sp_mesh` of several
                 dimensions, or whose number of ranks does not divide the number of heads.
         """
+        check_booleans(return_dict=return_dict)
         batch, _, frames, height, width = self._check_latents(hidden_states)
         grid = self._token_grid(height, width)
         timestep = per_frame(timestep, batch, frames, "timestep")
@@ -351,6 +353,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             ValueError: If the checkpoint is not of this network (its blocks are not `num_layers`, for instance), a
                 setting has a wrong type, or the path is that of a single file.
         """
+        check_booleans(output_loading_info=output_loading_info)
         source = pretrained_model_name_or_path
         if os.path.isfile(source):
             raise ValueError(f"'{source}' is a single file: open it with {cls.__name__}.from_original.")

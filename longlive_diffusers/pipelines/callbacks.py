@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from ..tensor_checks import check_finite, check_floats
+
 
 CALLBACK_TENSOR_INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
@@ -35,8 +37,8 @@ def check_returned(returned: object, tensors: dict[str, torch.Tensor | None]) ->
     Check what a callback returned, None or changed tensors by name, against the tensors that there were.
 
     Raises:
-        ValueError: For anything else: other types, names that nothing is read from, tensors of other shapes (prompts
-            may have another number of tokens).
+        ValueError: For anything else: other types, names that nothing is read from, tensors that are no floats, of
+            other shapes (prompts may have another number of tokens) or, on a CPU, with infinities or NaN.
     """
     if returned is None:
         return {}
@@ -53,9 +55,12 @@ def check_returned(returned: object, tensors: dict[str, torch.Tensor | None]) ->
             raise ValueError(f"A callback returned `{name}`, but without guidance there is none.")
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"A callback must return `{name}` as a tensor, got {type(tensor).__name__}.")
+        check_floats(f"What a callback returned as `{name}`", tensor)
         expected, shape = list(before.shape), list(tensor.shape)
         if name != "latents" and len(shape) == 3 and shape[1]:
             expected[1] = shape[1]
         if shape != expected:
             raise ValueError(f"A callback must return `{name}` of shape {list(before.shape)}, got {shape}.")
+        if tensor.device.type == "cpu":  # elsewhere, it would have to be waited for; there, the frames are looked at
+            check_finite(f"What a callback returned as `{name}`", tensor)
     return returned

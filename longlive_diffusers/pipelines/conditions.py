@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import logging
 
 from ..frame_counts import pixel_frames, whole_chunks
+from ..tensor_checks import check_plain
 from ..video.fit import fit
 from ..video.images import as_rgb
 from ..video.levels import white_level
@@ -117,6 +118,8 @@ def _frames(name: str, values: Iterable) -> Frames:
                 raise ValueError(f"`{name}` has a picture of {value.height}x{value.width} pixels.")
             frames.append(value)
         elif isinstance(value, np.ndarray | torch.Tensor):
+            if isinstance(value, torch.Tensor):
+                check_plain(f"`{name}`", value)
             frames += list(_channels_last(name, value))
         else:
             raise ValueError(f"`{name}` must hold PIL images, arrays or tensors, got {type(value).__name__}.")

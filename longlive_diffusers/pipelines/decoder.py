@@ -1,11 +1,13 @@
 """ChunkDecoder: decodes clean latents to frames, chunk by chunk; the counterpart of `ChunkDenoiser`."""
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 
 from ..models.streaming_vae import StreamingDecoder, latent_statistics
-from .pipeline_output import Frames
+from .pipeline_output import Frames, check_numbers
 
 
 class ChunkDecoder:
@@ -47,6 +49,9 @@ class ChunkDecoder:
 
         Returns:
             The chunk's frames in the output layout, ready to be used on the current stream.
+
+        Raises:
+            ValueError: If frames on the host have values that are not numbers.
         """
         if self._stream is None:
             return self._frames(latents)
@@ -67,4 +72,10 @@ class ChunkDecoder:
         latents = latents.to(self.device, torch.float32) * self._std + self._mean
         # In float32: half of bfloat16's numbers in [0, 1] are further apart than half a level of 8 bits.
         pixels = self._decoder.decode(latents.to(self.vae.dtype)).float()
-        return self.video_processor.postprocess_video(pixels, output_type=self.output_type)
+        # PIL images are made of arrays, as diffusers does: a pixel that is not a number would be some color in them.
+        layout = "pt" if self.output_type == "pt" else "np"
+        frames: Any = self.video_processor.postprocess_video(pixels, output_type=layout)
+        check_numbers(frames)
+        if self.output_type == "pil":
+            return [self.video_processor.numpy_to_pil(video) for video in frames]
+        return frames

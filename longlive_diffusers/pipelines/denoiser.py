@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..limits import MAX_GUIDANCE_SCALE
 from ..models.attention_kwargs import check_attention_kwargs
 from ..models.kv_cache import KVCache
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_counts, check_non_negative
 from .callbacks import check_returned
 from .chunk_step import Conditioning, Solver, chunk_step, is_guided, rewrite_history, write_clean
-from .inputs import MAX_GUIDANCE_SCALE, Request
+from .inputs import Request
 from .prompt_source import PromptSource
 from .run_state import RunState
 from .shots import ChunkPrompt

@@ -9,10 +9,13 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 
 from ..frame_counts import chunks_to_cover, latent_frames, pixel_frames
+from ..limits import MAX_GUIDANCE_SCALE, MAX_SIDE
 from ..models.attention_kwargs import check_attention_kwargs
 from ..models.kv_cache import check_window
 from ..models.layer_kv_cache import resolve_kv_cache_dtype
-from ..number_checks import check_counts, check_non_negative, is_count
+from ..number_checks import check_booleans, check_counts, check_non_negative, is_count
+from ..tensor_checks import check_finite, check_floats
+from ..wording import alternatives, counted
 from .callbacks import resolve_callback_inputs
 from .conditions import check_conditions, image_to_pixels, video_to_pixels
 from .prompt_cleaning import shortened
@@ -22,7 +25,6 @@ from .shots import ShotPlan
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-MAX_GUIDANCE_SCALE = 1e6  # beyond all use, and far from where float32 ends
 MAX_FRAMES = 2**53  # up to there, time positions are exact
 MAX_ROPE_OFFSET = 1e9  # angles of float64 are exact to a millionth there
 
@@ -94,10 +96,10 @@ class Prompts:
             plan = ShotPlan.from_prompts(shots, durations, num_chunks)
             plans.append(plan)
             left_out = shots[plan.num_reached(num_chunks) :]
-            if left_out:
+            if left_out and num_chunks is not None:
                 logger.warning(
-                    f"{len(left_out)} of {len(shots)} prompts find no room in a video of {num_chunks} chunks, and are "
-                    f"left out: {', '.join(map(shortened, left_out))}."
+                    f"There is no room for {len(left_out)} of {counted(len(shots), 'prompt')} in a video of "
+                    f"{counted(num_chunks, 'chunk')}: {', '.join(map(shortened, left_out))}."
                 )
         return plans
 
@@ -241,6 +243,9 @@ def resolve_request(
         num_videos_per_prompt=num_videos_per_prompt,
         max_sequence_length=max_sequence_length,
     )
+    check_booleans(multi_shot_sink=multi_shot_sink, async_decode=async_decode)
+    if relative_rope is not None:
+        check_booleans(relative_rope=relative_rope)
     check_non_negative(at_most=MAX_GUIDANCE_SCALE, guidance_scale=guidance_scale)
     check_non_negative(at_most=MAX_ROPE_OFFSET, multi_shot_rope_offset=multi_shot_rope_offset)
     check_output_type(output_type)
@@ -349,7 +354,7 @@ def resolve_prompts(
         batch = len(prompts.videos)
 
     if isinstance(negative_prompt, list) and len(_strings("negative_prompt", negative_prompt)) != batch:
-        raise ValueError(f"`negative_prompt` has {len(negative_prompt)} prompts for a batch of {batch}.")
+        raise ValueError(f"`negative_prompt` has {counted(len(negative_prompt), 'prompt')} for a batch of {batch}.")
     if negative_prompt is not None and not isinstance(negative_prompt, str | list):
         raise ValueError(f"`negative_prompt` must be a string or a list, got {type(negative_prompt).__name__}.")
     if negative_prompt_embeds is not None:
@@ -370,7 +375,9 @@ def _resolve_shots(shot_prompts, chunks_per_shot) -> Prompts:
     if not nested:
         return Prompts(videos, [chunks_per_shot] * len(videos), is_single)
     if is_single or len(chunks_per_shot) != len(videos):
-        raise ValueError(f"`chunks_per_shot` has {len(chunks_per_shot)} lists for a batch of {len(videos)}.")
+        raise ValueError(
+            f"`chunks_per_shot` has {counted(len(chunks_per_shot), 'list')} for a batch of {len(videos)}."
+        )
     return Prompts(videos, chunks_per_shot, is_single)
 
 
@@ -384,17 +391,14 @@ def _strings(name: str, value) -> list[str]:
 
 
 def check_embeds(name: str, embeds: torch.Tensor, text_dim: int | None) -> None:
-    """Raise a ValueError unless embeddings are `[B, L, text_dim]` (of any dimension if it is None) and finite."""
+    """Raise a ValueError unless embeddings are finite floats `[B, L, text_dim]` (of any dimension if it is None)."""
     is_tensor = isinstance(embeds, torch.Tensor)
+    if is_tensor:
+        check_floats(f"`{name}`", embeds)
     if not is_tensor or embeds.ndim != 3 or 0 in embeds.shape or embeds.shape[-1] != (text_dim or embeds.shape[-1]):
         shape = tuple(embeds.shape) if is_tensor else type(embeds).__name__
         raise ValueError(f"`{name}` must be [B, L, {text_dim or 'D'}], got {shape}.")
-    check_finite(name, embeds)
-
-
-def check_finite(name: str, tensor: torch.Tensor) -> None:
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"`{name}` has {int((~torch.isfinite(tensor)).sum())} values that are not finite.")
+    check_finite(f"`{name}`", embeds)
 
 
 # ----------------------------------------------------------------------------------------------------- size and length
@@ -402,17 +406,19 @@ def check_latents(name: str, latents: torch.Tensor | None, channels: int, chunk_
     """Raise a ValueError unless latents have a positive multiple of `chunk_size` frames (one frame if it is None)."""
     if latents is None:
         return
+    if isinstance(latents, torch.Tensor):
+        check_floats(f"`{name}`", latents)
     if not isinstance(latents, torch.Tensor) or latents.ndim != 5 or latents.shape[1] != channels:
         shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
         raise ValueError(f"`{name}` must be [B, {channels}, F, h, w], got {shape}.")
-    if not latents.is_floating_point() or 0 in latents.shape:
-        raise ValueError(f"`{name}` must be floats, at least one, got {latents.dtype} {tuple(latents.shape)}.")
+    if 0 in latents.shape:
+        raise ValueError(f"`{name}` must hold at least one number, got shape {tuple(latents.shape)}.")
     frames = latents.shape[2]
     if chunk_size is None and frames != 1:
         raise ValueError(f"`{name}` must have 1 latent frame, got {frames}.")
     if chunk_size is not None and (frames < 1 or frames % chunk_size):
         raise ValueError(f"`{name}` must have a multiple of {chunk_size} latent frames (whole chunks), got {frames}.")
-    check_finite(name, latents)
+    check_finite(f"`{name}`", latents)
 
 
 def resolve_size(
@@ -433,7 +439,8 @@ def resolve_size(
         patch: The height and width of a token, in latents.
 
     Raises:
-        ValueError: For a size that is not a multiple of a token's, or latents of another size than the requested one.
+        ValueError: For a size that is not a multiple of a token's or is beyond `MAX_SIDE`, or latents of another
+            size than the requested one.
     """
     sizes = {name: tuple(latents.shape[-2:]) for name, latents in given.items() if latents is not None}
     if len(set(sizes.values())) > 1:
@@ -441,8 +448,10 @@ def resolve_size(
     latent_height, latent_width = next(iter(sizes.values()), default)
     multiple = (scale * patch[0], scale * patch[1])
     for name, value, step in (("height", height, multiple[0]), ("width", width, multiple[1])):
-        if value is not None and (not is_count(value) or value < step or value % step):
-            raise ValueError(f"`{name}` must be a positive multiple of {step}, got {value!r}.")
+        if value is not None and (not is_count(value) or not step <= value <= MAX_SIDE or value % step):
+            raise ValueError(
+                f"`{name}` must be an integer, a multiple of {step} from {step} to {MAX_SIDE}, got {value!r}."
+            )
     if latent_height % patch[0] or latent_width % patch[1]:
         raise ValueError(f"Latents of {latent_height}x{latent_width} do not split into {patch[0]}x{patch[1]} patches.")
     size = (height or latent_height * scale, width or latent_width * scale)
@@ -471,21 +480,20 @@ def resolve_num_chunks(
         return (latents.shape[2] + condition_frames) // chunk_size
     if num_frames is None:
         return None
-    if not is_count(num_frames) or num_frames < 1:
-        raise ValueError(f"`num_frames` must be at least 1, got {num_frames!r}.")
+    check_counts(num_frames=num_frames)
     if num_frames > MAX_FRAMES:
         raise ValueError(f"`num_frames` must be at most {MAX_FRAMES} (None is endless), got {num_frames!r}.")
     num_chunks = chunks_to_cover(num_frames, chunk_size, temporal_scale=temporal_scale)
     rounded = pixel_frames(num_chunks * chunk_size, temporal_scale=temporal_scale)
     if num_chunks * chunk_size <= condition_frames:
         raise ValueError(
-            f"`num_frames` counts the whole result: {num_frames} frames leave nothing to add to a video of "
-            f"{pixel_frames(condition_frames, temporal_scale=temporal_scale)} frames."
+            f"`num_frames` counts the whole result: with {num_frames}, there is nothing to add to a video of "
+            f"{counted(pixel_frames(condition_frames, temporal_scale=temporal_scale), 'frame')}."
         )
     if rounded != num_frames:
         logger.warning(
             f"`num_frames` {num_frames} is not a whole number of chunks of {chunk_size} latent frames; "
-            f"using {rounded} frames ({num_chunks} chunks)."
+            f"using {counted(rounded, 'frame')} ({counted(num_chunks, 'chunk')})."
         )
     return num_chunks
 
@@ -501,8 +509,8 @@ def for_each_sample(name: str, tensor: torch.Tensor, num_prompts: int, num_video
     if tensor.shape[0] == 1:
         return tensor.expand(batch_size, *tensor.shape[1:])
     raise ValueError(
-        f"`{name}` has batch size {tensor.shape[0]}; {num_prompts} prompts of {num_videos_per_prompt} videos need "
-        f"1, {num_prompts} or {batch_size}."
+        f"`{name}` has batch size {tensor.shape[0]}; it must be {alternatives((1, num_prompts, batch_size))} for "
+        f"{counted(num_prompts, 'prompt')} and {counted(num_videos_per_prompt, 'video')} of each."
     )
 
 
@@ -513,7 +521,9 @@ def check_generator(generator: torch.Generator | list[torch.Generator] | None, b
         if not isinstance(item, torch.Generator):
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {type(item).__name__}.")
     if isinstance(generator, list) and len(generator) != batch_size:
-        raise ValueError(f"`generator` has {len(generator)} generators for a batch of {batch_size} videos.")
+        raise ValueError(
+            f"`generator` has {counted(len(generator), 'generator')} for a batch of {counted(batch_size, 'video')}."
+        )
 
 
 def check_output_type(output_type: str) -> None:

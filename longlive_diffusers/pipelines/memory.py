@@ -9,6 +9,7 @@ import torch
 
 from ..frame_counts import pixel_frames
 from ..models.transformer_longlive import LongLiveTransformer3DModel
+from ..wording import counted
 from .chunk_step import is_guided
 from .inputs import ModelSizes, Request
 
@@ -82,7 +83,7 @@ def check_result_fits(request: Request, sizes: ModelSizes, output_type: str, dev
     needed = batch * values * (1 if output_type == "pil" else 2 * torch.float32.itemsize)
     if needed > available:
         raise ValueError(
-            f"{batch} videos of {frames} frames (`output_type` {output_type!r}) need {-(-needed // GIB)} GiB; "
-            f"{available // GIB} GiB are available. Make fewer frames, or take them chunk by chunk from "
-            "`pipe.stream(...)`."
+            f"{counted(batch, 'video')} of {counted(frames, 'frame')} (`output_type` {output_type!r}) "
+            f"take {-(-needed // GIB)} GiB; {available // GIB} GiB are available. Make fewer frames, or take them "
+            "chunk by chunk from `pipe.stream(...)`."
         )

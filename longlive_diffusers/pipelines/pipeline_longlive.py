@@ -29,9 +29,11 @@ from ..loaders.lora import check_lora_fits, read_lora
 from ..loaders.lora_file import LoraFile, find_lora_file, read_lora_file
 from ..models.streaming_vae import encode_video
 from ..models.transformer_longlive import LongLiveTransformer3DModel
-from ..number_checks import check_counts
+from ..number_checks import check_booleans, check_counts
 from ..nvfp4.linear import nvfp4_layers, weights_of
 from ..schedulers.scheduling_longlive import LongLiveScheduler
+from ..setting_types import check_setting_types
+from ..wording import counted
 from .async_workers import AsyncWorkers
 from .callbacks import CALLBACK_TENSOR_INPUTS
 from .chunk_step import is_guided
@@ -48,6 +50,8 @@ from .sharing import load_model_card, render_model_card, strip_local_paths
 
 
 logger = logging.get_logger(__name__)
+
+DEFAULT_MAX_SEQUENCE_LENGTH = 512  # what Wan was trained with, and the default of every method here
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -118,6 +122,14 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         scene_cut_prefix: str = "The scene transitions. ",
     ):
         super().__init__()
+        settings = {
+            "window_size": window_size,
+            "sink_size": sink_size,
+            "multi_shot_sink": multi_shot_sink,
+            "multi_shot_rope_offset": multi_shot_rope_offset,
+            "scene_cut_prefix": scene_cut_prefix,
+        }
+        check_setting_types(settings, LongLivePipeline)
         # Third-party conversions have the layout of a Wan pipeline; UniPC's grid is not the one this model learned.
         if isinstance(transformer, WanTransformer3DModel):
             transformer = LongLiveTransformer3DModel.from_wan(transformer)
@@ -126,13 +138,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
-        self.register_to_config(
-            window_size=window_size,
-            sink_size=sink_size,
-            multi_shot_sink=multi_shot_sink,
-            multi_shot_rope_offset=multi_shot_rope_offset,
-            scene_cut_prefix=scene_cut_prefix,
-        )
+        self.register_to_config(**settings)
         self.vae_scale_factor_temporal = vae.config["scale_factor_temporal"] if vae is not None else 4
         self.vae_scale_factor_spatial = vae.config["scale_factor_spatial"] if vae is not None else 16
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
@@ -221,7 +227,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature)
-        max_sequence_length: int = 512,
+        max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
     ) -> LongLivePipelineOutput | tuple:
         r"""
         Generate a video.
@@ -266,7 +272,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 `_attention_kwargs`) is the state of this video alone.
             callback_on_step_end_tensor_inputs: The names of the tensors that the callback gets.
             max_sequence_length: The number of tokens that a prompt is padded or truncated to (a warning says where),
-                at most the tokenizer's `model_max_length`.
+                at most the tokenizer's `model_max_length`. Where that is below 512, the default stands for it.
 
         Examples:
 
@@ -277,6 +283,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             ValueError: If anything is malformed or does not fit into memory; raised before any long work, with a
                 message that states the numbers.
         """
+        check_booleans(return_dict=return_dict)
         # These are only passed on; naming each of them again would make it easy to forget one.
         options = {name: value for name, value in locals().items() if name not in ("self", "return_dict")}
         if num_frames is None and latents is None:
@@ -327,7 +334,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature)
-        max_sequence_length: int = 512,
+        max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
         async_decode: bool = False,
     ) -> StreamingSession:
         r"""
@@ -417,7 +424,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         num_videos_per_prompt: int = 1,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        max_sequence_length: int = 512,
+        max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -426,14 +433,15 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         Returns:
             The embeddings of the prompts and, with guidance, of the negative prompts, each
-            `[B * num_videos_per_prompt, max_sequence_length, D]`.
+            `[B * num_videos_per_prompt, max_sequence_length, D]` (see `__call__`).
 
         Raises:
             ValueError: If there is neither a prompt nor `prompt_embeds`, prompts are no strings, embeddings are not
-                `[B, L, D]`, there are not as many negative prompts as prompts, a number is less than 1, or the
-                pipeline has no tokenizer or text encoder.
+                `[B, L, D]`, there are not as many negative prompts as prompts, a number is less than 1 or, of tokens,
+                beyond the tokenizer's limit, or the pipeline has no tokenizer or text encoder.
         """
         check_counts(num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length)
+        check_booleans(do_classifier_free_guidance=do_classifier_free_guidance)
         for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
             if embeds is not None:
                 check_embeds(name, embeds, None)
@@ -517,9 +525,18 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """The number of tokens of a prompt's embeddings."""
         if request.prompt_embeds is not None:
             return request.prompt_embeds.shape[1]
+        return self._text_length(request.max_sequence_length)
+
+    def _text_length(self, max_sequence_length: int) -> int:
+        """Return the number of tokens that prompts are padded or cut to."""
         if self.tokenizer is None:
-            return request.max_sequence_length
-        return min(request.max_sequence_length, self.tokenizer.model_max_length)
+            return max_sequence_length
+        limit = self.tokenizer.model_max_length  # transformers' 10**30 where there is none
+        if max_sequence_length > limit and max_sequence_length != DEFAULT_MAX_SEQUENCE_LENGTH:
+            raise ValueError(
+                f"`max_sequence_length` must be at most {limit}, the tokenizer's limit, got {max_sequence_length}."
+            )
+        return min(max_sequence_length, limit)
 
     def _check_vae(self, *, is_needed: bool) -> None:
         if is_needed and not isinstance(self.vae, AutoencoderKLWan):
@@ -542,16 +559,18 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Encode n prompts to `[n, max_sequence_length, D]`, or fewer tokens where the tokenizer's own limit is lower;
-        by default, on the device and in the dtype of the transformer."""
+        """Encode n prompts to `[n, max_sequence_length, D]` (see `__call__`); by default, on the device and in the
+        dtype of the transformer."""
         if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"Prompts are a string or a list of at least one string, got {prompts!r}.")
         if self.tokenizer is None or self.text_encoder is None:
-            raise ValueError(f"{len(prompts)} prompts, but no tokenizer or text encoder: pass `prompt_embeds`.")
+            raise ValueError(
+                f"{counted(len(prompts), 'prompt')}, but no tokenizer or text encoder: pass `prompt_embeds`."
+            )
         device = device or self._execution_device
         dtype = dtype or (self.text_encoder.dtype if self.transformer is None else self.transformer.dtype)
         prompts = [clean_prompt(prompt) for prompt in prompts]
-        max_length = min(max_sequence_length, self.tokenizer.model_max_length)
+        max_length = self._text_length(max_sequence_length)
         for cut in describe_cuts(prompts, self.tokenizer, max_length):
             logger.warning(cut)
         tokens = self.tokenizer(
@@ -574,7 +593,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Encode negative prompts: one for all, one for each prompt, or (None) the empty prompt."""
         prompts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * batch
         if len(prompts) != batch:
-            raise ValueError(f"`negative_prompt` has {len(prompts)} prompts for a batch of {batch}.")
+            raise ValueError(f"`negative_prompt` has {counted(len(prompts), 'prompt')} for a batch of {batch}.")
         return self._embed_prompts(prompts, max_sequence_length, device, dtype)
 
     # -- sharing -----------------------------------------------------------------------------------------------------
@@ -665,6 +684,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             ValueError: If the LoRA cannot be found or read, or does not fit the transformer.
         """
+        check_booleans(hotswap=hotswap)
         kwargs["return_lora_metadata"] = True
         state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
         check_lora_fits(state_dict, weights_of(self.transformer))

@@ -49,6 +49,21 @@ class VideoChunk:
     start_frame: int
 
 
+def check_numbers(frames: torch.Tensor | np.ndarray) -> None:
+    """Raise a ValueError if frames (see [`VideoChunk`], not PIL images) have infinities or NaN. A tensor on a GPU is
+    not read, which would have to wait for it. Of an array, one pixel of 16x16 is: a latent that is not a number spoils
+    more than that."""
+    if isinstance(frames, np.ndarray):
+        sound = np.isfinite(frames[:, :, ::16, ::16]).all()
+    else:
+        sound = frames.device.type != "cpu" or torch.isfinite(frames).all()
+    if not sound:
+        raise ValueError(
+            "A chunk came out with values that are not numbers: a callback returned them, or numbers became too large "
+            "for the dtype of a model; float16 ends at 65504."
+        )
+
+
 def join_frames(chunks: list[Any], output_type: str) -> Frames:
     """Join the chunks of a video, each with frames in the layout of `output_type`."""
     if output_type == "np":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from diffusers.utils import logging
 
+from ..wording import counted
 from .prompt_cleaning import shortened
 from .shots import ChunkPrompt, ShotPlan
 
@@ -92,7 +93,9 @@ class PromptSource:
         if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
             raise ValueError(f"A prompt must be a string or a list of {self.batch_size} strings, got {prompt!r}.")
         if len(prompts) != self.batch_size:
-            raise ValueError(f"Got {len(prompts)} prompts for a batch of {self.batch_size} videos.")
+            raise ValueError(
+                f"Got {counted(len(prompts), 'prompt')} for a batch of {counted(self.batch_size, 'video')}."
+            )
         with self._lock:
             still_cut = self._redirection is not None and self._redirection[1]
             self._redirection = (prompts, cut or still_cut)

@@ -14,7 +14,7 @@ from .async_workers import DenoiseWorker
 from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser, DenoisedChunk
 from .memory import ADVICE
-from .pipeline_output import VideoChunk
+from .pipeline_output import VideoChunk, check_numbers
 from .prefetch import Prefetcher
 
 
@@ -89,7 +89,11 @@ class StreamingSession:
             raise StopIteration
         if chunk.ready is not None:
             _hand_over(chunk.latents, chunk.ready)
-        frames = chunk.latents if self._decoder is None else self._decoder.decode(chunk.latents, chunk.ready)
+        if self._decoder is None:
+            frames = chunk.latents
+            check_numbers(frames)
+        else:
+            frames = self._decoder.decode(chunk.latents, chunk.ready)
         if self._closed:
             raise StopIteration
         return VideoChunk(

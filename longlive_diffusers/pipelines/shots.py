@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..number_checks import is_count
+from ..number_checks import check_booleans, is_count
+from ..wording import counted
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class Shot:
     opens: bool = True
 
     def __post_init__(self):
+        check_booleans(opens=self.opens)
         if not isinstance(self.prompt, str):
             raise ValueError(f"The prompt of a shot must be a string, got {type(self.prompt).__name__}.")
         if self.num_chunks is not None and (not is_count(self.num_chunks) or self.num_chunks < 1):
-            raise ValueError(f"A shot lasts at least 1 chunk, got {self.num_chunks!r}.")
+            raise ValueError(f"A shot lasts an integer number of chunks, at least 1, got {self.num_chunks!r}.")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class ShotPlan:
             durations = chunks_per_shot
         else:
             raise ValueError(
-                f"`chunks_per_shot` must be a number or one for each of {len(prompts)} shots, got {chunks_per_shot!r}."
+                f"`chunks_per_shot` must be an integer, or a list of them for {counted(len(prompts), 'shot')}, got "
+                f"{chunks_per_shot!r}."
             )
         return cls([Shot(prompt, count, i) for i, (prompt, count) in enumerate(zip(prompts, durations, strict=False))])
 
@@ -104,6 +107,7 @@ class ShotPlan:
     def redirected(self, index: int, prompt: str, *, cut: bool, continues: bool = False) -> "ShotPlan":
         """Return this plan with `prompt` from chunk `index` on, as a new shot (`cut`) or within the current one. At
         chunk 0, there is something to cut from only if the video `continues` another one."""
+        check_booleans(cut=cut, continues=continues)
         shot_index = self.chunk(index - 1).shot_index if index > self.start else self.shots[0].index
         new_shot = cut and (index > 0 or continues)
         return ShotPlan([Shot(prompt, None, shot_index + new_shot, opens=new_shot or index == 0)], start=index)

@@ -10,7 +10,7 @@ from diffusers import UniPCMultistepScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-from ..number_checks import is_count, is_finite
+from ..number_checks import check_booleans, is_count, is_finite
 
 
 class LongLiveScheduler(UniPCMultistepScheduler):
@@ -78,8 +78,8 @@ class LongLiveScheduler(UniPCMultistepScheduler):
             table = self.config["num_train_timesteps"]
             if not is_count(num_inference_steps) or not 1 <= num_inference_steps <= table:
                 raise ValueError(
-                    f"`num_inference_steps` must be at least 1 and at most {table}, the timesteps that the network "
-                    f"was trained on, got {num_inference_steps!r}."
+                    f"`num_inference_steps` must be an integer from 1 to {table}, the timesteps that the network was "
+                    f"trained on, got {num_inference_steps!r}."
                 )
             largest = np.float32(1 - 1 / table)  # float32, to equal the reference exactly
             sigmas = np.linspace(float(largest), 0, num_inference_steps + 1)[:-1]
@@ -108,6 +108,7 @@ class LongLiveScheduler(UniPCMultistepScheduler):
     ) -> SchedulerOutput | tuple:
         """Take one step of the solver, in the precision of `sample`, also under autocast: from order 3 on, sums over
         previous steps are matrix products."""
+        check_booleans(return_dict=return_dict)
         with torch.autocast(sample.device.type, enabled=False):
             return super().step(model_output, timestep, sample, return_dict)
 
@@ -164,6 +165,7 @@ def check_solver(num_train_timesteps: int, flow_shift: float, solver_order: int,
         raise ValueError(f"`flow_shift` must be a finite number above 0, got {flow_shift!r}.")
     if not is_count(solver_order) or solver_order < 1:
         raise ValueError(f"`solver_order` must be a whole number of at least 1, got {solver_order!r}.")
+    check_booleans(lower_order_final=lower_order_final)
     if solver_order > 1 and not lower_order_final:
         raise ValueError(
             f"`lower_order_final` False with `solver_order` {solver_order} divides by the last noise level, which is "

@@ -14,6 +14,7 @@ import av.container
 import av.error
 from av.stream import Disposition
 
+from ..wording import counted
 from .input_file import existing_file
 
 
@@ -107,7 +108,9 @@ def _video_stream(path: Path, container: av.container.InputContainer) -> av.Vide
     # The cover of an album is a picture among the streams of a sound file.
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not streams:
-        raise ValueError(f"'{path}' holds no video, only {len(container.streams)} other stream(s)")
+        others = len(container.streams)
+        only = f", only {counted(others, 'other stream')}" if others else ""
+        raise ValueError(f"'{path}' holds no video{only}")
     stream = streams[0]
     if stream.codec_context is None:
         raise ValueError(f"'{path}' holds video of a format that PyAV {av.__version__} cannot decode")

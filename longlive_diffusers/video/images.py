@@ -43,7 +43,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     ("I") is of 8 bits if it is nowhere above 255, else of 16; gray in floats ("F") is in [0, 1], or else in [0, 255].
 
     Raises:
-        ValueError: For gray outside of these ranges, or a picture whose file is damaged.
+        ValueError: For gray outside of these ranges, a picture whose file is damaged, or an impossible transparency.
     """
     try:
         image = ImageOps.exif_transpose(image)
@@ -62,12 +62,19 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """Return a picture as RGB, with what is transparent laid over white."""
+    """Return a picture as RGB, with what is transparent laid over white.
+
+    Raises:
+        ValueError: If what the picture says to be transparent is not possible.
+    """
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert(image.mode.upper())
     if not image.has_transparency_data:
         return image.convert("RGB")
-    image = image.convert("RGBA")
+    try:
+        image = image.convert("RGBA")
+    except (TypeError, ValueError) as error:  # more entries than the palette has, or not one for each channel
+        raise ValueError(f"the picture's transparency cannot be read: {error}") from error
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
 

@@ -14,6 +14,8 @@ def existing_file(path: str | os.PathLike, kind: str) -> Path:
     Raises:
         ValueError: If there is no such file, it is a folder or a device, or reading it is not permitted.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"the {kind} must be the path of a file, got {path!r}")
     path = Path(os.path.expanduser(path))  # unlike that of pathlib, it leaves a file called ~x alone
     try:
         exists = path.exists()

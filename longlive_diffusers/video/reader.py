@@ -12,6 +12,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from ..number_checks import check_counts
+from ..wording import counted
 from .decoding import BreaksOffError, TimedFrame, Video, open_video
 from .display import Display
 from .sampling import at_rate
@@ -61,8 +63,8 @@ def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> tup
         ValueError: If there is no such file, it is not a video, none of its frames can be decoded, the frame rate is
             not known, or `max_frames` is less than 1.
     """
-    if max_frames is not None and max_frames < 1:
-        raise ValueError(f"max_frames must be at least 1, but it is {max_frames}")
+    if max_frames is not None:
+        check_counts(max_frames=max_frames)
     frames: list[np.ndarray] = []
     times: list[Fraction] = []
     with open_video(path) as video:
@@ -75,7 +77,7 @@ def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> tup
             warnings.warn(str(error), stacklevel=2)
     rate = _rate(video.stated_rate, times)
     if rate is None:
-        raise ValueError(f"'{path}' does not say its frame rate ({len(frames)} frame(s) were read)")
+        raise ValueError(f"'{path}' does not say its frame rate ({counted(len(frames), 'frame')} read)")
     return np.stack(frames), float(rate)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import av
 import av.codec
@@ -29,6 +30,8 @@ from av.video.frame import PictureType
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from ..atomic_write import check_new_file, shortened
+from ..number_checks import is_finite
+from ..tensor_checks import check_plain
 
 
 ENCODER = "libx264"
@@ -38,6 +41,7 @@ CONTAINER_OPTIONS = {
     ".mov": {"movflags": "frag_every_frame+empty_moov+default_base_moof"},
     ".mkv": {"cluster_time_limit": "0"},
 }
+LARGEST_DENOMINATOR = 1001  # of a frame rate in use: 23.976 is 24000/1001
 # Float pixels are in [0, 1]; what rounding in a half-precision decoder may add beyond that is clipped silently.
 RANGE_TOLERANCE = 1e-2
 
@@ -52,6 +56,8 @@ def check_output(path: str | os.PathLike) -> Path:
         ValueError: If the suffix is not that of a video this can write, no file can be written there (see
             `atomic_write.check_new_file`), or PyAV was built without the H.264 encoder.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"A video is written to the path of a file, got {path!r}")
     suffix = Path(path).suffix
     if suffix.lower() not in CONTAINER_OPTIONS:
         suffixes = ", ".join(CONTAINER_OPTIONS)
@@ -92,17 +98,17 @@ class VideoWriter:
 
     def __init__(self, path: str | os.PathLike, fps: float | Fraction = 24, *, crf: int = 18) -> None:
         self.path = check_output(path)
-        # 1001 is the largest denominator in use: 23.976 is 24000/1001.
-        self.fps = Fraction(fps).limit_denominator(1001) if 0 < fps <= 1000 else Fraction(0)
-        if self.fps <= 0:
-            raise ValueError(f"fps must be in (0, 1000], but it is {fps}")
-        if not 0 <= crf <= 51:
-            raise ValueError(f"crf must be in [0, 51], but it is {crf}")
+        if not is_finite(fps) or not 1 / LARGEST_DENOMINATOR <= fps <= 1000:
+            raise ValueError(f"`fps` must be a number from 1/{LARGEST_DENOMINATOR} to 1000, got {fps!r}")
+        if not is_finite(crf) or not 0 <= crf <= 51:
+            raise ValueError(f"`crf` must be a number from 0 to 51, got {crf!r}")
+        self.fps = Fraction(float(fps)).limit_denominator(LARGEST_DENOMINATOR)  # NumPy's floats are no fractions
         self.crf = crf
         self.written_to = self.path
         self.frames_written = 0
         self._size: tuple[int, int] | None = None  # height, width
         self._output: tuple[av.container.OutputContainer, av.VideoStream] | None = None
+        self._pipe: BinaryIO | None = None  # keeps a pipe's reader until FFmpeg has opened it, too
         self._closed = False
 
     def write(self, frames: np.ndarray | torch.Tensor) -> None:
@@ -164,6 +170,8 @@ class VideoWriter:
                 container.mux(stream.encode(None))
             finally:
                 container.close()
+                if self._pipe is not None:
+                    self._pipe.close()
 
     @contextlib.contextmanager
     def _naming_the_file(self) -> Iterator[None]:
@@ -198,6 +206,10 @@ class VideoWriter:
         if Path(os.path.realpath(self.path)).is_file():
             self.written_to = _unfinished_path(Path(os.path.realpath(self.path)))
         # Named as a file: "12:30.mp4" would be taken for a protocol called 12.
+        if self.path.is_fifo():
+            # It waits here, where Ctrl-C can end it, for somebody who reads it; FFmpeg, which opens it with the first
+            # frame, then does not wait.
+            self._pipe = open(self.path, "wb")  # noqa: SIM115 (closed with the container)
         container = av.open(f"file:{self.written_to}", mode="w", options=options)
         encoder_options = {"crf": str(self.crf), "preset": "medium", "tune": "zerolatency"}
         stream = container.add_stream(ENCODER, rate=self.fps, options=encoder_options)
@@ -227,11 +239,15 @@ def _unfinished_path(path: Path) -> Path:
 
 
 def _as_numpy(frames: np.ndarray | torch.Tensor) -> np.ndarray:
-    if not isinstance(frames, torch.Tensor):
+    if isinstance(frames, torch.Tensor):
+        check_plain("frames", frames)
+        frames = frames.detach().cpu()
+        # NumPy has neither bfloat16 nor the floats of 8 bits.
+        return (frames.float() if frames.is_floating_point() and frames.dtype != torch.float64 else frames).numpy()
+    try:
         return np.asarray(frames)
-    frames = frames.detach().cpu()
-    # NumPy has no bfloat16.
-    return (frames.float() if frames.dtype == torch.bfloat16 else frames).numpy()
+    except ValueError as error:
+        raise ValueError(f"frames must be [F, H, W, 3], an array or a tensor: {error}") from error
 
 
 def _as_uint8(frame: np.ndarray) -> np.ndarray:

@@ -82,6 +82,14 @@ def test_a_dtype_that_does_not_exist_is_refused_with_those_that_do(value, capsys
     assert all(name in told for name in ("auto", "nvfp4", "fp8", value))
 
 
+@pytest.mark.parametrize("prompt", ["ein roter Käse", "一只猫", "\U0001f431", "plain"])
+def test_prompts_are_utf_8_in_every_locale(prompt):
+    """In the locale C without UTF-8 mode, every byte beyond ASCII arrives as a lone surrogate."""
+    arrived = prompt.encode().decode("ascii", "surrogateescape")
+    args = parse("generate", arrived, prompt, "--negative-prompt", arrived, "--guidance-scale", "3")
+    assert (args.prompts, args.negative_prompt) == ([prompt, prompt], prompt)
+
+
 @pytest.mark.parametrize("value", [0, 2**63, 2**64 - 1])
 def test_every_seed_that_there_is_is_taken(value):
     torch.Generator().manual_seed(parse("generate", "a fox", "--seed", str(value)).seed)

@@ -219,7 +219,7 @@ def test_backend_and_compilation_reach_the_transformer(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--height", "100"], "--height must be a positive multiple of 16, got 100"),
+        (["--height", "100"], "--height must be an integer, a multiple of 16 from 16 to 16384, got 100"),
         (["--window", "9"], "the window of 9 latent frames is not filled by whole chunks of 2"),
         (["--window", "4"], "--window-size 4 is too small"),
         (["--chunks", "3"], "--chunks 3 is too few: at least 8 are needed"),

@@ -420,7 +420,7 @@ def test_a_model_of_the_hub(hub: "Hub", output):
         (["x", "--output", "long.mp4", "--video", "./here.mp4"], "--output 'long.mp4' is the file of --video"),
         (["--output", "also.mp4", "--shots-file", "shots.txt"], "--output 'also.mp4' is the file of --shots-file"),
         (["x", "--output", "also.mp4", "--image", "shots.txt"], "--output 'also.mp4' is the file of --image"),
-        (["x", "--height", "100"], "--height must be a positive multiple of 16, got 100"),
+        (["x", "--height", "100"], "--height must be an integer, a multiple of 16 from 16 to 16384, got 100"),
         (["x", "--window-size", "4"], "--window-size 4 is too small"),
         (["x", "--sink-size", "3"], "--sink-size must be a multiple of `chunk_size` (2), got 3"),
         (["x", "--negative-prompt", "y"], "--negative-prompt does nothing with a --guidance-scale of 1"),

@@ -105,6 +105,8 @@ def test_a_recipe_stores_what_it_trained(tmp_path, capsys, name):
         (["no/such/folder"], "is no folder"),
         ([TOY, "--recipe", "nvidia", "--block", "1x16", "--keep", "x"], "nvidia says what --block, --keep would"),
         ([TOY, "--lora", "none.pt"], "There is no LoRA file"),
+        ([TOY, "--backend", "te"], "--backend te needs TransformerEngine"),
+        ([TOY, "--backend", "scaled_mm"], "--backend scaled_mm needs a GPU of compute capability 10.0"),
         ([TOY, "--keep", "blocks"], "Nothing to quantize"),
         ([TOY, "--keep", "attn1", "attn3"], "has no module 'attn3' to keep as it is"),
         ([TOY, "--keep", "blocks.7"], "has no module 'blocks.7'"),
@@ -113,7 +115,8 @@ def test_a_recipe_stores_what_it_trained(tmp_path, capsys, name):
 )
 def test_what_cannot_be_is_told_in_a_line(tmp_path, capsys, arguments, message):
     assert main(["quantize", *arguments, "--output", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("longlive: error: ") and message in line
     assert not (tmp_path / "out").exists()
 
 

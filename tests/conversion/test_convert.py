@@ -217,17 +217,17 @@ def test_bad_lora(refused, tmp_path, golden, wan_base):
     refused("empty LoRA", wan_base, lora=tmp_path / "empty.pt")
     stored = torch.load(golden / "lora.pt", weights_only=True)["generator_lora"]
     torch.save({k.replace("blocks.1.", "blocks.7."): t for k, t in stored.items()}, tmp_path / "deep.pt")
-    refused("10 layers do not fit", wan_base, lora=tmp_path / "deep.pt")
+    refused("does not fit in 10 layers", wan_base, lora=tmp_path / "deep.pt")
     refused("no LoRA file", wan_base, lora=tmp_path / "missing.pt")
     refused("not a LoRA", wan_base, lora=golden / "model_bf16.pt")
     foreign = {f"transformer.double_blocks.0.q.lora_{half}.weight": torch.ones(4, 4) for half in "AB"}
-    refused("1 layers do not fit: double_blocks.0.q does not exist", wan_base, lora=foreign)
+    refused("does not fit in 1 layer: double_blocks.0.q does not exist", wan_base, lora=foreign)
     foreign = {key.replace("transformer.", "text_encoder."): tensor for key, tensor in foreign.items()}
     refused("Nothing of this LoRA is for the transformer", wan_base, lora=foreign)
     refused("has no weight file", wan_base, lora=wan_base)
     deep = {k.replace("blocks.1.", "blocks.7."): t for k, t in read_original_lora(golden / "lora.pt").items()}
     save_file(deep, tmp_path / "deep.safetensors")
-    refused("10 layers do not fit", wan_base, lora=tmp_path / "deep.safetensors")
+    refused("does not fit in 10 layers", wan_base, lora=tmp_path / "deep.safetensors")
 
 
 def test_base_that_is_not_there(refused, monkeypatch, tmp_path):

@@ -203,21 +203,31 @@ def test_rank_of_a_pair_disagrees(stored):
         read_original_lora(changed(stored, "q.lora_A.weight", torch.zeros(8)))
 
 
+def test_rank_0(stored, expected, original):
+    empty = changed(stored, "q.lora_A.weight", torch.zeros(0, 128))
+    empty = changed(empty, "q.lora_B.weight", torch.zeros(128, 0))
+    with pytest.raises(ValueError, match=r"self_attn\.q has rank 0 \(\(0, 128\) and \(128, 0\)\)"):
+        read_original_lora(empty)
+    all_empty = {key: t[:0] if ".lora_A." in key else t[:, :0] for key, t in expected.items()}
+    with pytest.raises(ValueError, match=r"does not fit in 20 layers: \S+ has rank 0: lora_A \(0, \d+\)"):
+        check_lora_fits(all_empty, read_original_state_dict(original))
+
+
 def test_ranks_of_layers_disagree(stored):
     mixed = changed(stored, "q.lora_A.weight", torch.zeros(4, 128))
-    with pytest.raises(ValueError, match=r"rank 8 in 19 layers, rank 4 in 1 layers"):
+    with pytest.raises(ValueError, match=r"rank 8 in 19 layers, rank 4 in 1 layer"):
         read_original_lora(changed(mixed, "q.lora_B.weight", torch.zeros(128, 4)))
 
 
 def test_half_a_layer(stored):
     half = {key: tensor for key, tensor in stored.items() if not key.endswith("blocks.1.ffn.0.lora_B.weight")}
-    with pytest.raises(ValueError, match=r"1 layers lack their lora_A or lora_B: blocks\.1\.ffn\.0"):
+    with pytest.raises(ValueError, match=r"1 layer without lora_A or lora_B: blocks\.1\.ffn\.0"):
         read_original_lora(half)
 
 
 @pytest.mark.parametrize("key", ["q.lora_magnitude_vector.weight", "q.lora_B.bias", "q.weight"])
 def test_more_than_plain_layers(stored, key):
-    with pytest.raises(ValueError, match=r"holds 1 keys that are no plain LoRA layers"):
+    with pytest.raises(ValueError, match=r"holds 1 key of no plain LoRA layer"):
         read_original_lora(changed(stored, key, torch.zeros(128)))
 
 
@@ -248,8 +258,8 @@ def test_lora_of_another_model(expected, original):
     weights = read_original_state_dict(original)
     check_lora_fits(expected, weights)
     deeper = {key.replace("blocks.1.", "blocks.29."): tensor for key, tensor in expected.items()}
-    with pytest.raises(ValueError, match=r"10 layers do not fit: blocks\.29\.\S+ does not exist"):
+    with pytest.raises(ValueError, match=r"does not fit in 10 layers: blocks\.29\.\S+ does not exist"):
         check_lora_fits(deeper, weights)
     wider = {key: torch.zeros(8, 3072) if ".lora_A." in key else t for key, t in expected.items()}
-    with pytest.raises(ValueError, match=r"20 layers do not fit: \S+ is \(128, 128\), its LoRA \(128, 3072\)"):
+    with pytest.raises(ValueError, match=r"does not fit in 20 layers: \S+ is \(128, 128\), its LoRA \(128, 3072\)"):
         check_lora_fits(wider, weights)

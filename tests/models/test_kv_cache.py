@@ -255,9 +255,9 @@ def test_a_video_does_not_go_beyond_the_length_it_was_made_for(window_size):
     cache.begin_chunk(2)
 
 
-@pytest.mark.parametrize("num_frames", [0, -1])
+@pytest.mark.parametrize("num_frames", [0, -1, 4.0, True, "4"])
 def test_a_cache_is_for_at_least_one_frame(num_frames):
-    with pytest.raises(ValueError, match=f"at least 1 latent frame, got {num_frames}"):
+    with pytest.raises(ValueError, match=f"`num_frames` must be an integer of at least 1, got {num_frames!r}"):
         make_cache(num_frames=num_frames)
 
 
@@ -653,10 +653,10 @@ def test_a_forward_without_an_open_chunk_says_what_to_call():
         _ = make_cache().chunk
 
 
-@pytest.mark.parametrize("num_frames", [0, -1, 3])
+@pytest.mark.parametrize("num_frames", [0, -1, 3, 1.0, True, "2"])
 def test_a_chunk_has_at_least_one_frame_and_at_most_chunk_size(num_frames):
     cache = make_cache()
-    with pytest.raises(ValueError, match=f"A chunk has 1 to 2 latent frames, got {num_frames}"):
+    with pytest.raises(ValueError, match=f"`num_frames` must be an integer from 1 to 2, got {num_frames!r}"):
         cache.begin_chunk(num_frames)
     assert cache.num_frames_seen == 0, "nothing was begun"
 

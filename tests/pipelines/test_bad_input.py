@@ -94,7 +94,11 @@ BAD_CALLS = {
     "a width that does not divide": ({"width": 80}, ["`width`", "32", "80"]),
     "no height": ({"height": 0}, ["`height`", "0"]),
     "a negative width": ({"width": -64}, ["`width`", "-64"]),
-    "a fractional height": ({"height": 64.0}, ["`height`", "64.0"]),
+    **{
+        f"{value!r} as height": ({"height": value}, ["`height`", "an integer", "32", "16384", repr(value)])
+        for value in (64.0, True, NAN, "64", 10**6, 16416, 32 * 10**12)
+    },
+    "a width beyond 64 bits": ({"width": 32 * 10**25}, ["`width`", "16384", 32 * 10**25]),
     # initial noise
     "noise of other channels": ({"latents": latents(1, 7, 4, 4, 4)}, ["`latents`", "8", "(1, 7, 4, 4, 4)"]),
     "noise of half chunks": ({"latents": latents(1, 8, 3, 4, 4)}, ["`latents`", "2", "3"]),
@@ -141,14 +145,18 @@ BAD_CALLS = {
     "no frames": ({"num_frames": 0}, ["`num_frames`", "0"]),
     "negative frames": ({"num_frames": -5}, ["`num_frames`", "-5"]),
     "more frames than have a position": ({"num_frames": 10**400}, ["`num_frames`", str(2**53), "1" + "0" * 400]),
-    "fractional frames": ({"num_frames": 12.5}, ["`num_frames`", "12.5"]),
+    **{
+        f"{value!r} as frames": ({"num_frames": value}, ["`num_frames`", "an integer of at least 1", repr(value)])
+        for value in (12.5, 13.0, True, NAN, "13")
+    },
     "nothing to add to a video": ({"video_latents": latents(1, 8, 4, 4, 4), "num_frames": 13}, ["13"]),
     # options
     "no steps": ({"num_inference_steps": 0}, ["`num_inference_steps`", "0"]),
     "fractional steps": ({"num_inference_steps": 2.5}, ["`num_inference_steps`", "2.5"]),
     "more steps than timesteps": ({"num_inference_steps": 1001}, ["`num_inference_steps`", "1000", "1001"]),
     "a billion steps": ({"num_inference_steps": 10**9}, ["`num_inference_steps`", "1000", "1000000000"]),
-    "guidance that overflows": ({"guidance_scale": 1e300}, ["`guidance_scale`", "1e+06", "1e+300"]),
+    "guidance that overflows": ({"guidance_scale": 1e300}, ["`guidance_scale`", "1000", "1e+300"]),
+    "guidance beyond the limit": ({"guidance_scale": 1001}, ["`guidance_scale`", "1000", "1001"]),
     "guidance beyond float64": ({"guidance_scale": 10**400}, ["`guidance_scale`", "1" + "0" * 400]),
     "guidance that is no number": ({"guidance_scale": NAN}, ["`guidance_scale`", "nan"]),
     "negative guidance": ({"guidance_scale": -1.0}, ["`guidance_scale`", "-1.0"]),
@@ -253,8 +261,6 @@ TOO_LARGE = {
     "a window of a billion frames": ({"window_size": 10**9, "num_frames": None}, ["1000000000 latent frames"]),
     "a window beyond all bits": ({"window_size": 10**400, "num_frames": None}, ["`window_size`"]),
     "sinks of a billion frames": ({"sink_size": 10**9, "window_size": 3 * 10**9, "num_frames": None}, ["3000000000"]),
-    "a video as high as the earth": ({"height": 32 * 10**12}, ["2000000000000x4"]),
-    "a video beyond 64 bits": ({"width": 32 * 10**25}, ["4x"]),
     "a billion videos": ({"num_videos_per_prompt": 10**9}, ["1000000000 x 4 latent frames"]),
 }
 
@@ -266,6 +272,34 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_allocated(pipe, f
         pipe.stream(**arguments)
     assert all(number in str(raised.value) for number in numbers)
     assert forwards == []
+
+
+def test_more_tokens_than_the_tokenizer_takes_are_refused_but_for_the_default(pipe, forwards, monkeypatch):
+    monkeypatch.setattr(pipe.tokenizer, "model_max_length", TEXT_LENGTH)
+    for length in (TEXT_LENGTH + 1, 511, 513, 10**9):
+        numbers = ["`max_sequence_length`", TEXT_LENGTH, length]
+        assert_raises(lambda length=length: pipe(**tiny_arguments(max_sequence_length=length)), *numbers)
+        assert_raises(lambda length=length: pipe.stream(**tiny_arguments(max_sequence_length=length)), *numbers)
+        assert_raises(lambda length=length: pipe.encode_prompt("a", max_sequence_length=length), *numbers)
+    assert forwards == []
+    for options in ({}, {"max_sequence_length": 512}, {"max_sequence_length": TEXT_LENGTH}):
+        assert pipe.encode_prompt("a", **options)[0].shape == (1, TEXT_LENGTH, TEXT_DIM)
+    assert pipe.encode_prompt("a", max_sequence_length=3)[0].shape == (1, 3, TEXT_DIM)
+
+
+BATCHES = [
+    (1, 1, 2, "`latents` has batch size 2; it must be 1 for 1 prompt and 1 video of each"),
+    (3, 1, 2, "`latents` has batch size 2; it must be 1 or 3 for 3 prompts and 1 video of each"),
+    (1, 2, 3, "`latents` has batch size 3; it must be 1 or 2 for 1 prompt and 2 videos of each"),
+    (2, 3, 5, "`latents` has batch size 5; it must be 1, 2 or 6 for 2 prompts and 3 videos of each"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "videos", "size", "message"), BATCHES)
+def test_sizes_of_batches_are_told_in_good_english(pipe, prompts, videos, size, message):
+    overrides = {"prompt": ["a"] * prompts, "num_videos_per_prompt": videos, "latents": latents(size, 8, 2, 4, 4)}
+    with pytest.raises(ValueError, match=message):
+        pipe(**tiny_arguments(**overrides))
 
 
 def test_prompts_padded_to_a_billion_tokens_are_refused_where_the_tokenizer_has_no_limit(pipe, forwards, monkeypatch):

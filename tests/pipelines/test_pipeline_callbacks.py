@@ -217,6 +217,15 @@ BAD_RETURNS = {
     "latents of another batch": ({"latents": torch.zeros(2, 8, 2, 4, 4)}, r"got \[2, 8, 2, 4, 4\]"),
     "prompts of another width": ({"prompt_embeds": torch.zeros(1, 8, 17)}, r"\[1, 8, 16\], got \[1, 8, 17\]"),
     "prompts of no tokens": ({"prompt_embeds": torch.zeros(1, 0, 16)}, r"\[1, 8, 16\], got \[1, 0, 16\]"),
+    "latents that are not numbers": (
+        {"latents": torch.full((1, 8, 2, 4, 4), float("nan"))},
+        "What a callback returned as `latents` has 256 values that are not finite",
+    ),
+    "an infinite prompt": (
+        {"prompt_embeds": torch.full((1, 1, 16), float("inf"))},
+        "What a callback returned as `prompt_embeds` has 16 values that are not finite",
+    ),
+    "latents of integers": ({"latents": torch.zeros(1, 8, 2, 4, 4).int()}, "must hold floats .*, got torch.int32"),
     "a flat prompt": ({"prompt_embeds": torch.zeros(8, 16)}, r"\[1, 8, 16\], got \[8, 16\]"),
     "a negative prompt without guidance": (
         {"negative_prompt_embeds": torch.zeros(1, 8, 16)},
@@ -229,6 +238,19 @@ BAD_RETURNS = {
 def test_what_they_return_is_checked(pipe, returned, message):
     with pytest.raises(ValueError, match=message):
         run(pipe, callback_on_step_end=lambda *_: returned)
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil", "latent"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_they_spoil_in_place_does_not_become_a_video(pipe, output_type, value):
+    def spoil(pipe, step, timestep, tensors):
+        if step == 2:  # in the second chunk
+            tensors["latents"][0, 0, 0, 0, 0] = value
+
+    with pipe.stream(**tiny_arguments(output_type=output_type, callback_on_step_end=spoil)) as session:
+        assert next(session).index == 0
+        with pytest.raises(ValueError, match="A chunk came out with values that are not numbers: a callback"):
+            next(session)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_a_plan_is_not_changed_by_redirecting_it():
 
 @pytest.mark.parametrize("num_chunks", [0, -1, 1.5, True, "2"])
 def test_a_shot_lasts_a_whole_number_of_chunks(num_chunks):
-    with pytest.raises(ValueError, match=f"at least 1 chunk, got {num_chunks!r}"):
+    with pytest.raises(ValueError, match=f"an integer number of chunks, at least 1, got {num_chunks!r}"):
         Shot("a", num_chunks)
 
 
@@ -163,7 +163,7 @@ def test_an_endless_video_of_several_shots_needs_durations():
 @pytest.mark.parametrize("durations", [[1], [1, 2, 3], "12", 1.5, True, [1, 0], [None, 1]])
 def test_durations_that_do_not_match_raise(durations):
     with pytest.raises(
-        ValueError, match=r"one for each of 2 shots, got|at least 1 chunk, got|no duration, not shot 0"
+        ValueError, match=r"an integer, or a list of them for 2 shots, got|at least 1, got|no duration, not shot 0"
     ):
         plan_of(["a", "b"], durations, 4)
 
@@ -361,6 +361,6 @@ def test_embeddings_that_are_given_need_no_prompt_until_one_is_set(encoder):
 @pytest.mark.parametrize("prompt", [["x"], ["x", "y", "z"], 7, ["x", 7], ("x", "y"), None])
 def test_a_redirection_of_another_type_or_number_raises_and_changes_nothing(encoder, prompt):
     source = source_of(encoder, plan_of(["a"]), plan_of(["b"]))
-    with pytest.raises(ValueError, match=r"prompts for a batch of 2 videos|string or a list of 2 strings"):
+    with pytest.raises(ValueError, match=r"prompts? for a batch of 2 videos|string or a list of 2 strings"):
         source.redirect(prompt, cut=False)
     assert source.upcoming() == ["a", "b"]

@@ -47,7 +47,7 @@ def test_room_is_that_of_the_new_chunks_where_a_video_is_continued(pipe):
     video = pipe(**tiny_arguments(num_frames=5)).frames
     arguments = {"shot_prompts": ["a", "b"], "video_latents": video}
     (message,) = warnings_of(pipe, **arguments)
-    assert "a video of 1 chunks" in message and "'b'" in message
+    assert "a video of 1 chunk:" in message and "'b'" in message
     assert warnings_of(pipe, **arguments, num_frames=21) == []
 
 

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -197,6 +198,30 @@ def test_a_file_that_breaks_off_given_as_a_picture(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
     with Image.open(tmp_path / "cut.png") as image, pytest.raises(ValueError, match="the picture cannot be read"):
         as_rgb(image)
+
+
+@pytest.mark.parametrize(
+    ("mode", "transparency"),
+    [("P", bytes(300)), ("P", 300), ("P", -1), ("P", "x"), ("P", None), ("RGB", (1, 2)), ("RGB", b"abc"), ("1", b"1")],
+)
+def test_transparency_that_cannot_be_is_named(mode, transparency):
+    image = Image.new(mode, (8, 8))
+    image.info["transparency"] = transparency
+    with pytest.raises(ValueError, match="the picture's transparency cannot be read: "):
+        as_rgb(image)
+
+
+def test_a_file_with_more_transparency_than_palette(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("P", (8, 8)).save(path)
+    data = path.read_bytes()
+    start = data.index(b"IDAT") - 4
+    chunk = b"tRNS" + bytes(300)
+    path.write_bytes(
+        data[:start] + len(bytes(300)).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + data[start:]
+    )
+    with pytest.raises(ValueError, match=r"a\.png' cannot be read as an image: the picture's transparency"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tiff", "bmp", "webp", "ppm", "ico", "tga", "pcx", "sgi"])

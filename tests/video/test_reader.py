@@ -56,7 +56,7 @@ def test_max_frames(video, max_frames, count):
     frames, fps = read_video(str(video), max_frames=max_frames)
     assert frames.shape == (count, 32, 64, 3)
     assert fps == 24
-    with pytest.raises(ValueError, match="max_frames must be at least 1, but it is 0"):
+    with pytest.raises(ValueError, match="`max_frames` must be an integer of at least 1, got 0"):
         read_video(video, max_frames=0)
 
 
@@ -278,9 +278,17 @@ def test_a_video_without_pictures_is_refused(tmp_path, video):
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
         samples.rate = 8000
         container.mux(stream.encode(samples))
-    with pytest.raises(ValueError, match=r"holds no video, only 1 other stream"):
+    with pytest.raises(ValueError, match=r"holds no video, only 1 other stream$"):
         read_video(tmp_path / "sound.wav")
+    with pytest.raises(ValueError, match=r"max_frames` must be an integer of at least 1, got 1\.5"):
+        read_video(video, max_frames=1.5)
+    for path in (None, 7, b"video.mp4"):
+        with pytest.raises(ValueError, match=f"the video must be the path of a file, got {path!r}"):
+            read_video(path)
     data = video.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[:40])
+    with pytest.raises(ValueError, match=r"cut\.mp4' holds no video$"):
+        read_video(tmp_path / "cut.mp4")
     video.write_bytes(data[: data.index(b"moof") - 4])  # a header, and no frame
     with pytest.raises(ValueError, match="none of the frames"):
         read_video(video)
@@ -300,7 +308,7 @@ def test_the_cover_of_a_song_is_no_video(tmp_path):
         packet.stream, packet.pts, packet.dts = picture, 0, 0
         container.mux(packet)
         container.mux(sound.encode(samples) + sound.encode(None))
-    with pytest.raises(ValueError, match=r"holds no video, only 2 other stream"):
+    with pytest.raises(ValueError, match=r"holds no video, only 2 other streams$"):
         read_video(tmp_path / "song.m4a")
 
 

@@ -1,8 +1,10 @@
 """A video can be watched while it is written, and outlives the process that writes it."""
 
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -265,6 +267,8 @@ def test_no_file_before_the_first_frame(tmp_path):
         (np.full((1, 64, 96, 3), -1.0), r"in \[0, 1\].*\[-1, -1\]"),
         (np.full((1, 64, 96, 3), np.nan), r"in \[0, 1\].*nan"),
         (np.zeros((1, 32, 96, 3)), "the first were 64x96.*these are 32x96"),
+        ([np.zeros((64, 96, 3)), np.zeros((96, 64, 3))], "an array or a tensor: .*inhomogeneous"),
+        (None, r"\[F, H, W, 3\]"),
     ],
 )
 def test_wrong_frames_are_refused_and_the_video_goes_on(tmp_path, frames, message):
@@ -283,11 +287,48 @@ def test_frame_rates(tmp_path):
         writer.write(numbered_frames(0, 8))
     assert writer.fps == Fraction(30000, 1001)
     assert read_video(tmp_path / "video.mp4")[1] == pytest.approx(30000 / 1001)
-    for fps in (0, -24, 1e6, float("nan")):
-        with pytest.raises(ValueError, match=r"fps must be in \(0, 1000\]"):
-            VideoWriter(tmp_path / "video.mp4", fps=fps)
-    with pytest.raises(ValueError, match=r"crf must be in \[0, 51\].*52"):
-        VideoWriter(tmp_path / "video.mp4", crf=52)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            ({"fps": fps}, f"`fps` must be a number from 1/1001 to 1000, got {fps!r}")
+            for fps in (0, -24, 1e6, float("nan"), float("inf"), 1e-9, 10**400, "24", None, True, 1j, [24])
+        ),
+        *(
+            ({"crf": crf}, f"`crf` must be a number from 0 to 51, got {crf!r}")
+            for crf in (52, -1, float("nan"), "18", None, True)
+        ),
+        *(
+            ({"path": path}, f"A video is written to the path of a file, got {path!r}")
+            for path in (None, 7, b"video.mp4", ["video.mp4"])
+        ),
+        ({"path": "a\0b.mp4"}, "Cannot write 'a\\x00b.mp4': no file can have a null character in its name"),
+        ({"path": "a.mp4\0"}, "its suffix is"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        VideoWriter(**{"path": "video.mp4", **arguments})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fps", [Fraction(24000, 1001), np.float32(24), np.int64(30), 1 / 1001, 1000])
+def test_every_number_is_a_rate(tmp_path, fps):
+    assert VideoWriter(tmp_path / "video.mp4", fps=fps, crf=18.5).fps == Fraction(float(fps)).limit_denominator(1001)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with a name")
+def test_a_pipe_is_written_to_while_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with ThreadPoolExecutor() as pool, VideoWriter(tmp_path / "pipe.mp4") as writer:
+        data = pool.submit((tmp_path / "pipe.mp4").read_bytes)
+        writer.write(numbered_frames(0, 3))
+        writer.close()
+        (tmp_path / "video.mp4").write_bytes(data.result())
+    assert len(read_video(tmp_path / "video.mp4")[0]) == 3
 
 
 def test_check_output_refuses_early(tmp_path):
