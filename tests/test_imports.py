@@ -37,7 +37,7 @@ TRAINING_FLOORS = [
     {"objectives"},
     {"run"},
     {"data"},
-    {"train_ar", "benchmarks", "toy"},
+    {"train_ar", "train_dmd", "benchmarks", "toy"},
 ]
 
 

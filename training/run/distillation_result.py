@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.loaders.lora_export import original_lora_state_dict
-from longlive_diffusers.pipelines.sharing import render_lora_card
+from longlive_diffusers.pipelines.sharing import render_distilled_lora_card
 from objectives.distillation_networks import DistillationNetworks, Role
 from run.averaging import averaged_weights
 from run.distillation_arguments import DistillationArguments, NetworkArguments
@@ -166,11 +166,20 @@ def _save_lora(
     )
     if arguments.model.save_original_lora:
         torch.save(original_lora_state_dict(weights), folder / ORIGINAL_LORA)
-    settings = arguments.distillation
-    return render_lora_card(
+    settings, model = arguments.distillation, arguments.model
+    # A local folder means nothing to others.
+    is_named = model.ar_model_name_or_path is not None and not Path(model.pretrained_model_name_or_path).exists()
+    trained_from = model.pretrained_model_name_or_path if is_named else None
+    used = {name: value for name, value in details(arguments).items() if name in ("base_model", "fps", "prompt")}
+    return render_distilled_lora_card(
         repo_id,
+        num_inference_steps=settings.num_inference_steps,
+        start=settings.start,
+        score_context="clean" if settings.sees_clean_history else "noisy",
+        trained_from=trained_from,
         rank=config["r"],
-        **details(arguments),
+        teacher_guidance_scale=settings.score_guidance_scale,
+        **used,
     )
 
 

@@ -1,6 +1,7 @@
 """Prepare the network of a run for training: 4-bit layers, a LoRA, gradient checkpointing, attention, compilation."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 
 from peft import LoraConfig
@@ -68,7 +69,10 @@ def add_lora(
         init_lora_weights="gaussian",
     )
     try:
-        for name in names:
-            transformer.add_adapter(config, name)
+        with warnings.catch_warnings():
+            # PEFT asks whether a second adapter is meant.
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+            for name in names:
+                transformer.add_adapter(config, name)
     except ValueError as error:
         raise ValueError(f"--lora_layers {model.lora_layers!r}: {error}") from error
