@@ -1,9 +1,9 @@
-"""Runs of `train_ar.py` with FSDP2 on gloo ranks, one after another, as a JSON file describes them.
+"""Runs of `train_ar.py` and `train_dmd.py` with FSDP2 on gloo ranks, one after another, as a JSON file describes them.
 
     python tests/programs/train_with_fsdp2.py RUNS.json
 
 Ranks are forked from this process, which has imported everything: a run then starts within a second. What runs is
-`train_ar.main`; only its Accelerator is told that FSDP2 was asked for, see `tests/support/fsdp2_on_cpu.py`.
+the script's `main`; only its Accelerator is told that FSDP2 was asked for, see `tests/support/fsdp2_on_cpu.py`.
 """
 
 import json
@@ -21,22 +21,28 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
 import train_ar
+import train_dmd
 from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.models.transformer_longlive import LongLiveTransformerBlock
 from run.arguments import parse_arguments
+from run.distillation_arguments import parse_distillation_arguments
 from run.log import read_log
 from tests.support.fsdp2_on_cpu import use_fsdp2
+
+
+SCRIPTS = {"train_ar": (train_ar, parse_arguments), "train_dmd": (train_dmd, parse_distillation_arguments)}
 
 
 @dataclass(frozen=True)
 class Run:
     """
     Args:
-        words: The command line of `train_ar.py`.
+        words: The command line of the script.
         ranks: The number of processes; one process trains without FSDP2.
         cp_size: How many of them share a clip.
         mixed_precision: As in accelerate's configuration.
         kill_after: The update after which all ranks are killed; None to let them finish.
+        script: The script's name.
         arrivals: Where rank r writes what its network was given, `<arrivals>-r.json`; None for nowhere.
     """
 
@@ -45,11 +51,13 @@ class Run:
     cp_size: int = 1
     mixed_precision: str = "no"
     kill_after: int | None = None
+    script: str = "train_ar"
     arrivals: str | None = None
 
     @property
     def log(self) -> Path:
-        return Path(parse_arguments(self.words).run.output_dir) / "training_log.jsonl"
+        _, parse = SCRIPTS[self.script]
+        return Path(parse(self.words).run.output_dir) / "training_log.jsonl"
 
 
 class Arrivals:
@@ -121,8 +129,9 @@ def train(run: Run, rank: int, port: int) -> None:
             use_fsdp2(accelerator, cp_size=run.cp_size)
         return accelerator
 
-    train_ar.Accelerator = accelerator_with_fsdp2
-    train_ar.main(parse_arguments(run.words))
+    script, parse = SCRIPTS[run.script]
+    script.Accelerator = accelerator_with_fsdp2
+    script.main(parse(run.words))
     if run.arrivals is not None:
         Path(f"{run.arrivals}-{rank}.json").write_text(json.dumps(vars(arrivals)))
 

@@ -104,7 +104,12 @@ def options(pipeline: Path, videos: Path, cache: Path, output: Path, **changed: 
         "history_noise_probability": 0.5,
         "ema_decay": 0.9,
         "ema_start_step": 2,
-    } | changed
+    }
+    return command_words(settings | changed)
+
+
+def command_words(settings: dict[str, object]) -> list[str]:
+    """The words of a command line; a setting that is None is left out."""
     words = []
     for name, value in settings.items():
         if isinstance(value, (list, tuple)):

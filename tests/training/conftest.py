@@ -1,4 +1,4 @@
-"""What the tests of `train_ar.py` share: tiny videos, a tiny pipeline, and one uninterrupted run."""
+"""What the tests of the scripts share: tiny videos, prompts, a tiny pipeline, and one uninterrupted run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState
 
 import train_ar
 from run.arguments import parse_arguments
+from tests.support.distillation_run import DistillationWorkshop, write_prompts
 from tests.support.training_run import LONG_RUN, options, run_script, save_pipeline, write_videos
 
 
@@ -50,3 +51,9 @@ def long_run(workshop, tmp_path_factory) -> Path:
     validation = {"validation_prompts": prompts, "validation_steps": 100, "validation_num_inference_steps": 2}
     workshop.run(output, **LONG_RUN, **validation)
     return output
+
+
+@pytest.fixture(scope="session")
+def studio(workshop) -> DistillationWorkshop:
+    write_prompts(workshop.folder / "prompts.jsonl")
+    return DistillationWorkshop(workshop.folder)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.video.reader import read_video
 from run.log import read_log
-from tests.support.paths import PROGRAMS, ROOT
+from tests.support.paths import IMPORTED_BY_SCRIPTS, PROGRAMS, ROOT
 from tests.support.training_run import environment
 
 
@@ -28,7 +28,6 @@ SETTINGS = {
     "validation_steps": 3,
     "validation_num_inference_steps": 2,
 }
-IMPORTED_BY_SCRIPTS = ("training", "training/toy")
 
 
 @dataclass(frozen=True)

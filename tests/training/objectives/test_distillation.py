@@ -123,9 +123,7 @@ def test_the_gradient_of_the_generator_is_that_of_the_formulas(
     count = dmd.differentiated_with_loss(plan, range(NUM_CHUNKS))
     (gradient,) = torch.autograd.grad(total / count, video)
 
-    noisy, sigma, velocity = slow_scores(
-        networks, video.detach(), draws, plan, clean=context == "clean", image=image
-    )
+    noisy, sigma, velocity = slow_scores(networks, video.detach(), draws, plan, clean=context == "clean", image=image)
     fake = noisy - sigma * velocity(Role.FAKE_SCORE)
     real = noisy - sigma * velocity(Role.REAL_SCORE)
     if scale != 1:
@@ -162,9 +160,7 @@ def test_the_loss_of_the_fake_score_is_that_of_the_formula(video, context, image
     draws = dmd.draw([0, 1], 0, Purpose.CRITIC)
     inputs = dmd.score_inputs(video, draws, plan)
     with networks.using(Role.FAKE_SCORE) as score:
-        velocity = score(
-            **inputs.arguments, encoder_hidden_states=dmd.prompts_of_scores(plan), return_dict=False
-        )[0]
+        velocity = score(**inputs.arguments, encoder_hidden_states=dmd.prompts_of_scores(plan), return_dict=False)[0]
         loss = dmd.critic_error_sum(velocity, inputs) / dmd.scored_with_loss(plan)
     _, _, slow = slow_scores(networks, video, draws, plan, clean=context == "clean", image=image)
     error = slow(Role.FAKE_SCORE) - (draws.score_noise.double() - video.double())
@@ -258,9 +254,7 @@ def test_ranks_see_their_own_frames_of_the_same_clip(video, num_ranks, image):
     for name, dim in (("hidden_states", 2), ("clean_hidden_states", 2), ("timestep", 1), ("frame_positions", 1)):
         joined = torch.cat([part.arguments[name] for part in parts], dim=dim)
         assert torch.equal(joined, expected.arguments[name]), name
-    counts = [
-        objective(num_ranks=num_ranks, rank=rank).scored_with_loss(plan) for rank in range(num_ranks)
-    ]
+    counts = [objective(num_ranks=num_ranks, rank=rank).scored_with_loss(plan) for rank in range(num_ranks)]
     assert sum(counts) == whole.scored_with_loss(plan) == 2 * (8 - image)
     assert torch.equal(torch.cat([part.bears_loss for part in parts], dim=1), expected.bears_loss)
 

@@ -201,9 +201,7 @@ def test_checkpointed_roll_outs_have_the_same_gradients(noise):
         network = networks.network(Role.GENERATOR)
         (network.enable_gradient_checkpointing if checkpointing else network.disable_gradient_checkpointing)()
         with networks.using(Role.GENERATOR) as generator:
-            chunks = rolled(
-                generator, noise, plan, exit_step=1, kv_cache=cache(network), differentiated=range(4)
-            )
+            chunks = rolled(generator, noise, plan, exit_step=1, kv_cache=cache(network), differentiated=range(4))
             found.append((torch.cat(chunks, dim=2).detach(), gradients(networks, torch.cat(chunks, dim=2).sum())))
     assert torch.equal(found[0][0], found[1][0])
     for name, gradient in found[0][1].items():
