@@ -39,10 +39,12 @@ def save_recipes(*made: tuple[torch.Tensor, Recipe]) -> Iterator[None]:
 
     Everything that is saved still goes through the hooks that were active before, which is why these are looked up:
     gradient checkpointing is a pair of such hooks, and would keep all of a layer if the tensors did not reach it.
+    Without any, tensors are detached: an operator that saves its own result would else refer to itself in a circle,
+    and its graph would outlive whoever forgets it without a backward.
     """
     recipes = {_storage(tensor): recipe for tensor, recipe in made}
     outer_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
-    outer_pack, outer_unpack = outer_hooks or (_identity, _identity)
+    outer_pack, outer_unpack = outer_hooks or (torch.Tensor.detach, _identity)
 
     def pack(tensor: torch.Tensor):
         recipe = recipes.get(_storage(tensor))
