@@ -194,7 +194,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             encoder_hidden_states: The prompt embeddings, `[B, L, text_dim]`, or one prompt for each chunk,
                 `[B, F / chunk_size, L, text_dim]`.
             kv_cache: A cache from [`create_kv_cache`], after its `begin_chunk(F)`. Text keys and values are kept in it
-                for as long as `encoder_hidden_states` is the same, unmodified tensor.
+                for as long as `encoder_hidden_states` is the same, unmodified tensor. With gradients enabled, these
+                flow through the chunk itself; what is cached is detached, and may be overwritten before the backward.
             clean_hidden_states: The clean latents of the same clip, the history that noisy chunks see,
                 `[B, C, F, h, w]`.
             clean_timestep: The timestep of the clean latents, `[B]` or `[B, F]`; 0 by default.
@@ -259,7 +260,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             if text_cache is not None:
                 text_cache.cache_text(encoder_hidden_states)
 
-        # A history cannot be remembered in code that is compiled as a whole, which reads copies, checkpointed nowhere.
+        # With gradients, blocks attend to what the cache holds now, which can be read again in the backward. Not so
+        # where the whole network is compiled: it reads copies, and a block that ran twice would write twice.
         is_remembered = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         layer_caches = kv_cache.histories() if kv_cache is not None and is_remembered else kv_cache
         for index, block in enumerate(self.blocks):
