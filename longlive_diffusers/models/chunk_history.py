@@ -1,11 +1,11 @@
 """What a forward with gradients sees of the cache: everything before the chunk, joined with the chunk's own.
 
 Without gradients, a forward writes its keys and values into the cache and reads them there in place. With gradients,
-attention must find in its backward what it read in the forward, while the cache goes on to the next chunk. So a forward
-with gradients reads a copy, and of the copy the graph keeps only how to make it again: the chunk's own keys and values,
-and the moment in the life of the cache that it saw (`cache_journal.py`). The backward makes the copies again, one layer
-at a time. The chunk's own keys and values are written into the cache once, when the block has run; a gradient
-checkpoint that runs it again sees the same history, and writes nothing.
+attention must find in its backward what it read in the forward, while the cache goes on to the next chunk. So a
+forward with gradients reads a copy, and of the copy the graph keeps only how to make it again: the chunk's own keys
+and values, and the moment in the life of the cache that it saw (`cache_journal.py`). The backward makes the copies
+again, one layer at a time. The chunk's own keys and values are written into the cache once, when the block has run; a
+gradient checkpoint that runs it again sees the same history, and writes nothing.
 """
 
 from collections.abc import Callable
@@ -134,7 +134,7 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own: torch.Tensor, window: list[torch.Tensor], chunk: ChunkSlots) -> torch.Tensor:
         ctx.chunk = chunk
-        return _join(*window, chunk, own)
+        return _join(window[0], chunk, own)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

@@ -1,9 +1,9 @@
 """Storage of the keys or values of latent frames in few bits: NVFP4, or FP8 for those who want more of them.
 
 What is cached is read by every later chunk and written once, so it pays to write it small. The stores have one
-interface (`write`, `take`, `read_into`, `num_bytes`, `unsupported_reason`) and stand in one registry, `FRAME_STORES`, from
-which `kv_cache_dtype`, the command line's choices and the checks take their names. Each frame of each head has its own
-scales, so that frames can be replaced one by one, or taken out as they are (`take`).
+interface (`write`, `take`, `read_into`, `num_bytes`, `unsupported_reason`) and stand in one registry, `FRAME_STORES`,
+from which `kv_cache_dtype`, the command line's choices and the checks take their names. Each frame of each head has
+its own scales, so that frames can be replaced one by one, or taken out as they are (`take`).
 
 Keys in NVFP4 are *centered* first: the mean over the tokens of a frame is subtracted, for each head and channel, kept
 in float32, and added back when the keys are read. Channels of keys have large offsets that all tokens share; with

@@ -135,8 +135,8 @@ class LayerCacheBase:
             self.raw_key[chunk.samples, :, chunk.raw_slots] = raw_frames
 
     def read(self, part: int, length: int) -> torch.Tensor:
-        """Copy the first `length` slots of a `part` (`KEYS` or `VALUES`), as attention would see them after a forward, to
-        new memory, `[B, heads, slots, tokens, head_dim]`, laid out like the cache."""
+        """Copy the first `length` slots of a `part` (`KEYS` or `VALUES`), as attention would see them after a forward,
+        to new memory, `[B, heads, slots, tokens, head_dim]`, laid out like the cache."""
         window = allocate_slots(self._shape, self._dtype, self._device)
         read_frames(self._parts[part], window[:, :, :length])
         return window
