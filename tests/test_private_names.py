@@ -61,6 +61,7 @@ PACKAGE = "longlive_diffusers/"
 TRANSFORMER = PACKAGE + "models/transformer_longlive.py"
 PIPELINE = PACKAGE + "pipelines/pipeline_longlive.py"
 ATTEND = PACKAGE + "models/attend.py"
+SAVED_RECIPES = PACKAGE + "models/saved_recipes.py"
 STREAMING_VAE = PACKAGE + "models/streaming_vae.py"
 QUANTIZER = PACKAGE + "nvfp4/quantizer.py"
 LINEAR = PACKAGE + "nvfp4/linear.py"
@@ -261,18 +262,18 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "torch:_C._autograd._top_saved_tensors_default_hooks",
-        (ATTEND,),
+        (SAVED_RECIPES,),
         "Without it histories can be joined again in the backward only outside gradient checkpointing: drop the outer "
         "hooks, and let attend() keep joined histories while another pair of hooks is active.",
     ),
     PrivateName(
         "torch:_C._autograd._saved_tensors_hooks_is_enabled",
-        (ATTEND,),
+        (SAVED_RECIPES,),
         "Catch the RuntimeError that saved_tensors_hooks raises where hooks are forbidden.",
     ),
     PrivateName(
         "_cdata of a storage",
-        (ATTEND,),
+        (SAVED_RECIPES,),
         "Identify a storage by `data_ptr()`, which does not tell apart those of the meta device.",
         lambda: isinstance(torch.zeros(1).untyped_storage()._cdata, int),
     ),

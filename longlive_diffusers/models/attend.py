@@ -3,15 +3,13 @@ backward, or with plain matrix products where these are the fastest option on a 
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .flex import flex_attend
+from .saved_recipes import Recipe, in_plain_autograd, save_recipes
 from .sdpa_kernels import kernel_named
 
 
@@ -45,7 +43,12 @@ def attend_joined(
     values: list[torch.Tensor],
     backend: AttentionBackendName | None = None,
 ) -> torch.Tensor:
-    """Call [`attend`] on `keys` and `values` concatenated along tokens; the backward does not keep the copies."""
+    """
+    Call [`attend`] on `keys` and `values` concatenated along tokens; the backward does not keep the copies.
+
+    A clip of n chunks is concatenated n times, each time with all the history so far. Keeping these copies would take
+    O(n^2) memory, whereas the parts are slices of tensors that other nodes of the graph keep anyway.
+    """
     keys, values = ([part for part in parts if part.shape[1]] for parts in (keys, values))
     if len(keys) == 1:
         return attend(query, keys[0], values[0], backend)
@@ -56,7 +59,7 @@ def attend_joined(
     key, value = _join(keys), _join(values)
     if not in_plain_autograd():
         return attend(query, key, value, backend)
-    with _save_parts_of({_storage(key): keys, _storage(value): values}):
+    with save_recipes((key, Recipe(_join, keys)), (value, Recipe(_join, values))):
         return attend(query, key, value, backend)
 
 
@@ -75,74 +78,9 @@ def _is_kept(context, operator, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if computes_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-@dataclass(frozen=True)
-class _Joined:
-    """Saved in the graph in place of a view of a concatenation along tokens: its parts, and which view it is."""
-
-    parts: list
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int | torch.SymInt
-
-
-@contextmanager
-def _save_parts_of(parts: dict[int, list[torch.Tensor]]) -> Iterator[None]:
-    """
-    Save the parts of concatenated tensors (found by their storage) for the backward in place of the concatenations,
-    and concatenate them again when they are needed: the bits are the same, and no attention is computed twice.
-
-    A clip of n chunks is concatenated n times, each time with all the history so far. Keeping these copies would take
-    O(n^2) memory, whereas the parts are slices of tensors that other nodes of the graph keep anyway. Everything that
-    is saved still goes through the hooks that were active before, which is why these are looked up: gradient
-    checkpointing is a pair of such hooks, and would keep all of a layer if the tensors did not reach it.
-    """
-    outer_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
-    outer_pack, outer_unpack = outer_hooks or (_identity, _identity)
-
-    def pack(tensor: torch.Tensor):
-        if _storage(tensor) not in parts:
-            return outer_pack(tensor)
-        packed = [outer_pack(part.detach()) for part in parts[_storage(tensor)]]
-        return _Joined(packed, tensor.size(), tensor.stride(), tensor.storage_offset())
-
-    def unpack(saved) -> torch.Tensor:
-        if not isinstance(saved, _Joined):
-            return outer_unpack(saved)
-        whole = _join([outer_unpack(part) for part in saved.parts])
-        return whole.as_strided(saved.size, saved.stride, saved.offset)
-
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        parts.clear()  # the graph may keep `pack` alive, which must not keep the parts alive
-
-
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
     """Concatenate along tokens; contiguous, so that the strides of a view do not depend on those of the parts."""
     return torch.cat(parts, dim=1).contiguous()
-
-
-def in_plain_autograd() -> bool:
-    """Whether eager autograd saves tensors for a backward, in a way that hooks can change.
-
-    It does not while compiling, where the compiler decides what is saved; without gradients, where nothing is saved;
-    and under a transform of `torch.func`, which forbids hooks and needs more of a function than a backward.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
-    )
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    """An identifier of a tensor's storage; unlike an address, it is unique on the meta device too."""
-    return tensor.untyped_storage()._cdata
-
-
-def _identity(saved):
-    return saved
 
 
 def _prefers_matmul(query: torch.Tensor) -> bool:

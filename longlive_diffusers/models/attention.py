@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..parallel.all_to_all import gather_heads, scatter_heads
 from .attend import attend
+from .chunk_history import ChunkHistory
 from .chunk_mask import ChunkMask
 from .flex import flex_attend
 from .layer_kv_cache import ChunkSlots, LayerKVCache, PackedLayerKVCache
@@ -30,7 +31,7 @@ class LongLiveAttnProcessor:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: ChunkMask | None = None,
         rotary_emb: torch.Tensor | None = None,
-        layer_cache: LayerKVCache | PackedLayerKVCache | None = None,
+        layer_cache: LayerKVCache | PackedLayerKVCache | ChunkHistory | None = None,
         chunk: ChunkSlots | None = None,
         sp_mesh: DeviceMesh | None = None,
     ) -> torch.Tensor:
@@ -43,8 +44,8 @@ class LongLiveAttnProcessor:
             attention_mask: Which chunks see which, for self-attention without a cache; cross-attention takes the
                 number of chunks from it.
             rotary_emb: The rotation of the queries and keys of self-attention.
-            layer_cache, chunk: The cache of this layer and the chunk's place in it; in cross-attention, the cache
-                keeps the keys and values of the prompt.
+            layer_cache, chunk: The cache of this layer, or in a forward with gradients its history, and the chunk's
+                place in it; in cross-attention, the cache keeps the keys and values of the prompt.
             sp_mesh: The ranks that hold the other frames of the clip, for self-attention without a cache;
                 `hidden_states` are then this rank's tokens, and `attention_mask` is for all tokens in natural order.
 
@@ -72,8 +73,7 @@ class LongLiveAttnProcessor:
         query, key = apply_rotary(query, rotary_emb), apply_rotary(key, rotary_emb)
 
         if layer_cache is not None:
-            key, value = layer_cache.update(key, value, raw_key, chunk)
-            return attend(query, key, value, self._attention_backend, layer_cache.scratch)
+            return layer_cache.attend(query, key, value, raw_key, chunk, self._attention_backend)
         if sp_mesh is None:
             return self._attend_by_chunks(query, key, value, attention_mask)
         # Rotated before the exchange, so that a rank needs the positions and angles of its own frames only.

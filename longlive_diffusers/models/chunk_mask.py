@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attend import attend, attend_joined, in_plain_autograd
+from .attend import attend, attend_joined
+from .saved_recipes import in_plain_autograd
 
 
 @dataclass(frozen=True)

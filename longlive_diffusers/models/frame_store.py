@@ -1,9 +1,9 @@
 """Storage of the keys or values of latent frames in few bits: NVFP4, or FP8 for those who want more of them.
 
 What is cached is read by every later chunk and written once, so it pays to write it small. The stores have one
-interface (`write`, `read_into`, `num_bytes`, `unsupported_reason`) and stand in one registry, `FRAME_STORES`, from
-which `kv_cache_dtype`, the command line's choices and the checks take their names. Each frame of each head has its own
-scales, so that frames can be replaced one by one.
+interface (`write`, `take`, `read_into`, `num_bytes`, `unsupported_reason`) and stand in one registry, `FRAME_STORES`,
+from which `kv_cache_dtype`, the command line's choices and the checks take their names. Each frame of each head has
+its own scales, so that frames can be replaced one by one, or taken out as they are (`take`).
 
 Keys in NVFP4 are *centered* first: the mean over the tokens of a frame is subtracted, for each head and channel, kept
 in float32, and added back when the keys are read. Channels of keys have large offsets that all tokens share; with
@@ -14,6 +14,9 @@ mean over *channels*, which LongLive-2.0's code subtracts, is another thing: it 
 attention sees it.)
 """
 
+from copy import copy
+from typing import Self
+
 import torch
 
 from ..nvfp4.format import BLOCK, in_block_scales, quantize_unchecked
@@ -23,6 +26,7 @@ from ..nvfp4.rules import MAX_SCALE, scale_rule_named
 
 
 Shape = tuple[int, int, int, int, int]  # batch, heads, slots, tokens of a frame, head_dim
+KEYS, VALUES = 0, 1  # the two parts of a cache
 READ_BY_KERNELS = (torch.float32, torch.bfloat16)
 
 
@@ -78,6 +82,15 @@ class NVFP4Frames:
         self.scales[samples, :, slots] = packed.scales.view(torch.uint8)
         self.amax[samples, :, slots] = amax
 
+    def take(self, samples: torch.Tensor, slots: torch.Tensor) -> Self:
+        """Copy frames, bit for bit, into a store of n samples with one slot each (`samples`, `slots`, int64 `[n]`)."""
+        taken = copy(self)
+        taken.codes, taken.scales, taken.amax = (
+            _take(part, samples, slots) for part in (self.codes, self.scales, self.amax)
+        )
+        taken.mean = None if self.mean is None else _take(self.mean, samples, slots)
+        return taken
+
     def read_into(self, target: torch.Tensor) -> None:
         """Dequantize the first slots into `target`, `[B, heads, length, tokens, head_dim]`, for as many as it has."""
         length, head_dim = target.shape[2], target.shape[-1]
@@ -127,6 +140,12 @@ class FP8Frames:
         self.codes[samples, :, slots] = codes.view(torch.uint8)
         self.scale[samples, :, slots] = scale
 
+    def take(self, samples: torch.Tensor, slots: torch.Tensor) -> Self:
+        """Copy frames into a store of their own, like [`NVFP4Frames.take`]."""
+        taken = copy(self)
+        taken.codes, taken.scale = (_take(part, samples, slots) for part in (self.codes, self.scale))
+        return taken
+
     def read_into(self, target: torch.Tensor) -> None:
         """Dequantize slots, like [`NVFP4Frames.read_into`]."""
         length = target.shape[2]
@@ -143,3 +162,25 @@ FrameStore = NVFP4Frames | FP8Frames
 
 FRAME_STORES: dict[str, type[NVFP4Frames] | type[FP8Frames]] = {"nvfp4": NVFP4Frames, "fp8": FP8Frames}
 """The stores in few bits, by their names in `kv_cache_dtype` and on the command line."""
+
+Frames = torch.Tensor | FrameStore
+"""Frames as they are stored: `[B, heads, slots, tokens, head_dim]`, or in few bits."""
+
+
+def take_frames(stored: Frames, samples: torch.Tensor, slots: torch.Tensor) -> Frames:
+    """Copy frames as they are stored, see [`NVFP4Frames.take`]."""
+    if isinstance(stored, torch.Tensor):
+        return _take(stored, samples, slots)
+    return stored.take(samples, slots)
+
+
+def read_frames(stored: Frames, target: torch.Tensor) -> None:
+    """Read the first slots into `target`, see [`NVFP4Frames.read_into`]."""
+    if isinstance(stored, torch.Tensor):
+        target.copy_(stored[:, :, : target.shape[2]])
+    else:
+        stored.read_into(target)
+
+
+def _take(part: torch.Tensor, samples: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    return part[samples, :, slots].unsqueeze(2)

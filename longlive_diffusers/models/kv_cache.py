@@ -33,6 +33,9 @@ import torch
 from ..number_checks import check_booleans, check_counts, is_count
 from ..wording import counted
 from .attend import allocate_scratch
+from .cache_journal import CacheJournal, Overwritten, Place
+from .chunk_history import ChunkHistory
+from .frame_store import KEYS, VALUES
 from .layer_kv_cache import (
     ChunkSlots,
     DequantBuffers,
@@ -145,6 +148,7 @@ class KVCache:
         scratch = allocate_scratch(compute_dtype, self.device)
         for layer in self._layers:
             layer.scratch = scratch
+        self._journal = CacheJournal()
         self.reset()
 
     def __getitem__(self, layer: int) -> LayerKVCache | PackedLayerKVCache:
@@ -158,6 +162,7 @@ class KVCache:
         self.num_frames_seen = 0
         self._samples = [_Sample() for _ in range(self.batch_size)]
         self._chunk: ChunkSlots | None = None
+        self._chunk_slots: list[list[int]] = []
         self.clear_text()
 
     @property
@@ -247,6 +252,16 @@ class KVCache:
         """Mark the chunk as finished, so that the next forward, on its clean latents, computes what is remembered."""
         self._chunk = replace(self.chunk, finished=True)
 
+    def histories(self) -> list[ChunkHistory]:
+        """What the layers' caches hold now, for a forward with gradients of the open chunk: each stands in for the
+        cache of its layer, and can be read in the backward, whatever was overwritten meanwhile."""
+        chunk = self.chunk
+        own = {(sample, slot) for sample, slots in enumerate(self._chunk_slots) for slot in slots}
+        filled = {(sample, slot) for sample in range(self.batch_size) for slot in range(chunk.length)}
+        places = frozenset(filled - own)
+        moment = self._journal.remember(places)
+        return [ChunkHistory(layer, index, moment, places, chunk) for index, layer in enumerate(self._layers)]
+
     def recache(self) -> Iterator[list[list[int]]]:
         """Rewrite every cached frame, oldest first, at its old position.
 
@@ -335,12 +350,25 @@ class KVCache:
         if not moves:
             return
         samples, slots, raw_slots, positions = zip(*moves, strict=True)
+        places = list(zip(samples, slots, strict=True))
         rotary = self._rotary([[position] for position in positions])
         samples, slots, raw_slots = (self._indices(values) for values in (samples, slots, raw_slots))
+        self._record(KEYS, places)
         for layer in self._layers:
             layer.rotate_again(samples, slots, raw_slots, rotary)
 
+    def _record(self, part: int, places: list[Place]) -> None:
+        """Enter into the journal what is about to be overwritten, if a backward may ask for it."""
+        if asked_for := self._journal.asked_for(part, places):
+            samples, slots = (self._indices(values) for values in zip(*asked_for, strict=True))
+            frames = [layer.take(part, samples, slots) for layer in self._layers]
+            self._journal.record(Overwritten(part, asked_for, samples, slots, frames))
+
     def _slots_of_chunk(self, slots: list[list[int]]) -> ChunkSlots:
+        self._chunk_slots = slots
+        places = [(sample, slot) for sample, chosen in enumerate(slots) for slot in chosen]
+        for part in (KEYS, VALUES):
+            self._record(part, places)
         positions = [
             [sample.slots[slot].position for slot in chosen]
             for sample, chosen in zip(self._samples, slots, strict=True)

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from ..dtypes import DTYPES
-from .frame_store import FRAME_STORES, FrameStore, Shape
+from .attend import attend
+from .frame_store import FRAME_STORES, Frames, FrameStore, Shape, read_frames, take_frames
 from .rotary import apply_rotary
 
 
@@ -60,7 +62,7 @@ class ChunkSlots:
 
 
 class LayerCacheBase:
-    """What a block of the network uses of its cache: `update`, and the keys and values of the text.
+    """What a block of the network uses of its cache: `attend`, and the keys and values of the text.
 
     Only these run in a block, and they do the same for every kind of cache, every chunk and every forward of it: a
     compiled block needs no graph of its own for any of them. What differs, `load` and `store`, runs before and after
@@ -71,16 +73,33 @@ class LayerCacheBase:
     """Keys and values of the filled slots, `[B, heads, length * tokens, head_dim]`, which are written in place."""
     scratch: torch.Tensor | None = None
     """What attention computes its scores in, shared by all layers, since these run one after the other."""
+    _parts: tuple[Frames, Frames]
+    """The stored keys and values."""
 
-    def __init__(self, shape: Shape, num_raw_slots: int, raw_dtype: torch.dtype, device: torch.device):
+    def __init__(self, shape: Shape, num_raw_slots: int, dtype: torch.dtype, device: torch.device):
+        self._shape, self._dtype, self._device = shape, dtype, device  # of what attention sees
         # One more slot than there are, for the keys that nobody will ask for.
         raw_shape = (*shape[:2], num_raw_slots + 1, *shape[3:])
-        self.raw_key = torch.zeros(raw_shape, dtype=raw_dtype, device=device) if num_raw_slots else None
+        self.raw_key = torch.zeros(raw_shape, dtype=dtype, device=device) if num_raw_slots else None
         self.text: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def reset(self) -> None:
         """Forget the text; frames are forgotten by `KVCache.reset`, which owns their bookkeeping."""
         self.text = None
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        raw_key: torch.Tensor,
+        chunk: ChunkSlots,
+        backend: AttentionBackendName | None,
+    ) -> torch.Tensor:
+        """Write the chunk's keys and values and attend to everything that is cached; see [`update`] and
+        [`attend.attend`]."""
+        key, value = self.update(key, value, raw_key, chunk)
+        return attend(query, key, value, backend, self.scratch)
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, chunk: ChunkSlots
@@ -94,7 +113,19 @@ class LayerCacheBase:
         Returns:
             Keys and values `[B, length * tokens, heads, head_dim]`, in the dtype of `key`: views of `visible`. With
             gradients enabled, copies: a backward needs them as they are now, and the next step overwrites the cache.
+            (Only where the whole network is compiled: else, a forward with gradients has a `ChunkHistory`.)
         """
+        self.write(key, value, raw_key, chunk)
+        if torch.is_grad_enabled():
+            index = (chunk.samples, slice(None), chunk.token_slots)
+            cached = [states.to(key.dtype, copy=True) for states in self.visible]
+            cached[0][index], cached[1][index] = key, value
+        else:
+            cached = [states.to(key.dtype) for states in self.visible]
+        return cached[0].transpose(1, 2), cached[1].transpose(1, 2)
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, chunk: ChunkSlots) -> None:
+        """Write the chunk's keys and values where `visible` has them; the arguments are those of [`update`]."""
         index = (chunk.samples, slice(None), chunk.token_slots)
         for states, new in zip(self.visible, (key, value), strict=True):
             states[index] = new.detach().to(states.dtype)
@@ -102,12 +133,17 @@ class LayerCacheBase:
             assert chunk.raw_slots is not None  # `KVCache` makes both, or neither
             raw_frames = in_frames(raw_key, chunk.num_frames).detach().to(self.raw_key.dtype)
             self.raw_key[chunk.samples, :, chunk.raw_slots] = raw_frames
-        if torch.is_grad_enabled():
-            cached = [states.to(key.dtype, copy=True) for states in self.visible]
-            cached[0][index], cached[1][index] = key, value
-        else:
-            cached = [states.to(key.dtype) for states in self.visible]
-        return cached[0].transpose(1, 2), cached[1].transpose(1, 2)
+
+    def read(self, part: int, length: int) -> torch.Tensor:
+        """Copy the first `length` slots of a `part` (`KEYS` or `VALUES`), as attention would see them after a forward,
+        to new memory, `[B, heads, slots, tokens, head_dim]`, laid out like the cache."""
+        window = allocate_slots(self._shape, self._dtype, self._device)
+        read_frames(self._parts[part], window[:, :, :length])
+        return window
+
+    def take(self, part: int, samples: torch.Tensor, slots: torch.Tensor) -> Frames:
+        """Copy frames of a `part` (`KEYS` or `VALUES`) as they are stored, see [`frame_store.take_frames`]."""
+        return take_frames(self._parts[part], samples, slots)
 
     def _rotated(self, samples: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         """Return kept unrotated keys, `[n, heads, tokens, head_dim]`, rotated by `rotary`."""
@@ -126,6 +162,7 @@ class LayerKVCache(LayerCacheBase):
     def __init__(self, shape: Shape, num_raw_slots: int, dtype: torch.dtype, device: torch.device):
         super().__init__(shape, num_raw_slots, dtype, device)
         self.key, self.value = (allocate_slots(shape, dtype, device) for _ in range(2))
+        self._parts = (self.key, self.value)
 
     def begin_chunk(self, length: int) -> None:
         """Make the first `length` slots visible."""
@@ -195,7 +232,8 @@ class PackedLayerKVCache(LayerCacheBase):
         super().__init__(shape, num_raw_slots, raw_dtype, device)
         self.key: FrameStore = FRAME_STORES[store](shape, device, for_keys=True)
         self.value: FrameStore = FRAME_STORES[store](shape, device, for_keys=False)
-        self._shape, self._dequant_buffers = shape, dequant_buffers
+        self._parts = (self.key, self.value)
+        self._dequant_buffers = dequant_buffers
 
     def begin_chunk(self, length: int) -> None:
         """Make the first `length` slots visible."""

@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ..parallel.layout import check_heads
 from ..setting_types import check_setting_types
 from .attention import LongLiveAttnProcessor
 from .attention_kwargs import with_checked_attention_kwargs
+from .chunk_history import ChunkHistory
 from .chunk_mask import ChunkMask
 from .kv_cache import KVCache
 from .layer_kv_cache import ChunkSlots, LayerKVCache, PackedLayerKVCache
@@ -63,7 +65,7 @@ class LongLiveTransformerBlock(nn.Module):
         temb: torch.Tensor,
         rotary_emb: torch.Tensor,
         attention_mask: ChunkMask | None = None,
-        layer_cache: LayerKVCache | PackedLayerKVCache | None = None,
+        layer_cache: LayerKVCache | PackedLayerKVCache | ChunkHistory | None = None,
         chunk: ChunkSlots | None = None,
         sp_mesh: DeviceMesh | None = None,
     ) -> torch.Tensor:
@@ -193,7 +195,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             encoder_hidden_states: The prompt embeddings, `[B, L, text_dim]`, or one prompt for each chunk,
                 `[B, F / chunk_size, L, text_dim]`.
             kv_cache: A cache from [`create_kv_cache`], after its `begin_chunk(F)`. Text keys and values are kept in it
-                for as long as `encoder_hidden_states` is the same, unmodified tensor.
+                for as long as `encoder_hidden_states` is the same, unmodified tensor. With gradients enabled, these
+                flow through the chunk itself; what is cached is detached, and may be overwritten before the backward.
             clean_hidden_states: The clean latents of the same clip, the history that noisy chunks see,
                 `[B, C, F, h, w]`.
             clean_timestep: The timestep of the clean latents, `[B]` or `[B, F]`; 0 by default.
@@ -259,15 +262,22 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             if text_cache is not None:
                 text_cache.cache_text(encoder_hidden_states)
 
+        # With gradients, blocks attend to what the cache holds now, which can be read again in the backward. Not so
+        # where the whole network is compiled: it reads copies, and a block that ran twice would write twice.
+        is_remembered = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        layer_caches = kv_cache.histories() if kv_cache is not None and is_remembered else kv_cache
         for index, block in enumerate(self.blocks):
-            layer_cache = None if kv_cache is None else kv_cache[index]
+            layer_cache = None if layer_caches is None else layer_caches[index]
             if layer_cache is not None:
                 layer_cache.load()
+            has_history = isinstance(layer_cache, ChunkHistory)
+            run = partial(layer_cache.run, block) if has_history else block
             arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, chunk, sp_mesh)
-            if self.gradient_checkpointing and torch.is_grad_enabled() and kv_cache is None:
-                tokens = self._gradient_checkpointing_func(block, *arguments)  # pyright: ignore[reportOptionalCall]
+            is_repeatable = layer_cache is None or has_history
+            if self.gradient_checkpointing and torch.is_grad_enabled() and is_repeatable:
+                tokens = self._gradient_checkpointing_func(run, *arguments)  # pyright: ignore[reportOptionalCall]
             else:
-                tokens = block(*arguments)
+                tokens = run(*arguments)
             if layer_cache is not None and chunk is not None:
                 layer_cache.store(chunk)
 

@@ -190,6 +190,33 @@ def test_compiled_training_keeps_no_histories(model, checkpointing):
     assert kept_for_the_backward(model, 64) <= short
 
 
+def gradient_of_a_stream(network, model) -> torch.Tensor:
+    """Of five chunks, each with gradients, by one backward; `network` is `model`, or compiled from it."""
+    model.zero_grad()
+    stream_chunks(network, num_chunks=5, cache=tiny_cache(model, relative_rope=True)).square().mean().backward()
+    return model.blocks[0].attn1.to_k.weight.grad.clone()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_pass_through_a_stream_of_compiled_blocks(model, checkpointing):
+    """A checkpoint runs the compiled block again on a history that was overwritten meanwhile, by the same graph."""
+    expected = gradient_of_a_stream(model, model)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    torch.testing.assert_close(gradient_of_a_stream(model, model), expected, atol=1e-6, rtol=1e-5)
+    assert counter.frame_count <= GRAPHS_OF_A_STREAM
+
+
+def test_gradients_pass_through_a_stream_of_a_compiled_model(model):
+    """Which reads copies of the window, and where checkpointing stands back."""
+    expected = gradient_of_a_stream(model, model)
+    model.enable_gradient_checkpointing()
+    compiled = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
+    torch.testing.assert_close(gradient_of_a_stream(compiled, model), expected, atol=1e-6, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_the_streaming_forward_is_functionalised(model):
     """aot_eager is what every real backend sees: writes to the cache must survive it."""

@@ -5,6 +5,7 @@ import torch
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig
 from torch.nn.functional import mse_loss
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from longlive_diffusers import LongLiveScheduler, LongLiveTransformer3DModel
 from tests.support.tiny_pipeline import (
@@ -205,13 +206,19 @@ def test_checkpointing_works_where_only_a_lora_is_trained(model):
         torch.testing.assert_close(gradients[name], expected[name], atol=1e-6, rtol=1e-5)
 
 
-def test_checkpointing_stands_back_while_streaming(model):
-    """A block run twice would write its keys into the cache twice, of two different moments."""
+def test_checkpointing_runs_every_block_of_a_stream_again(model):
+    """What this computes is checked in `test_roll_out_gradients.py`."""
     expected = stream_chunks(model)
     model.enable_gradient_checkpointing()
-    output = stream_chunks(model)
-    output.mean().backward()
+    runs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: runs.append(1))
+    with set_checkpoint_early_stop(False):
+        output = stream_chunks(model, num_chunks=4)
     assert torch.equal(output, expected)
+    assert len(runs) == 4 * len(model.blocks)
+    output.mean().backward()
+    assert len(runs) == 2 * 4 * len(model.blocks)
 
 
 # -- mixed precision -------------------------------------------------------------------------------------------------

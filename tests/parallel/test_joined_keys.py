@@ -6,44 +6,20 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from longlive_diffusers.models.chunk_mask import ChunkMask
+from tests.support.storage_watch import StorageWatch
 
 
 CHUNK_TOKENS, HEADS, HEAD_DIM = 4, 2, 8
 CHUNK_BYTES = CHUNK_TOKENS * HEADS * HEAD_DIM * 4
 
 
-class StorageWatch(TorchDispatchMode):
-    """Every storage met meanwhile but those of `ignored`; `alive_bytes` of those that somebody still holds."""
-
-    def __init__(self, ignored: list[torch.Tensor]):
-        super().__init__()
-        self.sizes: dict[StorageWeakRef, int] = {}
-        self.ignored = {StorageWeakRef(tensor.untyped_storage()) for tensor in ignored}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                self.sizes[StorageWeakRef(storage)] = storage.nbytes()
-        return output
-
-    def alive_bytes(self) -> int:
-        return sum(
-            size for storage, size in self.sizes.items() if storage not in self.ignored and not storage.expired()
-        )
-
-
 @pytest.fixture
 def keep_concatenations(monkeypatch):
     def switch():
-        monkeypatch.setattr("longlive_diffusers.models.attend._save_parts_of", lambda parts: nullcontext())
+        monkeypatch.setattr("longlive_diffusers.models.attend.save_recipes", lambda *made: nullcontext())
 
     return switch
 
