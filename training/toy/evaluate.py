@@ -6,7 +6,7 @@ frames, as PNG.
 
 Sections: `accuracy` (seen and held-out combinations), `steps` (by number of solver steps), `time` (up to 8 times the
 training length, with and without sinks, with absolute and relative RoPE), `events` (shots, prompt switches, cuts,
-images), `vae` (what the VAE loses), `strip` (frames to look at).
+images), `diversity` (over the seeds of one prompt), `vae` (what the VAE loses), `strip` (frames to look at).
 
 Finished parts are kept in DIR/parts: an interrupted evaluation is resumed, and one with other settings needs another
 folder. It takes about 15 minutes on two CPU cores, or two minutes with --quick. The same seed gives the same videos.
@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 import longlive_diffusers  # noqa: F401  (registers the pipeline's classes with diffusers)
+from evaluation.diversity import diversity
 from evaluation.sections import Evaluation, Settings, accuracy, events, steps, time
-from evaluation.store import Store, fingerprint
+from evaluation.store import Store, fingerprint, fingerprint_of_file
 from evaluation.strip import strip
 from evaluation.tables import Table
 from evaluation.vae import vae
@@ -29,23 +30,55 @@ from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.dtypes import DTYPES
 from longlive_diffusers.models.layer_kv_cache import KV_CACHE_DTYPES
+from longlive_diffusers.nvfp4 import NVFP4Config, quantize_model
+from longlive_diffusers.nvfp4.backends import BACKENDS
 from world import SIDE
 
 
-SECTIONS = {"accuracy": accuracy, "steps": steps, "time": time, "events": events, "vae": vae, "strip": strip}
+SECTIONS = {
+    "accuracy": accuracy,
+    "steps": steps,
+    "time": time,
+    "events": events,
+    "diversity": diversity,
+    "vae": vae,
+    "strip": strip,
+}
 FULL = Settings()
 QUICK = Settings(num_prompts=6, num_inference_steps=8, step_counts=(4, 8), long_steps=4, long_factor=2)
 
 
-def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> LongLivePipeline:
-    """Load the pipeline in a folder, without its progress bars.
+def load(
+    folder: Path,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    lora: Path | None = None,
+    nvfp4_backend: str | None = None,
+) -> LongLivePipeline:
+    """
+    Load the pipeline in a folder, without its progress bars.
+
+    Args:
+        folder: The folder of the pipeline.
+        device: The device to run on.
+        dtype: The dtype to load it in.
+        lora: The file or folder of a LoRA to load and fuse, or None.
+        nvfp4_backend: The backend to compute the linear layers of the blocks in 4 bits with, or None.
 
     Raises:
-        ValueError: If the folder holds no pipeline, or one that does not make videos of the toy world's size.
+        ValueError: If the folder holds no pipeline, or one that does not make videos of the toy world's size; or the
+            LoRA does not fit.
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"'{folder}' holds no pipeline: there is no model_index.json in it.")
     pipe = LongLivePipeline.from_pretrained(folder, dtype=dtype).to(device)
+    if lora is not None:
+        pipe.load_lora_weights(lora)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    if nvfp4_backend is not None:
+        quantize_model(pipe.transformer, NVFP4Config(backend=nvfp4_backend))
     pipe.set_progress_bar_config(disable=True)
     check_pipeline(pipe)
     return pipe
@@ -109,6 +142,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, required=True, help="The folder for results; finished parts in it are kept."
     )
+    parser.add_argument("--lora", type=Path, help="The file of a LoRA to evaluate the model with.")
+    parser.add_argument(
+        "--nvfp4_backend", choices=BACKENDS, help="Compute the linear layers in 4 bits, with this backend."
+    )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run (default: %(default)s)."
     )
@@ -162,6 +199,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         torch.device(parsed.device)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
+    if parsed.lora is not None and not parsed.lora.is_file():
+        parser.error(f"there is no file '{parsed.lora}'")
     if not (parsed.model / "model_index.json").is_file():
         parser.error(f"'{parsed.model}' holds no pipeline: there is no model_index.json in it")
     return parsed
@@ -170,12 +209,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     settings = arguments.settings
-    pipe = load(arguments.model, arguments.device, DTYPES[settings.dtype])
+    pipe = load(
+        arguments.model,
+        arguments.device,
+        DTYPES[settings.dtype],
+        lora=arguments.lora,
+        nvfp4_backend=arguments.nvfp4_backend,
+    )
     if arguments.takes_tokenizers_length:
         # Padding is attended to: prompts have to be padded as they were in training.
         settings = Settings(**(asdict(settings) | {"max_sequence_length": pipe.tokenizer.model_max_length}))
-    print(f"{arguments.model}: {settings}", flush=True)
-    evaluate(pipe, arguments.output, settings, arguments.only, model=fingerprint(arguments.model))
+    model = fingerprint(arguments.model)
+    if arguments.lora is not None:
+        model += f" + {fingerprint_of_file(arguments.lora)}"
+    if arguments.nvfp4_backend is not None:
+        model += f" in NVFP4, {arguments.nvfp4_backend}"
+    print(f"{arguments.model}, {model}: {settings}", flush=True)
+    evaluate(pipe, arguments.output, settings, arguments.only, model=model)
     print(f"\n{arguments.output / 'report.md'}")
 
 

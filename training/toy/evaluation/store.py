@@ -64,6 +64,12 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprint_of_file(path: Path) -> str:
+    """Return a digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def digest_of(value: object) -> str:
     """Return a digest of a value whose `repr` says all about it."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
