@@ -31,6 +31,7 @@ from run.trained_weights import gathered
 
 
 ORIGINAL_LORA = "generator_lora.pt"
+SAVED_SETTINGS = ("r", "lora_alpha", "target_modules")
 INTRO = "Distribution-matching distillation (DMD), with `training/train_dmd.py` of longlive-diffusers."
 
 # Rows of a card, and the settings that they state.
@@ -161,8 +162,10 @@ def _save_lora(
 ) -> ModelCard:
     adapter = result.networks.adapter(Role.GENERATOR)
     config = result.transformer.peft_config[adapter].to_dict()
+    # Without what a later version of PEFT may have added, which an earlier one would not take.
+    settings = {name: config[name] for name in SAVED_SETTINGS}
     LongLivePipeline.save_lora_weights(
-        folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=config
+        folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=settings
     )
     if arguments.model.save_original_lora:
         torch.save(original_lora_state_dict(weights), folder / ORIGINAL_LORA)
