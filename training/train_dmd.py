@@ -18,17 +18,18 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, fsdp2_prepare_model, set_seed
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from data.loading import ClipShape, batches, clip_shape
+from data.prompt_dataset import PromptDataset
 from data.prompt_loading import open_prompts
 from data.text_encoder import text_encoder_of
 from longlive_diffusers.parallel import FrameLayout, check_heads
@@ -41,7 +42,7 @@ from objectives.distillation import (
     ScoreInputs,
     guided,
 )
-from objectives.distillation_networks import TRAINED_ROLES, DistillationNetworks, Role
+from objectives.distillation_networks import DistillationNetworks, Role
 from objectives.rollout import ChunkPlan, RolloutCaches, roll_out
 from run.agreement import check_processes, on_main_process
 from run.averaging import free_gathered
@@ -60,7 +61,7 @@ from run.process_mesh import ProcessMesh, build_process_mesh
 from run.publishing import make_repository, publish
 from run.saving import load_start
 from run.script import run_script
-from run.trained_weights import TrainedWeights, average_gradients
+from run.trained_weights import OptimizerState, TrainedWeights, average_gradients
 from run.validation import Validation
 
 
@@ -77,6 +78,7 @@ def main(arguments: DistillationArguments) -> None:
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
     )
     check_processes(accelerator)
+    check_precision(accelerator)
     keep_inputs_in_float32(accelerator)
     set_seed(arguments.optimization.seed)
     with output_folder(accelerator, output):
@@ -131,21 +133,20 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
     dataset, texts = open_prompts(accelerator, data_args, size, pipe, encoder, others, cache, output)
     pipe.texts = texts
     del encoder  # training needs none
+    check_rewrites(accelerator, dataset, caches, shape)
     logger.info("%d videos to make, of %d latent frames", len(dataset), shape.num_frames)
 
-    # 4. Optimizers. Under FSDP, preparing shards the networks; otherwise, each process has them whole.
+    # 4. Optimizers, of networks that FSDP has sharded, or that each process has whole.
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.set_auto_wrap_policy(networks)
+        networks = fsdp2_prepare_model(accelerator, networks)
+    else:
+        networks.to(accelerator.device)
     generator_options, critic_options = arguments.generator_optimization, arguments.critic_optimization
     generator_optimizers, critic_optimizers = (
         build_optimizers(list(networks.parameters_of(role).values()), accelerator, options)
         for role, options in ((Role.GENERATOR, generator_options), (Role.FAKE_SCORE, critic_options))
     )
-    count = len(generator_optimizers)
-    if accelerator.is_fsdp2:
-        networks, *optimizers = accelerator.prepare(networks, *generator_optimizers, *critic_optimizers)
-    else:
-        networks.to(accelerator.device)
-        optimizers = [accelerator.prepare(optimizer) for optimizer in (*generator_optimizers, *critic_optimizers)]
-    generator_optimizers, critic_optimizers = optimizers[:count], optimizers[count:]
     generator_parameters = list(networks.parameters_of(Role.GENERATOR).values())
     ema = None
     if optimization.ema_decay is not None:
@@ -170,7 +171,9 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
 
     # 6. The state of the run: its checkpoint and log, its position in the data and in the learning-rate schedules.
     history = SettingsHistory(settings_of(arguments, accelerator, size))
-    states, shared_states = checkpoint_states(accelerator, networks, ema)
+    states, shared_states = checkpoint_states(
+        networks, {Role.GENERATOR: generator_optimizers, Role.FAKE_SCORE: critic_optimizers}, ema
+    )
     checkpoints = Checkpoints(
         accelerator,
         output,
@@ -336,7 +339,7 @@ class Trainer:
         parameters = list(self.networks.parameters_of(role).values())
         average_gradients(self.accelerator, parameters)
         free_gathered(self.networks)
-        norm = self.accelerator.clip_grad_norm_(parameters, max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -345,7 +348,10 @@ class Trainer:
     def _prepare(self, batch: dict, step: int, purpose: Purpose) -> "Rollout":
         draws = self.objective.draw(batch["sample_id"].tolist(), step, purpose)
         plan = ChunkPlan.of_batch(batch, self.accelerator.device, uses_image=draws.uses_image)
-        return Rollout(plan, draws)
+        # History is rewritten for all videos or for none: under FSDP, every process has to run the same forwards.
+        switches = torch.tensor(plan.switches, dtype=torch.float32, device=self.accelerator.device)
+        switches = self.accelerator.reduce(switches, "sum")
+        return Rollout(replace(plan, switches=(switches > 0).tolist()), draws)
 
     def _roll_out(self, rollout: "Rollout", differentiated: Sequence[int] = ()) -> list[torch.Tensor]:
         noise = rollout.draws.noise.to(self.accelerator.device)
@@ -432,6 +438,14 @@ def frame_shape(pipe: CachedPromptsPipeline, size: ClipShape) -> tuple[int, int,
     return pipe.vae.config.z_dim, size.height // scale, size.width // scale
 
 
+def check_precision(accelerator: Accelerator) -> None:
+    """Raise a ValueError for float16, whose gradients would have to be scaled."""
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "mixed_precision fp16 is not possible in distillation: choose bf16 in accelerate's configuration"
+        )
+
+
 def check_gradient_chunks(shape: RolloutShape, sp_size: int) -> None:
     """Raise a ValueError unless every process that shares a video differentiates as many of its chunks."""
     if shape.gradient_chunks % sp_size:
@@ -441,19 +455,33 @@ def check_gradient_chunks(shape: RolloutShape, sp_size: int) -> None:
         )
 
 
+def check_rewrites(
+    accelerator: Accelerator, dataset: PromptDataset, caches: RolloutCaches, shape: RolloutShape
+) -> None:
+    """Raise a ValueError if processes that FSDP ties together might rewrite different numbers of chunks at a prompt
+    switch: where frames are evicted, each video has cached others, by its own shots."""
+    evicts = caches.window_size < shape.num_frames
+    if accelerator.is_fsdp2 and evicts and dataset.has_switches:
+        raise ValueError(
+            f"With FSDP, prompts that switch within a shot need a window of the whole roll-out: --window_size is "
+            f"{caches.window_size}, --num_latent_frames {shape.num_frames}"
+        )
+
+
 def checkpoint_states(
-    accelerator: Accelerator, networks: DistillationNetworks, ema: EMAModel | None
+    networks: DistillationNetworks, optimizers: dict[Role, list[torch.optim.Optimizer]], ema: EMAModel | None
 ) -> tuple[dict[str, Stateful], dict[str, Stateful]]:
-    """Return what is saved besides the optimizers, by name: the states that each process has of its own, and those
-    that are the same in all processes. Under FSDP, accelerate saves the networks."""
-    own: dict[str, Stateful] = {}
-    shared: dict[str, Stateful] = {}
-    if not accelerator.is_fsdp2:
-        shared = {role.value: TrainedWeights(networks.parameters_of(role)) for role in TRAINED_ROLES}
+    """Return what a checkpoint holds, by name: the states that each process has of its own, and those that are the
+    same in all processes. Weights that are not trained are not in it."""
+    states: dict[str, Stateful] = {}
+    is_sharded = False
+    for role, of_role in optimizers.items():
+        weights = TrainedWeights(networks.parameters_of(role))
+        states[role.value], is_sharded = weights, is_sharded or weights.is_sharded
+        states |= {f"{role.value} optimizer {index}": OptimizerState(own) for index, own in enumerate(of_role)}
     if ema is not None:
-        average = EMAState(ema)
-        (own if average.is_sharded else shared)["ema"] = average
-    return own, shared
+        states["ema"] = EMAState(ema)
+    return (states, {}) if is_sharded else ({}, states)
 
 
 def run_identity(

@@ -125,7 +125,8 @@ def test_a_damaged_video_is_continued_from_where_it_breaks_off_and_this_is_said(
 
 def test_the_command_says_the_size_in_one_line(tmp_path, capsys):
     Image.new("RGB", (160, 90), "red").save(tmp_path / "a.png")
-    options = ["--num-frames", "5", "--steps", "1", "--no-progress", "--output", str(tmp_path / "out.mp4")]
+    options = ["--num-frames", "5", "--steps", "1", "--no-progress", "--no-lora"]
+    options += ["--output", str(tmp_path / "out.mp4")]
     assert main(["generate", "a red circle", "--image", str(tmp_path / "a.png"), *options]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("longlive: ")]
     assert len(lines) == 1 and "the video is 80x48" in lines[0]

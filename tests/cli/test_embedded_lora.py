@@ -74,7 +74,7 @@ def test_the_one_for_the_steps_is_used(asked, files, capsys, options, steps):
     with pytest.raises(LoadedError):
         main([*COMMAND, *options])
     assert asked == [files[steps]]
-    assert capsys.readouterr().err == USED.format(steps)
+    assert capsys.readouterr().err.startswith(USED.format(steps))
 
 
 @pytest.mark.parametrize(

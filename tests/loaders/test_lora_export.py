@@ -112,14 +112,14 @@ def changed(name: str, tensor: torch.Tensor | None, *, layer: str = QUERY) -> di
     ("lora", "message"),
     [
         ({}, "The LoRA holds an empty LoRA: there is no tensor in it"),
-        (changed("lora_B.weight", None), "1 layers lack their lora_A or lora_B: blocks.0.attn1.to_q"),
+        (changed("lora_B.weight", None), "1 layer without lora_A or lora_B: blocks.0.attn1.to_q"),
         (changed("lora_B.weight", torch.zeros(192, 5)), "lora_A (4, 192) and lora_B (192, 5) of blocks.0.attn1"),
-        (changed("lora_B.bias", torch.zeros(192)), "1 keys that are no plain LoRA layers: transformer.blocks.0.attn1"),
-        (changed("lora_magnitude_vector", torch.zeros(192)), "1 keys that are no plain LoRA layers"),
+        (changed("lora_B.bias", torch.zeros(192)), "1 key of no plain LoRA layer: transformer.blocks.0.attn1"),
+        (changed("lora_magnitude_vector", torch.zeros(192)), "1 key of no plain LoRA layer"),
         (changed("lora_B.weight", torch.full((192, 4), torch.nan)), "768 infinities or NaN among its 768 numbers"),
         (
             lora_of({QUERY: LAYERS[QUERY]}) | lora_of({"blocks.1.attn1.to_q": LAYERS[QUERY]}, rank=8),
-            "the layers' ranks disagree (rank 4 in 1 layers, rank 8 in 1 layers)",
+            "the layers' ranks disagree (rank 4 in 1 layer, rank 8 in 1 layer)",
         ),
         (lora_of({"blocks.0.attn1.to_qkv": LAYERS[QUERY]}), "blocks.0.attn1.to_qkv, which has no counterpart"),
         (lora_of({"blocks.0.attn2.add_k_proj": LAYERS[QUERY]}), "blocks.0.attn2.add_k_proj, which has no counterpart"),

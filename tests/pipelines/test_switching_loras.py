@@ -257,10 +257,10 @@ def with_other_names(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (of_another_width, r"50 layers do not fit: blocks\.0\.\S+ is \(\d+, 192\), its LoRA \(\d+, 384\)"),
-        (of_more_blocks, r"10 layers do not fit: blocks\.29\.\S+ does not exist"),
-        (with_other_names, r"20 layers do not fit: blocks\.0\.attn\.to_\S+ does not exist"),
-        (lambda lora: {k.replace("lora_A", "lora_C"): t for k, t in lora.items()}, "lack their lora_A or lora_B"),
+        (of_another_width, r"50 layers: blocks\.0\.\S+ is \(\d+, 192\), its LoRA \(\d+, 384\)"),
+        (of_more_blocks, r"10 layers: blocks\.29\.\S+ does not exist"),
+        (with_other_names, r"20 layers: blocks\.0\.attn\.to_\S+ does not exist"),
+        (lambda lora: {k.replace("lora_A", "lora_C"): t for k, t in lora.items()}, "layers without lora_A or lora_B"),
     ],
     ids=["width", "blocks", "names", "halves"],
 )

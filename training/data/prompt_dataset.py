@@ -145,6 +145,13 @@ class PromptDataset(Dataset):
         """The names of the samples, in order."""
         return [sample.name for sample in self.samples]
 
+    @property
+    def has_switches(self) -> bool:
+        """Whether any prompt changes within a shot."""
+        return any(
+            any(plan_chunks(sample, self.num_chunks, self.scene_cut_prefix).switches) for sample in self.samples
+        )
+
     def distinct_prompts(self) -> list[str]:
         """Return every text that a chunk of any sample is conditioned on, once each, in order of appearance."""
         return distinct_prompts(self.samples, self.num_chunks, self.scene_cut_prefix)

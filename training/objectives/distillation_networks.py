@@ -24,9 +24,6 @@ class Role(StrEnum):
     REAL_SCORE = "real_score"
 
 
-TRAINED_ROLES = (Role.GENERATOR, Role.FAKE_SCORE)
-
-
 class DistillationNetworks(nn.Module):
     """
     Args:
@@ -37,7 +34,7 @@ class DistillationNetworks(nn.Module):
         ValueError: If two roles would be the same network with the same adapter.
     """
 
-    _no_split_modules = LongLiveTransformer3DModel._no_split_modules  # what FSDP gathers at a time
+    _no_split_modules = ["LongLiveTransformerBlock"]  # what FSDP gathers at a time
 
     def __init__(self, networks: Mapping[Role, LongLiveTransformer3DModel], adapters: Mapping[Role, str]):
         super().__init__()

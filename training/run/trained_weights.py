@@ -1,4 +1,5 @@
-"""The weights of a role of distillation: kept in checkpoints, averaged over processes, and gathered for the result."""
+"""The weights of a role of distillation and its optimizer: kept in checkpoints, averaged over processes, and gathered
+for the result. Accelerate knows one model and one optimizer under FSDP, and here are two."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -45,6 +46,51 @@ class TrainedWeights:
             raise ValueError(f"The checkpoint has {len(state)} trained weights of another network than this one's")
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+
+class OptimizerState:
+    """
+    The state of an optimizer that accelerate does not know of; if FSDP shards its parameters, of this process's part.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state, with this process's part of sharded tensors."""
+        state = self.optimizer.state_dict()
+        by_parameter = {
+            index: {name: local(value) if isinstance(value, torch.Tensor) else value for name, value in own.items()}
+            for index, own in state["state"].items()
+        }
+        return {**state, "state": by_parameter}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a saved state."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        by_parameter = {
+            index: {name: _sharded_like(parameters[index], value) for name, value in own.items()}
+            for index, own in state["state"].items()
+        }
+        self.optimizer.load_state_dict({**state, "state": by_parameter})
+
+
+def _sharded_like(parameter: nn.Parameter, value: Any) -> Any:
+    """Return a part of a sharded tensor as that tensor, if it is one of the shape of a sharded parameter."""
+    is_part = isinstance(parameter, DTensor) and isinstance(value, torch.Tensor)
+    if not is_part or value.shape != parameter.to_local().shape:
+        return value
+    return DTensor.from_local(
+        value.to(parameter.to_local().device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:

@@ -82,7 +82,7 @@ def test_chunks_are_those_of_a_session_that_is_redirected():
 def test_what_cannot_be_planned():
     with pytest.raises(ValueError, match="at least 1 chunk, got 0"):
         plan_chunks(video("a"), 0, CUT)
-    with pytest.raises(ValueError, match="one for each of 2 shots"):
+    with pytest.raises(ValueError, match="a list of them for 2 shots"):
         plan_chunks(video("a", PromptShot("b", 2)), 4, CUT)
     with pytest.raises(ValueError, match="at least 1 chunk, got 0"):
         plan_chunks(video(PromptShot("a", 0), PromptShot("b", 2)), 4, CUT)

@@ -44,8 +44,8 @@ def diversity(evaluation: Evaluation) -> list[Table]:
 def _spread(evaluation: Evaluation, caption: str) -> tuple[float, float]:
     """Return the spread of pixels, in percent, and of positions, in pixels, for one prompt."""
     settings, chunk_size = evaluation.settings, evaluation.pipe.transformer.config.chunk_size
-    frames = evaluation.pipe(
-        [caption] * NUM_SEEDS,
+    with evaluation.pipe.stream(
+        prompt=[caption] * NUM_SEEDS,
         num_frames=pixel_frames(chunk_size),
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
@@ -53,9 +53,9 @@ def _spread(evaluation: Evaluation, caption: str) -> tuple[float, float]:
         max_sequence_length=settings.max_sequence_length,
         generator=[torch.Generator().manual_seed(settings.seed + seed) for seed in range(NUM_SEEDS)],
         output_type="np",
-    ).frames
-    frames = np.stack(list(frames))
-    things = [read_chunk((video * 255).round().astype(np.uint8)).things for video in frames]
+    ) as session:
+        frames = np.stack(list(next(session).frames))
+    things = [read_chunk(video).things for video in frames]
     places = np.array([(found[0].x, found[0].y) for found in things if found])
     position = float(places.std(axis=0).mean()) if len(places) > 1 else 0.0
     return float(frames.std(axis=0).mean()) * 100, position
