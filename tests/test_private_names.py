@@ -145,7 +145,7 @@ PRIVATE_NAMES = [
         for name, others in (
             ("_supports_gradient_checkpointing", ()),
             ("_skip_layerwise_casting_patterns", ()),
-            ("_no_split_modules", ()),
+            ("_no_split_modules", ("training/objectives/distillation_networks.py",)),
             ("_keep_in_fp32_modules", (PACKAGE + "benchmark/models.py", PACKAGE + "loaders/original.py")),
             ("_repeated_blocks", ()),
             ("_skip_keys", ()),

@@ -84,7 +84,7 @@ def test_what_cannot_be_planned():
         plan_chunks(video("a"), 0, CUT)
     with pytest.raises(ValueError, match="a list of them for 2 shots"):
         plan_chunks(video("a", PromptShot("b", 2)), 4, CUT)
-    with pytest.raises(ValueError, match="at least 1 chunk, got 0"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         plan_chunks(video(PromptShot("a", 0), PromptShot("b", 2)), 4, CUT)
 
 
