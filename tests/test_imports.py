@@ -37,7 +37,8 @@ TRAINING_FLOORS = [
     {"objectives"},
     {"run"},
     {"data"},
-    {"train_ar", "train_dmd", "benchmarks", "toy"},
+    {"train_ar", "train_dmd"},
+    {"benchmarks", "toy"},
 ]
 
 

@@ -146,7 +146,14 @@ PRIVATE_NAMES = [
             ("_supports_gradient_checkpointing", ()),
             ("_skip_layerwise_casting_patterns", ()),
             ("_no_split_modules", ("training/objectives/distillation_networks.py",)),
-            ("_keep_in_fp32_modules", (PACKAGE + "benchmark/models.py", PACKAGE + "loaders/original.py")),
+            (
+                "_keep_in_fp32_modules",
+                (
+                    PACKAGE + "benchmark/models.py",
+                    PACKAGE + "loaders/original.py",
+                    "training/benchmarks/bench_dmd_memory.py",
+                ),
+            ),
             ("_repeated_blocks", ()),
             ("_skip_keys", ()),
         )
@@ -181,7 +188,7 @@ PRIVATE_NAMES = [
             "Look at what diffusers calls this kernel of PyTorch then.",
         )
         for name, others in (
-            ("_NATIVE_FLASH", (PACKAGE + "cli/backends.py",)),
+            ("_NATIVE_FLASH", (PACKAGE + "cli/backends.py", "training/benchmarks/bench_dmd_memory.py")),
             ("_NATIVE_CUDNN", ()),
             ("_NATIVE_EFFICIENT", ()),
             ("_NATIVE_MATH", (PACKAGE + "cli/backends.py",)),

@@ -17,7 +17,8 @@ the same losses and gradients however it is distributed.
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, fsdp2_prepare_model, set_seed
 from diffusers.training_utils import EMAModel
+from peft.helpers import disable_input_dtype_casting
 from tqdm.auto import tqdm
 
 from data.loading import ClipShape, batches, clip_shape
@@ -312,7 +314,7 @@ class Trainer:
             inputs = objective.score_inputs(detached(chunks), rollout.draws, rollout.plan)
             direction = self._whole(self._direction(inputs, rollout.plan))
             loss_sum = objective.generator_loss_sum(chunks, direction, own)
-            with self.networks.using(Role.GENERATOR):  # checkpoints compute forwards again
+            with self._using(Role.GENERATOR):  # checkpoints compute forwards again
                 self.accelerator.backward(loss_sum * self.accelerator.num_processes / count)
             total += loss_sum.detach()
         return self._mean(total, count, Role.GENERATOR)
@@ -327,7 +329,7 @@ class Trainer:
             with torch.no_grad():
                 chunks = self._roll_out(rollout)
             inputs = objective.score_inputs(detached(chunks), rollout.draws, rollout.plan)
-            with self.networks.using(Role.FAKE_SCORE) as fake_score:
+            with self._using(Role.FAKE_SCORE) as fake_score:
                 velocity = self._score(fake_score, inputs, objective.prompts_of_scores(rollout.plan))
                 error_sum = objective.critic_error_sum(velocity, inputs)
                 self.accelerator.backward(error_sum * self.accelerator.num_processes / count)
@@ -345,6 +347,14 @@ class Trainer:
             optimizer.zero_grad()
         return float(norm)
 
+    @contextmanager
+    def _using(self, role: Role) -> Iterator[Any]:
+        """Use the network of a role, see `DistillationNetworks.using`. Under autocast, which converts what a LoRA
+        multiplies, PEFT's own conversion of all its inputs to float32 would only take memory."""
+        is_mixed = self.accelerator.mixed_precision != "no"
+        with self.networks.using(role) as network, disable_input_dtype_casting(self.networks, active=is_mixed):
+            yield network
+
     def _prepare(self, batch: dict, step: int, purpose: Purpose) -> "Rollout":
         draws = self.objective.draw(batch["sample_id"].tolist(), step, purpose)
         plan = ChunkPlan.of_batch(batch, self.accelerator.device, uses_image=draws.uses_image)
@@ -356,7 +366,7 @@ class Trainer:
     def _roll_out(self, rollout: "Rollout", differentiated: Sequence[int] = ()) -> list[torch.Tensor]:
         noise = rollout.draws.noise.to(self.accelerator.device)
         kv_cache = self.caches.create(self.networks.network(Role.GENERATOR), noise)
-        with self.networks.using(Role.GENERATOR) as generator, self.accelerator.autocast():
+        with self._using(Role.GENERATOR) as generator, self.accelerator.autocast():
             return roll_out(
                 generator,
                 self.objective.scheduler,
@@ -373,9 +383,9 @@ class Trainer:
     def _direction(self, inputs: ScoreInputs, plan: ChunkPlan) -> torch.Tensor:
         """Return where the scores move this rank's frames, float64 `[B, C, F, h, w]`."""
         objective, prompts = self.objective, self.objective.prompts_of_scores(plan)
-        with self.networks.using(Role.FAKE_SCORE) as fake_score:
+        with self._using(Role.FAKE_SCORE) as fake_score:
             fake = self._score(fake_score, inputs, prompts)
-        with self.networks.using(Role.REAL_SCORE) as real_score:
+        with self._using(Role.REAL_SCORE) as real_score:
             real, negative = self._score(real_score, inputs, prompts), None
             if objective.settings.score_guidance_scale != 1:
                 negative_prompt = self.negative_embeds.to(prompts).expand(prompts.shape[0], -1, -1)
