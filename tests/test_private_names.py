@@ -66,6 +66,8 @@ STREAMING_VAE = PACKAGE + "models/streaming_vae.py"
 QUANTIZER = PACKAGE + "nvfp4/quantizer.py"
 LINEAR = PACKAGE + "nvfp4/linear.py"
 TRAIN_VAE = "training/toy/train_vae.py"
+BENCH_DMD_MEMORY = "training/benchmarks/bench_dmd_memory.py"
+MEMORY_LEDGER = "training/benchmarks/memory_ledger.py"
 MODEL_MIXIN = "diffusers.models.modeling_utils:ModelMixin."
 WAN_VAE = "diffusers.models.autoencoders.autoencoder_kl_wan:"
 
@@ -148,11 +150,7 @@ PRIVATE_NAMES = [
             ("_no_split_modules", ("training/objectives/distillation_networks.py",)),
             (
                 "_keep_in_fp32_modules",
-                (
-                    PACKAGE + "benchmark/models.py",
-                    PACKAGE + "loaders/original.py",
-                    "training/benchmarks/bench_dmd_memory.py",
-                ),
+                (PACKAGE + "benchmark/models.py", PACKAGE + "loaders/original.py", BENCH_DMD_MEMORY),
             ),
             ("_repeated_blocks", ()),
             ("_skip_keys", ()),
@@ -188,7 +186,7 @@ PRIVATE_NAMES = [
             "Look at what diffusers calls this kernel of PyTorch then.",
         )
         for name, others in (
-            ("_NATIVE_FLASH", (PACKAGE + "cli/backends.py", "training/benchmarks/bench_dmd_memory.py")),
+            ("_NATIVE_FLASH", (PACKAGE + "cli/backends.py", BENCH_DMD_MEMORY)),
             ("_NATIVE_CUDNN", ()),
             ("_NATIVE_EFFICIENT", ()),
             ("_NATIVE_MATH", (PACKAGE + "cli/backends.py",)),
@@ -322,6 +320,21 @@ PRIVATE_NAMES = [
         ("training/run/command_line.py",),
         "Take the names of the options from the dataclasses' fields.",
         lambda: "_actions" in vars(argparse.ArgumentParser()),
+    ),
+    PrivateName(
+        "torch._subclasses.fake_tensor:FakeTensorMode",
+        (MEMORY_LEDGER,),
+        "Simulate on the meta device, to whose tensors autocast does nothing, or measure on a GPU only.",
+    ),
+    PrivateName(
+        "torch.utils._python_dispatch:TorchDispatchMode",
+        (MEMORY_LEDGER,),
+        "Take torch.cuda.max_memory_allocated on a GPU, which does not know what memory is for.",
+    ),
+    PrivateName(
+        "torch.utils._pytree:tree_leaves",
+        (MEMORY_LEDGER,),
+        "Look for the tensors in an operator's arguments, which are at most in lists.",
     ),
     PrivateName(
         "os:_exit",
