@@ -1,5 +1,6 @@
 """A training set of a few toy videos, a pipeline of a few thousand parameters, and runs of `train_ar.py` on them."""
 
+import json
 import os
 import random
 import socket
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from assemble import initialize
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
-from tests.support.paths import ROOT, WEIGHTS
+from tests.support.paths import IMPORTED_BY_SCRIPTS, PROGRAMS, ROOT, WEIGHTS
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from train_vae import build_vae
 from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, draw_sample, write_sample
@@ -146,3 +147,17 @@ def run_script(words: list[str], num_processes: int = 1, script: Path = SCRIPT) 
             *("--main_process_port", str(port), str(script), *words),
         ]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+
+
+def run_with_fsdp2(folder: Path, runs: list[dict]) -> None:
+    """Run scripts with FSDP2 on gloo ranks, as `train_with_fsdp2.py` takes them; all have to succeed."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    paths = os.pathsep.join([str(ROOT), *(str(ROOT / path) for path in IMPORTED_BY_SCRIPTS)])
+    done = subprocess.run(
+        [sys.executable, str(PROGRAMS / "train_with_fsdp2.py"), str(folder / "runs.json")],
+        env=environment() | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]

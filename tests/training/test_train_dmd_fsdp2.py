@@ -1,8 +1,5 @@
 """`train_dmd.py` with FSDP2 and Balanced SP on two and four ranks: what a single process computes, in float32."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,7 @@ from safetensors.torch import load_file
 
 from run.log import read_log
 from tests.support.distillation_run import DistillationWorkshop
-from tests.support.paths import IMPORTED_BY_SCRIPTS, PROGRAMS, ROOT
-from tests.support.training_run import environment
+from tests.support.training_run import run_with_fsdp2
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -42,16 +38,7 @@ def folder(studio, tmp_path_factory) -> Path:
     killed = KINDS["two ranks"] | {"resume_from_checkpoint": "latest"}
     runs += [run(studio, folder, KILLED, **killed, kill_after=2), run(studio, folder, KILLED, **killed)]
     runs += [run(studio, folder, f"all weights, {name}", **KINDS[name] | ALL_WEIGHTS) for name in ("one", "two ranks")]
-    (folder / "runs.json").write_text(json.dumps(runs))
-    paths = ":".join([str(ROOT), *(str(ROOT / path) for path in IMPORTED_BY_SCRIPTS)])
-    done = subprocess.run(
-        [sys.executable, str(PROGRAMS / "train_with_fsdp2.py"), str(folder / "runs.json")],
-        env=environment() | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
+    run_with_fsdp2(folder, runs)
     return folder
 
 

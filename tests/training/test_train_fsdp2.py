@@ -2,8 +2,6 @@
 bfloat16, also if all ranks are killed on the way. `programs/train_with_fsdp2.py` says how this runs on a CPU."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +13,7 @@ from safetensors.torch import load_file
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.video.reader import read_video
 from run.log import read_log
-from tests.support.paths import IMPORTED_BY_SCRIPTS, PROGRAMS, ROOT
-from tests.support.training_run import environment
+from tests.support.training_run import run_with_fsdp2
 
 
 SETTINGS = {
@@ -82,16 +79,7 @@ def folder(workshop, tmp_path_factory) -> Path:
         alone = run(workshop, folder, precision, "one", {}) | {"arrivals": str(folder / precision / "one")}
         kinds = [kind for kind in KINDS if kind.precision == precision]
         runs += [alone, *(several for kind in kinds for several in kind.runs(workshop, folder))]
-    (folder / "runs.json").write_text(json.dumps(runs))
-    paths = ":".join([str(ROOT), *(str(ROOT / path) for path in IMPORTED_BY_SCRIPTS)])
-    done = subprocess.run(
-        [sys.executable, str(PROGRAMS / "train_with_fsdp2.py"), str(folder / "runs.json")],
-        env=environment() | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
+    run_with_fsdp2(folder, runs)
     return folder
 
 
