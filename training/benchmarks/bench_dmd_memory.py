@@ -221,7 +221,7 @@ def measure(size: Size, case: Case, accelerator: LedgerAccelerator, simulation: 
         optimization = OptimizationArguments(
             gradient_checkpointing=case.checkpointing,
             precision=case.setup.precision,
-            attention_backend="_native_flash",  # what a GPU would choose; by itself, a CPU would choose another
+            attention_backend="native",  # what a GPU takes; by itself, a CPU would take matrix products
         )
         networks = make_networks(size, case.setup, optimization, accelerator.device)
         optimizers = {role: filled_optimizers(networks, role, accelerator, optimization) for role in TRAINED_ROLES}
