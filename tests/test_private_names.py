@@ -186,7 +186,7 @@ PRIVATE_NAMES = [
             "Look at what diffusers calls this kernel of PyTorch then.",
         )
         for name, others in (
-            ("_NATIVE_FLASH", (PACKAGE + "cli/backends.py", BENCH_DMD_MEMORY)),
+            ("_NATIVE_FLASH", (PACKAGE + "cli/backends.py",)),
             ("_NATIVE_CUDNN", ()),
             ("_NATIVE_EFFICIENT", ()),
             ("_NATIVE_MATH", (PACKAGE + "cli/backends.py",)),
