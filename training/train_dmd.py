@@ -135,6 +135,11 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
     dataset, texts = open_prompts(accelerator, data_args, size, pipe, encoder, others, cache, output)
     pipe.texts = texts
     del encoder  # training needs none
+    if accelerator.is_main_process and (cut_short := dataset.cut_short):
+        logger.warning(
+            "%d of %d videos have shots that do not fit into %d chunks and are not made, for instance '%s'",
+            *(len(cut_short), len(dataset), shape.num_chunks, cut_short[0]),
+        )
     check_rewrites(accelerator, dataset, caches, shape)
     logger.info("%d videos to make, of %d latent frames", len(dataset), shape.num_frames)
 
@@ -172,7 +177,7 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
     trainer = Trainer(accelerator, networks, objective, mesh, caches, texts.load(negative_prompt))
 
     # 6. The state of the run: its checkpoint and log, its position in the data and in the learning-rate schedules.
-    history = SettingsHistory(settings_of(arguments, accelerator, size))
+    history = SettingsHistory(settings_of(arguments, accelerator, size, shape, caches))
     states, shared_states = checkpoint_states(
         networks, {Role.GENERATOR: generator_optimizers, Role.FAKE_SCORE: critic_optimizers}, ema
     )
@@ -416,7 +421,8 @@ class Trainer:
         loss = (self.accelerator.reduce(total, "sum") / count).item()
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"The loss of the {role} is {loss}: lower its learning rate, or look at the prompts of this step."
+                f"The loss of the {role} is {loss}: lower the learning rates (--learning_rate, "
+                "--critic_learning_rate), or look at the prompts of this step."
             )
         return loss
 
@@ -523,13 +529,22 @@ def run_identity(
     }
 
 
-def settings_of(arguments: DistillationArguments, accelerator: Accelerator, size: ClipShape) -> dict[str, Setting]:
+def settings_of(
+    arguments: DistillationArguments,
+    accelerator: Accelerator,
+    size: ClipShape,
+    shape: RolloutShape,
+    caches: RolloutCaches,
+) -> dict[str, Setting]:
     """Return all settings that the result depends on."""
     groups = (arguments.model, arguments.data, arguments.distillation, arguments.optimization)
     settings = {name: value for group in groups for name, value in vars(group).items()}
     for name in ("data_cache_dir", "dataloader_num_workers", "vae_batch_size"):
         del settings[name]
-    return settings | asdict(size) | {"mixed_precision": precision_name(accelerator)}
+    resolved = asdict(caches) | {"kv_cache_dtype": str(caches.dtype).removeprefix("torch.")}
+    del resolved["dtype"]
+    resolved |= {"score_latent_frames": shape.scored_frames, "gradient_chunks": shape.gradient_chunks}
+    return settings | asdict(size) | resolved | {"mixed_precision": precision_name(accelerator)}
 
 
 def run(argv: list[str]) -> int:

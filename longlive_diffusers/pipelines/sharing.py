@@ -29,8 +29,8 @@ NVIDIA_OPEN_MODEL_LICENSE = {
 
 # What the settings of distillation mean, for a reader of the card who has never seen the training script.
 DISTILLATION_STARTS = {
-    "direct": "direct: all three networks from the pipeline that the LoRA is for",
-    "standalone": "standalone: all three networks from a base, the LoRA put onto this pipeline afterwards",
+    "direct": "direct: generator and fake score begin as the pipeline that the LoRA is for",
+    "standalone": "standalone: generator and fake score begin as a base model, the LoRA is for one trained from it",
 }
 SCORE_CONTEXTS = {
     "clean": "clean: the roll-out itself, without noise",

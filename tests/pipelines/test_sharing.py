@@ -133,7 +133,7 @@ def test_a_distilled_lora_says_how_it_was_made():
     )
     section = card.content.split("## How it was made")[1]
     rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", section, re.M))
-    assert rows["start"].startswith("standalone: all three networks from a base")
+    assert rows["start"].startswith("standalone: generator and fake score begin as a base model")
     assert rows["what the scores see of earlier chunks"].startswith("noisy: ")
     assert (rows["trained from"], rows["guidance scale of the teacher"]) == (WAN, "4.0")
     assert "of rank 16" in card.content and 'load_lora_weights("someone/foxes-2-steps"' in card.content

@@ -279,6 +279,17 @@ def test_what_changes_is_used_named_and_on_the_card(studio, distilled, tmp_path,
     assert "0.001; 0.0002 from update 19 on" in (output / "README.md").read_text()
 
 
+def test_shots_that_are_never_made_are_named(studio, tmp_path, caplog):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("[2] a red circle | [9] a blue square\na green cross | a pink square\n")
+    with caplog.at_level("WARNING"):
+        studio.main(tmp_path / "run", prompts=prompts, num_latent_frames=4, max_train_steps=1, train_batch_size=1)
+    assert "1 of 2 videos have shots that do not fit into 2 chunks" in caplog.text
+    card = (tmp_path / "run" / "README.md").read_text()
+    rows = ("| chunks with a gradient | 2 |", "| teacher | the model to start from |", "| keys and values stored as |")
+    assert all(row in card for row in rows)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -287,7 +298,7 @@ def test_what_changes_is_used_named_and_on_the_card(studio, distilled, tmp_path,
         ({"num_latent_frames": 7}, "--num_latent_frames 7 is no multiple of 2"),
         ({"score_latent_frames": 10}, "more than the roll-out has"),
         ({"gradient_chunks": 5}, "--gradient_chunks 5"),
-        ({"num_inference_steps": 0}, "--num_inference_steps must be at least 1"),
+        ({"num_inference_steps": 0}, "--num_inference_steps must be in [1, 1000]"),
         ({"window_size": 2, "sink_size": 2}, "window_size"),
         ({"kv_cache_dtype": "int3"}, "invalid choice: 'int3'"),
         ({"lora_dropout": 0.1}, "--lora_dropout 0.1"),
@@ -302,6 +313,8 @@ def test_what_changes_is_used_named_and_on_the_card(studio, distilled, tmp_path,
         ({"teacher_model_name_or_path": "nowhere"}, "'nowhere' has no transformer"),
         ({"critic_learning_rate": 0}, "--critic_learning_rate must be positive"),
         ({"image_conditioning": True}, "needs --train_data_dir"),
+        ({"image_probability": 0.5}, "--image_probability 0.5 needs --image_conditioning"),
+        ({"num_inference_steps": 2000}, "--num_inference_steps must be in [1, 1000], got 2000"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -146,6 +146,16 @@ class PromptDataset(Dataset):
         return [sample.name for sample in self.samples]
 
     @property
+    def cut_short(self) -> list[str]:
+        """The names of the samples whose last shot is not reached."""
+        plans = (plan_chunks(sample, self.num_chunks, self.scene_cut_prefix) for sample in self.samples)
+        return [
+            sample.name
+            for sample, plan in zip(self.samples, plans, strict=True)
+            if not plan.prompts[-1].endswith(sample.shots[-1].prompt)  # a cut has the prefix before it
+        ]
+
+    @property
     def has_switches(self) -> bool:
         """Whether any prompt changes within a shot."""
         return any(

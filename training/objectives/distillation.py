@@ -110,6 +110,7 @@ class DistillationSettings:
     def __post_init__(self):
         counts = ("num_inference_steps", "score_latent_frames", "gradient_chunks", "generator_interval", "window_size")
         ranges = dict.fromkeys(counts, (1, math.inf)) | {
+            "num_inference_steps": (1, 1000),  # the timesteps that networks are trained with
             "score_guidance_scale": (0, math.inf),
             "sink_size": (0, math.inf),
             "multi_shot_rope_offset": (0, math.inf),

@@ -1,7 +1,7 @@
 """The arguments of `train_dmd.py`: those of `arguments.py` with other defaults, and what only distillation needs."""
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 from objectives.distillation import DistillationSettings
 from run.allowed import FRACTION, NOT_NEGATIVE, POSITIVE
@@ -17,7 +17,9 @@ from run.command_line import parse_groups
 
 @dataclass(eq=False)
 class NetworkArguments(ModelArguments):
-    rank: Annotated[int | None, POSITIVE] = field(default=128, metadata={"help": "The rank of the LoRAs."})
+    rank: Annotated[int | None, POSITIVE] = field(
+        default=128, metadata={"help": "The rank of the LoRAs; a --generator_lora keeps its own."}
+    )
     train_all_weights: bool = field(
         default=False,
         metadata={"help": "Train all weights of the generator and of the fake score, instead of LoRAs."},
@@ -60,6 +62,13 @@ class DistillationOptimizationArguments(OptimizationArguments):
     )
     max_grad_norm: Annotated[float, POSITIVE] = field(
         default=10.0, metadata={"help": "The norm that gradients are clipped to."}
+    )
+    precision: Literal["auto", "nvfp4"] = field(
+        default="auto",
+        metadata={
+            "help": "auto follows accelerate's mixed_precision; nvfp4 also stores the frozen weights under the LoRAs "
+            "in 4 bits or, with --train_all_weights, computes the linear layers of the blocks in 4 bits."
+        },
     )
     ema_decay: Annotated[float | None, FRACTION] = field(
         default=None, metadata={"help": "Keep an exponential moving average of the generator, of this decay."}
@@ -140,6 +149,8 @@ def _check(arguments: DistillationArguments) -> None:
         )
     if model.train_all_weights and (model.generator_lora is not None or model.save_original_lora):
         raise ValueError("--train_all_weights trains no LoRA: --generator_lora and --save_original_lora need one")
+    if settings.image_probability != 1 and not arguments.data.image_conditioning:
+        raise ValueError(f"--image_probability {settings.image_probability} needs --image_conditioning true")
     if model.ar_model_name_or_path is not None and settings.start == "direct":
         raise ValueError("--ar_model_name_or_path is for --start standalone: a direct start is the model itself")
     if run.validation_prompts and settings.start == "standalone" and model.ar_model_name_or_path is None:

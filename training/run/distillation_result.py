@@ -44,6 +44,10 @@ FACTS = {
     "latent frames that the scores see": "score_latent_frames",
     "chunks with a gradient": "gradient_chunks",
     "updates of the fake score for each of the generator": "generator_interval",
+    "latent frames in the KV cache": "window_size",
+    "latent frames that it never evicts": "sink_size",
+    "frames that opened a shot are kept": "multi_shot_sink",
+    "keys and values stored as": "kv_cache_dtype",
     "image conditioning": "image_conditioning",
     "optimizer": "optimizer",
     "learning rate of the generator": "learning_rate",
@@ -201,6 +205,10 @@ def training_facts(arguments: DistillationArguments, history: SettingsHistory) -
         "updates of the fake score": optimization.max_train_steps,
         "updates of the generator": arguments.generator_updates(optimization.max_train_steps),
         "videos of an update, each data-parallel group": videos,
+        "teacher": "the model to start from"
+        if arguments.model.teacher_model_name_or_path is None
+        else "another model",
+        "generator begins with a LoRA": "no" if arguments.model.generator_lora is None else "yes",
         "history that the scores see": "clean" if settings.sees_clean_history else "noised like the chunk",
         "precision": precision_in_words(arguments.model, optimization, history),
     } | {row: history.describe(name) for row, name in FACTS.items()}

@@ -203,7 +203,7 @@ def training_section(arguments: Arguments, history: SettingsHistory, repo_id: st
 def training_table(intro: str, facts: Mapping[str, str | int]) -> str:
     """Return a section of a card: how the result was trained, in a sentence, and the settings as a table."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    return f"\n## Training\n\n{intro}\n\n| | |\n|---|---|\n{rows}\n"
+    return f"\n\n## Training\n\n{intro}\n\n| | |\n|---|---|\n{rows}\n"
 
 
 # Rows of a card, and the settings that they state.

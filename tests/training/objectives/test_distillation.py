@@ -294,7 +294,7 @@ def test_guidance_is_diffusers_convention():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_inference_steps": 0}, "--num_inference_steps must be at least 1, got 0"),
+        ({"num_inference_steps": 0}, r"--num_inference_steps must be in \[1, 1000\], got 0"),
         ({"generator_interval": 0}, "--generator_interval must be at least 1, got 0"),
         ({"gradient_chunks": -1}, "--gradient_chunks must be at least 1, got -1"),
         ({"image_probability": 1.5}, r"--image_probability must be in \[0, 1\], got 1.5"),
