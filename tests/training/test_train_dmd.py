@@ -238,6 +238,31 @@ def test_a_standalone_lora_is_validated_on_the_model_that_it_is_for(studio, tmp_
     pipe.load_lora_weights(output / "generator_lora.pt")
 
 
+@pytest.mark.parametrize("alpha", [2, 4, 8])
+def test_the_lora_in_the_references_layout_changes_the_weights_as_much(studio, tmp_path, alpha):
+    output = tmp_path / "run"
+    studio.main(output, rank=4, lora_alpha=alpha, max_train_steps=1, save_original_lora=True)
+    changes = []
+    for file in (LORA, "generator_lora.pt"):
+        pipe = LongLivePipeline.from_pretrained(studio.folder / "pipeline")
+        before = pipe.transformer.blocks[0].attn1.to_q.weight.detach().clone()
+        pipe.load_lora_weights(output / file)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        changes.append(pipe.transformer.blocks[0].attn1.to_q.weight.detach() - before)
+    assert changes[0].abs().max() > 1e-6
+    torch.testing.assert_close(changes[1], changes[0], rtol=1e-3, atol=1e-8)
+
+
+def test_a_lora_of_another_rank_is_validated_on_the_model_that_it_is_for(studio, distilled, tmp_path, caplog):
+    output = tmp_path / "run"
+    options = {"start": "standalone", "ar_model_name_or_path": studio.folder / "pipeline", "max_train_steps": 1}
+    with caplog.at_level("WARNING"):
+        studio.main(output, **options, rank=2, generator_lora=distilled / LORA, validation_prompts=["a red circle"])
+    assert (output / "validation" / "step-1" / "0.mp4").is_file(), caplog.text
+    assert load_file(output / LORA)["transformer.blocks.0.attn1.to_q.lora_A.weight"].shape[0] == 4
+
+
 def test_videos_begin_with_images(studio, tmp_path):
     output = tmp_path / "run"
     studio.main(

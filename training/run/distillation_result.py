@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
@@ -18,7 +18,6 @@ from objectives.distillation_networks import DistillationNetworks, Role
 from run.averaging import averaged_weights
 from run.distillation_arguments import DistillationArguments, NetworkArguments
 from run.history import SettingsHistory
-from run.network import add_lora
 from run.saving import (
     card_details,
     load_transformer,
@@ -91,9 +90,14 @@ class DistilledNetwork:
         with averaged_weights(self.networks, self.ema, list(parameters.values())):
             if self.arguments.rank is None:
                 return gathered(self.transformer.state_dict())
-            return self.lora_layers(gathered(parameters))
+            return self._lora_layers(gathered(parameters))
 
-    def lora_layers(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    @property
+    def lora_config(self) -> LoraConfig:
+        """The settings of the generator's LoRA, which are a file's own where it began with one."""
+        return self.transformer.peft_config[self.networks.adapter(Role.GENERATOR)]
+
+    def _lora_layers(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the layers of the generator's LoRA without the name of the adapter, as PEFT saves them."""
         return get_peft_model_state_dict(
             self.transformer, state_dict=dict(parameters), adapter_name=self.networks.adapter(Role.GENERATOR)
@@ -105,7 +109,7 @@ class DistilledNetwork:
         parameters = self.networks.parameters_of(Role.GENERATOR)
         with averaged_weights(self.networks, self.ema, list(parameters.values())):
             if self.arguments.ar_model_name_or_path is not None:
-                yield self._onto_target(self.lora_layers(gathered(parameters)))
+                yield self._onto_target(self._lora_layers(gathered(parameters)))
                 return
             if isinstance(self.networks, FSDPModule):
                 self.networks.unshard()  # what is not in a block; the network is not called through this module here
@@ -119,7 +123,7 @@ class DistilledNetwork:
         if self._target is None:
             device = next(self.networks.parameters()).device
             self._target = load_transformer(source, self.dtype, self.transformer.config.chunk_size).to(device)
-            add_lora(self._target, self.arguments, (name,))
+            self._target.add_adapter(self.lora_config, name)
         set_peft_model_state_dict(self._target, layers, adapter_name=name)
         return self._target.eval()
 
@@ -164,16 +168,14 @@ def _save_lora(
     folder: Path,
     repo_id: str,
 ) -> ModelCard:
-    adapter = result.networks.adapter(Role.GENERATOR)
-    config = result.transformer.peft_config[adapter].to_dict()
+    settings, model, config = arguments.distillation, arguments.model, result.lora_config.to_dict()
     # Without what a later version of PEFT may have added, which an earlier one would not take.
-    settings = {name: config[name] for name in SAVED_SETTINGS}
+    metadata = {name: config[name] for name in SAVED_SETTINGS}
     LongLivePipeline.save_lora_weights(
-        folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=settings
+        folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
     )
-    if arguments.model.save_original_lora:
-        torch.save(original_lora_state_dict(weights), folder / ORIGINAL_LORA)
-    settings, model = arguments.distillation, arguments.model
+    if model.save_original_lora:
+        torch.save(original_lora_state_dict(weights, metadata), folder / ORIGINAL_LORA)
     # A local folder means nothing to others.
     is_named = model.ar_model_name_or_path is not None and not Path(model.pretrained_model_name_or_path).exists()
     trained_from = model.pretrained_model_name_or_path if is_named else None
