@@ -33,16 +33,17 @@ from objectives.error_recycling import ErrorRecycler
 from objectives.teacher_forcing import PreparedBatch, TeacherForcing
 from run.agreement import check_processes, on_main_process
 from run.arguments import Arguments, parse_arguments
-from run.averaging import for_inference
+from run.averaging import average_of, for_inference
 from run.cached_prompts import texts_of
 from run.checkpoints import Checkpoints, EMAState, check_steps, resolve_checkpoint
 from run.history import Setting, SettingsHistory
+from run.identity import common_identity, settings_in
 from run.interruption import StopRequest, end_early
 from run.log import TrainingLog, check_tracker
 from run.network import prepare_transformer
 from run.optimizers import build_optimizers, build_schedules, check_optimizer
 from run.output_folder import output_folder
-from run.precision import keep_inputs_in_float32, precision_name
+from run.precision import keep_inputs_in_float32
 from run.process_mesh import ProcessMesh, build_process_mesh
 from run.publishing import make_repository, publish
 from run.saving import load_start, save_result, trained_weights
@@ -118,10 +119,7 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     model, *optimizers = accelerator.prepare(transformer, *build_optimizers(trained, accelerator, optimization))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ema = None
-    if optimization.ema_decay is not None:
-        decay = optimization.ema_decay
-        ema = EMAModel(trained, decay=decay, min_decay=decay, update_after_step=optimization.ema_start_step)
+    ema = average_of(trained, optimization)
 
     # 5. The objective.
     recycling = arguments.recycling
@@ -285,38 +283,22 @@ def checkpoint_states(recycler: ErrorRecycler | None, ema: EMAModel | None) -> t
     return (states | {"ema": average}, {}) if average.is_sharded else (states, {"ema": average})
 
 
-def run_identity(arguments: Arguments, shape: ClipShape, mesh: ProcessMesh, num_samples: int) -> dict:
-    """Return what must not change when a run is resumed. This includes the number of processes, because each process
-    has its own part of the error buffers and of the random states."""
-    model, optimization, recycling = arguments.model, arguments.optimization, arguments.recycling
+def run_identity(arguments: Arguments, shape: ClipShape, mesh: ProcessMesh, num_samples: int) -> dict[str, Setting]:
+    """Return what must not change when a run is resumed."""
+    recycling = arguments.recycling
     return {
-        "seed": optimization.seed,
-        "batch": optimization.train_batch_size * mesh.dp_size,
-        "gradient_accumulation_steps": optimization.gradient_accumulation_steps,
+        **common_identity(arguments.model, arguments.optimization, mesh, num_samples),
         **asdict(shape),
-        "num_samples": num_samples,
-        "rank": model.rank,
-        "lora_alpha": model.lora_alpha,
-        "lora_layers": model.lora_layers if model.rank is not None else None,
-        "optimizer": optimization.optimizer if optimization.optimizer == "adamw" else "torch.optim.Muon",
-        "precision": optimization.precision,
-        "nvfp4_recipe": optimization.nvfp4_recipe if optimization.precision == "nvfp4" else None,
-        "ema_decay": optimization.ema_decay,
         "error_recycling": recycling.error_recycling,
         "error_num_buckets": recycling.error_num_buckets if recycling.error_recycling else None,
         "error_bucket_size": recycling.error_bucket_size if recycling.error_recycling else None,
-        "processes": mesh.dp_size * mesh.sp_size,
-        "sp_size": mesh.sp_size,
     }
 
 
 def settings_of(arguments: Arguments, accelerator: Accelerator, shape: ClipShape) -> dict[str, Setting]:
     """Return all settings that the result depends on."""
     groups = (arguments.model, arguments.data, arguments.objective, arguments.recycling, arguments.optimization)
-    settings = {name: value for group in groups for name, value in vars(group).items()}
-    for name in ("data_cache_dir", "dataloader_num_workers", "vae_batch_size"):
-        del settings[name]
-    return settings | asdict(shape) | {"mixed_precision": precision_name(accelerator)}
+    return settings_in(groups, accelerator) | asdict(shape)
 
 
 def run(argv: list[str]) -> int:

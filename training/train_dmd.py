@@ -35,6 +35,7 @@ from data.prompt_dataset import PromptDataset
 from data.prompt_loading import open_prompts
 from data.text_encoder import text_encoder_of
 from longlive_diffusers.parallel import FrameLayout, check_heads
+from longlive_diffusers.pipelines.chunk_step import is_guided
 from objectives.distillation import (
     Distillation,
     DistillationSettings,
@@ -47,18 +48,19 @@ from objectives.distillation import (
 from objectives.distillation_networks import DistillationNetworks, Role
 from objectives.rollout import ChunkPlan, RolloutCaches, roll_out
 from run.agreement import check_processes, on_main_process
-from run.averaging import free_gathered
+from run.averaging import average_of, free_gathered
 from run.cached_prompts import CachedPromptsPipeline, texts_of
 from run.checkpoints import Checkpoints, EMAState, Stateful, check_steps, resolve_checkpoint
 from run.distillation_arguments import DistillationArguments, parse_distillation_arguments
 from run.distillation_result import DistilledNetwork, save_distilled
 from run.distillation_start import build_networks
 from run.history import Setting, SettingsHistory
+from run.identity import common_identity, settings_in
 from run.interruption import StopRequest, end_early
 from run.log import TrainingLog, check_tracker
 from run.optimizers import build_optimizers, build_schedules, check_optimizer
 from run.output_folder import output_folder
-from run.precision import compute_dtype, keep_inputs_in_float32, precision_name
+from run.precision import compute_dtype, keep_inputs_in_float32
 from run.process_mesh import ProcessMesh, build_process_mesh
 from run.publishing import make_repository, publish
 from run.saving import load_start
@@ -155,12 +157,7 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
         for role, options in ((Role.GENERATOR, generator_options), (Role.FAKE_SCORE, critic_options))
     )
     generator_parameters = list(networks.parameters_of(Role.GENERATOR).values())
-    ema = None
-    if optimization.ema_decay is not None:
-        decay = optimization.ema_decay
-        ema = EMAModel(
-            generator_parameters, decay=decay, min_decay=decay, update_after_step=optimization.ema_start_step
-        )
+    ema = average_of(generator_parameters, optimization)
 
     # 5. The objective.
     rope_offset = settings.multi_shot_rope_offset
@@ -392,7 +389,7 @@ class Trainer:
             fake = self._score(fake_score, inputs, prompts)
         with self._using(Role.REAL_SCORE) as real_score:
             real, negative = self._score(real_score, inputs, prompts), None
-            if objective.settings.score_guidance_scale != 1:
+            if is_guided(objective.settings.score_guidance_scale):
                 negative_prompt = self.negative_embeds.to(prompts).expand(prompts.shape[0], -1, -1)
                 negative = self._score(real_score, inputs, negative_prompt)
         real = guided(real, negative, objective.settings.score_guidance_scale)
@@ -502,30 +499,19 @@ def checkpoint_states(
 
 def run_identity(
     arguments: DistillationArguments, shape: RolloutShape, size: ClipShape, mesh: ProcessMesh, num_samples: int
-) -> dict:
+) -> dict[str, Setting]:
     """Return what must not change when a run is resumed."""
-    model, settings, optimization = arguments.model, arguments.distillation, arguments.optimization
+    settings = arguments.distillation
     return {
         "stage": "distillation",
-        "seed": optimization.seed,
-        "batch": optimization.train_batch_size * mesh.dp_size,
-        "gradient_accumulation_steps": optimization.gradient_accumulation_steps,
+        **common_identity(arguments.model, arguments.optimization, mesh, num_samples),
         **asdict(size),
         "score_latent_frames": shape.scored_frames,
         "gradient_chunks": shape.gradient_chunks,
-        "num_samples": num_samples,
         "num_inference_steps": settings.num_inference_steps,
         "start": settings.start,
         "generator_interval": settings.generator_interval,
         "image_conditioning": arguments.data.image_conditioning,
-        "rank": model.rank,
-        "lora_alpha": model.lora_alpha,
-        "lora_layers": model.lora_layers if model.rank is not None else None,
-        "optimizer": optimization.optimizer if optimization.optimizer == "adamw" else "torch.optim.Muon",
-        "precision": optimization.precision,
-        "ema_decay": optimization.ema_decay,
-        "processes": mesh.dp_size * mesh.sp_size,
-        "sp_size": mesh.sp_size,
     }
 
 
@@ -538,13 +524,15 @@ def settings_of(
 ) -> dict[str, Setting]:
     """Return all settings that the result depends on."""
     groups = (arguments.model, arguments.data, arguments.distillation, arguments.optimization)
-    settings = {name: value for group in groups for name, value in vars(group).items()}
-    for name in ("data_cache_dir", "dataloader_num_workers", "vae_batch_size"):
-        del settings[name]
-    resolved = asdict(caches) | {"kv_cache_dtype": str(caches.dtype).removeprefix("torch.")}
-    del resolved["dtype"]
-    resolved |= {"score_latent_frames": shape.scored_frames, "gradient_chunks": shape.gradient_chunks}
-    return settings | asdict(size) | resolved | {"mixed_precision": precision_name(accelerator)}
+    resolved = {
+        "window_size": caches.window_size,
+        "sink_size": caches.sink_size,
+        "multi_shot_sink": caches.multi_shot_sink,
+        "kv_cache_dtype": str(caches.dtype).removeprefix("torch."),
+        "score_latent_frames": shape.scored_frames,
+        "gradient_chunks": shape.gradient_chunks,
+    }
+    return settings_in(groups, accelerator) | asdict(size) | resolved
 
 
 def run(argv: list[str]) -> int:

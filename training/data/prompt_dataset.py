@@ -35,16 +35,14 @@ class ChunkTexts:
     switches: tuple[bool, ...]
 
 
-def plan_chunks(sample: PromptSample, num_chunks: int, scene_cut_prefix: str) -> ChunkTexts:
+def plan_shots(sample: PromptSample, num_chunks: int) -> ShotPlan:
     """
-    Return what conditions the chunks of a video, as in generation: without durations, chunks are spread evenly and the
-    first shots take the remainder; with them, the last shot goes on to the end. Shots for which no chunk is left are
-    dropped.
+    Return the shots of a video, as in generation: without durations, chunks are spread evenly and the first shots take
+    the remainder; with them, the last shot goes on to the end. Shots for which no chunk is left are dropped.
 
     Args:
         sample: The shots of the video.
         num_chunks: Its length in chunks.
-        scene_cut_prefix: The text put before the prompt of the first chunk of every shot but the first.
 
     Raises:
         ValueError: If there is no chunk, or durations are not whole numbers of at least 1 for all shots.
@@ -57,7 +55,18 @@ def plan_chunks(sample: PromptSample, num_chunks: int, scene_cut_prefix: str) ->
     for planned, shot in zip(evenly.shots, sample.shots, strict=False):
         opens = shot.cut or not shots
         shots.append(replace(planned, index=shots[-1].index + opens if shots else 0, opens=opens))
-    plan = ShotPlan(shots)
+    return ShotPlan(shots)
+
+
+def plan_chunks(sample: PromptSample, num_chunks: int, scene_cut_prefix: str) -> ChunkTexts:
+    """
+    Return what conditions the chunks of a video.
+
+    Args:
+        sample, num_chunks: See [`plan_shots`], also for its errors.
+        scene_cut_prefix: The text put before the prompt of the first chunk of every shot but the first.
+    """
+    plan = plan_shots(sample, num_chunks)
     chunks = [plan.chunk(index) for index in range(num_chunks)]
     switches = [
         chunk.shot_index == before.shot_index and chunk.prompt != before.prompt for before, chunk in pairwise(chunks)
@@ -70,9 +79,8 @@ def plan_chunks(sample: PromptSample, num_chunks: int, scene_cut_prefix: str) ->
     )
 
 
-def distinct_prompts(samples: Iterable[PromptSample], num_chunks: int, scene_cut_prefix: str) -> list[str]:
+def distinct_prompts(plans: Iterable[ChunkTexts]) -> list[str]:
     """Return every text that a chunk of any video is conditioned on, once each, in order of appearance."""
-    plans = (plan_chunks(sample, num_chunks, scene_cut_prefix) for sample in samples)
     return list(dict.fromkeys(prompt for plan in plans for prompt in plan.prompts))
 
 
@@ -117,7 +125,8 @@ class PromptDataset(Dataset):
         if first_frames is not None and first_frames.num_latent_frames != 1:
             raise ValueError(f"A first frame has 1 latent frame, got {first_frames.num_latent_frames}")
         self.samples, self.texts, self.first_frames = tuple(samples), texts, first_frames
-        self.num_chunks, self.scene_cut_prefix = num_chunks, scene_cut_prefix
+        self.num_chunks = num_chunks
+        self._plans = [plan_chunks(sample, num_chunks, scene_cut_prefix) for sample in self.samples]
         texts.check(self.distinct_prompts())
 
     def __len__(self) -> int:
@@ -128,7 +137,7 @@ class PromptDataset(Dataset):
         Raises:
             ValueError: If a file of a cache is damaged.
         """
-        plan = plan_chunks(self.samples[index], self.num_chunks, self.scene_cut_prefix)
+        plan = self._plans[index]
         embeds = {prompt: self.texts.load(prompt) for prompt in dict.fromkeys(plan.prompts)}
         item = {
             "prompt_embeds": torch.stack([embeds[prompt] for prompt in plan.prompts]),
@@ -148,20 +157,17 @@ class PromptDataset(Dataset):
     @property
     def cut_short(self) -> list[str]:
         """The names of the samples whose last shot is not reached."""
-        plans = (plan_chunks(sample, self.num_chunks, self.scene_cut_prefix) for sample in self.samples)
         return [
             sample.name
-            for sample, plan in zip(self.samples, plans, strict=True)
-            if not plan.prompts[-1].endswith(sample.shots[-1].prompt)  # a cut has the prefix before it
+            for sample in self.samples
+            if plan_shots(sample, self.num_chunks).num_reached(self.num_chunks) < len(sample.shots)
         ]
 
     @property
     def has_switches(self) -> bool:
         """Whether any prompt changes within a shot."""
-        return any(
-            any(plan_chunks(sample, self.num_chunks, self.scene_cut_prefix).switches) for sample in self.samples
-        )
+        return any(any(plan.switches) for plan in self._plans)
 
     def distinct_prompts(self) -> list[str]:
         """Return every text that a chunk of any sample is conditioned on, once each, in order of appearance."""
-        return distinct_prompts(self.samples, self.num_chunks, self.scene_cut_prefix)
+        return distinct_prompts(self._plans)

@@ -10,7 +10,7 @@ from data.clips import VideoDataset, frame_rate
 from data.latent_cache import LatentDataset, cache_settings
 from data.layouts import scan
 from data.loading import ClipShape, encode_videos, list_skipped
-from data.prompt_dataset import PromptDataset, distinct_prompts
+from data.prompt_dataset import PromptDataset, distinct_prompts, plan_chunks
 from data.prompt_list import PromptSample, prompts_of, read_prompts
 from data.sample_list import describe
 from data.text_cache import TextCache
@@ -59,7 +59,7 @@ def open_prompts(
     else:
         samples = on_main_process(accelerator, lambda: read_prompts(source, arguments.caption_column))
     num_chunks, prefix = shape.num_latent_frames // shape.chunk_size, pipe.config.scene_cut_prefix
-    prompts = distinct_prompts(samples, num_chunks, prefix)
+    prompts = distinct_prompts(plan_chunks(sample, num_chunks, prefix) for sample in samples)
     encode_missing(accelerator, encoder, ["", *prompts, *other_prompts], texts)
     if videos is not None:
         encode_videos(accelerator, arguments, pipe, videos, frames)

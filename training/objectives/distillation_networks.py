@@ -8,6 +8,7 @@ own: where all weights are trained, or the teacher is another model.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -76,7 +77,7 @@ class DistillationNetworks(nn.Module):
             What to call like the role's network.
         """
         self._switch(role)
-        yield _Called(self, role)
+        yield partial(self, role)
 
     def forward(self, role: Role, *args, **kwargs) -> Any:
         """Run the network of a role. It runs inside of this module because FSDP gathers weights where it is called."""
@@ -93,13 +94,3 @@ class DistillationNetworks(nn.Module):
         # remembers from its first forward what did.
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self._trained)
-
-
-class _Called:
-    """A callable that runs a role's network."""
-
-    def __init__(self, networks: nn.Module, role: Role):
-        self.networks, self.role = networks, role
-
-    def __call__(self, *args, **kwargs) -> Any:
-        return self.networks(self.role, *args, **kwargs)

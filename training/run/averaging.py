@@ -9,6 +9,15 @@ from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import FSDPModule
 
 from longlive_diffusers import LongLiveTransformer3DModel
+from run.arguments import OptimizationArguments
+
+
+def average_of(parameters: list[torch.nn.Parameter], optimization: OptimizationArguments) -> EMAModel | None:
+    """Begin the average of the trained weights, if one is asked for."""
+    decay = optimization.ema_decay
+    if decay is None:
+        return None
+    return EMAModel(parameters, decay=decay, min_decay=decay, update_after_step=optimization.ema_start_step)
 
 
 @contextmanager

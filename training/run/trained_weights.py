@@ -103,13 +103,15 @@ def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Paramete
     if accelerator.num_processes == 1 or accelerator.is_fsdp2:
         return
     bucket: list[torch.Tensor] = []
+    size = 0
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter.grad)
-        if sum(gradient.numel() for gradient in bucket) >= BUCKET:
+        size += parameter.numel()
+        if size >= BUCKET:
             _average(accelerator, bucket)
-            bucket = []
+            bucket, size = [], 0
     if bucket:
         _average(accelerator, bucket)
 
