@@ -35,7 +35,7 @@ from run.agreement import check_processes, on_main_process
 from run.arguments import Arguments, parse_arguments
 from run.averaging import average_of, for_inference
 from run.cached_prompts import texts_of
-from run.checkpoints import Checkpoints, EMAState, check_steps, resolve_checkpoint
+from run.checkpoints import Checkpoints, check_steps, resolve_checkpoint
 from run.history import Setting, SettingsHistory
 from run.identity import common_identity, settings_in
 from run.interruption import StopRequest, end_early
@@ -48,6 +48,7 @@ from run.process_mesh import ProcessMesh, build_process_mesh
 from run.publishing import make_repository, publish
 from run.saving import load_start, save_result, trained_weights
 from run.script import run_script
+from run.states import EMAState
 from run.validation import Validation
 
 

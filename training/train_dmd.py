@@ -50,10 +50,11 @@ from objectives.rollout import ChunkPlan, RolloutCaches, roll_out
 from run.agreement import check_processes, on_main_process
 from run.averaging import average_of, free_gathered
 from run.cached_prompts import CachedPromptsPipeline, texts_of
-from run.checkpoints import Checkpoints, EMAState, Stateful, check_steps, resolve_checkpoint
+from run.checkpoints import Checkpoints, Stateful, check_steps, resolve_checkpoint
 from run.distillation_arguments import DistillationArguments, parse_distillation_arguments
 from run.distillation_result import DistilledNetwork, save_distilled
 from run.distillation_start import build_networks
+from run.gradients import average_gradients
 from run.history import Setting, SettingsHistory
 from run.identity import common_identity, settings_in
 from run.interruption import StopRequest, end_early
@@ -65,7 +66,7 @@ from run.process_mesh import ProcessMesh, build_process_mesh
 from run.publishing import make_repository, publish
 from run.saving import load_start
 from run.script import run_script
-from run.trained_weights import OptimizerState, TrainedWeights, average_gradients
+from run.states import EMAState, OptimizerState, TrainedWeights
 from run.validation import Validation
 
 

@@ -17,13 +17,10 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 
 from run.agreement import on_main_process
 from run.seal import damages, sync, sync_files, write_seal
-from run.trained_weights import local
 
 
 PREFIX = "checkpoint-"
@@ -39,31 +36,6 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
-
-
-class EMAState:
-    """The state of averaged weights; if FSDP shards them, of this process's part."""
-
-    def __init__(self, ema: EMAModel):
-        self.ema = ema
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process has a part of its own."""
-        return any(isinstance(tensor, DTensor) for tensor in self.ema.shadow_params)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of updates and the averages."""
-        return {
-            "optimization_step": self.ema.optimization_step,
-            "shadow": [local(tensor) for tensor in self.ema.shadow_params],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state."""
-        self.ema.optimization_step = state["optimization_step"]
-        for shadow, saved in zip(self.ema.shadow_params, state["shadow"], strict=True):
-            local(shadow).copy_(saved)
 
 
 class Checkpoints:

@@ -26,7 +26,7 @@ from run.saving import (
     save_pipeline,
     training_table,
 )
-from run.trained_weights import gathered
+from run.sharding import gathered
 
 
 ORIGINAL_LORA = "generator_lora.pt"
