@@ -346,7 +346,7 @@ def test_shots_that_are_never_made_are_named(studio, tmp_path, caplog):
 def test_what_is_not_possible_is_said_in_one_line_before_anything_is_written(
     studio, tmp_path, capsys, monkeypatch, changed, message
 ):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable has been read by now
     words = studio.options(tmp_path / "run", **changed)
     assert train_dmd.run(words) == 2
     lines = capsys.readouterr().err.strip().splitlines()
