@@ -41,6 +41,7 @@ __all__ = [
     "SchedulerMixin",
     "Shot",
     "ShotPlan",
+    "StreamParallelConfig",
     "StreamingDecoder",
     "StreamingEncoder",
     "StreamingSession",
@@ -66,6 +67,7 @@ _MODULES = {
     "SchedulerMixin": "diffusers",  # the same
     "Shot": ".pipelines.shots",
     "ShotPlan": ".pipelines.shots",
+    "StreamParallelConfig": ".parallel.stream_config",
     "StreamingDecoder": ".models.streaming_vae",
     "StreamingEncoder": ".models.streaming_vae",
     "StreamingSession": ".pipelines.session",

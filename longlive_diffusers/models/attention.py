@@ -7,6 +7,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..parallel.all_to_all import gather_heads, scatter_heads
+from ..parallel.head_exchange import HeadExchange
 from .attend import attend
 from .chunk_history import ChunkHistory
 from .chunk_mask import ChunkMask
@@ -34,6 +35,7 @@ class LongLiveAttnProcessor:
         layer_cache: LayerKVCache | PackedLayerKVCache | ChunkHistory | None = None,
         chunk: ChunkSlots | None = None,
         sp_mesh: DeviceMesh | None = None,
+        exchange: HeadExchange | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -48,6 +50,8 @@ class LongLiveAttnProcessor:
                 place in it; in cross-attention, the cache keeps the keys and values of the prompt.
             sp_mesh: The ranks that hold the other frames of the clip, for self-attention without a cache;
                 `hidden_states` are then this rank's tokens, and `attention_mask` is for all tokens in natural order.
+            exchange: How the ranks that share a stream exchange heads, for self-attention with a cache, which then
+                holds this rank's heads; `hidden_states` are the tokens of this rank's frames.
 
         Returns:
             The attended hidden states, `[B, tokens, dim]`.
@@ -56,12 +60,14 @@ class LongLiveAttnProcessor:
             states = self._attend_to_text(attn, hidden_states, encoder_hidden_states, attention_mask, layer_cache)
         else:
             states = self._attend_to_frames(
-                attn, hidden_states, attention_mask, rotary_emb, layer_cache, chunk, sp_mesh
+                attn, hidden_states, attention_mask, rotary_emb, layer_cache, chunk, sp_mesh, exchange
             )
         states = states.flatten(2, 3).type_as(hidden_states)
         return attn.to_out[1](attn.to_out[0](states))
 
-    def _attend_to_frames(self, attn, hidden_states, attention_mask, rotary_emb, layer_cache, chunk, sp_mesh):
+    def _attend_to_frames(
+        self, attn, hidden_states, attention_mask, rotary_emb, layer_cache, chunk, sp_mesh, exchange
+    ):
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -69,11 +75,14 @@ class LongLiveAttnProcessor:
         # Autocast normalizes in float32 on a GPU; attention takes queries, keys and values of one dtype.
         query, key = attn.norm_q(query).type_as(value), attn.norm_k(key).type_as(value)
         query, key, value = split_heads(attn, query, key, value)
+        if exchange is not None:  # before the rotation, because the cache also keeps unrotated keys
+            query, key, value = exchange.own_heads(torch.stack([query, key, value], dim=2)).unbind(2)
         raw_key = key
         query, key = apply_rotary(query, rotary_emb), apply_rotary(key, rotary_emb)
 
         if layer_cache is not None:
-            return layer_cache.attend(query, key, value, raw_key, chunk, self._attention_backend)
+            states = layer_cache.attend(query, key, value, raw_key, chunk, self._attention_backend)
+            return states if exchange is None else exchange.all_heads(states)
         if sp_mesh is None:
             return self._attend_by_chunks(query, key, value, attention_mask)
         # Rotated before the exchange, so that a rank needs the positions and angles of its own frames only.

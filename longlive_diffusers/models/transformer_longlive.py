@@ -26,7 +26,10 @@ from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
 from ..number_checks import check_booleans
 from ..nvfp4.lora import adopt_lora_layers
+from ..parallel.head_exchange import HeadExchange
 from ..parallel.layout import check_heads
+from ..parallel.stream_config import resolve_stream_config
+from ..parallel.stream_ranks import StreamRanks
 from ..setting_types import check_setting_types
 from .attention import LongLiveAttnProcessor
 from .attention_kwargs import with_checked_attention_kwargs
@@ -68,6 +71,7 @@ class LongLiveTransformerBlock(nn.Module):
         layer_cache: LayerKVCache | PackedLayerKVCache | ChunkHistory | None = None,
         chunk: ChunkSlots | None = None,
         sp_mesh: DeviceMesh | None = None,
+        exchange: HeadExchange | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -76,7 +80,7 @@ class LongLiveTransformerBlock(nn.Module):
                 and values.
             temb: The projected timestep embeddings, `[B, frames, 6, dim]`; the modulation is computed once for each
                 frame, never for each token.
-            rotary_emb, attention_mask, layer_cache, chunk, sp_mesh: See [`LongLiveAttnProcessor`].
+            rotary_emb, attention_mask, layer_cache, chunk, sp_mesh, exchange: See [`LongLiveAttnProcessor`].
         """
         modulation = (self.scale_shift_table[:, None] + temb.float()).unsqueeze(3)  # [B, frames, 6, 1, dim]
         shift_msa, scale_msa, gate_msa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(2)
@@ -86,7 +90,14 @@ class LongLiveTransformerBlock(nn.Module):
 
         normed = modulate(self.norm1(hidden_states), shift_msa, scale_msa).to(dtype)
         attended = self.attn1(
-            normed, None, attention_mask, rotary_emb, layer_cache=layer_cache, chunk=chunk, sp_mesh=sp_mesh
+            normed,
+            None,
+            attention_mask,
+            rotary_emb,
+            layer_cache=layer_cache,
+            chunk=chunk,
+            sp_mesh=sp_mesh,
+            exchange=exchange,
         )
         hidden_states = add_gated(hidden_states, attended, gate_msa)
 
@@ -129,7 +140,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
     _no_split_modules = ["LongLiveTransformerBlock"]
     _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
     _repeated_blocks = ["LongLiveTransformerBlock"]
-    _skip_keys = ["kv_cache", "layer_cache", "chunk", "sp_mesh"]
+    _skip_keys = ["kv_cache", "layer_cache", "chunk", "sp_mesh", "exchange"]
 
     @register_to_config
     def __init__(
@@ -169,6 +180,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
+        self.stream_ranks: StreamRanks | None = None  # set by `enable_parallelism`
 
     @with_checked_attention_kwargs
     @apply_lora_scale("attention_kwargs")
@@ -234,6 +246,10 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         # Latents and text are converted here, where FSDP has gathered the weights. It must convert nothing by itself:
         # rounded to bfloat16, timesteps and positions would be others.
         dtype = get_parameter_dtype(self.patch_embedding)
+        exchange = None
+        if kv_cache is not None and self.stream_ranks is not None:
+            exchange = self.stream_ranks.exchange(frames)
+            hidden_states, timestep = exchange.own_frames(hidden_states, 2), exchange.own_frames(timestep, 1)
         tokens = self._embed_patches(hidden_states.to(dtype))
         if has_clean:
             clean_timestep = torch.zeros_like(timestep) if clean_timestep is None else clean_timestep
@@ -272,7 +288,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
                 layer_cache.load()
             has_history = isinstance(layer_cache, ChunkHistory)
             run = partial(layer_cache.run, block) if has_history else block
-            arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, chunk, sp_mesh)
+            arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, chunk, sp_mesh, exchange)
             is_repeatable = layer_cache is None or has_history
             if self.gradient_checkpointing and torch.is_grad_enabled() and is_repeatable:
                 tokens = self._gradient_checkpointing_func(run, *arguments)  # pyright: ignore[reportOptionalCall]
@@ -285,7 +301,9 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             tokens, temb = tokens[:, tokens.shape[1] // 2 :], temb[:, frames:]
         shift, scale = (self.scale_shift_table[:, None] + temb.unsqueeze(2)).unsqueeze(3).unbind(2)
         tokens = self.proj_out(modulate(self.norm_out(tokens.float()), shift, scale).type_as(tokens))
-        sample = self._unpatchify(tokens, frames, grid)
+        sample = self._unpatchify(tokens, hidden_states.shape[2], grid)
+        if exchange is not None:
+            sample = exchange.all_frames(sample)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def create_kv_cache(
@@ -322,7 +340,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         return KVCache(
             self.config.num_layers,
             batch_size,
-            self.config.num_attention_heads,
+            self._num_own_heads,
             self.config.attention_head_dim,
             grid_height,
             grid_width,
@@ -424,19 +442,35 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             )
         super().fuse_qkv_projections()
 
-    def enable_parallelism(self, *, config, cp_plan=None) -> None:
+    def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> None:
         """
-        Refuse diffusers' parallelism, also that of `from_pretrained(..., parallel_config=...)`: its plans split the
-        hidden states of a whole clip, of which the KV cache, the positions and the mask of a stream know nothing.
+        Share every stream with the other ranks of a process group: forwards with a `kv_cache` then run on all of them
+        together, each with 1/N of the chunk's frames, of the heads, and of the cache. Called by every rank, with the
+        same weights, after `torch.distributed.init_process_group`; `from_pretrained(..., parallel_config=config)`
+        does the same. Forwards without a cache are not changed.
+
+        Args:
+            config: A `ContextParallelConfig(ulysses_degree=N)` or, for more choices, a
+                [`~longlive_diffusers.StreamParallelConfig`].
+            cp_plan: Must be None.
 
         Raises:
-            ValueError: Always.
+            ValueError: For other kinds of parallelism, a number of ranks that does not divide the number of heads or
+                the world, without a process group, or if it was called before.
         """
-        raise ValueError(
-            f"{type(self).__name__} does not support diffusers' parallelism ({type(config).__name__}): its plans know "
-            "nothing of the KV cache. Training splits clips over GPUs with `sp_mesh`, see "
-            "`longlive_diffusers.parallel`."
-        )
+        if self.stream_ranks is not None:
+            raise ValueError(
+                f"This {type(self).__name__} is shared by {self.stream_ranks.size} ranks already, and cannot be again."
+            )
+        resolved = resolve_stream_config(config, cp_plan, self.config.num_attention_heads)
+        self.stream_ranks = StreamRanks(resolved)
+        self._parallel_config = config
+
+    @property
+    def _num_own_heads(self) -> int:
+        """The number of heads that this rank attends with, and caches."""
+        num_heads = self.config.num_attention_heads
+        return num_heads if self.stream_ranks is None else num_heads // self.stream_ranks.heads_size
 
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
         """Embed latents `[B, C, F, h, w]` as tokens `[B, F * grid_height * grid_width, dim]`."""
@@ -513,7 +547,9 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         if clean_hidden_states is not None:
             raise ValueError("`kv_cache` (streaming) and `clean_hidden_states` (teacher forcing) exclude each other.")
         chunk = kv_cache.chunk
-        heads = (self.config.num_attention_heads, self.config.attention_head_dim)
+        if self.stream_ranks is not None and torch.is_grad_enabled():
+            raise ValueError("A stream that several ranks share has no gradients: call this under `torch.no_grad()`.")
+        heads = (self._num_own_heads, self.config.attention_head_dim)
         expected = (len(kv_cache), kv_cache.num_heads, kv_cache.head_dim, kv_cache.batch_size)
         expected += (chunk.num_frames, kv_cache.grid_height, kv_cache.grid_width)
         got = (len(self.blocks), *heads, batch, frames, *grid)
@@ -573,7 +609,8 @@ def check_sp_mesh(sp_mesh: DeviceMesh | None, num_heads: int, kv_cache: KVCache 
         return 1
     if kv_cache is not None:
         raise ValueError(
-            f"A stream is not split over ranks: `kv_cache` and `sp_mesh` (of {sp_mesh.size()}) exclude each other."
+            f"`kv_cache` and `sp_mesh` (of {sp_mesh.size()}) exclude each other: ranks share a stream after "
+            "`enable_parallelism`."
         )
     if sp_mesh.ndim != 1:
         raise ValueError(f"`sp_mesh` must be one dimension of a device mesh, got one of shape {tuple(sp_mesh.shape)}.")

@@ -32,12 +32,14 @@ back-propagates is its part of the summed loss, times N, over the loss-bearing f
 
 from .all_to_all import gather_heads, scatter_heads
 from .layout import FrameLayout, check_heads
+from .stream_config import StreamParallelConfig
 from .vae_encode import RawWindow, encode_shard, raw_window
 
 
 __all__ = [
     "FrameLayout",
     "RawWindow",
+    "StreamParallelConfig",
     "check_heads",
     "encode_shard",
     "gather_heads",

@@ -11,14 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from .layout import check_heads
 
 
-def scatter_heads(states: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+def scatter_heads(states: torch.Tensor, ranks: DeviceMesh | dist.ProcessGroup) -> torch.Tensor:
     """
     Scatter heads, gather tokens; differentiable. Every rank of the group has to call it, with the same shape.
 
     Args:
         states: `[B, tokens, ..., heads, head_dim]`, this rank's tokens. Queries, keys and values can go together, as
             `[B, tokens, 3, heads, head_dim]`.
-        mesh: A one-dimensional device mesh of N ranks.
+        ranks: N ranks: a one-dimensional device mesh, or a process group.
 
     Returns:
         `[B, N * tokens, ..., heads / N, head_dim]`: the tokens of all ranks, those of rank 0 first.
@@ -26,17 +26,17 @@ def scatter_heads(states: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     Raises:
         ValueError: If N does not divide the number of heads.
     """
-    check_heads(states.shape[-2], mesh.size())
-    return _AllToAll.apply(states, states.ndim - 2, 1, mesh.get_group())
+    check_heads(states.shape[-2], ranks.size())
+    return _AllToAll.apply(states, states.ndim - 2, 1, _group_of(ranks))
 
 
-def gather_heads(states: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+def gather_heads(states: torch.Tensor, ranks: DeviceMesh | dist.ProcessGroup) -> torch.Tensor:
     """
     The inverse of [`scatter_heads`]: gather heads, scatter tokens; differentiable.
 
     Args:
         states: `[B, N * tokens, ..., heads / N, head_dim]`, this rank's heads.
-        mesh: A one-dimensional device mesh of N ranks.
+        ranks: As in [`scatter_heads`].
 
     Returns:
         `[B, tokens, ..., heads, head_dim]`, this rank's tokens.
@@ -44,9 +44,13 @@ def gather_heads(states: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     Raises:
         ValueError: If N does not divide the number of tokens.
     """
-    if states.shape[1] % mesh.size():
-        raise ValueError(f"{states.shape[1]} tokens cannot be scattered over {mesh.size()} ranks.")
-    return _AllToAll.apply(states, 1, states.ndim - 2, mesh.get_group())
+    if states.shape[1] % ranks.size():
+        raise ValueError(f"{states.shape[1]} tokens cannot be scattered over {ranks.size()} ranks.")
+    return _AllToAll.apply(states, 1, states.ndim - 2, _group_of(ranks))
+
+
+def _group_of(ranks: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
+    return ranks.get_group() if isinstance(ranks, DeviceMesh) else ranks
 
 
 class _AllToAll(torch.autograd.Function):

@@ -9,11 +9,12 @@ state.
 LongLive-2.0 (arXiv 2605.18739), streaming inference.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from ..models.kv_cache import KVCache
 from ..models.transformer_longlive import LongLiveTransformer3DModel
@@ -45,6 +46,7 @@ class Conditioning:
             are cached.
         negative_prompt_embeds: The embeddings of the negative prompt; needed with guidance only.
         guidance_scale: The scale of classifier-free guidance; 1 and 0 mean no guidance.
+        branch_group: The two ranks that compute one branch of guidance each, where they share the work; or None.
         first_frame: The latents `[B, C, 1, h, w]` that the chunk begins with (image to video), or None.
         attention_kwargs: Passed to the transformer: `{"scale": s}` scales its LoRA.
     """
@@ -54,13 +56,14 @@ class Conditioning:
     guidance_scale: float = 1.0
     first_frame: torch.Tensor | None = None
     attention_kwargs: dict[str, Any] | None = None
+    branch_group: dist.ProcessGroup | None = None
 
 
 def chunk_step(
     transformer: LongLiveTransformer3DModel,
     scheduler: Solver,
     noise: torch.Tensor,
-    kv_caches: list[KVCache],
+    kv_caches: Sequence[KVCache | None],
     conditioning: Conditioning,
     *,
     num_inference_steps: int,
@@ -74,7 +77,8 @@ def chunk_step(
         transformer: The network, possibly wrapped or compiled.
         scheduler: The solver; its state is overwritten, so give every stream its own copy.
         noise: The initial noise, `[B, C, F, h, w]`, float32, on the transformer's device.
-        kv_caches: The cache of the prompt and, with guidance, that of the negative prompt.
+        kv_caches: The cache of the prompt and, with guidance, that of the negative prompt; None in place of that of
+            a branch that another rank computes.
         conditioning: What the chunk is conditioned on.
         num_inference_steps: The number of solver steps.
         iterate: Wraps the timesteps, like a progress bar. It may end early; the latents are then those after the last
@@ -102,7 +106,7 @@ def solve(
     transformer: LongLiveTransformer3DModel,
     scheduler: Solver,
     noise: torch.Tensor,
-    kv_caches: list[KVCache],
+    kv_caches: Sequence[KVCache | None],
     conditioning: Conditioning,
     *,
     num_inference_steps: int,
@@ -127,7 +131,7 @@ def predict_velocity(
     transformer: LongLiveTransformer3DModel,
     latents: torch.Tensor,
     timestep: torch.Tensor,
-    kv_caches: list[KVCache],
+    kv_caches: Sequence[KVCache | None],
     conditioning: Conditioning,
 ) -> torch.Tensor:
     """
@@ -141,27 +145,34 @@ def predict_velocity(
     per_frame = timestep.to(latents.device, torch.float32).expand(latents.shape[0], latents.shape[2]).clone()
     if conditioning.first_frame is not None:
         per_frame[:, 0] = 0
-    velocity = _forward(transformer, latents, per_frame, conditioning.prompt_embeds, kv_caches[0], conditioning)
+    branches = _branches(kv_caches, conditioning)
     # Guidance may be switched off between steps; without a second cache, it cannot be switched on.
-    if len(kv_caches) > 1 and is_guided(conditioning.guidance_scale):
-        negative_embeds = conditioning.negative_prompt_embeds
-        negative = _forward(transformer, latents, per_frame, negative_embeds, kv_caches[1], conditioning)
-        velocity = negative + conditioning.guidance_scale * (velocity - negative)
-    return velocity
+    guided = len(kv_caches) > 1 and is_guided(conditioning.guidance_scale)
+    if conditioning.branch_group is None:
+        branches = branches[: 2 if guided else 1]
+    velocities = [
+        _forward(transformer, latents, per_frame, prompt_embeds, kv_cache, conditioning)
+        for prompt_embeds, kv_cache in branches
+    ]
+    if conditioning.branch_group is not None:
+        velocities = _of_both_branches(velocities[0], conditioning.branch_group)
+    if not guided:
+        return velocities[0]
+    velocity, negative = velocities
+    return negative + conditioning.guidance_scale * (velocity - negative)
 
 
 def write_clean(
     transformer: LongLiveTransformer3DModel,
     latents: torch.Tensor,
-    kv_caches: list[KVCache],
+    kv_caches: Sequence[KVCache | None],
     conditioning: Conditioning,
 ) -> None:
     """Run the clean chunk through the network at timestep 0, once for each cache, which then holds the finished chunk
     and no longer a noisy one. The arguments are those of [`chunk_step`]."""
     # One timestep for each frame, like in a solver step, so that both share one graph when compiled.
     timestep = torch.zeros(latents.shape[0], latents.shape[2], device=latents.device)
-    embeds = (conditioning.prompt_embeds, conditioning.negative_prompt_embeds)
-    for kv_cache, prompt_embeds in zip(kv_caches, embeds, strict=False):
+    for prompt_embeds, kv_cache in _branches(kv_caches, conditioning):
         kv_cache.finish_chunk()
         _forward(transformer, latents, timestep, prompt_embeds, kv_cache, conditioning)
 
@@ -197,6 +208,21 @@ def with_first_frame(latents: torch.Tensor, first_frame: torch.Tensor | None) ->
 def is_guided(guidance_scale: float) -> bool:
     """Whether a scale means classifier-free guidance: 1 does not and, by diffusers' convention, neither does 0."""
     return guidance_scale not in (0, 1)
+
+
+def _branches(
+    kv_caches: Sequence[KVCache | None], conditioning: Conditioning
+) -> list[tuple[torch.Tensor | None, KVCache]]:
+    """Return the prompt embeddings and the cache of each branch of guidance that this process computes."""
+    embeds = (conditioning.prompt_embeds, conditioning.negative_prompt_embeds)
+    return [(own, cache) for own, cache in zip(embeds, kv_caches, strict=False) if cache is not None]
+
+
+def _of_both_branches(velocity: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Return the velocities of the prompt and of the negative prompt, of which this rank has computed one."""
+    velocities = [torch.empty_like(velocity) for _ in range(2)]
+    dist.all_gather(velocities, velocity.contiguous(), group=group)
+    return velocities
 
 
 def _forward(transformer, latents, timestep, prompt_embeds, kv_cache: KVCache, conditioning: Conditioning):

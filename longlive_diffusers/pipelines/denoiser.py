@@ -20,10 +20,11 @@ from ..models.attention_kwargs import check_attention_kwargs
 from ..models.kv_cache import KVCache
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_counts, check_non_negative
+from ..parallel.agreement import ALONE, Agreement
 from .callbacks import check_returned
 from .chunk_step import Conditioning, Solver, chunk_step, is_guided, rewrite_history, write_clean
 from .inputs import Request
-from .prompt_source import PromptSource
+from .prompt_source import PromptSource, Redirection
 from .run_state import RunState
 from .shots import ChunkPrompt
 
@@ -43,6 +44,17 @@ class DenoisedChunk:
     ready: torch.cuda.Event | None = None
 
 
+@dataclass(frozen=True)
+class ChunkOrders:
+    """What a chunk is made with, as the first of the ranks that share the stream decides; None in its place ends the
+    stream."""
+
+    redirection: Redirection | None
+    num_inference_steps: int
+    guidance_scale: float
+    attention_kwargs: dict[str, Any] | None
+
+
 class ChunkDenoiser:
     """
     Makes the latents of one batch of videos: iterate over [`chunks`]. It holds all state of denoising, and does not
@@ -58,6 +70,7 @@ class ChunkDenoiser:
         progress_bar: Creates progress bars, like `DiffusionPipeline.progress_bar`.
         show_run: Opened with the run's state for each chunk, so that the pipeline shows the session that is advancing.
         callback: Called after every solver step, or None.
+        agreement: What the ranks that share the stream agree by.
     """
 
     def __init__(
@@ -73,6 +86,7 @@ class ChunkDenoiser:
         progress_bar: Callable[..., Any],
         show_run: Callable[[RunState], AbstractContextManager[None]],
         callback: Callback | None,
+        agreement: Agreement = ALONE,
     ):
         self.transformer, self.scheduler, self.request = transformer, scheduler, request
         self.prompts, self.device = prompts, device
@@ -80,13 +94,22 @@ class ChunkDenoiser:
         self._num_steps = 0  # of all chunks that were begun
         num_timesteps = (request.num_new_chunks or 0) * request.num_inference_steps
         self.run = RunState(request.guidance_scale, num_timesteps, request.attention_kwargs)
-        self.kv_caches: list[KVCache] = []  # for the prompt and, with guidance, for the negative prompt
+        # For the prompt and, with guidance, for the negative prompt; None where another rank has it.
+        self.kv_caches: list[KVCache | None] = []
         self._scheduler = copy.deepcopy(scheduler)
         self._generator = _private_generator() if request.generator is None else request.generator
         self._image_latents, self._video_latents = image_latents, video_latents
         self._progress_bar, self._show_run, self._callback = progress_bar, show_run, callback
         self._clean_latents: dict[int, torch.Tensor] = {}  # by chunk, for as long as one of its frames is cached
         self._thread: int | None = None  # the one that makes a chunk
+        self._agreement, self._is_ended = agreement, False  # whether the others know of the end
+        self._ends_early = False  # the chunk in progress after its current step, as the first rank decides
+        self._calls_back = agreement.order(callback is not None)
+
+    @property
+    def own_caches(self) -> list[KVCache]:
+        """The KV caches that this process has."""
+        return [kv_cache for kv_cache in self.kv_caches if kv_cache is not None]
 
     @property
     def is_busy_here(self) -> bool:
@@ -113,36 +136,59 @@ class ChunkDenoiser:
             bar = self._progress_bar(itertools.count() if total is None else range(total))
             bar.set_description("Chunks")
             with bar:
-                for index in itertools.count() if total is None else range(total):
-                    if self.run.is_ending:
+                for index in itertools.count():
+                    if (orders := self._receive_orders(index)) is None:
                         return
-                    yield self._make_chunk(index)
+                    yield self._make_chunk(index, orders)
                     bar.update()
         finally:
             self.kv_caches, self._clean_latents = [], {}
 
-    def _make_chunk(self, index: int) -> DenoisedChunk:
+    def end(self) -> None:
+        """Let the other ranks know that no further chunk is made; the others cannot decide that."""
+        if self._agreement.leads and not self._is_ended:
+            self._is_ended = True
+            self._agreement.order(None)
+
+    def _receive_orders(self, index: int) -> ChunkOrders | None:
+        """Return what chunk `index` is made with, as the first rank decides; None, once, at the end of the stream."""
+        orders = None
+        if self._agreement.leads and not self.run.is_ending and index != self.request.num_chunks:
+            orders = ChunkOrders(
+                self.prompts.take_redirection(index - self.request.num_condition_chunks),
+                self.num_inference_steps,
+                self.run.guidance_scale,
+                self.run.attention_kwargs,
+            )
+        orders = self._agreement.order(orders)
+        self._is_ended = orders is None
+        return orders
+
+    def _make_chunk(self, index: int, orders: ChunkOrders) -> DenoisedChunk:
         with torch.no_grad(), self._show_run(self.run):
             self._thread = threading.get_ident()
             try:
-                return self._next_chunk(index)
+                return self._next_chunk(index, orders)
             finally:
                 self._thread = None
 
-    def _next_chunk(self, index: int) -> DenoisedChunk:
+    def _next_chunk(self, index: int, orders: ChunkOrders) -> DenoisedChunk:
         new_index = index - self.request.num_condition_chunks
+        self.num_inference_steps = orders.num_inference_steps
+        self.run.guidance_scale, self.run.attention_kwargs = orders.guidance_scale, orders.attention_kwargs
         self._forget_text()  # between two chunks, another LoRA may have been chosen
-        prompts, prompt_embeds, switched = self.prompts.advance(new_index)
+        prompts, prompt_embeds, switched = self.prompts.advance(new_index, orders.redirection)
         conditioning = Conditioning(
             prompt_embeds,
             self.prompts.negative_embeds,
             self.run.guidance_scale,
             self._image_latents if index == 0 else None,
             self.run.attention_kwargs,
+            self._agreement.branch_group,
         )
-        if switched:
+        if switched and self.kv_caches[0] is not None:
             rewrite_history(self.transformer, self.kv_caches[0], self._clean_latents, conditioning)
-        for kv_cache in self.kv_caches:
+        for kv_cache in self.own_caches:
             kv_cache.begin_chunk(
                 self.request.chunk_size,
                 opens_shot=[prompt.cuts for prompt in prompts],
@@ -172,7 +218,7 @@ class ChunkDenoiser:
             bar.leave = False
             with bar:
                 for timestep in timesteps:
-                    if self.run.is_ending:
+                    if self._is_ending:
                         break
                     check_non_negative(at_most=MAX_GUIDANCE_SCALE, guidance_scale=self.run.guidance_scale)
                     check_attention_kwargs(self.run.attention_kwargs)
@@ -200,15 +246,18 @@ class ChunkDenoiser:
     def _call_back(
         self, step: int, timestep: torch.Tensor, latents: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        if self._callback is None:
+        if not self._calls_back:
             return latents
         tensors = {
             "latents": latents,
             "prompt_embeds": conditioning.prompt_embeds,
             "negative_prompt_embeds": conditioning.negative_prompt_embeds,
         }
-        given = {name: tensors[name] for name in self.request.callback_tensor_inputs}
-        changed = check_returned(self._callback(step, timestep, given), tensors)
+        changed = {}
+        if self._callback is not None:
+            given = {name: tensors[name] for name in self.request.callback_tensor_inputs}
+            changed = check_returned(self._callback(step, timestep, given), tensors)
+        changed = self._agree_on_changes(changed)
         self._forget_text()
         if changed.get("prompt_embeds", conditioning.prompt_embeds) is not conditioning.prompt_embeds:
             conditioning.prompt_embeds = changed["prompt_embeds"]
@@ -218,22 +267,41 @@ class ChunkDenoiser:
             self.prompts.negative_embeds = conditioning.negative_prompt_embeds
         return changed.get("latents", latents).to(latents)
 
+    def _agree_on_changes(self, changed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what the first rank's callback has changed; what it has set on the pipeline is set on every rank."""
+        if self._agreement.is_alone:
+            return changed
+        run = self.run
+        names, self._ends_early, run.guidance_scale, run.attention_kwargs = self._agreement.order(
+            (list(changed), run.is_ending, run.guidance_scale, run.attention_kwargs)
+        )
+        return {name: self._agreement.tensor(lambda name=name: changed[name]) for name in names}
+
+    @property
+    def _is_ending(self) -> bool:
+        """Whether the chunk in progress ends after its current step. Ranks that share it all have to know: without a
+        callback, after whose calls they agree, it is made to its end."""
+        return self.run.is_ending if self._agreement.is_alone else self._ends_early
+
     def _forget_text(self) -> None:
         """Have the text's keys and values computed again, wherever others' code has run: it may have chosen another
         LoRA, or another scale of it, and nothing tells. They are a small part of a chunk."""
-        for kv_cache in self.kv_caches:
+        for kv_cache in self.own_caches:
             kv_cache.clear_text()
 
     def _remember(self, index: int, latents: torch.Tensor) -> None:
         self._clean_latents[index] = latents
-        cached = self.kv_caches[0].cached_chunks
+        cached = self.own_caches[0].cached_chunks
         self._clean_latents = {chunk: self._clean_latents[chunk] for chunk in cached}
 
     def _allocate_caches(self) -> None:
         request = self.request
         batch_size, _, _, height, width = request.latent_shape
+        branches = range(2 if is_guided(request.guidance_scale) else 1)
         self.kv_caches = [
-            self.transformer.create_kv_cache(
+            None
+            if self._agreement.branch not in (None, branch)
+            else self.transformer.create_kv_cache(
                 batch_size,
                 height,
                 width,
@@ -245,7 +313,7 @@ class ChunkDenoiser:
                 dtype=request.kv_cache_dtype,
                 device=self.device,
             )
-            for _ in range(2 if is_guided(request.guidance_scale) else 1)
+            for branch in branches
         ]
 
     def _given_latents(self, index: int) -> torch.Tensor:
@@ -256,6 +324,11 @@ class ChunkDenoiser:
 
     def _initial_noise(self, new_index: int) -> torch.Tensor:
         """Return the chunk's own noise, drawn chunk by chunk so that a longer video begins like a shorter one."""
+        noise = self._agreement.tensor(lambda: self._own_noise(new_index))
+        assert noise is not None
+        return noise
+
+    def _own_noise(self, new_index: int) -> torch.Tensor:
         shape = self.request.latent_shape
         if self.request.noise is None:
             return randn_tensor(shape, generator=self._generator, device=self.device, dtype=torch.float32)

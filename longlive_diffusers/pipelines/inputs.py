@@ -1,7 +1,7 @@
 """Check what the caller asks for and bring it into one form, a [`Request`], before any long work begins."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -529,3 +529,12 @@ def check_generator(generator: torch.Generator | list[torch.Generator] | None, b
 def check_output_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+
+
+def describe_request(request: Request) -> dict[str, Any]:
+    """Return what several ranks must ask for alike to make one video together. What is said and drawn, prompts, noise
+    and conditions, may differ: that of the first rank is used."""
+    tensors = ("prompt_embeds", "negative_prompt_embeds", "noise", "image", "video", "image_latents", "video_latents")
+    others = ("plans", "negative_prompt", "generator", "callback", "callback_tensor_inputs")
+    names = [field.name for field in fields(request) if field.name not in (*tensors, *others)]
+    return {name: getattr(request, name) for name in names}

@@ -23,6 +23,8 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
 from huggingface_hub import ModelCard
+from torch.distributed import ProcessGroup
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..loaders.lora import check_lora_fits, read_lora
@@ -31,6 +33,8 @@ from ..models.streaming_vae import encode_video
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_booleans, check_counts
 from ..nvfp4.linear import nvfp4_layers, weights_of
+from ..parallel.agreement import Agreement
+from ..parallel.stream_ranks import StreamRanks
 from ..schedulers.scheduling_longlive import LongLiveScheduler
 from ..setting_types import check_setting_types
 from ..wording import counted
@@ -39,7 +43,15 @@ from .callbacks import CALLBACK_TENSOR_INPUTS
 from .chunk_step import is_guided
 from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser
-from .inputs import ModelSizes, Request, check_embeds, check_latents, check_output_type, resolve_request
+from .inputs import (
+    ModelSizes,
+    Request,
+    check_embeds,
+    check_latents,
+    check_output_type,
+    describe_request,
+    resolve_request,
+)
 from .memory import check_caches_fit, check_result_fits
 from .pipeline_output import Frames, LongLivePipelineOutput, join_frames
 from .prompt_cleaning import clean_prompt, describe_cuts
@@ -293,10 +305,14 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if decode_later:
             check_output_type(output_type)
             options["output_type"] = "latent"
-        request = self._resolve(async_decode=False, **options)
-        held_on = torch.device("cpu") if output_type in ("np", "pil") else self._execution_device
-        check_result_fits(request, self.sizes, output_type, held_on)
-        with self._begin(request) as session:
+
+        def check() -> Request:
+            request = self._resolve(async_decode=False, **options)
+            held_on = torch.device("cpu") if output_type in ("np", "pil") else self._execution_device
+            check_result_fits(request, self.sizes, output_type, held_on)
+            return request
+
+        with self._begin(check) as session:
             frames = join_frames([chunk.frames for chunk in session], options["output_type"])
         if isinstance(frames, torch.Tensor) and decode_later:
             frames = self.decode_latents(frames, output_type)
@@ -352,7 +368,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         options = {name: value for name, value in locals().items() if name != "self"}
 
-        return self._begin(self._resolve(**options))
+        return self._begin(lambda: self._resolve(**options))
 
     def _resolve(self, *, output_type, image, video, **options) -> Request:
         """Check everything that can be checked without work; the arguments are those of `stream`."""
@@ -370,21 +386,26 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         check_caches_fit(self.transformer, request, self._num_tokens(request), self._execution_device)
         return request
 
-    def _begin(self, request: Request) -> StreamingSession:
-        """Encode what the video begins with, and return the session that does the rest."""
+    def _begin(self, check: Callable[[], Request]) -> StreamingSession:
+        """Check the request, encode what the video begins with, and return the session that does the rest. Ranks that
+        share the stream begin it together."""
+        agreement = Agreement(self.stream_ranks, self._execution_device)
+        request = agreement.unanimous(check, describe_request)
         try:
-            # 1. Encode the prompts.
-            prompts = self._encode_prompts(request)
-
-            # 2. Encode the image, or the video to continue.
-            image_latents, video_latents = request.image_latents, request.video_latents
-            if request.image is not None:
-                image_latents = self.encode_video(request.image)
-            if request.video is not None:
-                video_latents = self.encode_video(request.video)
-        except BaseException:  # out of memory, for instance: no model stays where it was moved
+            return self._session(request, agreement)
+        except BaseException as error:  # out of memory, for instance: no model stays where it was moved
             self.maybe_free_model_hooks()
+            if (raised := agreement.fail(error)) is not error:
+                raise raised from error
             raise
+
+    def _session(self, request: Request, agreement: Agreement) -> StreamingSession:
+        # 1. Encode the prompts.
+        prompts = self._encode_prompts(request, agreement)
+
+        # 2. Encode the image, or the video to continue.
+        image_latents = self._condition_latents(request.image, request.image_latents, agreement)
+        video_latents = self._condition_latents(request.video, request.video_latents, agreement)
 
         # 3. Denoise and decode, chunk by chunk, as the session is iterated.
         device = self._execution_device
@@ -396,9 +417,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             image_latents=None if image_latents is None else image_latents.to(device, torch.float32),
             video_latents=video_latents,
             device=device,
-            progress_bar=self.progress_bar,
+            progress_bar=self.progress_bar if agreement.leads else partial(tqdm, disable=True),
             show_run=self._runs.showing,
             callback=None if request.callback is None else partial(request.callback, self),
+            agreement=agreement,
         )
         decoder = None
         if request.output_type != "latent":
@@ -409,10 +431,30 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             denoiser,
             decoder,
             is_single=request.is_single,
+            agreement=agreement,
             worker=self._workers.denoise_worker(device) if request.async_decode else None,
             temporal_scale=self.vae_scale_factor_temporal,
             on_close=self.maybe_free_model_hooks,
         )
+
+    def _condition_latents(
+        self, pixels: torch.Tensor | None, latents: torch.Tensor | None, agreement: Agreement
+    ) -> torch.Tensor | None:
+        """Return the latents that the video begins with, encoded where they are not given; the first rank's."""
+        pixels, latents = (agreement.tensor(lambda given=given: given) for given in (pixels, latents))
+        return latents if pixels is None else self.encode_video(pixels)
+
+    @property
+    def stream_ranks(self) -> StreamRanks | None:
+        """The ranks that share this pipeline's streams, after `pipe.transformer.enable_parallelism(...)`; else
+        None."""
+        return None if self.transformer is None else self.transformer.stream_ranks
+
+    @property
+    def _vae_group(self) -> ProcessGroup | None:
+        """The ranks that the VAE's work is divided over."""
+        ranks = self.stream_ranks
+        return ranks.group("decode") if ranks is not None and ranks.config.parallel_decode else None
 
     # -- parts that are useful by themselves -------------------------------------------------------------------------
 
@@ -468,7 +510,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 `scale_factor_spatial`.
         """
         self._check_vae(is_needed=True)
-        return encode_video(self.vae, pixels, self.vae_device)
+        return encode_video(self.vae, pixels, self.vae_device)  #, group=self._vae_group)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "np") -> Frames:
@@ -490,26 +532,24 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return join_frames(frames, output_type)
 
     def _chunk_decoder(self, output_type: str, stream: torch.cuda.Stream | None = None) -> ChunkDecoder:
-        return ChunkDecoder(self.vae, self.video_processor, output_type, self.vae_device, stream=stream)
+        return ChunkDecoder(
+            self.vae, self.video_processor, output_type, self.vae_device, stream=stream  #, group=self._vae_group
+        )
 
-    def _encode_prompts(self, request: Request) -> PromptSource:
-        """Encode the prompts that are planned, and return a source that also encodes those that come later."""
-        prompt_embeds, negative_embeds = request.prompt_embeds, None
+    def _encode_prompts(self, request: Request, agreement: Agreement) -> PromptSource:
+        """Encode the prompts that are planned, and return a source that also encodes those that come later. Only the
+        first of the ranks that share the stream encodes."""
+        prompt_embeds, negative_embeds = agreement.tensor(lambda: request.prompt_embeds), None
         if prompt_embeds is not None:
             prompt_embeds = self._for_transformer(request.for_each_sample("prompt_embeds", prompt_embeds))
         if is_guided(request.guidance_scale):
-            negative_embeds = request.negative_prompt_embeds
-            if negative_embeds is None:
-                negative_embeds = self._embed_negative_prompts(
-                    request.negative_prompt, request.num_prompts, request.max_sequence_length
-                )
-            negative_embeds = self._for_transformer(request.for_each_sample("negative_prompt_embeds", negative_embeds))
-        plans = request.plans
+            negative_embeds = agreement.tensor(lambda: self._negative_embeds(request))
+        plans = agreement.order(request.plans)
         if plans is not None:
             plans = [plan for plan in plans for _ in range(request.num_videos_per_prompt)]
         return PromptSource(
             plans,
-            lambda prompts: self._embed_prompts(prompts, request.max_sequence_length),
+            lambda prompts: agreement.tensor(lambda: self._embed_prompts(prompts, request.max_sequence_length)),
             prompt_embeds=prompt_embeds,
             negative_embeds=negative_embeds,
             batch_size=request.batch_size,
@@ -517,6 +557,14 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             num_new_chunks=request.num_new_chunks,
             continues=request.num_condition_chunks > 0,
         )
+
+    def _negative_embeds(self, request: Request) -> torch.Tensor:
+        embeds = request.negative_prompt_embeds
+        if embeds is None:
+            embeds = self._embed_negative_prompts(
+                request.negative_prompt, request.num_prompts, request.max_sequence_length
+            )
+        return self._for_transformer(request.for_each_sample("negative_prompt_embeds", embeds))
 
     def _for_transformer(self, embeds: torch.Tensor) -> torch.Tensor:
         return embeds.to(self._execution_device, self.transformer.dtype)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers.utils import logging
@@ -12,6 +13,14 @@ from .shots import ChunkPrompt, ShotPlan
 
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Redirection:
+    """Prompts that replace what was planned, one for each sample, as a new shot (`cut`) or within the current one."""
+
+    prompts: list[str]
+    cut: bool
 
 
 class PromptSource:
@@ -50,28 +59,35 @@ class PromptSource:
         self._embeds = prompt_embeds
         self._encoded: dict[str, torch.Tensor] = {}
         self._next_chunk = 0
-        self._redirection: tuple[list[str], bool] | None = None  # prompts and whether they cut
+        self._redirection: Redirection | None = None
         self._lock = threading.Lock()  # redirections may come from another thread than the one that denoises
         self._encode_upcoming()
 
-    def advance(self, index: int) -> tuple[list[ChunkPrompt], torch.Tensor, bool]:
+    def take_redirection(self, index: int) -> Redirection | None:
+        """Return, once, the change of prompts that chunk `index` begins with, for [`advance`]."""
+        with self._lock:
+            pending = self._redirection
+            self._next_chunk = max(index + 1, 0)
+            if pending is None or (index < 0 and pending.cut):  # a cut waits for the first new chunk
+                return None
+            self._redirection = None
+            return pending
+
+    def advance(self, index: int, redirection: Redirection | None) -> tuple[list[ChunkPrompt], torch.Tensor, bool]:
         """
         Begin chunk `index` of the new video (negative: of the video that is continued, under the first prompts).
+
+        Args:
+            index: The index of the chunk.
+            redirection: What [`take_redirection`] returned for it.
 
         Returns:
             Each sample's prompt, the embeddings, and whether the prompt was switched within a shot.
         """
-        redirection = None
-        with self._lock:
-            pending = self._redirection
-            if pending is not None and (index >= 0 or not pending[1]):  # a cut waits for the first new chunk
-                redirection, self._redirection = pending, None
-            self._next_chunk = max(index + 1, 0)
         switched = False
         if redirection is not None:
-            prompts, cut = redirection
-            self._redirect(prompts, max(index, 0), cut)
-            switched = not cut
+            self._redirect(redirection.prompts, max(index, 0), redirection.cut)
+            switched = not redirection.cut
         if self._plans is None:
             assert self._embeds is not None  # where there are no plans, embeddings were given
             return [ChunkPrompt(None, 0, False)] * self.batch_size, self._embeds, False
@@ -97,14 +113,14 @@ class PromptSource:
                 f"Got {counted(len(prompts), 'prompt')} for a batch of {counted(self.batch_size, 'video')}."
             )
         with self._lock:
-            still_cut = self._redirection is not None and self._redirection[1]
-            self._redirection = (prompts, cut or still_cut)
+            still_cut = self._redirection is not None and self._redirection.cut
+            self._redirection = Redirection(prompts, cut or still_cut)
 
     def upcoming(self) -> list[str | None]:
         """Return the prompts of the next chunk."""
         with self._lock:
             if self._redirection is not None:
-                return list(self._redirection[0])
+                return list(self._redirection.prompts)
             if self._plans is None:
                 return [None] * self.batch_size
             return [plan.chunk(self._next_chunk).prompt for plan in self._plans]
@@ -113,7 +129,7 @@ class PromptSource:
         """Warn of a prompt that was set when the last chunk had begun already; called at the end of the video."""
         with self._lock:
             if self._redirection is not None:
-                prompts = ", ".join(map(shortened, dict.fromkeys(self._redirection[0])))
+                prompts = ", ".join(map(shortened, dict.fromkeys(self._redirection.prompts)))
                 logger.warning(f"The video ended before its prompt could change: {prompts} came after its last chunk.")
 
     def replace_embeds(self, prompt_embeds: torch.Tensor) -> None:

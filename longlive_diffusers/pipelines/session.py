@@ -6,10 +6,12 @@ number of sessions, advanced in any order.
 
 import threading
 from collections.abc import Callable, Generator
+from typing import NoReturn
 
 import torch
 
 from ..frame_counts import TEMPORAL_SCALE, pixel_frames
+from ..parallel.agreement import ALONE, Agreement
 from .async_workers import DenoiseWorker
 from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser, DenoisedChunk
@@ -37,6 +39,8 @@ class StreamingSession:
         decoder: Decodes them to frames; None if chunks have latents only.
         is_single: Whether a chunk's prompt and shot index are those of a single video, not lists.
         worker: Denoises in its own thread (and stream), ahead of decoding; None to denoise and decode in turn.
+        agreement: What the ranks that share the stream agree by; its first rank decides when the stream ends, and
+            closing it on another waits for that.
         temporal_scale: The number of pixel frames that a latent frame stands for.
         on_close: Called once, when the session is closed.
     """
@@ -47,6 +51,7 @@ class StreamingSession:
         decoder: ChunkDecoder | None,
         *,
         is_single: bool,
+        agreement: Agreement = ALONE,
         worker: DenoiseWorker | None = None,
         temporal_scale: int = TEMPORAL_SCALE,
         on_close: Callable[[], object] | None = None,
@@ -54,6 +59,7 @@ class StreamingSession:
         self._denoiser, self._decoder, self._is_single = denoiser, decoder, is_single
         self._temporal_scale, self._on_close = temporal_scale, on_close
         self._closed, self._freed, self._worker = False, False, worker
+        self._agreement, self._is_over = agreement, False  # whether all ranks know that no chunk is handed over now
         self._turn = threading.Lock()  # held while a chunk is made and decoded, and while all is freed
         self._consumer: int | None = None  # the thread that holds it to get a chunk
         chunks = denoiser.chunks()
@@ -71,22 +77,32 @@ class StreamingSession:
             self._consumer = threading.get_ident()
             try:
                 return self._next_chunk()
-            except BaseException as error:  # the end of the stream included: nothing is left half-open
+            except StopIteration:
+                self._end()
+                raise
+            except BaseException as error:  # nothing is left half-open
                 if isinstance(error, torch.OutOfMemoryError):
                     error.add_note(ADVICE)
-                self._free()
-                raise
+                self._fail(error)
             finally:
                 self._consumer = None
 
     def _next_chunk(self) -> VideoChunk:
         if self._closed:
             raise StopIteration
+        chunk = self._advance()
+        if chunk is None or self._closed:  # closed meanwhile: the chunk is not complete
+            raise StopIteration
+        return chunk
+
+    def _advance(self) -> VideoChunk | None:
+        """Make and decode the next chunk; None at the end of the stream, as the first rank decides."""
         chunk = next(self._source, None)
         if chunk is None and not self._denoiser.run.is_ending:
             self._denoiser.prompts.warn_of_unused()
-        if chunk is None or self._closed:  # closed meanwhile: the chunk is not complete
-            raise StopIteration
+        self._is_over = self._agreement.turn(chunk is None or self._closed)
+        if self._is_over or chunk is None:
+            return None
         if chunk.ready is not None:
             _hand_over(chunk.latents, chunk.ready)
         if self._decoder is None:
@@ -94,8 +110,6 @@ class StreamingSession:
             check_numbers(frames)
         else:
             frames = self._decoder.decode(chunk.latents, chunk.ready)
-        if self._closed:
-            raise StopIteration
         return VideoChunk(
             frames=frames,
             latents=chunk.latents,
@@ -138,7 +152,7 @@ class StreamingSession:
     @property
     def kv_cache_bytes(self) -> int:
         """The memory of the KV caches, in bytes."""
-        return sum(kv_cache.num_bytes for kv_cache in self._denoiser.kv_caches)
+        return sum(kv_cache.num_bytes for kv_cache in self._denoiser.own_caches)
 
     def close(self) -> None:
         """
@@ -151,16 +165,51 @@ class StreamingSession:
         self._closed = self._denoiser.run.closed = True
         if self._is_busy_here():
             return
-        if isinstance(self._source, Prefetcher):
+        if isinstance(self._source, Prefetcher) and self._agreement.leads:
             self._source.close()  # a consumer that waits for it holds the turn
         with self._turn:
-            self._free()
+            self._end()
 
-    def _free(self) -> None:
-        """Free everything, once; the caller holds the turn, so that nothing is being made."""
+    def _end(self) -> None:
+        """End the stream on all ranks and free everything, once; the caller holds the turn, so that nothing is being
+        made."""
         if self._freed:
             return
-        self._closed = self._denoiser.run.closed = self._freed = True
+        self._closed = self._denoiser.run.closed = True
+        try:
+            if self._agreement.leads:
+                self._lead_to_end()
+            else:
+                self._follow()
+        except BaseException as error:
+            self._fail(error)
+        self._free()
+
+    def _lead_to_end(self) -> None:
+        self._source.close()
+        self._denoiser.end()
+        if not self._is_over:
+            self._is_over = self._agreement.turn(True)
+
+    def _follow(self) -> None:
+        """Work on with the other ranks, until the first one ends the stream: it cannot be made without this one."""
+        while not self._is_over:
+            self._advance()
+        for _ in self._source:  # chunks that the first rank began, and will not hand over
+            pass
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Free everything and raise the error, of which the other ranks get to know."""
+        raised = self._agreement.fail(error)
+        if not self._freed:
+            self._closed = self._denoiser.run.closed = True
+            self._free()
+        if raised is error:
+            raise error
+        raise raised from error
+
+    def _free(self) -> None:
+        self._freed = True
         self._source.close()
         if self._worker is not None:
             self._worker.join_stream()
@@ -176,7 +225,11 @@ class StreamingSession:
     def __enter__(self) -> "StreamingSession":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not self._agreement.is_alone and not self._freed:
+            self._closed = self._denoiser.run.closed = True
+            with self._turn:
+                self._fail(error)
         self.close()
 
     def _one_or_all(self, values: list):

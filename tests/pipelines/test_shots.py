@@ -11,6 +11,11 @@ from longlive_diffusers.pipelines.shots import ChunkPrompt
 PREFIX = "Cut. "
 
 
+def advance(source: PromptSource, index: int):
+    """Begin a chunk like a session does."""
+    return source.advance(index, source.take_redirection(index))
+
+
 def plan_of(prompts: list[str], chunks_per_shot=None, num_chunks: int | None = None) -> ShotPlan:
     return ShotPlan.from_prompts(prompts, chunks_per_shot, num_chunks)
 
@@ -206,14 +211,14 @@ def source_of(encoder: Encoder, *plans: ShotPlan, num_chunks: int | None = None)
 
 def test_each_chunk_gets_its_text(encoder):
     source = source_of(encoder, plan_of(["a", "b"], [2, 2]))
-    seen = [encoder.prompts_of(source.advance(index)[1]) for index in range(5)]
+    seen = [encoder.prompts_of(advance(source, index)[1]) for index in range(5)]
     assert seen == [["a"], ["a"], ["Cut. b"], ["b"], ["b"]]
 
 
 def test_the_tensor_is_the_same_for_as_long_as_the_text_is(encoder):
     """By which the network knows that its text keys and values still hold."""
     source = source_of(encoder, plan_of(["a", "b"], [3, 3]))
-    embeds = [source.advance(index)[1] for index in range(6)]
+    embeds = [advance(source, index)[1] for index in range(6)]
     assert embeds[0] is embeds[1] is embeds[2]
     assert embeds[4] is embeds[5]
     assert len({id(tensor) for tensor in embeds}) == 3  # a; b with the prefix; b
@@ -222,7 +227,7 @@ def test_the_tensor_is_the_same_for_as_long_as_the_text_is(encoder):
 def test_every_text_is_encoded_once_and_all_in_one_batch(encoder):
     source = source_of(encoder, plan_of(["a", "b", "a"], 2), plan_of(["b", "a"], 2))
     for index in range(8):
-        source.advance(index)
+        advance(source, index)
     assert len(encoder.batches) == 1
     assert sorted(encoder.batches[0]) == ["Cut. a", "Cut. b", "a", "b"]
 
@@ -234,7 +239,7 @@ def test_shots_that_the_video_never_reaches_are_not_encoded(encoder):
 
 def test_rows_have_their_own_shots(encoder):
     source = source_of(encoder, plan_of(["a", "b"], [1, 2]), plan_of(["a", "c"], [2, 1]))
-    prompts, embeds, switched = source.advance(1)
+    prompts, embeds, switched = advance(source, 1)
     assert [prompt.prompt for prompt in prompts] == ["b", "a"]
     assert encoder.prompts_of(embeds) == ["Cut. b", "a"]
     assert not switched
@@ -242,12 +247,12 @@ def test_rows_have_their_own_shots(encoder):
 
 def test_a_redirection_takes_effect_with_the_next_chunk(encoder):
     source = source_of(encoder, plan_of(["a", "b"], 3))
-    source.advance(0)
+    advance(source, 0)
     source.redirect("x", cut=False)
     assert source.upcoming() == ["x"]
-    prompts, embeds, switched = source.advance(1)
+    prompts, embeds, switched = advance(source, 1)
     assert (prompts[0], encoder.prompts_of(embeds), switched) == (ChunkPrompt("x", 0, False), ["x"], True)
-    _, later, switched = source.advance(2)
+    _, later, switched = advance(source, 2)
     assert later is embeds
     assert not switched, "history is rewritten once"
 
@@ -255,42 +260,42 @@ def test_a_redirection_takes_effect_with_the_next_chunk(encoder):
 def test_a_cut_is_no_switch_within_a_shot(encoder):
     """History keeps the prompt that it was made with."""
     source = source_of(encoder, plan_of(["a"]))
-    source.advance(0)
+    advance(source, 0)
     source.redirect("x", cut=True)
-    prompts, embeds, switched = source.advance(1)
+    prompts, embeds, switched = advance(source, 1)
     assert (prompts[0], encoder.prompts_of(embeds), switched) == (ChunkPrompt("x", 1, True), ["Cut. x"], False)
-    assert encoder.prompts_of(source.advance(2)[1]) == ["x"]
+    assert encoder.prompts_of(advance(source, 2)[1]) == ["x"]
 
 
 def test_a_redirection_before_the_first_chunk_replaces_the_plan(encoder):
     source = source_of(encoder, plan_of(["a", "b"], 1))
     source.redirect("x", cut=False)
-    seen = [encoder.prompts_of(source.advance(index)[1]) for index in range(3)]
+    seen = [encoder.prompts_of(advance(source, index)[1]) for index in range(3)]
     assert seen == [["x"], ["x"], ["x"]]
 
 
 def test_a_redirection_while_a_video_is_read_applies_from_the_start_of_the_new_one(encoder):
     """Chunks of a video that is continued have negative numbers."""
     source = source_of(encoder, plan_of(["a", "b"], 1))
-    assert encoder.prompts_of(source.advance(-2)[1]) == ["a"]
+    assert encoder.prompts_of(advance(source, -2)[1]) == ["a"]
     source.redirect("x", cut=False)
-    seen = [source.advance(index) for index in (-1, 0, 1)]
+    seen = [advance(source, index) for index in (-1, 0, 1)]
     assert [encoder.prompts_of(embeds) for _, embeds, _ in seen] == [["x"], ["x"], ["x"]]
 
 
 def test_of_two_redirections_the_last_prompt_counts_and_a_cut_stays_one(encoder):
     source = source_of(encoder, plan_of(["a"]))
-    source.advance(0)
+    advance(source, 0)
     source.redirect("x", cut=True)
     source.redirect("y", cut=False)
-    assert source.advance(1)[0] == [ChunkPrompt("y", 1, True)]
+    assert advance(source, 1)[0] == [ChunkPrompt("y", 1, True)]
 
 
 def test_a_redirection_may_name_a_prompt_for_each_row(encoder):
     source = source_of(encoder, plan_of(["a"]), plan_of(["b"]))
-    source.advance(0)
+    advance(source, 0)
     source.redirect(["x", "y"], cut=False)
-    assert encoder.prompts_of(source.advance(1)[1]) == ["x", "y"]
+    assert encoder.prompts_of(advance(source, 1)[1]) == ["x", "y"]
 
 
 def test_texts_that_are_not_needed_again_are_forgotten(encoder):
@@ -298,7 +303,7 @@ def test_texts_that_are_not_needed_again_are_forgotten(encoder):
     source = source_of(encoder, plan_of(["a", "b"], 2))
     for index in range(20):
         source.redirect(f"prompt {index}", cut=False)
-        source.advance(index)
+        advance(source, index)
     assert list(source._encoded) == ["prompt 19"]
     assert sum(len(batch) for batch in encoder.batches) == 3 + 20
 
@@ -307,15 +312,15 @@ def test_a_prompt_that_returns_is_encoded_again_only_if_it_was_forgotten(encoder
     source = source_of(encoder, plan_of(["a"]))
     for index, prompt in enumerate(["a", "x", "x", "a"]):
         source.redirect(prompt, cut=False)
-        source.advance(index)
+        advance(source, index)
     assert encoder.batches == [["a"], ["x"], ["a"]]
 
 
 def test_setting_the_prompt_that_there_is_gives_the_same_tensor_but_rewrites_history(encoder):
     source = source_of(encoder, plan_of(["a"]))
-    _, before, _ = source.advance(0)
+    _, before, _ = advance(source, 0)
     source.redirect("a", cut=False)
-    _, after, switched = source.advance(1)
+    _, after, switched = advance(source, 1)
     assert after is before
     assert switched
 
@@ -323,18 +328,18 @@ def test_setting_the_prompt_that_there_is_gives_the_same_tensor_but_rewrites_his
 def test_upcoming_prompts_are_those_of_the_next_chunk(encoder):
     source = source_of(encoder, plan_of(["a", "b"], 1), plan_of(["c"]))
     assert source.upcoming() == ["a", "c"]
-    source.advance(0)
+    advance(source, 0)
     assert source.upcoming() == ["b", "c"]
 
 
 def test_replaced_embeddings_serve_until_the_text_changes(encoder):
     """A callback may put its own in place."""
     source = source_of(encoder, plan_of(["a", "b"], 2))
-    source.advance(0)
+    advance(source, 0)
     own = torch.zeros(1, 1, 2)
     source.replace_embeds(own)
-    assert source.advance(1)[1] is own
-    assert encoder.prompts_of(source.advance(2)[1]) == ["Cut. b"]
+    assert advance(source, 1)[1] is own
+    assert encoder.prompts_of(advance(source, 2)[1]) == ["Cut. b"]
 
 
 def test_embeddings_that_are_given_need_no_prompt_until_one_is_set(encoder):
@@ -350,11 +355,11 @@ def test_embeddings_that_are_given_need_no_prompt_until_one_is_set(encoder):
     )
     assert source.upcoming() == [None]
     for index in range(2):
-        prompts, embeds, switched = source.advance(index)
+        prompts, embeds, switched = advance(source, index)
         assert (prompts[0].prompt, embeds is fixed, switched) == (None, True, False)
     assert encoder.batches == []
     source.redirect("x", cut=True)
-    prompts, embeds, _ = source.advance(2)
+    prompts, embeds, _ = advance(source, 2)
     assert (prompts[0], encoder.prompts_of(embeds)) == (ChunkPrompt("x", 1, True), ["Cut. x"])
 
 

@@ -39,7 +39,7 @@ class Denoiser:
     prompts = SimpleNamespace(warn_of_unused=lambda: None)
 
     def __init__(self, num_chunks: int = NUM_CHUNKS):
-        self.kv_caches, self.run, self.num_chunks = [], RunState(1.0, 0, None), num_chunks
+        self.own_caches, self.run, self.num_chunks = [], RunState(1.0, 0, None), num_chunks
         self.threads = set()
 
     def chunks(self):
@@ -48,6 +48,9 @@ class Denoiser:
             assert "embedded" in known(), "the embeddings may not be there yet"
             happens(("denoised", index))
             yield DenoisedChunk(torch.randn(1, 8, 2, 4, 4), index, [ChunkPrompt("a", 0, False)])
+
+    def end(self) -> None:
+        """There is nobody to tell."""
 
 
 def begin(case: str, workers: AsyncWorkers, denoiser: Denoiser) -> StreamingSession:

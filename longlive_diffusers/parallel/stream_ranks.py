@@ -1,0 +1,171 @@
+"""The ranks that make one stream together, and the process groups they meet in.
+
+Each purpose has a group of its own, because groups are not to be used by two threads at once, and an asynchronous
+session decodes in one thread while it denoises in another:
+
+    heads, branches, tensors    in the thread that denoises, on the devices
+    decode                      in the thread that decodes, on the devices
+    orders, turns               what the first rank tells the others, on the hosts (gloo), in either thread
+
+When a rank fails, the others wait for it in one of these groups. So it leaves word of its error in the store of the
+process group, and closes its groups: whoever waits there gets an error at once, and finds the word.
+"""
+
+import uuid
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from .head_exchange import FrameExchange, HeadExchange, WholeExchange
+from .stream_config import StreamParallelConfig
+
+
+_ENDLESS = timedelta(days=365)  # the first rank may wait for its user for as long as that user likes
+
+
+class RanksParted(RuntimeError):
+    """A group was asked for after a rank has failed."""
+
+
+class StreamRanks:
+    """
+    The ranks of one stream, seen from one of them. Every rank of the world makes its own, at the same time.
+
+    Args:
+        config: How the stream is shared, from `resolve_stream_config`.
+
+    Attributes:
+        rank, size: This rank among those of the stream, and how many there are.
+        branch: Which branch of guidance this rank computes, 0 (the prompt) or 1 (the negative prompt), where the
+            branches are split; else None.
+        heads_size: How many ranks share the heads.
+
+    Raises:
+        ValueError: If torch.distributed is not initialized, or its ranks cannot be divided into streams.
+    """
+
+    def __init__(self, config: StreamParallelConfig):
+        if not dist.is_available() or not dist.is_initialized():
+            raise ValueError(
+                'Several ranks can share a stream after `torch.distributed.init_process_group("nccl")` on GPUs, or '
+                '"gloo" on CPUs, in every process: start them with torchrun.'
+            )
+        rows = _rank_rows(config)
+        members = sorted(rank for row in rows for rank in row)
+        own_row = next(index for index, row in enumerate(rows) if dist.get_rank() in row)
+        place = rows[own_row].index(dist.get_rank())
+        self.config = config
+        self.rank, self.size, self.heads_size = members.index(dist.get_rank()), len(members), len(rows[own_row])
+        self.branch = own_row if config.cfg_parallel else None
+        self.backend = dist.get_backend()
+        self._groups = {
+            "heads": _new_group(rows[own_row]),
+            "branches": _new_group([row[place] for row in rows]) if config.cfg_parallel else None,
+            "tensors": _new_group(members),
+            "decode": _new_group(members),
+            "orders": _new_group(members, backend="gloo", timeout=_ENDLESS),
+            "turns": _new_group(members, backend="gloo", timeout=_ENDLESS),
+        }
+        self._exchanges = (
+            FrameExchange(self.group("heads"), config.exchange_dtype),
+            WholeExchange(self.group("heads")),
+        )
+        self.num_async_sessions = 0
+        name = self.tell("orders", uuid.uuid4().hex if self.rank == 0 else None)
+        self._store = dist.PrefixStore(f"longlive/{name}", dist.distributed_c10d._get_default_store())
+
+    def __deepcopy__(self, memo: dict) -> "StreamRanks":
+        return self  # a copy of a network is on the same ranks
+
+    def __getstate__(self) -> dict:
+        raise ValueError("A network that several ranks share cannot be pickled: save it with `save_pretrained`.")
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        """
+        Return a group by its name.
+
+        Raises:
+            RanksParted: If a rank has failed, and the groups are closed.
+        """
+        if not self._groups:
+            raise RanksParted(f"The ranks of this stream have parted: {self.failure()}. Start them all again.")
+        group = self._groups[name]
+        assert group is not None  # "branches" is asked for only where there are some
+        return group
+
+    def exchange(self, num_frames: int) -> HeadExchange:
+        """Return the exchange of a chunk of `num_frames`."""
+        self.group("heads")  # or its error
+        return self._exchanges[0 if num_frames % self.heads_size == 0 else 1]
+
+    def tell(self, group: str, value: Any) -> Any:
+        """Return the first rank's `value` on every rank; anything small that can be pickled."""
+        holder = [value]
+        dist.broadcast_object_list(holder, group=self.group(group), group_src=0)
+        return holder[0]
+
+    def ask_all(self, value: Any) -> list[Any]:
+        """Return every rank's `value` on every rank, in their order."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group("orders"))
+        return values
+
+    def part(self, reason: str | None) -> None:
+        """Close this rank's groups. Before, leave word of the `reason`; None if another rank's end is the reason."""
+        if not self._groups:
+            return
+        try:
+            if reason is not None and not self._store.check(["failure"]):
+                self._store.set("failure", f"rank {self.rank} failed with {reason}")
+        except RuntimeError:  # the process that keeps the store is gone, perhaps this is why
+            pass
+        # The connections end when nothing refers to a group any more.
+        groups = [group for group in self._groups.values() if group is not None]
+        self._groups, self._exchanges = {}, ()
+        while groups:
+            dist.destroy_process_group(groups.pop())
+
+    def failure(self) -> str:
+        """Why the ranks have parted, as far as it is known."""
+        try:
+            if self._store.check(["failure"]):
+                return self._store.get("failure").decode()
+        except RuntimeError:
+            pass
+        return "another rank has ended"
+
+
+def _rank_rows(config: StreamParallelConfig) -> list[list[int]]:
+    """Return the ranks that share a stream with this one: one row or, with split branches, one for each branch."""
+    if config.mesh is not None:
+        return _rows_of_mesh(config)
+    world, rank, degree = dist.get_world_size(), dist.get_rank(), config.ulysses_degree
+    if world % config.num_ranks:
+        branches = " for each of two branches of guidance" if config.cfg_parallel else ""
+        raise ValueError(
+            f"{world} ranks cannot be divided into streams of {config.num_ranks}: `ulysses_degree` is {degree}{branches}."
+        )
+    first = rank - rank % config.num_ranks
+    return [list(range(start, start + degree)) for start in range(first, first + config.num_ranks, degree)]
+
+
+def _rows_of_mesh(config: StreamParallelConfig) -> list[list[int]]:
+    mesh = config.mesh
+    names = ("cfg", "ulysses") if config.cfg_parallel else ("ulysses",)
+    missing = [name for name in names if name not in (mesh.mesh_dim_names or ())]
+    if missing:
+        raise ValueError(f"`mesh` needs dimensions named {names}, it has {mesh.mesh_dim_names}.")
+    rows = mesh[names].mesh.reshape(-1, mesh["ulysses"].size()).tolist()
+    if len(rows) != (2 if config.cfg_parallel else 1) or len(rows[0]) != config.ulysses_degree:
+        raise ValueError(
+            f"`mesh` has {len(rows)} x {len(rows[0])} ranks of a stream, but `ulysses_degree` is "
+            f"{config.ulysses_degree} and `cfg_parallel` {config.cfg_parallel}."
+        )
+    return rows
+
+
+def _new_group(ranks: Sequence[int], **options: Any) -> dist.ProcessGroup:
+    # Made by its members alone: other streams of the same world need not take part.
+    return dist.new_group(list(ranks), use_local_synchronization=True, **options)
