@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
 from ..number_checks import check_booleans
+from ..nvfp4.linear import nvfp4_layers
 from ..nvfp4.lora import adopt_lora_layers
 from ..parallel.head_exchange import HeadExchange
 from ..parallel.layout import check_heads
@@ -465,6 +466,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         resolved = resolve_stream_config(config, cp_plan, self.config.num_attention_heads)
         self.stream_ranks = StreamRanks(resolved)
         self._parallel_config = config
+        for layer in nvfp4_layers(self).values():
+            layer.share_amax = self.stream_ranks.share_amax
 
     @property
     def _num_own_heads(self) -> int:

@@ -6,9 +6,9 @@ for the duration of the product. `fp8` multiplies in 8 bits where there are no 4
 pays where products dominate, that is with many rows, and where memory does not matter: it keeps the weight in FP8 as
 well, nearly three times the memory of `w4a16`, and rounds the inputs. "auto" never chooses it.
 
-A backend creates a *product* for a layer: a small module, `product(x, weight) -> x W^T`, that keeps what it needs
-besides the stored weight (swizzled scales, a weight in FP8) in buffers that are not saved. A product is made for the
-weight's device and never moved: where the weight is moved, another is made.
+A backend creates a *product* for a layer: a small module, `product(x, weight, share_amax) -> x W^T`, that keeps what
+it needs besides the stored weight (swizzled scales, a weight in FP8) in buffers that are not saved. A product is made
+for the weight's device and never moved: where the weight is moved, another is made.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,10 @@ from .matmul import (
 from .operators import quantize_rows
 from .rules import MAX_SCALE
 from .transformer_engine import TEProduct, te_unsupported_reason
+
+
+ShareAmax = Callable[[torch.Tensor], torch.Tensor]
+"""Returns the largest absolute number over the ranks that have other rows of the same input, given this rank's."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,9 @@ class EmulatedProduct(nn.Module):
         super().__init__()
         self.activation_rule = activation_rule
 
-    def forward(self, x: torch.Tensor, weight: NVFP4Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, weight: NVFP4Tensor, share_amax: ShareAmax | None = None) -> torch.Tensor:
         """`[rows, in_features]` -> `[rows, out_features]`."""
-        return emulate(quantize_unchecked(x, self.activation_rule), weight, x.dtype)
+        return emulate(quantize_rows_of(x, self.activation_rule, share_amax), weight, x.dtype)
 
 
 class W4A16Product(nn.Module):
@@ -113,7 +117,7 @@ class W4A16Product(nn.Module):
     def __init__(self, weight: NVFP4Tensor, activation_rule: str):
         super().__init__()
 
-    def forward(self, x: torch.Tensor, weight: NVFP4Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, weight: NVFP4Tensor, share_amax: ShareAmax | None = None) -> torch.Tensor:
         """`[rows, in_features]` -> `[rows, out_features]`."""
         return x @ weight.dequantize(x.dtype).T
 
@@ -131,7 +135,7 @@ class FP8Product(nn.Module):
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
-    def forward(self, x: torch.Tensor, weight: NVFP4Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, weight: NVFP4Tensor, share_amax: ShareAmax | None = None) -> torch.Tensor:
         """`[rows, in_features]` -> `[rows, out_features]`."""
         codes, scale = rows_to_fp8(x)
         weight_codes, weight_scale = self.codes, self.scale
@@ -154,10 +158,17 @@ class ScaledMMProduct(nn.Module):
         self.activation_rule = activation_rule
         self.register_buffer("swizzled_scales", swizzle(weight.scales), persistent=False)
 
-    def forward(self, x: torch.Tensor, weight: NVFP4Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, weight: NVFP4Tensor, share_amax: ShareAmax | None = None) -> torch.Tensor:
         """`[rows, in_features]` -> `[rows, out_features]`."""
-        x_rounded = quantize_unchecked(x, self.activation_rule)
+        x_rounded = quantize_rows_of(x, self.activation_rule, share_amax)
         return multiply_in_hardware(x_rounded, weight, self.swizzled_scales).to(x.dtype)
+
+
+def quantize_rows_of(x: torch.Tensor, scale_rule: str, share_amax: ShareAmax | None) -> NVFP4Tensor:
+    """Quantize this rank's rows of an input; the global scale is that of all of them, as on one device."""
+    if share_amax is None:
+        return quantize_unchecked(x, scale_rule)
+    return quantize_unchecked(x, scale_rule, amax=share_amax(x.abs().amax().float().reshape(1)))
 
 
 def rows_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import nn
 
-from .backends import LayerShape, LinearBackend, check_backend_name, choose_backend
+from .backends import ShareAmax, LayerShape, LinearBackend, check_backend_name, choose_backend
 from .format import BLOCK, NVFP4Tensor, Weights, check_buffers, quantize
 from .matmul import connected_to
 from .rules import scale_rule_named
@@ -73,6 +73,7 @@ class NVFP4Linear(nn.Linear):
         self.register_buffer("weight_scales", scales)
         self.register_buffer("weight_amax", torch.zeros(1, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.share_amax: ShareAmax | None = None  # set where several ranks share the rows of an input
         self.select_backend()
 
     @classmethod
@@ -166,7 +167,7 @@ class NVFP4Linear(nn.Linear):
         if self.product_on is None:
             raise RuntimeError("This NVFP4Linear has no weight yet: it is on the meta device.")
         _, product = self.product_on
-        return product(rows, self.weight_nvfp4)
+        return product(rows, self.weight_nvfp4, self.share_amax)
 
     @torch.compiler.disable()
     def _select_backend_uncompiled(self) -> None:

@@ -6,6 +6,7 @@ TransformerEngine quantizes in its own way: it is given a stored weight in bfloa
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,8 +89,14 @@ class TEProduct(nn.Module):
         # weight is moved.
         self.layer_and_recipe = (layer.requires_grad_(False), recipe)
 
-    def forward(self, x: torch.Tensor, weight: NVFP4Tensor) -> torch.Tensor:
-        """`[rows, in_features]` -> `[rows, out_features]`."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        weight: NVFP4Tensor,
+        share_amax: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """`[rows, in_features]` -> `[rows, out_features]`. TransformerEngine rounds `x` by the global scale of these
+        rows, also where other ranks have others of the same input (`share_amax`)."""
         te, _ = load_te()
         layer, recipe = self.layer_and_recipe
         with te.autocast(enabled=True, recipe=recipe):

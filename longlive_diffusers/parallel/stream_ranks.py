@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from .head_exchange import FrameExchange, HeadExchange, WholeExchange
@@ -99,6 +100,11 @@ class StreamRanks:
         """Return the exchange of a chunk of `num_frames`."""
         self.group("heads")  # or its error
         return self._exchanges[0 if num_frames % self.heads_size == 0 else 1]
+
+    def share_amax(self, amax: torch.Tensor) -> torch.Tensor:
+        """Return the largest number over the ranks that share the heads, each of which has other tokens."""
+        dist.all_reduce(amax, dist.ReduceOp.MAX, group=self.group("heads"))
+        return amax
 
     def tell(self, group: str, value: Any) -> Any:
         """Return the first rank's `value` on every rank; anything small that can be pickled."""

@@ -195,7 +195,29 @@ FEATURES: dict[str, Case] = {
     "global seed": (pipeline, from_global_seed),
 }
 
-CASES: dict[str, Case] = {**FEATURES, **dict(golden_cases()), **dict(matrix())}
+def compiled() -> LongLivePipeline:
+    pipe = pipeline()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    return pipe
+
+
+def compiled_in_four_bits() -> LongLivePipeline:
+    pipe = in_four_bits("emulate")
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    return pipe
+
+
+COMPILED = {
+    "compiled": (compiled, lambda pipe: switches(pipe, kv_cache_dtype="nvfp4")),
+    "compiled in four bits": (compiled_in_four_bits, long_video),
+}
+BRANCHES = {
+    "branches: two videos, cuts": (pipeline, lambda pipe: long_video(pipe, guidance_scale=3.0)),
+    "branches: switches": (wide_sinks, lambda pipe: switches(pipe, guidance_scale=3.0, kv_cache_dtype="fp8")),
+    "branches: callback": (pipeline, changes),
+}
+
+CASES: dict[str, Case] = {**COMPILED, **BRANCHES, **FEATURES, **dict(golden_cases()), **dict(matrix())}
 
 
 def compare(case: Case, config: ContextParallelConfig) -> dict[str, float]:
@@ -222,7 +244,10 @@ def main(path: Path) -> None:
             if not re.search(ONLY, name):
                 continue
             began = time.perf_counter()
-            found = compare(case, ContextParallelConfig(ulysses_degree=degree))
+            config = ContextParallelConfig(ulysses_degree=degree)
+            if name in BRANCHES:
+                config = StreamParallelConfig(ulysses_degree=degree // 2, cfg_parallel=True)
+            found = compare(case, config)
             if dist.get_rank() == 0:
                 print(degree, name, found, f"{time.perf_counter() - began:.2f} s", flush=True)
             everywhere = [None] * dist.get_world_size()
