@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .choices import KV_CACHE_DTYPES, MAX_CACHED_FRAMES, NVFP4_BACKENDS
+from .choices import KV_CACHE_DTYPES, MAX_CACHED_FRAMES, MAX_DEVICES, NVFP4_BACKENDS
 
 
 def integer(least: int, most: int) -> Callable[[str], int]:
@@ -56,6 +56,18 @@ def text(argument: str) -> str:
 def add_device_option(parser: argparse._ActionsContainer, what: str = "The device to run on") -> None:
     """Add `--device`, whose value `device.choose_device` resolves."""
     parser.add_argument("--device", help=f"{what}: cuda, cuda:1, cpu (default: cuda if there is one).")
+
+
+def add_devices_option(parser: argparse._ActionsContainer) -> None:
+    """Add `--devices`, whose value `devices.check_devices` checks."""
+    parser.add_argument(
+        "--devices",
+        type=integer(1, MAX_DEVICES),
+        default=1,
+        metavar="N",
+        help="The number of devices that make the video together, with a process for each: it divides the number of "
+        "attention heads (default: %(default)s).",
+    )
 
 
 def add_attention_backend_option(parser: argparse._ActionsContainer) -> None:

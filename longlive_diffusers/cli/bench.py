@@ -8,6 +8,7 @@ from .arguments import (
     add_cache_options,
     add_compile_option,
     add_device_option,
+    add_devices_option,
     add_nvfp4_option,
     add_renamed,
     integer,
@@ -46,6 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--dtype", choices=DTYPES, help="The dtype of the networks (default: bfloat16 on a GPU, float32 on a CPU)."
     )
     add_device_option(parser)
+    add_devices_option(parser)
     add_attention_backend_option(parser)
     add_nvfp4_option(parser)
     add_compile_option(parser)

@@ -9,7 +9,7 @@ from .bench import add_parser as add_bench
 from .console import flush, show_any_character, warnings_in_one_line
 from .convert import add_parser as add_convert
 from .env import add_parser as add_env
-from .errors import one_line
+from .errors import is_told_by_another, one_line
 from .generate import add_parser as add_generate
 from .quantize import add_parser as add_quantize
 
@@ -31,7 +31,8 @@ def run(argv: Sequence[str]) -> int:
         message = one_line(error, args)
         if message is None:
             raise
-        print(f"longlive: error: {message}", file=sys.stderr)
+        if not is_told_by_another(error):
+            print(f"longlive: error: {message}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
 
 
@@ -39,13 +40,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of any command; its options may stand between its positional arguments.
 
     Returns:
-        The namespace; its `run` is the function to call with it.
+        The namespace; its `run` is the function to call with it, and its `argv` the arguments.
     """
     parser, commands = _build_parsers()
     if argv and argv[0] in commands:
         command, rest = commands[argv[0]], argv[1:]
         # Parsing intermixed forgets that what follows "--" is no option.
-        return command.parse_args(rest) if "--" in rest else command.parse_intermixed_args(rest)
+        args = command.parse_args(rest) if "--" in rest else command.parse_intermixed_args(rest)
+        args.argv = list(argv)
+        return args
     return parser.parse_args(argv)  # shows the help or the version, or says what is wrong, and exits
 
 

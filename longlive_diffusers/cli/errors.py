@@ -1,6 +1,7 @@
 """What a failed command tells its user: one line, in the words of the command line."""
 
 import argparse
+import os
 import re
 from collections.abc import Collection
 
@@ -26,7 +27,7 @@ def one_line(error: Exception, args: argparse.Namespace | None) -> str | None:
         error: What was raised.
         args: The arguments of the command; None where they were not parsed.
     """
-    names = set() if args is None else vars(args).keys() - {"run", "prompts"}  # which are no options
+    names = set() if args is None else vars(args).keys() - {"run", "prompts", "argv"}  # which are no options
     if is_out_of_memory(error):
         helps = [text for name, text in _LOWER.items() if name in names and (name != "offload" or _is_of_gpu(error))]
         advice = f"; what needs less: {', '.join(helps)}" if helps else ""
@@ -35,6 +36,8 @@ def one_line(error: Exception, args: argparse.Namespace | None) -> str | None:
         if error.strerror is None:
             return _joined(str(error))
         return _joined(error.strerror + (f": '{error.filename}'" if error.filename else ""))
+    if _is_named(error, "RanksParted"):
+        return _joined(str(error))
     if isinstance(error, ValueError):
         return _joined(with_option_names(str(error), names))
     return None
@@ -57,9 +60,19 @@ def with_option_names(message: str, names: Collection[str]) -> str:
     return re.sub(r"`(\w+)`", option, message)
 
 
+def is_told_by_another(error: Exception) -> bool:
+    """Whether this is one of several processes that make a video, and the first of them, or the one that failed, tells
+    the user of the error."""
+    return os.environ.get("RANK", "0") != "0" and (isinstance(error, ValueError) or _is_named(error, "RanksParted"))
+
+
 def _is_of_gpu(error: Exception) -> bool:
-    """Whether it is `torch.OutOfMemoryError`, by name: only the commands that need torch import it."""
-    return type(error).__name__ == "OutOfMemoryError" and type(error).__module__.split(".")[0] == "torch"
+    return _is_named(error, "OutOfMemoryError")
+
+
+def _is_named(error: Exception, name: str) -> bool:
+    """Whether an error is of a class of torch's or of this package's that only the commands import which need it."""
+    return type(error).__name__ == name and type(error).__module__.split(".")[0] in ("torch", "longlive_diffusers")
 
 
 def _first_sentence(error: Exception) -> str:

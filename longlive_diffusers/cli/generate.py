@@ -8,6 +8,7 @@ from .arguments import (
     add_cache_options,
     add_compile_option,
     add_device_option,
+    add_devices_option,
     add_nvfp4_option,
     integer,
     number,
@@ -145,6 +146,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="How much of the LoRA is added; for several, one for all or one for each, in order (default: 1).",
     )
     add_device_option(models)
+    add_devices_option(models)
     models.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),

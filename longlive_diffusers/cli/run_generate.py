@@ -1,18 +1,24 @@
 """Make the video that `longlive generate` was asked for, and write it while it is made."""
 
 import argparse
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..benchmark.measure import as_size, peak_memory, reset_peak_memory
+from ..conversion.pipeline_folder import PipelineFolder
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..pipelines.pipeline_output import VideoChunk
+from ..pipelines.session import StreamingSession
 from ..video.writer import VideoWriter
 from ..wording import counted
 from .choices import FPS
+from .devices import Rank, own_rank, start_ranks
 from .generation_request import GenerationRequest, check_request, scaled_loras
 from .status_line import StatusLine
 from .typed_prompts import HELP, TypedPrompts, readable_descriptor
@@ -43,21 +49,17 @@ class Progress:
 def generate(args: argparse.Namespace) -> int:
     """Make the video; return 130 if Ctrl-C ended it (the file is then valid, only shorter)."""
     request, folder = check_request(args)
+    rank = own_rank()
+    if rank.count < args.devices:
+        command, *options = args.argv
+        return start_ranks([command, "--seed", str(request.seed), *options], args.devices)
+    if not rank.leads:
+        return follow(request, folder, args, rank)
     for note in request.notes:
         print(f"longlive: {note}", file=sys.stderr)
     shows_bars = not args.no_progress and sys.stderr is not None and sys.stderr.isatty()
     began = time.perf_counter()
-    pipe = folder.load(
-        device=request.device,
-        dtype=args.dtype,
-        offload=args.offload,
-        loras=scaled_loras(args),
-        fused_lora=request.embedded_lora,
-        nvfp4_backend=args.nvfp4,
-        attention_backend=args.attention_backend,
-        compile=args.compile,
-        show_progress=shows_bars,
-    )
+    pipe = load(request, folder, args, rank, show_progress=shows_bars)
     if args.stream:  # the status line says more, and bars would break it
         pipe.set_progress_bar_config(disable=True)
     loading = time.perf_counter() - began
@@ -68,7 +70,7 @@ def generate(args: argparse.Namespace) -> int:
     try:
         with writer:
             try:
-                write_video(pipe, request, args, writer, progress)
+                interrupted = write_video(pipe, request, args, writer, progress)
             except KeyboardInterrupt:
                 interrupted = True
                 if request.num_frames is not None:  # the video is unfinished: it does not replace another
@@ -85,20 +87,55 @@ def generate(args: argparse.Namespace) -> int:
     return 130 if interrupted else 0
 
 
+def load(
+    request: GenerationRequest, folder: PipelineFolder, args: argparse.Namespace, rank: Rank, *, show_progress: bool
+) -> LongLivePipeline:
+    """Load the models that were asked for, on this process's device."""
+    device = rank.device(request.device)
+    pipe = folder.load(
+        device=device,
+        dtype=args.dtype,
+        offload=args.offload,
+        loras=scaled_loras(args),
+        fused_lora=request.embedded_lora,
+        nvfp4_backend=args.nvfp4,
+        attention_backend=args.attention_backend,
+        compile=args.compile,
+        show_progress=show_progress,
+    )
+    rank.join(pipe, device)
+    return pipe
+
+
+def follow(request: GenerationRequest, folder: PipelineFolder, args: argparse.Namespace, rank: Rank) -> int:
+    """Make the video together with the process that writes it, for as long as that one goes on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to act on
+    pipe = load(request, folder, args, rank, show_progress=False)
+    with pipe.stream(**request.stream_arguments(args)) as session:
+        for _ in session:
+            pass
+    return 0
+
+
 def write_video(
     pipe: LongLivePipeline,
     request: GenerationRequest,
     args: argparse.Namespace,
     writer: VideoWriter,
     progress: Progress,
-) -> None:
-    """Write chunk by chunk, until the video is complete or its user ends it. Ctrl-C is how an endless one ends."""
+) -> bool:
+    """Write chunk by chunk, until the video is complete or its user ends it; return whether Ctrl-C ended it, which is
+    how an endless one ends. With one device, it may also raise KeyboardInterrupt."""
     endless = request.num_frames is None
     descriptor = readable_descriptor(sys.stdin) if endless else None
     typed = None if descriptor is None else TypedPrompts(descriptor)
     if endless:
         print(f"Endless: Ctrl-C ends it{'' if typed is None else '; ' + HELP}.", flush=True)
-    with pipe.stream(**request.stream_arguments(args)) as session, StatusLine() as status:
+    with (
+        pipe.stream(**request.stream_arguments(args)) as session,
+        interrupts(session, is_shared=pipe.stream_ranks is not None) as interrupted,
+        StatusLine() as status,
+    ):
         for chunk in session:
             frames = chunk.frames[0]
             assert isinstance(frames, np.ndarray) and isinstance(chunk.prompt, str)  # as a single video in NumPy has
@@ -108,6 +145,27 @@ def write_video(
                 status.show(describe_chunk(chunk, progress), repr(shortened(chunk.prompt)))
             if typed is not None and not typed.apply_next(session, chunk):
                 break
+    return bool(interrupted)
+
+
+@contextmanager
+def interrupts(session: StreamingSession, *, is_shared: bool) -> Iterator[list[int]]:
+    """Where other processes share the session, let Ctrl-C end it with the chunk in progress, which all make together,
+    and not at any time. What is yielded is empty until then."""
+    received: list[int] = []
+    if not is_shared:
+        yield received
+        return
+
+    def end(number: int, frame: object) -> None:
+        received.append(number)
+        session.interrupt()
+
+    previous = signal.signal(signal.SIGINT, end)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def describe_chunk(chunk: VideoChunk, progress: Progress) -> str:

@@ -116,7 +116,7 @@ class Agreement:
             return error
         is_consequence = is_lost_connection(error)
         self.ranks.part(None if is_consequence else _named(error))
-        return RuntimeError(f"The stream ends: {self.ranks.failure()}.") if is_consequence else error
+        return RanksParted(f"The stream ends: {self.ranks.failure()}.") if is_consequence else error
 
 
 ALONE = Agreement(None, torch.device("cpu"))

@@ -27,7 +27,7 @@ _ENDLESS = timedelta(days=365)  # the first rank may wait for its user for as lo
 
 
 class RanksParted(RuntimeError):
-    """A group was asked for after a rank has failed."""
+    """A rank cannot go on, because another one has failed or ended."""
 
 
 class StreamRanks:

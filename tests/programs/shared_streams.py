@@ -233,13 +233,14 @@ def compare(case: Case, config: ContextParallelConfig) -> dict[str, float]:
 
 
 ONLY = sys.argv[2] if len(sys.argv) > 2 else ""
+DEGREES = [int(sys.argv[3])] if len(sys.argv) > 3 else (2, 4)
 
 
 def main(path: Path) -> None:
-    import faulthandler; faulthandler.dump_traceback_later(90, exit=True)
+    import faulthandler; faulthandler.dump_traceback_later(200, exit=True)
     dist.init_process_group("gloo")
     results = {}
-    for degree in (2, 4):
+    for degree in DEGREES:
         for name, case in CASES.items():
             if not re.search(ONLY, name):
                 continue
