@@ -27,6 +27,7 @@ class BenchOptions:
         size_name: The name of the size.
         size: The sizes of the networks and of the video.
         device, dtype: The device and the dtype that the networks run in.
+        num_devices: How many processes, each with a device of its own, make every video together.
         attention_backend: An attention backend of diffusers, or None for its default.
         nvfp4_backend: How products with weights in 4 bits are computed; None if weights are not quantized.
         compile: Whether the transformer's blocks are compiled.
@@ -41,6 +42,7 @@ class BenchOptions:
     nvfp4_backend: str | None = None
     compile: bool = False
     kv_cache_dtypes: tuple[str, ...] = ()
+    num_devices: int = 1
 
 
 def describe_setting(options: BenchOptions) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def describe_setting(options: BenchOptions) -> dict[str, Any]:
     return {
         "device": device_name(options.device),
         "device_type": options.device.type,
+        "devices": options.num_devices,
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "dtype": dtype_name(options.dtype),
@@ -74,12 +77,16 @@ def describe_setting(options: BenchOptions) -> dict[str, Any]:
     }
 
 
-def measurements(options: BenchOptions, log_stage: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Run all measurements, in an order in which none disturbs the next.
+def measurements(
+    options: BenchOptions, log_stage: Callable[[str], None], share: Callable[[LongLivePipeline], None]
+) -> Iterator[dict[str, Any]]:
+    """Run all measurements, in an order in which none disturbs the next. Processes that share the work run them
+    together.
 
     Args:
         options: What to measure.
         log_stage: Called with the name of each stage as it begins.
+        share: Shares the pipeline with the other processes, if there are any.
 
     Yields:
         The results of each stage, by name: seconds, bytes and FLOP/s.
@@ -90,6 +97,7 @@ def measurements(options: BenchOptions, log_stage: Callable[[str], None]) -> Ite
     yield {"matmul_flops_per_second": matmul}
     log_stage("building the networks")
     pipe, embeds = build(options)
+    share(pipe)
     yield {"weights_bytes": {"transformer": weights_bytes(pipe.transformer), "vae": weights_bytes(pipe.vae)}}
 
     log_stage("warming up")
@@ -99,7 +107,7 @@ def measurements(options: BenchOptions, log_stage: Callable[[str], None]) -> Ite
     measure_decode(pipe, latents[:2], device)
     log_stage("one forward")
     forward = measure_forward(pipe, size, embeds, device)
-    flops, name = forward_flops(size), dtype_name(options.dtype)
+    flops, name = forward_flops(size) / options.num_devices, dtype_name(options.dtype)
     yield {
         "forward": forward,
         "forward_flops": flops,

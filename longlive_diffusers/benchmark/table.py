@@ -43,12 +43,13 @@ def as_table(report: dict[str, Any]) -> str:
 def _setting_lines(setting: dict[str, Any]) -> list[str]:
     size, versions = setting["size"], ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
     nvfp4 = f", blocks in NVFP4 ({setting['nvfp4_backend']})" if setting["nvfp4_backend"] else ""
+    shared = f"{setting['devices']} processes, each on " if setting["devices"] > 1 else ""
     compiled = ", compiled" if setting["compiled"] else ""
     height, width = setting["pixels"]
     network = f"{setting['layers']} layers, width {setting['width']}, {setting['heads']} heads, FFN {setting['ffn']}"
     latents = "x".join(map(str, setting["latents"]))
     return [
-        f"device    {setting['device']}, {setting['threads']} CPU thread{'' if setting['threads'] == 1 else 's'}",
+        f"device    {shared}{setting['device']}, {setting['threads']} CPU thread{'' if setting['threads'] == 1 else 's'}",
         f"software  {versions}",
         f"network   {size}: {network}; random weights, {setting['dtype']}{nvfp4}",
         f"attention backend {setting['attention_backend']}{compiled}; {setting['text_tokens']} text tokens",
@@ -67,8 +68,9 @@ def _matmul_rows(setting: dict[str, Any], results: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _forward_rows(_: dict[str, Any], results: dict[str, Any]) -> list[Row]:
+def _forward_rows(setting: dict[str, Any], results: dict[str, Any]) -> list[Row]:
     forward, ratio = results["forward"], results["forward_to_matmul"]
+    on_each = " on each device" if setting["devices"] > 1 else ""
     compared = "" if ratio is None else f": {100 * ratio:.0f} % of the matmul rate of this dtype"
     parts = [
         (f"  {name}", f"{as_time(forward[name])}  {100 * forward[name] / forward['seconds']:.0f} %", text)
@@ -77,7 +79,7 @@ def _forward_rows(_: dict[str, Any], results: dict[str, Any]) -> list[Row]:
     return [
         ("forward", as_time(forward["seconds"]), "one forward of the transformer on a chunk, full window; median"),
         *parts,
-        ("  work", f"{results['forward_flops'] / 1e12:.4f} TFLOP", "matrix products of that forward, by formula"),
+        ("  work", f"{results['forward_flops'] / 1e12:.4f} TFLOP", f"matrix products of that forward{on_each}, by formula"),
         ("  rate", f"{results['forward_flops_per_second'] / 1e12:.3f} TFLOP/s", f"work by time{compared}"),
     ]
 

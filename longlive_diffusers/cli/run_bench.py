@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -16,20 +17,24 @@ from ..models.kv_cache import check_window
 from ..pipelines.inputs import resolve_size
 from .backends import check_attention_backend, check_nvfp4_backend
 from .device import choose_device
+from .devices import check_devices, own_rank, start_ranks
 
 
 def bench(args: argparse.Namespace) -> int:
     """Measure, and print the report."""
-    options = requested_options(args)
+    options, rank = requested_options(args), own_rank()
     json_file = None if args.json is None else check_new_file(args.json)
+    if rank.count < args.devices:
+        return start_ranks(args.argv, args.devices)
     if options.size.threads is not None:
         torch.set_num_threads(options.size.threads)
     report = {"setting": describe_setting(options), "results": {}}
     try:
-        for results in measurements(options, log_stage):
+        share = partial(rank.join, device=options.device)
+        for results in measurements(options, log_stage if rank.leads else lambda stage: None, share):
             report["results"].update(results)
     finally:  # what was measured before an error or Ctrl-C took time, too
-        if report["results"]:
+        if report["results"] and rank.leads:
             if json_file is not None:
                 write_text(json_file, json.dumps(report, indent=2) + "\n")
             print(as_table(report))
@@ -46,6 +51,7 @@ def requested_options(args: argparse.Namespace) -> BenchOptions:
     if len(set(args.kv_cache_dtype)) < len(args.kv_cache_dtype):
         raise ValueError(f"--kv-cache-dtype names one twice: {' '.join(args.kv_cache_dtype)}")
     device = choose_device(args.device)
+    check_devices(args.devices, device, size.transformer["num_attention_heads"])
     if args.attention_backend:
         check_attention_backend(args.attention_backend, device)
     if args.nvfp4:
@@ -53,7 +59,8 @@ def requested_options(args: argparse.Namespace) -> BenchOptions:
     return BenchOptions(
         size_name=args.size,
         size=size,
-        device=device,
+        device=own_rank().device(device),
+        num_devices=max(args.devices, own_rank().count),
         dtype=DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")],
         attention_backend=args.attention_backend,
         nvfp4_backend=args.nvfp4,
