@@ -3,16 +3,22 @@
 Wan's VAE is causal in time: each convolution needs the last frames of its own input, nothing later. `vae.decode` keeps
 these in a feature cache, but clears it at the start and end of every call. Here the caller's object owns the cache, so
 that it lives from chunk to chunk. The first latent frame gives one pixel frame, every later one four.
+
+With a group of ranks, each works on its own columns of the picture, and keeps the features of these only
+(`parallel/halo.py`).
 """
 
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..frame_counts import latent_frames, pixel_frames
+from ..parallel.columns import ColumnSplit, check_group
+from ..parallel.halo import exchanging_halos
 from ..tensor_checks import check_floats
 
 
@@ -27,11 +33,22 @@ class StreamingDecoder:
 
     Args:
         vae: An `AutoencoderKLWan`; not changed, and free for other uses between calls.
+        group: Ranks that decode together, each some columns of the picture: all call `decode` with the same latents,
+            and all get all pixels, those of a single process but for rounding. Latents with fewer columns (and rows)
+            than there are ranks, and those that are decoded in tiles, are decoded by every rank for itself.
+
+    Raises:
+        ValueError: If this process is not in the group.
     """
 
-    def __init__(self, vae: AutoencoderKLWan):
-        self.vae = _check_vae(vae)
+    def __init__(self, vae: AutoencoderKLWan, group: dist.ProcessGroup | None = None):
+        self.vae, self._group = _check_vae(vae), check_group(group)
         self.reset()
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the features that are kept for the next chunk, on this rank."""
+        return sum(_num_bytes(cache) for cache in self._caches.values())
 
     def reset(self) -> None:
         """Forget the video so far: the next chunk begins a new one."""
@@ -70,13 +87,17 @@ class StreamingDecoder:
         vae, (height, width) = self.vae, latents.shape[-2:]
         ratio = vae.spatial_compression_ratio
         tile_height, tile_width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
-        if vae.use_tiling and (width > tile_width or height > tile_height):
+        tiled = vae.use_tiling and (width > tile_width or height > tile_height)
+        split = ColumnSplit.of_latents(height, width, None if tiled else self._group)
+        if tiled:
             pixels = self._decode_tiles(latents, slice_index, first, tile_height, tile_width)
         else:
-            pixels = self._decode_tile(vae.post_quant_conv(latents), (slice_index, 0, 0), first)
+            own = split.part(latents)
+            with exchanging_halos(split):
+                pixels = self._decode_tile(vae.post_quant_conv(own), (slice_index, 0, 0), first)
         if vae.config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
-        return torch.clamp(pixels, min=-1.0, max=1.0)
+        return split.gather(torch.clamp(pixels, min=-1.0, max=1.0))
 
     def _decode_tile(self, latents: torch.Tensor, key: tuple[int, int, int], first: bool) -> torch.Tensor:
         """Decode frame by frame, with the feature cache of this slice and tile."""
@@ -130,11 +151,22 @@ class StreamingEncoder:
 
     Args:
         vae: An `AutoencoderKLWan`; not changed.
+        group: Ranks that encode together, each some columns of the picture: all call `encode` with the same pixels,
+            and all get all latents. Pictures of fewer latent columns (and rows) than there are ranks are encoded by
+            every rank for itself.
+
+    Raises:
+        ValueError: If this process is not in the group.
     """
 
-    def __init__(self, vae: AutoencoderKLWan):
-        self.vae = _check_vae(vae)
+    def __init__(self, vae: AutoencoderKLWan, group: dist.ProcessGroup | None = None):
+        self.vae, self._group = _check_vae(vae), check_group(group)
         self.reset()
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the features that are kept for the next frames, on this rank."""
+        return _num_bytes(self._cache)
 
     def reset(self) -> None:
         """Forget the video so far."""
@@ -168,13 +200,19 @@ class StreamingEncoder:
         num_latents = latent_frames(count, opens_video=opens_video, temporal_scale=scale)
         if count < 1 or count != pixel_frames(num_latents, opens_video=opens_video, temporal_scale=scale):
             raise ValueError(f"Expected {'1 + ' if opens_video else ''}{scale} n frames, got {count}.")
+        ratio = vae.spatial_compression_ratio
+        # An axis that is no whole number of latents is not split.
+        split = ColumnSplit.of_latents(*(size // ratio if size % ratio == 0 else 0 for size in shape[1:]), self._group)
+        frames = split.part(frames)
         if vae.config.patch_size is not None:
             frames = patchify(frames, patch_size=vae.config.patch_size)
         groups = groups_of_latents(frames, opens_video, scale)
         _bring_to_device(vae)
-        encoded = [vae.encoder(group, feat_cache=self._cache, feat_idx=[0]) for group in groups]
+        with exchanging_halos(split):
+            encoded = [vae.encoder(group, feat_cache=self._cache, feat_idx=[0]) for group in groups]
+            moments = vae.quant_conv(torch.cat(encoded, dim=2))
         self._shape = shape
-        return vae.quant_conv(torch.cat(encoded, dim=2)).chunk(2, dim=1)[0]
+        return split.gather(moments.chunk(2, dim=1)[0])
 
 
 def groups_of_latents(frames: torch.Tensor, opens_video: bool, temporal_scale: int) -> list[torch.Tensor]:
@@ -189,7 +227,10 @@ def groups_of_latents(frames: torch.Tensor, opens_video: bool, temporal_scale: i
 
 @torch.no_grad()
 def encode_video(
-    vae: AutoencoderKLWan, pixels: torch.Tensor, device: torch.device | str | None = None
+    vae: AutoencoderKLWan,
+    pixels: torch.Tensor,
+    device: torch.device | str | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """
     Encode a complete video frame by frame, in memory that does not depend on its length.
@@ -198,6 +239,7 @@ def encode_video(
         vae: The VAE that encodes.
         pixels: The video in [-1, 1], `[B, 3, 1 + 4 n, H, W]`, on any device.
         device: The device to encode on; by default that of the VAE.
+        group: Ranks that encode the video together, as in [`StreamingEncoder`].
 
     Returns:
         Normalized latents `[B, z_dim, 1 + n, h, w]`, float32.
@@ -206,7 +248,7 @@ def encode_video(
         ValueError: For pixels of another shape, another number of frames, or values that are no floats in [-1, 1]; H
             and W are multiples of the VAE's `scale_factor_spatial`.
     """
-    encoder = StreamingEncoder(vae)
+    encoder = StreamingEncoder(vae, group)
     _check_pixels(vae, pixels)
     groups = groups_of_latents(pixels, True, vae.config.scale_factor_temporal)
     latents = [encoder.encode(group.to(device or vae.device, vae.dtype)) for group in groups]
@@ -246,6 +288,11 @@ def normalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Ten
     """Normalize latents `[B, z_dim, F, h, w]` of the VAE for the transformer."""
     mean, std = latent_statistics(vae, latents.device, latents.dtype)
     return (latents - mean) / std
+
+
+def _num_bytes(cache: list) -> int:
+    """Of the tensors among the entries, which may also be None or a mark of diffusers'."""
+    return sum(features.nbytes for features in cache if isinstance(features, torch.Tensor))
 
 
 @apply_forward_hook

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 
@@ -21,6 +22,7 @@ class ChunkDecoder:
         output_type: The layout of the frames: "np", "pt" or "pil".
         device: The device that the VAE runs on, possibly another one than that of the latents.
         stream: The CUDA stream to decode on, in parallel with what the caller's stream does; None for the caller's.
+        group: Ranks that decode together, as in [`StreamingDecoder`]: all give the same latents and get all frames.
     """
 
     def __init__(
@@ -31,9 +33,10 @@ class ChunkDecoder:
         device: torch.device,
         *,
         stream: torch.cuda.Stream | None = None,
+        group: dist.ProcessGroup | None = None,
     ):
         self.vae, self.video_processor, self.output_type, self.device = vae, video_processor, output_type, device
-        self._decoder, self._stream = StreamingDecoder(vae), stream
+        self._decoder, self._stream = StreamingDecoder(vae, group), stream
         # Made once: on a GPU, making a tensor of Python's numbers waits for the device.
         self._mean, self._std = latent_statistics(vae, device, torch.float32)
 

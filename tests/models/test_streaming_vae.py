@@ -11,25 +11,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from longlive_diffusers import StreamingDecoder, StreamingEncoder
 from longlive_diffusers.models.streaming_vae import latent_statistics, normalize_latents
-from tests.support.tiny_vae import tiny_vae
+from tests.support.tiny_vae import tiny_vae, wan_2_1_vae
 
 
 Z_DIM = 8
-
-
-def wan_2_1_vae() -> AutoencoderKLWan:
-    """The older kind (8x in space, pixels not patchified, no residual shortcuts around its blocks), tiny."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=Z_DIM,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * Z_DIM,
-        latents_std=[1.0] * Z_DIM,
-    )
-    return vae.eval()
 
 
 def with_exact_end_convolutions(vae: AutoencoderKLWan) -> AutoencoderKLWan:
