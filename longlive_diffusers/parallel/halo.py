@@ -23,8 +23,9 @@ Rearrangements (views, permutations) are among the second kind: that pictures ar
 they are padded and convolved is taken for granted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,8 @@ _ALONG_A_DIMENSION = {
     Tensor.split: 2,
 }
 
+_OF_A_PADDED_PICTURE = "of a split picture that is padded, and not yet convolved"
+
 
 def exchanging_halos(split: ColumnSplit) -> AbstractContextManager:
     """What a VAE is to be called within on a rank's part of a picture; nothing, where the part is all of it."""
@@ -90,44 +93,47 @@ class HaloExchange(TorchFunctionMode):
         # Of the picture that was padded last, until it is convolved: its shape, and how many columns are its halo.
         self._padded_shape: torch.Size | None = None
         self._halo = 0
-        self._knows = {
+        self._needs_other_columns = {
             F.pad: self._pad,
-            F.conv2d: lambda *args, **kwargs: self._convolve(F.conv2d, *args, **kwargs),
-            F.conv3d: lambda *args, **kwargs: self._convolve(F.conv3d, *args, **kwargs),
-            F.interpolate: self._interpolate,
+            F.conv2d: partial(self._convolve, F.conv2d),
+            F.conv3d: partial(self._convolve, F.conv3d),
             F.scaled_dot_product_attention: self._attend,
-            Tensor.__getitem__: self._index,
         }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if torch.compiler.is_compiling():
             # Raised while the VAE is traced, so that the compiler leaves the call to the uncompiled module.
             raise NotImplementedError("A VAE that is split over ranks is not compiled.")
-        return self._call(func, args, kwargs or {})
+        return _uncompiled(self._call, func, args, kwargs or {})
 
-    @torch.compiler.disable
     def _call(self, func, args: tuple, kwargs: dict):
-        if func in self._knows:
-            if self._is_padded(*args) and func not in (F.conv2d, F.conv3d):
-                raise NotImplementedError(f"{_name(func)} of a split picture that is padded, and not yet convolved.")
-            return self._knows[func](*args, **kwargs)
-        if func in _ALONG_A_DIMENSION:
-            self._check_dimension(func, args, kwargs)
-        result = func(*args, **kwargs)
-        # What gives no tensor, such as a type or a size, cannot change a picture; neither can reading an attribute.
-        known = func in _BY_COLUMN or func in _ALONG_A_DIMENSION or func.__name__ == "__get__"
-        if not known and _tensors([result]):
-            raise NotImplementedError(
-                f"A VAE that is split over ranks uses {_name(func)}, which is not known to treat columns apart."
-            )
-        if self._is_padded(*args) and _tensors([result]) and not self._is_padded(result):
-            raise NotImplementedError(f"{_name(func)} of a split picture that is padded, and not yet convolved.")
+        if func in self._needs_other_columns:
+            return self._needs_other_columns[func](*args, **kwargs)
+        padded = self._is_padded(*args)
+        if func is Tensor.__getitem__:
+            result = self._index(*args)
+        elif func is F.interpolate:
+            result = self._interpolate(*args, **kwargs)
+        else:
+            if func in _ALONG_A_DIMENSION:
+                self._check_dimension(func, args, kwargs)
+            result = func(*args, **kwargs)
+            # What gives no tensor, such as a type or a size, cannot change a picture; nor can reading an attribute.
+            known = func in _BY_COLUMN or func in _ALONG_A_DIMENSION or func.__name__ == "__get__"
+            if not known and _tensors([result]):
+                raise NotImplementedError(
+                    f"A VAE that is split over ranks uses {_name(func)}, which is not known to treat columns apart."
+                )
+        if padded and _tensors([result]) and not self._is_padded(result):
+            raise NotImplementedError(f"{_name(func)} {_OF_A_PADDED_PICTURE}.")
         return result
 
     # -- what needs the columns of other ranks -----------------------------------------------------------------------
 
     def _pad(self, input: Tensor, pad, mode: str = "constant", value: float | None = None) -> Tensor:
         """Pad with zeros, then put the neighbors' columns in the place of those between ranks."""
+        if self._is_padded(input):
+            raise NotImplementedError(f"Padding {_OF_A_PADDED_PICTURE}.")
         position = -2 * self.axis - 2  # `pad` begins with the last axis
         left, right = list(pad)[position : position + 2] or (0, 0)
         if left == right == 0:
@@ -202,7 +208,7 @@ class HaloExchange(TorchFunctionMode):
         position = _ALONG_A_DIMENSION[func]
         dimensions = args[position] if len(args) > position else kwargs.get("dim")
         dimensions = [dimensions] if isinstance(dimensions, int) else dimensions
-        axis = _tensors(args)[0].ndim + (func is torch.stack) + self.axis
+        axis = _tensors([*args, *kwargs.values()])[0].ndim + (func is torch.stack) + self.axis
         if not dimensions or axis in dimensions or self.axis in dimensions:
             raise NotImplementedError(f"{_name(func)} along dimension {dimensions} of a picture that is split there.")
 
@@ -210,6 +216,9 @@ class HaloExchange(TorchFunctionMode):
         """Whether this is the picture that was padded last, or it is among them."""
         shape = self._padded_shape
         return shape is not None and any(tensor.shape == shape for tensor in _tensors(arguments))
+
+
+_uncompiled: Callable = torch.compiler.disable(lambda function, *args: function(*args))
 
 
 def _for_each_axis(setting, weight: Tensor) -> tuple[int, ...]:
