@@ -71,9 +71,13 @@ def test_a_rank_keeps_the_features_of_its_own_columns_only(found, name):
     assert [rank["bytes"] for rank in found[name]] == pytest.approx([part / sum(own) for part in own])
 
 
-@pytest.mark.parametrize("name", ["turns", "chunk decoder", "encode_video", "odd pixels", "thread"])
-def test_on_two_ranks(found, name):
+@pytest.mark.parametrize(
+    "name, calls", [("thread", 3), ("turns", 5), ("chunk decoder", 1), ("encode_video", 3), ("odd pixels", 1)]
+)
+def test_two_ranks_share_the_work_of(found, name, calls):
+    """Each call enters the exchange of halos once."""
     assert error_of(found[name], 2) <= 1e-5
+    assert [rank["times shared"] for rank in found[name]] == [calls, calls]
 
 
 def test_a_process_outside_the_group_is_told_so(found):
