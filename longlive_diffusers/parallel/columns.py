@@ -100,10 +100,9 @@ class ColumnSplit:
         if missing:
             filler = torch.zeros_like(part.narrow(axis, 0, 1)).repeat_interleave(missing, dim=axis)
             part = torch.cat([part, filler], dim=axis)
-        gathered = part.new_empty(len(widths) * part.shape[0], *part.shape[1:])
-        dist.all_gather_into_tensor(gathered, part.contiguous(), group=self.group)
-        parts = zip(gathered.chunk(len(widths)), widths, strict=True)
-        return torch.cat([part.narrow(axis, 0, width) for part, width in parts], dim=axis)
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in widths]
+        dist.all_gather(parts, part.contiguous(), group=self.group)
+        return torch.cat([part.narrow(axis, 0, width) for part, width in zip(parts, widths, strict=True)], dim=axis)
 
     def exchange_edges(self, part: torch.Tensor, left: int, right: int) -> tuple[torch.Tensor, torch.Tensor]:
         """

@@ -510,7 +510,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 `scale_factor_spatial`.
         """
         self._check_vae(is_needed=True)
-        return encode_video(self.vae, pixels, self.vae_device)  #, group=self.vae_group)
+        return encode_video(self.vae, pixels, self.vae_device, group=self.vae_group)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "np") -> Frames:
@@ -533,7 +533,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def _chunk_decoder(self, output_type: str, stream: torch.cuda.Stream | None = None) -> ChunkDecoder:
         return ChunkDecoder(
-            self.vae, self.video_processor, output_type, self.vae_device, stream=stream  #, group=self.vae_group
+            self.vae, self.video_processor, output_type, self.vae_device, stream=stream, group=self.vae_group
         )
 
     def _encode_prompts(self, request: Request, agreement: Agreement) -> PromptSource:
