@@ -1,10 +1,10 @@
 """What ranks stream together, compared with one process; run by torchrun, writes what it found as JSON.
 
-    torchrun --nproc-per-node 4 tests/programs/shared_streams.py RESULTS.json
+    torchrun --nproc-per-node 4 tests/programs/shared_streams.py RESULTS.json [PATTERN]
 
-Streams are shared by all four ranks, and by two pairs of them. Every rank makes the video by itself as well, so that
-there is nothing to hand over: what is written are the largest differences over the ranks, and whether all were
-bit-equal. Ranks draw from different global seeds, and other ranks than the first ask for other prompts and noise.
+Streams are shared by all four ranks, and by two pairs of them. Every rank makes each video by itself as well, so that
+there is nothing to hand over: what is written is the largest difference over the ranks. Ranks draw from different
+global seeds, and all but the first ask for other prompts, pictures and noise, which must not matter.
 """
 
 import functools
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,85 +30,20 @@ from tests.support.tiny_pipeline import TEXT_LENGTH, tiny_pipeline, tiny_transfo
 
 CHUNK_SIZE = 4
 SHAPE = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 64, "chunk_size": CHUNK_SIZE}
+ARGUMENTS = {"num_inference_steps": 2, "max_sequence_length": TEXT_LENGTH, "output_type": "latent"}
 
 Run = Callable[[LongLivePipeline], torch.Tensor]
 Case = tuple[Callable[[], LongLivePipeline], Run]
 
 
-def pipeline(**overrides) -> LongLivePipeline:
+# -- pipelines -------------------------------------------------------------------------------------------------------
+
+
+def pipeline() -> LongLivePipeline:
     """Chunks of four frames, so that two and four ranks can have whole frames of them."""
-    pipe = tiny_pipeline(transformer=tiny_transformer(**SHAPE, **overrides))
+    pipe = tiny_pipeline(transformer=tiny_transformer(**SHAPE))
     pipe.register_to_config(window_size=12, sink_size=4)
     return pipe
-
-
-def place(pipe: LongLivePipeline) -> int:
-    """The place of this rank among those that share the stream; 0 for a process by itself."""
-    return 0 if pipe.stream_ranks is None else pipe.stream_ranks.rank
-
-
-def noise(pipe: LongLivePipeline, num_chunks: int, batch: int = 1) -> torch.Tensor:
-    """The first rank's noise; that of the others must not matter."""
-    generator = torch.Generator().manual_seed(place(pipe))
-    return torch.randn(batch, 8, num_chunks * CHUNK_SIZE, 4, 4, generator=generator)
-
-
-ARGUMENTS = {"num_inference_steps": 2, "max_sequence_length": TEXT_LENGTH, "output_type": "latent"}
-
-
-def call(pipe: LongLivePipeline, **arguments) -> torch.Tensor:
-    return torch.as_tensor(pipe(**{**ARGUMENTS, **arguments}).frames)
-
-
-def golden_cases() -> Iterator[tuple[str, Case]]:
-    for name in golden_rollouts():
-        yield f"golden {name}", (functools.partial(pipeline_for, name), lambda pipe, n=name: call(pipe, **arguments_of(n)))
-
-
-def said(pipe: LongLivePipeline, prompt: str) -> str:
-    """The first rank's prompt; that of the others must not matter."""
-    return prompt if place(pipe) == 0 else f"{prompt}, as rank {place(pipe)} sees it"
-
-
-def long_video(pipe: LongLivePipeline, **arguments) -> torch.Tensor:
-    """Seven chunks of two videos with cuts at different chunks, through a window that evicts."""
-    shots = [["a cat", "a dog", "a bird"], ["a tree in the wind", "a house"]]
-    shots = [[said(pipe, prompt) for prompt in video] for video in shots]
-    durations = [[2, 2, 3], [3, 4]]
-    return call(pipe, shot_prompts=shots, chunks_per_shot=durations, latents=noise(pipe, 7, 2), **arguments)
-
-
-def switches(pipe: LongLivePipeline, **arguments) -> torch.Tensor:
-    """A stream in which only the first rank switches prompts, cuts, takes more steps, and ends the video."""
-    leads, chunks = place(pipe) == 0, []
-    prompt, generator = said(pipe, "a cat"), torch.Generator().manual_seed(place(pipe))
-    with pipe.stream(prompt, generator=generator, **{**ARGUMENTS, **arguments}) as session:
-        for chunk in session:
-            chunks.append(torch.as_tensor(chunk.latents))
-            if leads and chunk.index == 2:
-                session.prompt = "a dog"
-            if leads and chunk.index == 4:
-                session.cut("a bird")
-                session.num_inference_steps = 3
-            if not leads and chunk.index == 3:
-                session.prompt = "what nobody asked for"
-            if leads and chunk.index == 6:
-                session.interrupt()
-    assert len(chunks) == 7, len(chunks)
-    return torch.cat(chunks, dim=2)
-
-
-CACHES = (None, "fp8", "nvfp4")
-
-
-def matrix() -> Iterator[tuple[str, Case]]:
-    for cache in CACHES:
-        for relative in (False, True):
-            options = {"kv_cache_dtype": cache, "relative_rope": relative}
-            name = f"{cache or 'plain'} cache, {'relative' if relative else 'absolute'} RoPE"
-            yield f"{name}: two videos, cuts", (pipeline, lambda pipe, o=options: long_video(pipe, **o))
-            yield f"{name}: switches", (pipeline, lambda pipe, o=options: switches(pipe, **o))
-            yield f"{name}: guidance", (pipeline, lambda pipe, o=options: long_video(pipe, guidance_scale=3.0, **o))
 
 
 def with_lora() -> LongLivePipeline:
@@ -123,15 +59,72 @@ def in_four_bits(backend: str) -> LongLivePipeline:
     return pipe
 
 
-def wide_sinks() -> LongLivePipeline:
-    """Sinks and a window that are not whole chunks: rewriting history then meets groups of 1 and 3 frames."""
+def odd_sinks() -> LongLivePipeline:
+    """Sinks and a window that are no whole chunks: rewriting history then meets groups of 1 and 3 frames."""
     pipe = pipeline()
     pipe.register_to_config(window_size=14, sink_size=3, multi_shot_sink=False)
     return pipe
 
 
-def changes(pipe: LongLivePipeline) -> torch.Tensor:
-    """A callback that, on the first rank, changes latents, prompts, guidance and scale, and interrupts."""
+def compiled() -> LongLivePipeline:
+    torch._dynamo.reset()
+    pipe = pipeline()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    return pipe
+
+
+# -- videos ----------------------------------------------------------------------------------------------------------
+
+
+def place(pipe: LongLivePipeline) -> int:
+    """The place of this rank among those that share the stream; 0 for a process by itself."""
+    return 0 if pipe.stream_ranks is None else pipe.stream_ranks.rank
+
+
+def noise(pipe: LongLivePipeline, num_chunks: int, batch: int = 1) -> torch.Tensor:
+    """The first rank's noise, or what the others have in its place."""
+    generator = torch.Generator().manual_seed(place(pipe))
+    return torch.randn(batch, 8, num_chunks * CHUNK_SIZE, 4, 4, generator=generator)
+
+
+def said(pipe: LongLivePipeline, prompt: str) -> str:
+    """The first rank's prompt, or what the others have in its place."""
+    return prompt if place(pipe) == 0 else f"{prompt}, as rank {place(pipe)} sees it"
+
+
+def call(pipe: LongLivePipeline, **arguments) -> torch.Tensor:
+    return torch.as_tensor(pipe(**{**ARGUMENTS, **arguments}).frames)
+
+
+def two_videos(pipe: LongLivePipeline, **arguments) -> torch.Tensor:
+    """Two videos with cuts at different chunks, through a window that evicts."""
+    shots = [["a cat", "a dog", "a bird"], ["a tree in the wind", "a house"]]
+    shots = [[said(pipe, prompt) for prompt in video] for video in shots]
+    return call(pipe, shot_prompts=shots, chunks_per_shot=[[2, 1, 2], [1, 4]], latents=noise(pipe, 5, 2), **arguments)
+
+
+def switches(pipe: LongLivePipeline, **arguments) -> torch.Tensor:
+    """A stream of which only the first rank switches prompts, cuts, takes more steps, and ends the video."""
+    leads, chunks = place(pipe) == 0, []
+    generator = torch.Generator().manual_seed(place(pipe))
+    with pipe.stream(said(pipe, "a cat"), generator=generator, **{**ARGUMENTS, **arguments}) as session:
+        for chunk in session:
+            chunks.append(chunk.latents)
+            if leads and chunk.index == 3:
+                session.prompt = "a dog"
+            if leads and chunk.index == 4:
+                session.cut("a bird")
+                session.num_inference_steps = 3
+            if not leads and chunk.index == 2:
+                session.prompt = "what nobody asked for"
+            if leads and chunk.index == 5:
+                session.interrupt()
+    assert len(chunks) == 6, len(chunks)
+    return torch.cat(chunks, dim=2)
+
+
+def with_callback(pipe: LongLivePipeline) -> torch.Tensor:
+    """A callback that, on the first rank, changes latents, prompts and guidance, and interrupts."""
 
     def change(pipe, step, timestep, tensors):
         if place(pipe) > 0:
@@ -145,14 +138,13 @@ def changes(pipe: LongLivePipeline) -> torch.Tensor:
             pipe._interrupt = True
         return {}
 
-    names = ["latents", "prompt_embeds"]
     return call(
         pipe,
         prompt="a cat",
         latents=noise(pipe, 5),
         guidance_scale=3.0,
         callback_on_step_end=change,
-        callback_on_step_end_tensor_inputs=names,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
     )
 
 
@@ -167,13 +159,14 @@ def from_video(pipe: LongLivePipeline) -> torch.Tensor:
 
 
 def asynchronously(pipe: LongLivePipeline) -> torch.Tensor:
-    """Decoded in one thread while the next chunk is made in another; the first rank closes an endless stream."""
+    """Frames that are decoded in one thread while the next chunk is made in another; the first rank ends an endless
+    stream."""
     generator, chunks = torch.Generator().manual_seed(place(pipe)), []
     arguments = {**ARGUMENTS, "output_type": "pt", "generator": generator, "async_decode": True}
     with pipe.stream(said(pipe, "a cat"), **arguments) as session:
         for chunk in session:
             chunks.append(chunk.frames[0])
-            if place(pipe) == 0 and chunk.index == 3:
+            if place(pipe) == 0 and chunk.index == 2:
                 break
     return torch.cat(chunks)
 
@@ -183,80 +176,116 @@ def from_global_seed(pipe: LongLivePipeline) -> torch.Tensor:
     return call(pipe, prompt="a cat", num_frames=29)
 
 
+# -- cases -----------------------------------------------------------------------------------------------------------
+
+
+def matrix() -> Iterator[tuple[str, Case]]:
+    for cache in (None, "fp8", "nvfp4"):
+        for relative in (False, True):
+            options = {"kv_cache_dtype": cache, "relative_rope": relative}
+            name = f"{cache or 'plain'} cache, {'relative' if relative else 'absolute'} RoPE"
+            guided = functools.partial(two_videos, guidance_scale=3.0, **options)
+            yield f"{name}: two videos, cuts, guidance", (pipeline, guided)
+            yield f"{name}: switches", (pipeline, functools.partial(switches, **options))
+
+
+GOLDEN: dict[str, Case] = {
+    f"golden {name}": (functools.partial(pipeline_for, name), lambda pipe, n=name: call(pipe, **arguments_of(n)))
+    for name in golden_rollouts()
+}
 FEATURES: dict[str, Case] = {
-    "LoRA": (with_lora, long_video),
-    "NVFP4 weights": (lambda: in_four_bits("w4a16"), long_video),
-    "NVFP4 weights and activations": (lambda: in_four_bits("emulate"), long_video),
-    "sinks that are no chunks": (wide_sinks, switches),
-    "callback": (pipeline, changes),
+    "LoRA": (with_lora, two_videos),
+    "NVFP4 weights": (lambda: in_four_bits("w4a16"), two_videos),
+    "NVFP4 weights and activations": (lambda: in_four_bits("emulate"), two_videos),
+    "sinks that are no chunks": (odd_sinks, switches),
+    "callback": (pipeline, with_callback),
     "image": (pipeline, from_image),
     "video": (pipeline, from_video),
     "asynchronous": (pipeline, asynchronously),
     "global seed": (pipeline, from_global_seed),
+    "compiled": (compiled, functools.partial(switches, kv_cache_dtype="nvfp4")),
 }
-
-def compiled() -> LongLivePipeline:
-    pipe = pipeline()
-    pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    return pipe
-
-
-def compiled_in_four_bits() -> LongLivePipeline:
-    pipe = in_four_bits("emulate")
-    pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    return pipe
-
-
-COMPILED = {
-    "compiled": (compiled, lambda pipe: switches(pipe, kv_cache_dtype="nvfp4")),
-    "compiled in four bits": (compiled_in_four_bits, long_video),
+BRANCHES: dict[str, Case] = {
+    "split branches: two videos, cuts": (pipeline, functools.partial(two_videos, guidance_scale=3.0)),
+    "split branches: switches": (odd_sinks, functools.partial(switches, guidance_scale=3.0)),
+    "split branches: callback": (pipeline, with_callback),
 }
-BRANCHES = {
-    "branches: two videos, cuts": (pipeline, lambda pipe: long_video(pipe, guidance_scale=3.0)),
-    "branches: switches": (wide_sinks, lambda pipe: switches(pipe, guidance_scale=3.0, kv_cache_dtype="fp8")),
-    "branches: callback": (pipeline, changes),
-}
-
-CASES: dict[str, Case] = {**COMPILED, **BRANCHES, **FEATURES, **dict(golden_cases()), **dict(matrix())}
+CASES: dict[str, Case] = {**GOLDEN, **dict(matrix()), **FEATURES, **BRANCHES}
 
 
-def compare(case: Case, config: ContextParallelConfig) -> dict[str, float]:
-    make, run = case
-    torch.manual_seed(0)
-    expected = run(make())
+def config_of(name: str, num_ranks: int) -> ContextParallelConfig:
+    if name in BRANCHES:
+        return StreamParallelConfig(ulysses_degree=num_ranks // 2, cfg_parallel=True)
+    return ContextParallelConfig(ulysses_degree=num_ranks)
+
+
+def share(pipe: LongLivePipeline, config: ContextParallelConfig) -> LongLivePipeline:
     torch.manual_seed(dist.get_rank())
-    pipe = make()
     pipe.transformer.enable_parallelism(config=config)
-    found = run(pipe)
-    assert found.shape == expected.shape
-    return {"difference": (found - expected).abs().max().item(), "largest": expected.abs().max().item()}
+    return pipe
 
 
-ONLY = sys.argv[2] if len(sys.argv) > 2 else ""
-DEGREES = [int(sys.argv[3])] if len(sys.argv) > 3 else (2, 4)
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return (found - expected).abs().max().item()
 
 
-def main(path: Path) -> None:
-    import faulthandler; faulthandler.dump_traceback_later(200, exit=True)
+# -- what is sent ----------------------------------------------------------------------------------------------------
+
+
+def measure_exchange(num_ranks: int, exchange_dtype: str | None, dtype: torch.dtype) -> dict[str, float]:
+    """The bytes that a rank sends to others in the all-to-all of one chunk (2 steps and the clean pass, 2 layers), and
+    how far the chunk then is from that of one process."""
+    video = functools.partial(call, prompt="a cat", num_frames=13, latents=None, output_type="latent")
+    generator = torch.Generator().manual_seed(0)
+    pipe = pipeline()
+    pipe.transformer.to(dtype)
+    expected = video(pipe, generator=generator.manual_seed(0))
+    share(pipe, StreamParallelConfig(ulysses_degree=num_ranks, exchange_dtype=exchange_dtype))
+    sent, exchange = [], dist.all_to_all_single
+
+    def counted(output, input, *args, **kwargs):
+        sent.append(input.nbytes * (num_ranks - 1) // num_ranks)
+        return exchange(output, input, *args, **kwargs)
+
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        found = video(pipe, generator=generator.manual_seed(0))
+    error = ((found - expected).norm() / expected.norm()).item()
+    cache = pipe.transformer.create_kv_cache(1, 4, 4, window_size=12, sink_size=4, multi_shot_sink=True)
+    return {"bytes": sum(sent), "messages": len(sent), "error": error, "cache": cache.num_bytes}
+
+
+def main(path: Path, pattern: str = "") -> None:
     dist.init_process_group("gloo")
-    results = {}
-    for degree in DEGREES:
-        for name, case in CASES.items():
-            if not re.search(ONLY, name):
-                continue
+    results: dict[str, dict[str, float]] = {}
+
+    def report(name: str, found: dict[str, float]) -> None:
+        everywhere: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, found)
+        results[name] = {key: max(one[key] for one in everywhere) for key in found}
+        if pattern and dist.get_rank() == 0:
+            print(name, results[name], flush=True)
+
+    for name, (make, run) in CASES.items():
+        if not re.search(pattern, name):
+            continue
+        torch.manual_seed(0)
+        expected = run(make())
+        for num_ranks in (2, 4):
+            if num_ranks == 4 and name in GOLDEN and "wide_sink" not in name:
+                continue  # their chunks are of two frames: four ranks compute all of them
             began = time.perf_counter()
-            config = ContextParallelConfig(ulysses_degree=degree)
-            if name in BRANCHES:
-                config = StreamParallelConfig(ulysses_degree=degree // 2, cfg_parallel=True)
-            found = compare(case, config)
-            if dist.get_rank() == 0:
-                print(degree, name, found, f"{time.perf_counter() - began:.2f} s", flush=True)
-            everywhere = [None] * dist.get_world_size()
-            dist.all_gather_object(everywhere, found)
-            results[f"{degree} ranks: {name}"] = {key: max(one[key] for one in everywhere) for key in found}
+            found = difference(run(share(make(), config_of(name, num_ranks))), expected)
+            report(f"{num_ranks} ranks: {name}", {"difference": found, "seconds": time.perf_counter() - began})
+    for num_ranks in (2, 4):
+        for exchange_dtype in (None, "fp8"):
+            for dtype in (torch.float32, torch.bfloat16):
+                name = f"{num_ranks} ranks: exchange of {exchange_dtype or dtype}, network in {dtype}"
+                if re.search(pattern, name):
+                    report(name, measure_exchange(num_ranks, exchange_dtype, dtype))
     if dist.get_rank() == 0:
         path.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
