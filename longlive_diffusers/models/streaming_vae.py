@@ -35,7 +35,8 @@ class StreamingDecoder:
         vae: An `AutoencoderKLWan`; not changed, and free for other uses between calls.
         group: Ranks that decode together, each some columns of the picture: all call `decode` with the same latents,
             and all get all pixels, those of a single process but for rounding. Latents with fewer columns (and rows)
-            than there are ranks, and those that are decoded in tiles, are decoded by every rank for itself.
+            than there are ranks, and those that are decoded in tiles, are decoded by every rank for itself. A thread
+            that decodes while another one communicates needs a group of its own.
 
     Raises:
         ValueError: If this process is not in the group.

@@ -28,6 +28,10 @@ A data loader does not need the whole clip on every rank either: `raw_window` sa
 to read, and `encode_shard` encodes just these. DDP and FSDP average gradients over ranks, so what a rank
 back-propagates is its part of the summed loss, times N, over the loss-bearing frames of all ranks (`update` in
 `training/train_ar.py`).
+
+The VAE is split in another way, along the width: to decode or encode one video together, each rank has some columns of
+every picture and is handed its neighbors' at the borders (`columns.py`, `halo.py`). This is what a group given to
+`StreamingDecoder`, `StreamingEncoder` or `encode_video` does.
 """
 
 from .all_to_all import gather_heads, scatter_heads

@@ -20,7 +20,7 @@ itself, and those that combine entries along some dimension, which must not be t
 a release of diffusers with another operator cannot give wrong pictures.
 
 Rearrangements (views, permutations) are among the second kind: that pictures are `[..., height, width]` again wherever
-they are padded and convolved is taken for granted.
+they are padded and convolved is taken for granted. A compiled VAE runs uncompiled while it is split.
 """
 
 from collections.abc import Callable, Sequence
