@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +15,9 @@ from tests.support.wan_base import HEADS, save_wan_base
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Where several processes share the tests (`pytest -n 2`), each computes in one thread."""
+    """Nothing is looked for on the Hub, for which a machine without a network waits half a minute each time; and where
+    several processes share the tests (`pytest -n 2`), each computes in one thread."""
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # the variable has been read by now
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
 

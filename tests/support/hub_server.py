@@ -95,6 +95,7 @@ class HubServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # by which each answer's body would wait 40 ms for the client to confirm its head
     hub: HubServer
 
     def log_message(self, *_: object) -> None:

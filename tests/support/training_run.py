@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from assemble import initialize
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
+from tests.support.forked_scripts import start_script
 from tests.support.paths import IMPORTED_BY_SCRIPTS, PROGRAMS, ROOT, WEIGHTS
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from train_vae import build_vae
@@ -132,21 +133,24 @@ def environment() -> dict[str, str]:
     }
 
 
-def run_script(words: list[str], num_processes: int = 1, script: Path = SCRIPT) -> subprocess.CompletedProcess:
-    """A run to its end; with several processes, under `accelerate launch`."""
-    command = [sys.executable, str(script), *words]
-    if num_processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launch = (
-            f"--multi_gpu --num_processes {num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
-        )
-        command = [
-            *(sys.executable, "-m", "accelerate.commands.launch", *launch.split()),
-            *("--main_process_port", str(port), str(script), *words),
-        ]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+def run_script(words: list[str], num_processes: int = 1, script: Path = SCRIPT) -> None:
+    """A run to its end, which has to succeed; without the seconds that imports and `accelerate launch` take."""
+    run = start_script(script.name, words, environment(), num_processes)
+    assert run.wait() == 0, run.errors[-4000:]
+
+
+def launch_script(words: list[str], num_processes: int, script: Path = SCRIPT) -> None:
+    """The same, started as users start it, by `accelerate launch`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = f"--multi_gpu --num_processes {num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", *launch.split()),
+        *("--main_process_port", str(port), str(script), *words),
+    ]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def run_with_fsdp2(folder: Path, runs: list[dict]) -> None:

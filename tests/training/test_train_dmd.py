@@ -1,11 +1,7 @@
 """A run of `train_dmd.py` from end to end: its losses, its result, and the ways it may be started."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +16,8 @@ from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.video.reader import read_video
 from run.log import read_log
 from tests.support.distillation_run import LONG_RUN, SCRIPT
-from tests.support.training_run import environment
+from tests.support.forked_scripts import start_script
+from tests.support.training_run import environment, run_script
 
 
 CURVE = Path(__file__).with_name("dmd_loss_curves.json")
@@ -102,17 +99,6 @@ def test_old_checkpoints_are_pruned_and_hold_no_frozen_weights(distilled):
     assert not list((distilled / "checkpoint-18").glob("model*.safetensors"))
 
 
-def start(studio, output: Path) -> subprocess.Popen:
-    words = studio.options(output, **LONG_RUN, resume_from_checkpoint="latest")
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *words],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
 def last_step(output: Path) -> int:
     return log(output)[-1]["step"] if (output / LOG).exists() and log(output) else 0
 
@@ -120,18 +106,17 @@ def last_step(output: Path) -> int:
 def test_a_run_killed_five_times_gives_the_uninterrupted_one(studio, distilled, tmp_path):
     """Both LoRAs, their optimizers, the average and what is random: to the last bit."""
     output, rng = tmp_path / "run", random.Random(time.time_ns())
+    words = studio.options(output, **LONG_RUN, resume_from_checkpoint="latest")
     for after in (1, 4, 8, 12, 17):
-        run, deadline = start(studio, output), time.monotonic() + 240
+        run, deadline = start_script(SCRIPT.name, words, environment()), time.monotonic() + 240
         while last_step(output) < after:
-            assert run.poll() is None, run.stderr.read().decode()[-4000:]
+            assert run.poll() is None, run.errors[-4000:]
             assert time.monotonic() < deadline
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.2))
         assert run.poll() is None
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
-    run = start(studio, output)
-    assert run.wait() == 0, run.stderr.read().decode()[-4000:]
+        run.kill()
+    run_script(words, script=SCRIPT)
     assert log(output) == log(distilled)  # every loss, gradient norm and learning rate, bit for bit
     ours, theirs = load_file(output / LORA), load_file(distilled / LORA)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -151,7 +136,8 @@ def single(studio, tmp_path_factory) -> Path:
 )
 def test_processes_give_the_run_of_one(studio, single, tmp_path, processes, sp_size, batch):
     output = tmp_path / "run"
-    studio.run(output, processes, sp_size=sp_size, train_batch_size=batch)
+    start = studio.launch if (processes, sp_size) == (2, 2) else studio.run  # `accelerate launch` takes a while
+    start(output, processes, sp_size=sp_size, train_batch_size=batch)
     same_updates(log(output), log(single), 2e-5)
     ours, theirs = load_file(output / LORA), load_file(single / LORA)
     for name, tensor in theirs.items():

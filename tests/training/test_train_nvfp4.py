@@ -71,8 +71,7 @@ def test_a_quantised_start_is_dequantised_for_training_of_all_weights(workshop, 
     pipe.save_pretrained(tmp_path / "start")
     folder = workshop.folder
     words = options(tmp_path / "start", folder / "videos", folder / "cache", tmp_path / "run", max_train_steps=1)
-    done = run_script(words)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(words)
     assert not nvfp4_layers(DiffusionPipeline.from_pretrained(tmp_path / "run").transformer)
 
 

@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,27 +12,21 @@ from safetensors.torch import load_file
 
 from objectives.teacher_forcing import TeacherForcing
 from run.log import read_log
+from tests.support.forked_scripts import ForkedRun, start_script
 from tests.support.training_run import LONG_RUN, SCRIPT, environment
 
 
 LOG = "training_log.jsonl"
 
 
-def start(workshop, output: Path) -> subprocess.Popen:
+def start(workshop, output: Path) -> ForkedRun:
     words = workshop.options(output, **LONG_RUN, resume_from_checkpoint="latest")
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *words],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    return start_script(SCRIPT.name, words, environment())
 
 
-def kill(run: subprocess.Popen) -> None:
-    assert run.poll() is None, run.stderr.read().decode()[-4000:]
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+def kill(run: ForkedRun) -> None:
+    assert run.poll() is None, run.errors[-4000:]
+    run.kill()
 
 
 def kill_while_writing(workshop, output: Path, pattern: str) -> None:
@@ -43,18 +35,17 @@ def kill_while_writing(workshop, output: Path, pattern: str) -> None:
         run = start(workshop, output)
         while run.poll() is None and not list(output.glob(pattern)):
             time.sleep(0.0005)
-        if run.poll() is None:
-            kill(run)
-        assert run.returncode in (0, -signal.SIGKILL), run.stderr.read().decode()[-4000:]
+        run.kill()
+        assert run.poll() in (0, -signal.SIGKILL), run.errors[-4000:]
         if list(output.glob(pattern)):
             return
     raise AssertionError(f"{pattern} was never seen half-written")
 
 
-def wait_for(run: subprocess.Popen, happened) -> None:
+def wait_for(run: ForkedRun, happened) -> None:
     deadline = time.monotonic() + 240
     while not happened():
-        assert run.poll() is None, run.stderr.read().decode()[-4000:]
+        assert run.poll() is None, run.errors[-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.0005)
 
@@ -80,7 +71,7 @@ def test_a_run_killed_six_times_gives_the_uninterrupted_one(workshop, long_run, 
         resumed_at.append(checkpoints[-1] if checkpoints else 0)
     assert resumed_at[-1] > 0
     run = start(workshop, output)
-    assert run.wait() == 0, run.stderr.read().decode()[-4000:]
+    assert run.wait() == 0, run.errors[-4000:]
 
     ours, theirs = read_log(output / LOG), read_log(long_run / LOG)
     assert ours == theirs  # every loss, gradient norm and learning rate, bit for bit
