@@ -22,6 +22,31 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+# Below tests/. Where several processes share the tests, each takes a whole file at a time: one that takes long, begun
+# last, would leave the others without work.
+LONGEST = (
+    "nvfp4/test_kernels.py",
+    "models/test_transformer_compile.py",
+    "training/test_train_fsdp2.py",
+    "training/test_train_dmd.py",
+    "training/test_train_ar.py",
+    "test_loading_matrix.py",
+    "test_toy.py",
+    "test_examples.py",
+    "training/test_train_hub.py",
+    "models/test_roll_out_gradients.py",
+    "training/test_train_dmd_fsdp2.py",
+    "parallel/test_ranks.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest; all others stay in their order."""
+    tests = Path(__file__).parent
+    ranks = {tests / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(LONGEST)))
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     """An empty stand-in for the Hugging Face Hub, of the test's own."""

@@ -13,9 +13,10 @@ from longlive_diffusers.nvfp4 import NVFP4Linear, load_kernels
 from longlive_diffusers.nvfp4.recipes import RECIPES, NVFP4Recipe
 from longlive_diffusers.nvfp4.training import NVFP4TrainingLinear
 from tests.support.nvfp4_models import small_transformer
-from tests.support.tiny_pipeline import CHANNELS, CHUNK_SIZE, SIDE, TEXT_DIM, TEXT_LENGTH, tiny_cache
+from tests.support.tiny_pipeline import CHANNELS, CHUNK_SIZE, SIDE, TEXT_DIM, TEXT_LENGTH
 
 
+WIDTH = 2  # of the streamed latents, which have a token for every 2x2: the interpreter takes a while for each
 Case = tuple[str, Callable[[], list[torch.Tensor]]]
 
 
@@ -23,9 +24,10 @@ def stream(kind: torch.dtype | str, relative_rope: bool) -> list[torch.Tensor]:
     """The outputs of two videos streamed together, until frames are evicted: the shots of the one are not the other's,
     and halfway another text rewrites what is cached."""
     model = small_transformer(num_layers=1)
-    cache = tiny_cache(model, batch=2, window_size=6, dtype=kind, relative_rope=relative_rope)
+    settings = {"window_size": 6, "sink_size": 2, "multi_shot_sink": True, "dtype": kind}
+    cache = model.create_kv_cache(2, SIDE, WIDTH, **settings, relative_rope=relative_rope)
     generator = torch.Generator().manual_seed(1)
-    chunks = torch.randn(4, 2, CHANNELS, CHUNK_SIZE, SIDE, SIDE, generator=generator)
+    chunks = torch.randn(4, 2, CHANNELS, CHUNK_SIZE, SIDE, WIDTH, generator=generator)
     texts = torch.randn(2, 2, TEXT_LENGTH, TEXT_DIM, generator=generator)
     outputs = []
 
@@ -76,8 +78,8 @@ def compiled_layer(backend: str) -> list[torch.Tensor]:
 
 def training_step(recipe: NVFP4Recipe, dtype: torch.dtype) -> list[torch.Tensor]:
     """A layer's output, and the gradients of its input and its parameters."""
-    nvfp4 = NVFP4TrainingLinear.from_linear(linear_of(48, 32), recipe).to(dtype)
-    x = torch.randn(33, 48, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    nvfp4 = NVFP4TrainingLinear.from_linear(linear_of(32, 32), recipe).to(dtype)
+    x = torch.randn(17, 32, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     torch.manual_seed(2)  # of the noise
     with torch.enable_grad():
         y = nvfp4(x)

@@ -48,12 +48,17 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
     seed = torch.tensor([3_000_000_001, 987_654_321])
     for shape, dtype in shapes:
         x = sample(*shape, dtype)
-        there, amax = x.to(device), x.abs().amax().float().reshape(1)
+        amax = x.abs().amax().float().reshape(1)
         for rule, block, noise_seed in itertools.product(RULES.values(), ((1, 16), (16, 16)), (None, seed)):
-            noise = None if noise_seed is None else uniform_noise(noise_seed, x.shape)
-            expected = encode_matrix(x, amax, rule, block, noise)
+            matrix = x if large or block[0] > 1 else x[:8]  # a program for each row
+            noise = None if noise_seed is None else uniform_noise(noise_seed, matrix.shape)
+            expected = encode_matrix(matrix, amax, rule, block, noise)
             found = operators.quantize_matrix(
-                there, amax.to(device), rule.name, block, None if noise_seed is None else noise_seed.to(device)
+                matrix.to(device),
+                amax.to(device),
+                rule.name,
+                block,
+                None if noise_seed is None else noise_seed.to(device),
             )
             name = f"{rule.name} {block} {shape} {dtype} {'nearest' if noise_seed is None else 'stochastic'}"
             check(name, equal(*found, expected))
@@ -92,7 +97,7 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
                 check(f"{name}, {rule.name} {shape} {dtype} {noise_seed is not None}", equal(*found, expected))
             if hadamard:
                 check(f"{name}, amax {shape} {dtype}", torch.equal(operators.hadamard_amax(on_device).cpu(), amax))
-        for name, matrix in (("rows", x), ("transposed rows", x.T)):
+        for name, matrix in (("rows", x), ("transposed rows", (x if large else x[:, :40]).T)):
             codes, scales = operators.quantize_rows(matrix.to(device))
             expected_codes, expected_scales = rows_to_fp8(matrix.cpu())
             same = torch.equal(codes.cpu().view(torch.uint8), expected_codes.view(torch.uint8))
