@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..wording import counted
 from .kv_cache import kv_cache_rows
 from .measure import as_size, as_time
 from .runs import matmul_side
@@ -49,7 +50,7 @@ def _setting_lines(setting: dict[str, Any]) -> list[str]:
     network = f"{setting['layers']} layers, width {setting['width']}, {setting['heads']} heads, FFN {setting['ffn']}"
     latents = "x".join(map(str, setting["latents"]))
     return [
-        f"device    {shared}{setting['device']}, {setting['threads']} CPU thread{'' if setting['threads'] == 1 else 's'}",
+        f"device    {shared}{setting['device']}, {counted(setting['threads'], 'CPU thread')}",
         f"software  {versions}",
         f"network   {size}: {network}; random weights, {setting['dtype']}{nvfp4}",
         f"attention backend {setting['attention_backend']}{compiled}; {setting['text_tokens']} text tokens",
@@ -79,7 +80,11 @@ def _forward_rows(setting: dict[str, Any], results: dict[str, Any]) -> list[Row]
     return [
         ("forward", as_time(forward["seconds"]), "one forward of the transformer on a chunk, full window; median"),
         *parts,
-        ("  work", f"{results['forward_flops'] / 1e12:.4f} TFLOP", f"matrix products of that forward{on_each}, by formula"),
+        (
+            "  work",
+            f"{results['forward_flops'] / 1e12:.4f} TFLOP",
+            f"matrix products of that forward{on_each}, by formula",
+        ),
         ("  rate", f"{results['forward_flops_per_second'] / 1e12:.3f} TFLOP/s", f"work by time{compared}"),
     ]
 

@@ -73,7 +73,9 @@ def check_devices(count: int, device: torch.device, num_heads: int) -> None:
         return
     check_heads(num_heads, count)
     if device.index is not None:
-        raise ValueError(f"--device {device} is one device, and --devices asks for {count}: say --device {device.type}")
+        raise ValueError(
+            f"--device {device} is one device, and --devices asks for {count}: say --device {device.type}"
+        )
     there = available_devices().get(device.type, 0)
     if device.type != "cpu" and rank.count == 1 and count > there:
         raise ValueError(f"--devices is {count}, but there are only {there} of '{device.type}' here")

@@ -81,8 +81,18 @@ class Agreement:
         """Return the first rank's `value`, in the thread that decodes."""
         return value if self.ranks is None else self.ranks.tell("turns", value)
 
-    def tensor(self, compute: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+    def tensor(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return what the first rank computes, on this rank's device.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        tensor = self.optional_tensor(compute)
+        assert tensor is not None
+        return tensor
+
+    def optional_tensor(self, compute: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        """Like [`tensor`], for what there may be none of.
 
         Raises:
             ValueError, RuntimeError: If it cannot.

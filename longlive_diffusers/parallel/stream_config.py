@@ -31,6 +31,7 @@ class StreamParallelConfig(ContextParallelConfig):
     The other settings of a `ContextParallelConfig` are for attention without a cache, and refused.
     """
 
+    ulysses_degree: int = 1  # pyright: ignore[reportIncompatibleVariableOverride]  # diffusers' may be None
     exchange_dtype: str | None = None
     cfg_parallel: bool = False
     parallel_decode: bool = True
@@ -39,8 +40,6 @@ class StreamParallelConfig(ContextParallelConfig):
         check_booleans(cfg_parallel=self.cfg_parallel, parallel_decode=self.parallel_decode)
         if self.exchange_dtype not in EXCHANGE_DTYPES:
             raise ValueError(f"`exchange_dtype` must be in {list(EXCHANGE_DTYPES)}, got {self.exchange_dtype!r}.")
-        if self.ulysses_degree is None:
-            self.ulysses_degree = 1
         if not is_count(self.ulysses_degree) or self.ulysses_degree < 1:
             raise ValueError(f"`ulysses_degree` must be an integer of at least 1, got {self.ulysses_degree!r}.")
         if self.ulysses_degree > 1 or self.ring_degree not in (None, 1):  # one rank is no error here
@@ -80,8 +79,8 @@ def resolve_stream_config(config: Any, cp_plan: Any, num_heads: int) -> StreamPa
         )
     if config.ring_degree not in (None, 1):
         raise ValueError(
-            f"`ring_degree` must be 1, got {config.ring_degree}: ring attention passes keys and values around in every "
-            "forward, those of the whole KV cache; `ulysses_degree` exchanges only those of the chunk."
+            f"`ring_degree` must be 1, got {config.ring_degree}: ring attention passes the keys and values of the whole "
+            "KV cache around in every forward; `ulysses_degree` exchanges only those of the chunk."
         )
     if config.ring_anything or config.ulysses_anything:
         raise ValueError(
@@ -89,6 +88,6 @@ def resolve_stream_config(config: Any, cp_plan: Any, num_heads: int) -> StreamPa
             "rank keeps the KV cache of as many heads."
         )
     if not isinstance(config, StreamParallelConfig):
-        config = StreamParallelConfig(ulysses_degree=config.ulysses_degree, mesh=config.mesh)
+        config = StreamParallelConfig(ulysses_degree=config.ulysses_degree or 1, mesh=config.mesh)
     check_heads(num_heads, config.ulysses_degree)
     return config

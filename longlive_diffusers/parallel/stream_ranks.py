@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from .head_exchange import FrameExchange, HeadExchange, WholeExchange
 from .stream_config import StreamParallelConfig
@@ -146,19 +147,19 @@ class StreamRanks:
 def _rank_rows(config: StreamParallelConfig) -> list[list[int]]:
     """Return the ranks that share a stream with this one: one row or, with split branches, one for each branch."""
     if config.mesh is not None:
-        return _rows_of_mesh(config)
+        return _rows_of_mesh(config, config.mesh)
     world, rank, degree = dist.get_world_size(), dist.get_rank(), config.ulysses_degree
     if world % config.num_ranks:
         branches = " for each of two branches of guidance" if config.cfg_parallel else ""
         raise ValueError(
-            f"{world} ranks cannot be divided into streams of {config.num_ranks}: `ulysses_degree` is {degree}{branches}."
+            f"{world} ranks cannot be divided into streams of {config.num_ranks}: `ulysses_degree` is {degree}"
+            f"{branches}."
         )
     first = rank - rank % config.num_ranks
     return [list(range(start, start + degree)) for start in range(first, first + config.num_ranks, degree)]
 
 
-def _rows_of_mesh(config: StreamParallelConfig) -> list[list[int]]:
-    mesh = config.mesh
+def _rows_of_mesh(config: StreamParallelConfig, mesh: DeviceMesh) -> list[list[int]]:
     names = ("cfg", "ulysses") if config.cfg_parallel else ("ulysses",)
     missing = [name for name in names if name not in (mesh.mesh_dim_names or ())]
     if missing:
@@ -174,4 +175,5 @@ def _rows_of_mesh(config: StreamParallelConfig) -> list[list[int]]:
 
 def _new_group(ranks: Sequence[int], **options: Any) -> dist.ProcessGroup:
     # Made by its members alone: other streams of the same world need not take part.
-    return dist.new_group(list(ranks), use_local_synchronization=True, **options)
+    group: Any = dist.new_group(list(ranks), use_local_synchronization=True, **options)
+    return group

@@ -324,9 +324,7 @@ class ChunkDenoiser:
 
     def _initial_noise(self, new_index: int) -> torch.Tensor:
         """Return the chunk's own noise, drawn chunk by chunk so that a longer video begins like a shorter one."""
-        noise = self._agreement.tensor(lambda: self._own_noise(new_index))
-        assert noise is not None
-        return noise
+        return self._agreement.tensor(lambda: self._own_noise(new_index))
 
     def _own_noise(self, new_index: int) -> torch.Tensor:
         shape = self.request.latent_shape

@@ -441,7 +441,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self, pixels: torch.Tensor | None, latents: torch.Tensor | None, agreement: Agreement
     ) -> torch.Tensor | None:
         """Return the latents that the video begins with, encoded where they are not given; the first rank's."""
-        pixels, latents = (agreement.tensor(lambda given=given: given) for given in (pixels, latents))
+        pixels, latents = (agreement.optional_tensor(lambda given=given: given) for given in (pixels, latents))
         return latents if pixels is None else self.encode_video(pixels)
 
     @property
@@ -539,7 +539,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _encode_prompts(self, request: Request, agreement: Agreement) -> PromptSource:
         """Encode the prompts that are planned, and return a source that also encodes those that come later. Only the
         first of the ranks that share the stream encodes."""
-        prompt_embeds, negative_embeds = agreement.tensor(lambda: request.prompt_embeds), None
+        prompt_embeds, negative_embeds = agreement.optional_tensor(lambda: request.prompt_embeds), None
         if prompt_embeds is not None:
             prompt_embeds = self._for_transformer(request.for_each_sample("prompt_embeds", prompt_embeds))
         if is_guided(request.guidance_scale):
