@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .models.streaming_vae import StreamingDecoder, StreamingEncoder
     from .models.transformer_longlive import LongLiveTransformer3DModel
     from .nvfp4.quantizer import NVFP4Config
+    from .parallel.stream_config import StreamParallelConfig
     from .pipelines.pipeline_longlive import LongLivePipeline
     from .pipelines.pipeline_output import LongLivePipelineOutput, VideoChunk
     from .pipelines.session import StreamingSession

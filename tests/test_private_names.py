@@ -175,6 +175,11 @@ PRIVATE_NAMES = [
         lambda: "processor._parallel_config = " in source_of("diffusers.models.modeling_utils"),
     ),
     PrivateName(
+        "torch.distributed.distributed_c10d:_get_default_store",
+        (PACKAGE + "parallel/stream_ranks.py",),
+        "Make a TCPStore, or let ranks that wait for a failed one end without knowing why.",
+    ),
+    PrivateName(
         "diffusers.models.attention_dispatch:_AttentionBackendRegistry",
         (ATTEND, PACKAGE + "benchmark/environment.py"),
         "Find out which attention backend is active another way; attend() may then always call the dispatcher.",

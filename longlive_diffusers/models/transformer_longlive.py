@@ -374,9 +374,17 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         return model.train(wan.training)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info: bool = False, **kwargs) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *,
+        output_loading_info: bool = False,
+        parallel_config: Any = None,
+        **kwargs,
+    ) -> Any:
         """
-        Like diffusers' own `from_pretrained`, which only warns where weights are missing or left over.
+        Like diffusers' own `from_pretrained`, which only warns where weights are missing or left over. With
+        `parallel_config`, the network is given to [`enable_parallelism`] when it is loaded.
 
         Raises:
             ValueError: If the checkpoint is not of this network (its blocks are not `num_layers`, for instance), a
@@ -386,9 +394,13 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         source = pretrained_model_name_or_path
         if os.path.isfile(source):
             raise ValueError(f"'{source}' is a single file: open it with {cls.__name__}.from_original.")
+        if parallel_config is not None:
+            resolve_stream_config(parallel_config, None, num_heads=0)  # what can be known before it is loaded
         loaded: Any = super().from_pretrained(source, output_loading_info=True, **kwargs)
         model, info = loaded
         check_all_weights_loaded(info, model, source)
+        if parallel_config is not None:
+            model.enable_parallelism(config=parallel_config)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -465,7 +477,6 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             )
         resolved = resolve_stream_config(config, cp_plan, self.config.num_attention_heads)
         self.stream_ranks = StreamRanks(resolved)
-        self._parallel_config = config
         for layer in nvfp4_layers(self).values():
             layer.share_amax = self.stream_ranks.share_amax
 

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import nn
 
-from .backends import ShareAmax, LayerShape, LinearBackend, check_backend_name, choose_backend
+from .backends import LayerShape, LinearBackend, ShareAmax, check_backend_name, choose_backend
 from .format import BLOCK, NVFP4Tensor, Weights, check_buffers, quantize
 from .matmul import connected_to
 from .rules import scale_rule_named

@@ -79,8 +79,8 @@ def resolve_stream_config(config: Any, cp_plan: Any, num_heads: int) -> StreamPa
         )
     if config.ring_degree not in (None, 1):
         raise ValueError(
-            f"`ring_degree` must be 1, got {config.ring_degree}: ring attention passes the keys and values of the whole "
-            "KV cache around in every forward; `ulysses_degree` exchanges only those of the chunk."
+            f"`ring_degree` must be 1, got {config.ring_degree}: ring attention passes keys and values of the whole "
+            "cache around in every forward; `ulysses_degree` exchanges only those of the chunk."
         )
     if config.ring_anything or config.ulysses_anything:
         raise ValueError(

@@ -4,7 +4,6 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers import ContextParallelConfig, ParallelConfig, WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 from peft import LoraConfig
 from torch.nn.attention.flex_attention import flex_attention
@@ -231,19 +230,6 @@ def test_projections_that_are_no_plain_layers_are_not_fused(model):
     quantize_model(quantized, NVFP4Config())
     with pytest.raises(ValueError, match="NVFP4Linear"):
         quantized.fuse_qkv_projections()
-
-
-@pytest.mark.parametrize("plan", [None, WanTransformer3DModel._cp_plan])
-def test_the_parallelism_of_diffusers_is_refused(model, plan):
-    with pytest.raises(ValueError, match=r"does not support diffusers' parallelism \(ContextParallelConfig\)"):
-        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2), cp_plan=plan)
-
-
-def test_the_parallelism_of_diffusers_is_refused_when_loading(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
-    with pytest.raises(ValueError, match="does not support diffusers' parallelism"):
-        LongLiveTransformer3DModel.from_pretrained(tmp_path, parallel_config=config)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------

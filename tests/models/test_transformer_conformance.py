@@ -6,8 +6,8 @@ same behaviors for ours. Of the behaviors that those mixins know, these are not 
     from_single_file            reads only classes that diffusers lists in its own table. Ours has `from_original` for
                                 the published files; tests/loaders covers it (config, dtype, parameters).
     context parallelism         diffusers shards a sequence by a `_cp_plan`, which would cut chunks and the KV cache in
-                                pieces. There is none, so `enable_parallelism` refuses; we shard by frames and heads,
-                                which tests/parallel covers.
+                                pieces. There is none: `enable_parallelism` shards by frames and heads, which
+                                tests/parallel covers.
     bitsandbytes, GGUF, torchao need packages that are no dependency, or a GPU. NVFP4, our own kind, has tests/nvfp4.
     IP adapters                 Wan has none for text-to-video, and neither have we.
     xformers, NPU, XLA          need their packages and hardware; attention goes through diffusers' dispatcher, and
