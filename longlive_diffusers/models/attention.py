@@ -75,6 +75,8 @@ class LongLiveAttnProcessor:
         # Autocast normalizes in float32 on a GPU; attention takes queries, keys and values of one dtype.
         query, key = attn.norm_q(query).type_as(value), attn.norm_k(key).type_as(value)
         query, key, value = split_heads(attn, query, key, value)
+        if exchange is not None and exchange.sends_codes and is_stored_as_sent(layer_cache, chunk):
+            return self._attend_to_codes(query, key, value, rotary_emb, layer_cache, chunk, exchange)
         if exchange is not None:  # before the rotation, because the cache also keeps unrotated keys
             query, key, value = exchange.own_heads(torch.stack([query, key, value], dim=2)).unbind(2)
         raw_key = key
@@ -88,6 +90,15 @@ class LongLiveAttnProcessor:
         # Rotated before the exchange, so that a rank needs the positions and angles of its own frames only.
         query, key, value = scatter_heads(torch.stack([query, key, value], dim=2), sp_mesh).unbind(2)
         return gather_heads(self._attend_by_chunks(query, key, value, attention_mask), sp_mesh)
+
+    def _attend_to_codes(self, query, key, value, rotary_emb, layer_cache, chunk, exchange):
+        """Exchange the keys and values of a finished chunk as the cache will keep them, rotated and in few bits."""
+        own_rotary = exchange.own_frames(rotary_emb, 1)
+        num_frames = chunk.num_frames // exchange.size
+        packed = layer_cache.pack(apply_rotary(key, own_rotary), value, num_frames)
+        query = apply_rotary(exchange.own_heads(query), rotary_emb)
+        states = layer_cache.attend_to_packed(query, exchange.own_bytes(packed), chunk, self._attention_backend)
+        return exchange.all_heads(states)
 
     def _attend_by_chunks(self, query, key, value, attention_mask):
         if self._attention_backend == AttentionBackendName.FLEX:
@@ -116,6 +127,12 @@ class LongLiveAttnProcessor:
         )
         states = states.unflatten(0, (-1, chunks)).unflatten(2, (halves, -1))
         return states.transpose(1, 2).flatten(1, 3)
+
+
+def is_stored_as_sent(layer_cache: object, chunk: ChunkSlots | None) -> bool:
+    """Whether a chunk's keys and values are to be kept in few bits, and nothing else of them."""
+    is_finished = chunk is not None and chunk.finished
+    return is_finished and isinstance(layer_cache, PackedLayerKVCache) and layer_cache.can_receive
 
 
 def split_heads(attn: WanAttention, *states: torch.Tensor) -> list[torch.Tensor]:

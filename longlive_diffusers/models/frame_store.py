@@ -30,7 +30,71 @@ KEYS, VALUES = 0, 1  # the two parts of a cache
 READ_BY_KERNELS = (torch.float32, torch.bfloat16)
 
 
-class NVFP4Frames:
+class PackedFrames:
+    """What the stores in few bits have in common: frames are a few tensors, `parts`, `[B, heads, slots, ...]` each."""
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """Everything that is stored."""
+        raise NotImplementedError
+
+    def with_parts(self, parts: list[torch.Tensor]) -> Self:
+        """Return a store of the same kind for other frames."""
+        raise NotImplementedError
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Dequantize the first slots into `target`, `[B, heads, length, tokens, head_dim]`, for as many as it has."""
+        raise NotImplementedError
+
+    def _quantized(self, frames: torch.Tensor) -> list[torch.Tensor]:
+        """Quantize frames `[..., heads, tokens, head_dim]` to their parts."""
+        raise NotImplementedError
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory of everything that is stored, in bytes."""
+        return sum(part.nbytes for part in self.parts)
+
+    def write(self, samples: torch.Tensor, slots: torch.Tensor, frames: torch.Tensor) -> None:
+        """Quantize frames `[..., heads, tokens, head_dim]` into `slots` of `samples` (int64, broadcasting to
+        `[...]`)."""
+        self._put(samples, slots, self._quantized(frames))
+
+    def take(self, samples: torch.Tensor, slots: torch.Tensor) -> Self:
+        """Copy frames, bit for bit, into a store of n samples with one slot each (`samples`, `slots`, int64 `[n]`)."""
+        return self.with_parts([_take(part, samples, slots) for part in self.parts])
+
+    def pack(self, frames: torch.Tensor) -> torch.Tensor:
+        """Quantize frames `[..., heads, tokens, head_dim]` to the bytes that are stored for each, `[..., heads, n]`, so
+        that they can be sent to another process."""
+        return torch.cat([part.flatten(-2).view(torch.uint8) for part in self._quantized(frames)], dim=-1)
+
+    def write_packed(self, samples: torch.Tensor, slots: torch.Tensor, packed: torch.Tensor) -> None:
+        """Store what [`pack`] returned, bit for bit, like [`write`]."""
+        self._put(samples, slots, self._unpacked(packed))
+
+    def read_packed(self, packed: torch.Tensor, target: torch.Tensor) -> None:
+        """Dequantize what [`pack`] returned for frames `[B, n, heads, ...]` into `target`, `[B, heads, n, tokens,
+        head_dim]`."""
+        self.with_parts([part.transpose(1, 2) for part in self._unpacked(packed)]).read_into(target)
+
+    @property
+    def bytes_of_frame(self) -> list[int]:
+        """The bytes of each part of a frame of a head."""
+        return [part[0, 0, 0].nbytes for part in self.parts]
+
+    def _unpacked(self, packed: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            part.contiguous().view(like.dtype).unflatten(-1, like.shape[-2:])
+            for part, like in zip(packed.split(self.bytes_of_frame, dim=-1), self.parts, strict=True)
+        ]
+
+    def _put(self, samples: torch.Tensor, slots: torch.Tensor, parts: list[torch.Tensor]) -> None:
+        for stored, new in zip(self.parts, parts, strict=True):
+            stored[samples, :, slots] = new
+
+
+class NVFP4Frames(PackedFrames):
     """
     Frames in NVFP4, with linear scales.
 
@@ -63,33 +127,25 @@ class NVFP4Frames:
         return None
 
     @property
-    def num_bytes(self) -> int:
-        """The memory of everything that is stored, in bytes."""
-        buffers = (self.codes, self.scales, self.amax, self.mean)
-        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+    def parts(self) -> list[torch.Tensor]:
+        """Codes, block scales, each frame's largest number and, of keys, the mean."""
+        return [part for part in (self.codes, self.scales, self.amax, self.mean) if part is not None]
 
-    def write(self, samples: torch.Tensor, slots: torch.Tensor, frames: torch.Tensor) -> None:
-        """Quantize frames `[..., heads, tokens, head_dim]` into `slots` of `samples` (int64, broadcasting to
-        `[...]`)."""
-        states = frames.float()
+    def with_parts(self, parts: list[torch.Tensor]) -> Self:
+        """Return a store of the same kind for other frames."""
+        frames = copy(self)
+        frames.codes, frames.scales, frames.amax, *mean = parts
+        frames.mean = mean[0] if mean else None
+        return frames
+
+    def _quantized(self, frames: torch.Tensor) -> list[torch.Tensor]:
+        states, means = frames.float(), []
         if self.mean is not None:
-            mean = states.mean(dim=-2, keepdim=True)
-            states = states - mean
-            self.mean[samples, :, slots] = mean
+            means = [states.mean(dim=-2, keepdim=True)]
+            states = states - means[0]
         amax = states.abs().amax(dim=(-2, -1), keepdim=True)
         packed = quantize_unchecked(states, self.scale_rule, amax=amax)
-        self.codes[samples, :, slots] = packed.codes
-        self.scales[samples, :, slots] = packed.scales.view(torch.uint8)
-        self.amax[samples, :, slots] = amax
-
-    def take(self, samples: torch.Tensor, slots: torch.Tensor) -> Self:
-        """Copy frames, bit for bit, into a store of n samples with one slot each (`samples`, `slots`, int64 `[n]`)."""
-        taken = copy(self)
-        taken.codes, taken.scales, taken.amax = (
-            _take(part, samples, slots) for part in (self.codes, self.scales, self.amax)
-        )
-        taken.mean = None if self.mean is None else _take(self.mean, samples, slots)
-        return taken
+        return [packed.codes, packed.scales.view(torch.uint8), amax, *means]
 
     def read_into(self, target: torch.Tensor) -> None:
         """Dequantize the first slots into `target`, `[B, heads, length, tokens, head_dim]`, for as many as it has."""
@@ -108,7 +164,7 @@ class NVFP4Frames:
         target.copy_(values)
 
 
-class FP8Frames:
+class FP8Frames(PackedFrames):
     """
     Frames in float8_e4m3fn, with one scale for each frame of each head.
 
@@ -128,23 +184,21 @@ class FP8Frames:
         return None
 
     @property
-    def num_bytes(self) -> int:
-        """The memory of everything that is stored, in bytes."""
-        return self.codes.nbytes + self.scale.nbytes
+    def parts(self) -> list[torch.Tensor]:
+        """Codes and each frame's scale."""
+        return [self.codes, self.scale]
 
-    def write(self, samples: torch.Tensor, slots: torch.Tensor, frames: torch.Tensor) -> None:
-        """Quantize frames into slots, like [`NVFP4Frames.write`]."""
+    def with_parts(self, parts: list[torch.Tensor]) -> Self:
+        """Return a store of the same kind for other frames."""
+        frames = copy(self)
+        frames.codes, frames.scale = parts
+        return frames
+
+    def _quantized(self, frames: torch.Tensor) -> list[torch.Tensor]:
         states = frames.float()
         scale = states.abs().amax(dim=(-2, -1), keepdim=True) / MAX_SCALE
         codes = (states / scale.clamp(min=1e-30)).clamp(-MAX_SCALE, MAX_SCALE).to(torch.float8_e4m3fn)
-        self.codes[samples, :, slots] = codes.view(torch.uint8)
-        self.scale[samples, :, slots] = scale
-
-    def take(self, samples: torch.Tensor, slots: torch.Tensor) -> Self:
-        """Copy frames into a store of their own, like [`NVFP4Frames.take`]."""
-        taken = copy(self)
-        taken.codes, taken.scale = (_take(part, samples, slots) for part in (self.codes, self.scale))
-        return taken
+        return [codes.view(torch.uint8), scale]
 
     def read_into(self, target: torch.Tensor) -> None:
         """Dequantize slots, like [`NVFP4Frames.read_into`]."""

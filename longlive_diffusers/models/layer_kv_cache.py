@@ -7,7 +7,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 
 from ..dtypes import DTYPES
 from .attend import attend
-from .frame_store import FRAME_STORES, Frames, FrameStore, Shape, read_frames, take_frames
+from .frame_store import FRAME_STORES, Frames, FrameStore, NVFP4Frames, Shape, read_frames, take_frames
 from .rotary import apply_rotary
 
 
@@ -234,6 +234,33 @@ class PackedLayerKVCache(LayerCacheBase):
         self.value: FrameStore = FRAME_STORES[store](shape, device, for_keys=False)
         self._parts = (self.key, self.value)
         self._dequant_buffers = dequant_buffers
+        self._received: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values as another rank packed them
+
+    @property
+    def can_receive(self) -> bool:
+        """Whether other ranks may send the keys and values of a finished chunk as they are stored here: they can where
+        nothing else of them is kept."""
+        return isinstance(self.key, NVFP4Frames) and self.raw_key is None
+
+    def pack(self, key: torch.Tensor, value: torch.Tensor, num_frames: int) -> torch.Tensor:
+        """Quantize whole frames, `[B, num_frames * tokens, heads, head_dim]`, to bytes `[B, num_frames, heads, n]`."""
+        frames = (in_frames(states, num_frames) for states in (key, value))
+        return torch.cat([store.pack(own) for store, own in zip((self.key, self.value), frames, strict=True)], dim=-1)
+
+    def attend_to_packed(
+        self, query: torch.Tensor, packed: torch.Tensor, chunk: ChunkSlots, backend: AttentionBackendName | None
+    ) -> torch.Tensor:
+        """Attend like [`attend`] in the forward of a finished chunk, whose keys and values were packed by [`pack`];
+        [`store`] then keeps just these bytes."""
+        keys, values = packed.split([sum(self.key.bytes_of_frame), sum(self.value.bytes_of_frame)], dim=-1)
+        self._received = (keys, values)
+        for stored, states, received in zip((self.key, self.value), self.visible, self._received, strict=True):
+            batch, frames, heads, _ = received.shape
+            unpacked = states.new_empty(batch, heads, frames, *self._shape[3:])
+            stored.read_packed(received, unpacked)
+            self._by_slot(states)[chunk.samples, :, chunk.slots] = unpacked.transpose(1, 2)
+        key, value = (states.to(query.dtype).transpose(1, 2) for states in self.visible)
+        return attend(query, key, value, backend, self.scratch)
 
     def begin_chunk(self, length: int) -> None:
         """Make the first `length` slots visible."""
@@ -246,7 +273,11 @@ class PackedLayerKVCache(LayerCacheBase):
 
     def store(self, chunk: ChunkSlots) -> None:
         """Quantize what the forward of a finished chunk wrote into the buffers."""
-        if chunk.finished:
+        if self._received is not None:
+            for stored, received in zip((self.key, self.value), self._received, strict=True):
+                stored.write_packed(chunk.samples, chunk.slots, received)
+            self._received = None
+        elif chunk.finished:
             for stored, states in zip((self.key, self.value), self.visible, strict=True):
                 stored.write(chunk.samples, chunk.slots, self._by_slot(states)[chunk.samples, :, chunk.slots])
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from .all_to_all import gather_heads, scatter_heads
 
 
-EXCHANGE_DTYPES = (None, "fp8")
-"""What can be exchanged: states as they are, or in float8_e4m3 with a scale for each token of each head."""
+EXCHANGE_DTYPES = (None, "fp8", "nvfp4")
+"""How states can be exchanged: as they are; in float8_e4m3 with a scale for each token of each head; or like that, but
+the keys and values that an NVFP4 cache is to keep in NVFP4, as it keeps them."""
 
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
@@ -35,7 +36,7 @@ class FrameExchange:
 
     def __init__(self, group: dist.ProcessGroup, dtype: str | None = None):
         self.group, self.rank, self.size = group, group.rank(), group.size()
-        self.is_compressed = dtype is not None
+        self.is_compressed, self.sends_codes = dtype is not None, dtype == "nvfp4"
 
     def own_frames(self, states: torch.Tensor, dim: int) -> torch.Tensor:
         """Return this rank's frames, a view."""
@@ -54,6 +55,10 @@ class FrameExchange:
         """The inverse of [`own_heads`]."""
         return self._exchange(states, gather_heads)
 
+    def own_bytes(self, packed: torch.Tensor) -> torch.Tensor:
+        """`[B, frames / N, heads, n]`, bytes that stand for whole frames, to `[B, frames, heads / N, n]`."""
+        return scatter_heads(packed, self.group)
+
     def _exchange(self, states: torch.Tensor, exchange) -> torch.Tensor:
         if not self.is_compressed:
             return exchange(states, self.group)
@@ -62,6 +67,8 @@ class FrameExchange:
 
 class WholeExchange:
     """The exchange of a chunk that every rank computes in full; the same methods as [`FrameExchange`]."""
+
+    sends_codes = False
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.rank, self.size = group, group.rank(), group.size()
@@ -77,6 +84,10 @@ class WholeExchange:
     def own_heads(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, tokens, ..., heads, head_dim]` to `[B, tokens, ..., heads / N, head_dim]`, a view."""
         return states.chunk(self.size, -2)[self.rank]
+
+    def own_bytes(self, packed: torch.Tensor) -> torch.Tensor:
+        """`[B, frames, heads, n]` to `[B, frames, heads / N, n]`, a view."""
+        return self.own_heads(packed)
 
     def all_heads(self, states: torch.Tensor) -> torch.Tensor:
         """Gather the heads of all ranks."""

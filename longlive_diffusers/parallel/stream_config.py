@@ -19,8 +19,9 @@ class StreamParallelConfig(ContextParallelConfig):
     Args:
         ulysses_degree: The number of ranks N that share every forward: each has 1/N of a chunk's frames outside of
             self-attention, and 1/N of the heads, with their KV cache, within it. It divides the number of heads.
-        exchange_dtype: What is exchanged between frames and heads: None for the network's own dtype, or "fp8" for
-            half the bytes of bfloat16, with rounding errors.
+        exchange_dtype: What is exchanged between frames and heads: None for the network's own dtype; "fp8" for half
+            the bytes of bfloat16, with rounding errors; or "nvfp4", the same except for keys and values on their way
+            into an NVFP4 cache with absolute positions, which are sent as they are stored there.
         cfg_parallel: Whether the two branches of classifier-free guidance run on two halves of `2 * ulysses_degree`
             ranks, each with one of the two KV caches.
         parallel_decode: Whether the VAE works on a part of each frame's columns on every rank; else every rank decodes

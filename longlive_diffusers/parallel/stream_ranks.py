@@ -97,6 +97,23 @@ class StreamRanks:
         assert group is not None  # "branches" is asked for only where there are some
         return group
 
+    def check_request(self, device: torch.device, *, is_guided: bool) -> None:
+        """
+        Check that these ranks can make a video.
+
+        Raises:
+            ValueError: If their backend cannot send what is on `device`, or branches are split and there is one.
+        """
+        if device.type == "cpu" and self.backend == "nccl":
+            raise ValueError(
+                "The backend 'nccl' sends between GPUs, and the network is on the CPU: that is for 'gloo'."
+            )
+        if self.branch is not None and not is_guided:
+            raise ValueError(
+                "`cfg_parallel` is for the two branches of guidance, and `guidance_scale` 1 or 0 means none: half of "
+                f"the {self.size} ranks would have nothing to do."
+            )
+
     def exchange(self, num_frames: int) -> HeadExchange:
         """Return the exchange of a chunk of `num_frames`."""
         self.group("heads")  # or its error

@@ -42,7 +42,8 @@ def check_caches_fit(
     tokens = frames * (height // config.patch_size[1]) * (width // config.patch_size[2])
     inner_dim = config.num_attention_heads * config.attention_head_dim
     text_bytes = text_length * (2 * config.num_layers * inner_dim + config.text_dim) * transformer.dtype.itemsize
-    num_caches = 2 if is_guided(request.guidance_scale) else 1
+    has_split_branches = transformer.stream_ranks is not None and transformer.stream_ranks.branch is not None
+    num_caches = 2 if is_guided(request.guidance_scale) and not has_split_branches else 1
     needed = batch * num_caches * (tokens * bytes_per_token(transformer, request) + text_bytes)
     if needed > available:
         raise ValueError(

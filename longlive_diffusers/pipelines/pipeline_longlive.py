@@ -383,6 +383,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             **options,
         )
         copy.deepcopy(self.scheduler).set_timesteps(request.num_inference_steps)  # raises where it cannot solve
+        if self.stream_ranks is not None:
+            self.stream_ranks.check_request(self._execution_device, is_guided=is_guided(request.guidance_scale))
         check_caches_fit(self.transformer, request, self._num_tokens(request), self._execution_device)
         return request
 

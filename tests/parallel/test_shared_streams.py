@@ -47,26 +47,50 @@ def exchanged(found, num_ranks: int, what: str, network: str) -> dict[str, float
     return found[num_ranks][f"exchange of {what}, network in {network}"]
 
 
+FORWARDS, LAYERS, HEADS, HEAD_DIM, FRAME_TOKENS = 3, 2, 4, 32, 4  # of the chunk whose bytes are counted
+ROW = HEAD_DIM + 4  # bytes of a token of a head in FP8, with its scale
+
+
+def sent(num_ranks: int, what_a_rank_has: int) -> int:
+    """A rank keeps its own part of what it has."""
+    return what_a_rank_has * (num_ranks - 1) // num_ranks
+
+
 @every_number
 @pytest.mark.parametrize("dtype, itemsize", [("torch.float32", 4), ("torch.bfloat16", 2)])
 def test_queries_keys_values_and_the_output_are_sent_once(found, num_ranks, dtype, itemsize):
-    chunks, forwards, layers, tokens, width = 1, 3, 2, CHUNK_SIZE * 4, 4 * 32
-    values = chunks * forwards * layers * 4 * (tokens // num_ranks) * width * (num_ranks - 1) // num_ranks
+    rows = FORWARDS * LAYERS * HEADS * FRAME_TOKENS * CHUNK_SIZE // num_ranks
     plain = exchanged(found, num_ranks, dtype, dtype)
-    assert (plain["bytes"], plain["messages"]) == (values * itemsize, 2 * chunks * forwards * layers)
+    assert plain["bytes"] == sent(num_ranks, 4 * rows * HEAD_DIM * itemsize)
+    assert plain["messages"] == 2 * FORWARDS * LAYERS
     packed = exchanged(found, num_ranks, "fp8", dtype)
-    assert packed["bytes"] == values + 4 * values // 32  # a scale for each token of each head
+    assert packed["bytes"] == sent(num_ranks, 4 * rows * ROW)
     assert packed["messages"] == plain["messages"]
 
 
 @every_number
-def test_an_exchange_in_8_bits_rounds_a_little(found, num_ranks):
+def test_keys_and_values_of_the_clean_pass_are_sent_in_4_bits(found, num_ranks):
+    frames = LAYERS * HEADS * CHUNK_SIZE // num_ranks
+    in_fp8 = 4 * (FORWARDS - 1) + 2  # queries, keys, values, outputs; in the clean pass, queries and outputs
+    stored = FRAME_TOKENS * HEAD_DIM * 9 // 16 + 4  # codes, scales of blocks, and the frame's largest number
+    mean_of_keys = 4 * HEAD_DIM
+    whole = frames * (in_fp8 * FRAME_TOKENS * ROW + 2 * stored + mean_of_keys)
+    assert exchanged(found, num_ranks, "nvfp4", "torch.bfloat16")["bytes"] == sent(num_ranks, whole)
+
+
+@pytest.mark.parametrize("exchange", [None, "nvfp4"])
+def test_the_first_layer_stores_what_one_process_stores(found, exchange):
+    assert found[2][f"codes sent as {exchange}"]["differing"] == 0
+
+
+@every_number
+@pytest.mark.parametrize("exchange", ["fp8", "nvfp4"])
+def test_an_exchange_in_few_bits_rounds_a_little(found, num_ranks, exchange):
     assert exchanged(found, num_ranks, "torch.float32", "torch.float32")["error"] < 1e-6
-    assert 1e-4 < exchanged(found, num_ranks, "fp8", "torch.float32")["error"] < 0.02
+    assert 1e-4 < exchanged(found, num_ranks, exchange, "torch.float32")["error"] < 0.02
 
 
 @every_number
 def test_the_cache_of_a_rank_is_its_part(found, num_ranks):
-    slots, layers = 12, 2
-    whole = 2 * layers * slots * 4 * 4 * 32 * 4  # keys and values, tokens, heads, head_dim, float32
+    whole = 2 * LAYERS * 12 * FRAME_TOKENS * HEADS * HEAD_DIM * 4  # keys and values in 12 slots, float32
     assert exchanged(found, num_ranks, "torch.float32", "torch.float32")["cache"] * num_ranks == whole

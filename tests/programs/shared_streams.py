@@ -23,6 +23,7 @@ from peft import LoraConfig
 
 from longlive_diffusers import LongLivePipeline, NVFP4Config, StreamParallelConfig
 from longlive_diffusers.nvfp4.quantizer import quantize_model
+from longlive_diffusers.parallel.head_exchange import EXCHANGE_DTYPES
 from tests.pipelines.test_golden_rollouts import arguments_of, pipeline_for
 from tests.support.golden_models import golden_rollouts
 from tests.support.tiny_pipeline import TEXT_LENGTH, tiny_pipeline, tiny_transformer
@@ -253,10 +254,34 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 # -- what is sent ----------------------------------------------------------------------------------------------------
 
 
+def stored_codes(exchange_dtype: str | None) -> dict[str, float]:
+    """How many bytes of what the first layer's NVFP4 cache keeps of a finished chunk differ from what one process
+    keeps."""
+
+    def fill(model) -> list[torch.Tensor]:
+        cache = model.create_kv_cache(2, 4, 4, window_size=12, sink_size=4, multi_shot_sink=True, dtype="nvfp4")
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):  # the last one evicts
+            cache.begin_chunk(CHUNK_SIZE)
+            cache.finish_chunk()
+            latents = torch.randn(2, 8, CHUNK_SIZE, 4, 4, generator=generator)
+            model(latents, torch.zeros(2), torch.ones(2, TEXT_LENGTH, 16), kv_cache=cache)
+        return [part for store in (cache[0].key, cache[0].value) for part in store.parts]
+
+    with torch.no_grad():
+        expected = fill(pipeline().transformer)
+        pipe = share(
+            pipeline(), StreamParallelConfig(ulysses_degree=dist.get_world_size(), exchange_dtype=exchange_dtype)
+        )
+        found = fill(pipe.transformer)
+    own = [part.chunk(dist.get_world_size(), 1)[dist.get_rank()] for part in expected]
+    return {"differing": sum((a != b).sum().item() for a, b in zip(found, own, strict=True))}
+
+
 def measure_exchange(num_ranks: int, exchange_dtype: str | None, dtype: torch.dtype) -> dict[str, float]:
     """The bytes that a rank sends to others in the all-to-all of one chunk (2 steps and the clean pass, 2 layers), and
     how far the chunk then is from that of one process."""
-    video = functools.partial(call, prompt="a cat", num_frames=13)
+    video = functools.partial(call, prompt="a cat", num_frames=13, kv_cache_dtype="nvfp4")
     generator = torch.Generator().manual_seed(0)
     pipe = pipeline()
     pipe.transformer.to(dtype)
@@ -292,7 +317,10 @@ def main(path: Path, pattern: str = "") -> None:
             report(name, compare(name, config_of(name, num_ranks)))
     if num_ranks == 4 and re.search(pattern, "pairs"):
         report("pairs", compare(next(iter(FEATURES)), ContextParallelConfig(ulysses_degree=2)))
-    for exchange_dtype in (None, "fp8"):
+    for exchange_dtype in (None, "nvfp4"):
+        if re.search(pattern, "codes"):
+            report(f"codes sent as {exchange_dtype}", stored_codes(exchange_dtype))
+    for exchange_dtype in EXCHANGE_DTYPES:
         for dtype in (torch.float32, torch.bfloat16):
             name = f"exchange of {exchange_dtype or dtype}, network in {dtype}"
             if re.search(pattern, name):
