@@ -65,8 +65,8 @@ class PackedFrames:
         return self.with_parts([_take(part, samples, slots) for part in self.parts])
 
     def pack(self, frames: torch.Tensor) -> torch.Tensor:
-        """Quantize frames `[..., heads, tokens, head_dim]` to the bytes that are stored for each, `[..., heads, n]`, so
-        that they can be sent to another process."""
+        """Quantize frames `[..., heads, tokens, head_dim]` to the bytes that are stored for each, `[..., heads, n]`,
+        so that they can be sent to another process."""
         return torch.cat([part.flatten(-2).view(torch.uint8) for part in self._quantized(frames)], dim=-1)
 
     def write_packed(self, samples: torch.Tensor, slots: torch.Tensor, packed: torch.Tensor) -> None:
