@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..limits import MAX_GUIDANCE_SCALE
 from ..models.attention_kwargs import check_attention_kwargs
 from ..models.kv_cache import KVCache
+from ..models.lora_scales import lora_scales
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_counts, check_non_negative
 from ..parallel.agreement import ALONE, Agreement
@@ -53,6 +54,7 @@ class ChunkOrders:
     num_inference_steps: int
     guidance_scale: float
     attention_kwargs: dict[str, Any] | None
+    loras: tuple  # which the others have to have as well
 
 
 class ChunkDenoiser:
@@ -152,16 +154,25 @@ class ChunkDenoiser:
 
     def _receive_orders(self, index: int) -> ChunkOrders | None:
         """Return what chunk `index` is made with, as the first rank decides; None, once, at the end of the stream."""
-        orders = None
+        orders, new_index = None, index - self.request.num_condition_chunks
+        loras = () if self._agreement.is_alone else lora_scales(self.transformer)
         if self._agreement.leads and not self.run.is_ending and index != self.request.num_chunks:
             orders = ChunkOrders(
-                self.prompts.take_redirection(index - self.request.num_condition_chunks),
+                self.prompts.take_redirection(new_index),
                 self.num_inference_steps,
                 self.run.guidance_scale,
                 self.run.attention_kwargs,
+                loras,
             )
         orders = self._agreement.order(orders)
         self._is_ended = orders is None
+        if orders is not None and not self._agreement.leads:
+            self.prompts.take_redirection(new_index)  # this rank's own does not count
+            if orders.loras != loras:
+                raise ValueError(
+                    "This rank's LoRAs, or their scales, are not those of the first rank: load, choose and scale them "
+                    "on every rank."
+                )
         return orders
 
     def _make_chunk(self, index: int, orders: ChunkOrders) -> DenoisedChunk:

@@ -172,6 +172,17 @@ def asynchronously(pipe: LongLivePipeline) -> torch.Tensor:
     return torch.cat(chunks)
 
 
+def switched_loras(pipe: LongLivePipeline) -> torch.Tensor:
+    """A LoRA that every rank loads, and scales differently from the third chunk on."""
+    chunks, generator = [], torch.Generator().manual_seed(place(pipe))
+    with pipe.stream(said(pipe, "a cat"), num_frames=61, generator=generator, **ARGUMENTS) as session:
+        for chunk in session:
+            chunks.append(chunk.latents)
+            if chunk.index == 1:
+                pipe.transformer.set_adapters(["default"], [0.5])
+    return torch.cat(chunks, dim=2)
+
+
 def from_global_seed(pipe: LongLivePipeline) -> torch.Tensor:
     torch.manual_seed(place(pipe))
     return call(pipe, prompt="a cat", num_frames=29)
@@ -196,6 +207,7 @@ GOLDEN: dict[str, Case] = {
 }
 FEATURES: dict[str, Case] = {
     "LoRA": (with_lora, two_videos),
+    "LoRA, scaled in the stream": (with_lora, switched_loras),
     "NVFP4 weights": (lambda: in_four_bits("w4a16"), two_videos),
     "NVFP4 weights and activations": (lambda: in_four_bits("emulate"), two_videos),
     "sinks that are no chunks": (odd_sinks, switches),
