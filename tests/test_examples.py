@@ -14,6 +14,7 @@ from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.conversion.pipeline_folder import PipelineFolder
 from longlive_diffusers.video.reader import read_video
 from tests.support.paths import ROOT
+from tests.support.ranks import run_ranks
 from tests.support.toy_checkpoints import save_original_checkpoint, save_original_lora
 
 
@@ -101,8 +102,16 @@ def test_convert_original_checkpoint(tmp_path, run):
     assert len(frames_of(tmp_path / "video.mp4")) == whole_chunks(45)
 
 
+def test_several_gpus(tmp_path):
+    output = tmp_path / "shared.mp4"
+    for status, printed in run_ranks(EXAMPLES / "several_gpus.py", 2, "--output", output):
+        assert status == 0, printed
+    assert len(frames_of(output)) == 8 * 4 * TOY.transformer["chunk_size"] - 3
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_the_first_line_says_how_to_run_it(path):
     lines = path.read_text().splitlines()
-    assert f"python examples/{path.name}" in lines[0]
+    start = "torchrun --nproc-per-node 2" if path.stem == "several_gpus" else "python"
+    assert f"{start} examples/{path.name}" in lines[0]
     assert len(lines) <= 50
