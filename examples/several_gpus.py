@@ -1,6 +1,6 @@
 """One video on several GPUs, in one stream: torchrun --nproc-per-node 2 examples/several_gpus.py [--model DIR_OR_REPO]
 
-Every process runs this program and makes a part of every chunk: its frames, attention heads, columns of the picture. The
+Every process runs this program and makes a part of every chunk: its frames, heads, columns of the picture. The
 first one decides what is made, and writes the file. Without a GPU, this shows that it works, and saves no time.
 
 Without --model, the small one that comes with the package is used: it has six heads, for two, three or six processes.
