@@ -169,15 +169,15 @@ PRIVATE_NAMES = [
         lambda: "processor._attention_backend = " in source_of("diffusers.models.modeling_utils"),
     ),
     PrivateName(
+        "torch.distributed.distributed_c10d:_get_default_store",
+        (PACKAGE + "parallel/stream_ranks.py",),
+        "Ranks need another place to leave word of their errors, which does not end with any one of them.",
+    ),
+    PrivateName(
         "_parallel_config of an attention processor",
         (PACKAGE + "models/attention.py",),
         "Look at what enable_parallelism writes.",
         lambda: "processor._parallel_config = " in source_of("diffusers.models.modeling_utils"),
-    ),
-    PrivateName(
-        "torch.distributed.distributed_c10d:_get_default_store",
-        (PACKAGE + "parallel/stream_ranks.py",),
-        "Make a TCPStore, or let ranks that wait for a failed one end without knowing why.",
     ),
     PrivateName(
         "diffusers.models.attention_dispatch:_AttentionBackendRegistry",

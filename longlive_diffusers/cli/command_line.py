@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 from ..version import __version__
@@ -12,6 +13,9 @@ from .env import add_parser as add_env
 from .errors import is_told_by_another, one_line
 from .generate import add_parser as add_generate
 from .quantize import add_parser as add_quantize
+
+
+PATIENCE = 10.0  # seconds
 
 
 def run(argv: Sequence[str]) -> int:
@@ -31,7 +35,9 @@ def run(argv: Sequence[str]) -> int:
         message = one_line(error, args)
         if message is None:
             raise
-        if not is_told_by_another(error):
+        if is_told_by_another(error):
+            time.sleep(PATIENCE)  # the launcher ends all processes with the first, which may still have to tell
+        else:
             print(f"longlive: error: {message}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
 

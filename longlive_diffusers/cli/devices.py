@@ -2,7 +2,8 @@
 
 The command starts itself N times with torch's elastic launcher; `torchrun -m longlive_diffusers.cli ...` does the same
 on several machines. The first process, rank 0, reads what is typed, prints, and writes the file. Ctrl-C is its to act
-on; the others follow it, and end when it does.
+on; the others follow it, and end when it does. A process that fails says why; the launcher says so for one that could
+not, and ends the rest.
 """
 
 import logging
@@ -10,8 +11,11 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -64,11 +68,11 @@ def check_devices(count: int, device: torch.device, num_heads: int) -> None:
         ValueError: If there are not so many devices, they cannot share the heads, or a launcher has started another
             number of processes.
     """
-    rank = own_rank()
+    rank, needed = own_rank(), count
     if rank.count > 1:
         if count not in (1, rank.count):
             raise ValueError(f"--devices is {count}, but {rank.count} processes were started: leave it out")
-        count = rank.count
+        count, needed = rank.count, int(os.environ["LOCAL_WORLD_SIZE"])
     if count == 1:
         return
     check_heads(num_heads, count)
@@ -77,8 +81,8 @@ def check_devices(count: int, device: torch.device, num_heads: int) -> None:
             f"--device {device} is one device, and --devices asks for {count}: say --device {device.type}"
         )
     there = available_devices().get(device.type, 0)
-    if device.type != "cpu" and rank.count == 1 and count > there:
-        raise ValueError(f"--devices is {count}, but there are only {there} of '{device.type}' here")
+    if device.type != "cpu" and needed > there:
+        raise ValueError(f"{needed} devices are asked for, but there are only {there} of '{device.type}' here")
 
 
 def start_ranks(argv: Sequence[str], count: int) -> int:
@@ -90,7 +94,6 @@ def start_ranks(argv: Sequence[str], count: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is said by who failed
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -100,15 +103,49 @@ def start_ranks(argv: Sequence[str], count: int) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
+    logging.disable()  # what failed is said by who failed; the launcher's own loggers know no common level
     try:
         elastic_launch(config, sys.executable)("-m", "longlive_diffusers.cli", *argv)
     except SignalException as error:
+        if error.sigval != signal.SIGINT:  # of which the first process has told
+            print(f"longlive: ended by {error.sigval.name}", file=sys.stderr)
         return 128 + error.sigval
     except ChildFailedError as error:
-        rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
+        return exit_status({rank: failure.exitcode for rank, failure in error.failures.items()}, count)
+    finally:
+        logging.disable(logging.NOTSET)
+    return 0
+
+
+def exit_status(statuses: Mapping[int, int], count: int) -> int:
+    """Say which process was ended by a signal, since it could not, and return the exit status of all. The first of
+    the statuses is that of the process that failed first; the launcher then ends the others with SIGTERM."""
+    for rank, status in statuses.items():
+        if status < 0 and -status != signal.SIGTERM:
+            name = signal.Signals(-status).name
             print(f"longlive: error: process {rank} of {count} was ended by {name}", file=sys.stderr)
             return 1
-        return failure.exitcode
-    return 0
+    rank, status = next(iter(statuses.items()))
+    if status < 0:
+        print(f"longlive: error: process {rank} of {count} was ended by SIGTERM", file=sys.stderr)
+        return 1
+    return status
+
+
+@contextmanager
+def ends_with_the_others(rank: Rank) -> Iterator[None]:
+    """Let SIGTERM, by which the launcher ends this process when another one has failed, unwind the block: the video is
+    finished as far as it was made. The launcher says what happened."""
+    if rank.count == 1:
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _unwind(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the end
+    raise SystemExit(128 + number)

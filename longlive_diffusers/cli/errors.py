@@ -61,9 +61,11 @@ def with_option_names(message: str, names: Collection[str]) -> str:
 
 
 def is_told_by_another(error: Exception) -> bool:
-    """Whether this is one of several processes that make a video, and the first of them, or the one that failed, tells
-    the user of the error."""
-    return os.environ.get("RANK", "0") != "0" and (isinstance(error, ValueError) or _is_named(error, "RanksParted"))
+    """Whether this is one of several processes that make a video, and another one tells the user of the error: that
+    which failed, where this one only ends with it; or the first on this machine, of arguments that all were given."""
+    if _is_named(error, "RanksParted"):
+        return True
+    return os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, ValueError)
 
 
 def _is_of_gpu(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from ..pipelines.session import StreamingSession
 from ..video.writer import VideoWriter
 from ..wording import counted
 from .choices import FPS
-from .devices import Rank, own_rank, start_ranks
+from .devices import Rank, ends_with_the_others, own_rank, start_ranks
 from .generation_request import GenerationRequest, check_request, scaled_loras
 from .status_line import StatusLine
 from .typed_prompts import HELP, TypedPrompts, readable_descriptor
@@ -68,9 +68,10 @@ def generate(args: argparse.Namespace) -> int:
     writer, progress, interrupted = VideoWriter(args.output, FPS), Progress(), False
     replaces = writer.path.is_file()
     try:
-        with writer:
+        with ends_with_the_others(rank), writer:
             try:
-                interrupted = write_video(pipe, request, args, writer, progress)
+                if write_video(pipe, request, args, writer, progress):
+                    raise KeyboardInterrupt
             except KeyboardInterrupt:
                 interrupted = True
                 if request.num_frames is not None:  # the video is unfinished: it does not replace another
@@ -109,8 +110,8 @@ def load(
 
 def follow(request: GenerationRequest, folder: PipelineFolder, args: argparse.Namespace, rank: Rank) -> int:
     """Make the video together with the process that writes it, for as long as that one goes on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to act on
     pipe = load(request, folder, args, rank, show_progress=False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from now on, Ctrl-C is the first process's to act on
     with pipe.stream(**request.stream_arguments(args)) as session:
         for _ in session:
             pass

@@ -470,6 +470,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         Raises:
             ValueError: For other kinds of parallelism, a number of ranks that does not divide the number of heads or
                 the world, without a process group, or if it was called before.
+            RanksParted: If one of the ranks has failed before, with this network or another: start all of them again.
         """
         if self.stream_ranks is not None:
             raise ValueError(

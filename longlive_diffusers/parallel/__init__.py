@@ -37,11 +37,13 @@ every picture and is handed its neighbors' at the borders (`columns.py`, `halo.p
 from .all_to_all import gather_heads, scatter_heads
 from .layout import FrameLayout, check_heads
 from .stream_config import StreamParallelConfig
+from .stream_ranks import RanksParted
 from .vae_encode import RawWindow, encode_shard, raw_window
 
 
 __all__ = [
     "FrameLayout",
+    "RanksParted",
     "RawWindow",
     "StreamParallelConfig",
     "check_heads",

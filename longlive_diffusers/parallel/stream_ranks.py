@@ -8,11 +8,14 @@ session decodes in one thread while it denoises in another:
     orders, turns               what the first rank tells the others, on the hosts (gloo), in either thread
 
 When a rank fails, the others wait for it in one of these groups. So it leaves word of its error in the store of the
-process group, and closes its groups: whoever waits there gets an error at once, and finds the word.
+process group, and closes its groups: whoever waits there gets an error at once, leaves word that it has no error of
+its own, closes its groups, and reads what the others have left. A rank that was killed is the one without a word.
 """
 
+import contextlib
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -25,10 +28,12 @@ from .stream_config import StreamParallelConfig
 
 
 _ENDLESS = timedelta(days=365)  # the first rank may wait for its user for as long as that user likes
+_PATIENCE, _PAUSE = 4.0, 0.05  # seconds to wait for the word of the other ranks, and between two looks
 
 
 class RanksParted(RuntimeError):
-    """A rank cannot go on, because another one has failed or ended."""
+    """A rank cannot go on, because another one has failed or ended. No further video can be made: all of them have to
+    be started again."""
 
 
 class StreamRanks:
@@ -46,6 +51,7 @@ class StreamRanks:
 
     Raises:
         ValueError: If torch.distributed is not initialized, or its ranks cannot be divided into streams.
+        RanksParted: If one of them has parted from others before: they cannot meet again.
     """
 
     def __init__(self, config: StreamParallelConfig):
@@ -58,6 +64,8 @@ class StreamRanks:
         members = sorted(rank for row in rows for rank in row)
         own_row = next(index for index, row in enumerate(rows) if dist.get_rank() in row)
         place = rows[own_row].index(dist.get_rank())
+        self._world_store = dist.distributed_c10d._get_default_store()
+        _check_unparted(self._world_store, members)
         self.config = config
         self.rank, self.size, self.heads_size = members.index(dist.get_rank()), len(members), len(rows[own_row])
         self.branch = own_row if config.cfg_parallel else None
@@ -74,15 +82,22 @@ class StreamRanks:
             FrameExchange(self.group("heads"), config.exchange_dtype),
             WholeExchange(self.group("heads")),
         )
-        self.num_async_sessions = 0
+        self._num_sessions = 0
+        self._open_sessions: dict[int, bool] = {}  # by their number: whether they are asynchronous
+        self._failure = "another rank has failed"  # until more is known
         name = self.tell("orders", uuid.uuid4().hex if self.rank == 0 else None)
-        self._store = dist.PrefixStore(f"longlive/{name}", dist.distributed_c10d._get_default_store())
+        self._store = dist.PrefixStore(f"longlive/{name}", self._world_store)
 
     def __deepcopy__(self, memo: dict) -> "StreamRanks":
         return self  # a copy of a network is on the same ranks
 
     def __getstate__(self) -> dict:
         raise ValueError("A network that several ranks share cannot be pickled: save it with `save_pretrained`.")
+
+    @property
+    def have_parted(self) -> bool:
+        """Whether a rank has failed, as far as this one knows."""
+        return not self._groups
 
     def group(self, name: str) -> dist.ProcessGroup:
         """
@@ -92,7 +107,7 @@ class StreamRanks:
             RanksParted: If a rank has failed, and the groups are closed.
         """
         if not self._groups:
-            raise RanksParted(f"The ranks of this stream have parted: {self.failure()}. Start them all again.")
+            raise RanksParted(f"The ranks of this stream have parted: {self._failure}. Start them all again.")
         group = self._groups[name]
         assert group is not None  # "branches" is asked for only where there are some
         return group
@@ -136,29 +151,100 @@ class StreamRanks:
         dist.all_gather_object(values, value, group=self.group("orders"))
         return values
 
-    def part(self, reason: str | None) -> None:
-        """Close this rank's groups. Before, leave word of the `reason`; None if another rank's end is the reason."""
-        if not self._groups:
-            return
-        try:
-            if reason is not None and not self._store.check(["failure"]):
-                self._store.set("failure", f"rank {self.rank} failed with {reason}")
-        except RuntimeError:  # the process that keeps the store is gone, perhaps this is why
-            pass
-        # The connections end when nothing refers to a group any more.
-        groups = [group for group in self._groups.values() if group is not None]
-        self._groups, self._exchanges = {}, ()
-        while groups:
-            dist.destroy_process_group(groups.pop())
+    def open_session(self) -> int:
+        """
+        Count a session that begins, before anything is said about it, and return its number: the same on every rank.
 
-    def failure(self) -> str:
-        """Why the ranks have parted, as far as it is known."""
-        try:
-            if self._store.check(["failure"]):
-                return self._store.get("failure").decode()
-        except RuntimeError:
-            pass
-        return "another rank has ended"
+        Raises:
+            ValueError: If an asynchronous session is open. Its thread and this one would talk in the same group.
+            RanksParted: If a rank has failed.
+        """
+        self.group("orders")  # or its error
+        if any(self._open_sessions.values()):
+            raise ValueError(
+                "An asynchronous session is open. Ranks that share their streams make nothing else beside one: close "
+                "it first."
+            )
+        self._num_sessions += 1
+        self._open_sessions[self._num_sessions] = False
+        return self._num_sessions
+
+    def make_asynchronous(self, number: int) -> None:
+        """
+        Let an open session be the only one.
+
+        Raises:
+            ValueError: If there are others.
+        """
+        if others := len(self._open_sessions) - 1:
+            raise ValueError(
+                f"{others} other session(s) of these ranks are open: `async_decode` needs the ranks for itself. Close "
+                "them first, or make this one without it."
+            )
+        self._open_sessions[number] = True
+
+    def close_session(self, number: int) -> None:
+        """Forget a session; also one that is closed already."""
+        self._open_sessions.pop(number, None)
+
+    def part(self, reason: str | None) -> str:
+        """Leave word of the `reason` (None if another rank's end is the reason), close this rank's groups, and return
+        why the ranks have parted, as far as their words tell within seconds."""
+        if self._groups:
+            groups = [group for group in self._groups.values() if group is not None]
+            self._groups, self._exchanges = {}, ()
+            self._say_last_word(reason or "")
+            while groups:  # Gloo's connections end when nothing refers to a group any more
+                groups[-1].abort()  # NCCL would wait for what is under way
+                dist.destroy_process_group(groups.pop())
+            self._failure = self._gather_last_words()
+        return self._failure
+
+    def _say_last_word(self, word: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
+            self._world_store.set(_parted_key(dist.get_rank()), word)
+            self._store.set(f"word {self.rank}", word)
+
+    def _gather_last_words(self) -> str:
+        """Wait for the words of all ranks, and until they have read this one's: the store may end with the process."""
+        everyone = range(self.size)
+        words: dict[int, str] = {}
+        with contextlib.suppress(RuntimeError):
+            self._collect("word", words, everyone)
+            self._store.set(f"read {self.rank}", "")
+            self._collect("read", {}, words)
+        if not words:  # the store has ended before
+            return f"rank {1 - self.rank if self.size == 2 else 0} has ended, without a word"
+        failures = [f"rank {rank} failed with {word.removesuffix('.')}" for rank, word in words.items() if word]
+        silent = [f"rank {rank} has ended or is stuck, without a word" for rank in everyone if rank not in words]
+        return "; ".join(failures + silent)
+
+    def _collect(self, what: str, found: dict[int, str], ranks: Iterable[int]) -> None:
+        """Fill in what these ranks leave in the store, for as long as there is patience."""
+        deadline = time.monotonic() + _PATIENCE
+        while missing := [rank for rank in ranks if rank not in found]:
+            for rank in missing:
+                if self._store.check([f"{what} {rank}"]):
+                    found[rank] = self._store.get(f"{what} {rank}").decode()
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_PAUSE)
+
+
+def _check_unparted(store: dist.Store, ranks: Sequence[int]) -> None:
+    try:
+        parted = [rank for rank in ranks if store.check([_parted_key(rank)])]
+    except dist.DistError as error:
+        raise RanksParted("The process that keeps the ranks' store has ended. Start all ranks again.") from error
+    if parted:
+        raise RanksParted(
+            f"Ranks {parted} have failed, or parted from one that did, and cannot share streams any more. Start all "
+            "ranks again."
+        )
+
+
+def _parted_key(world_rank: int) -> str:
+    return f"longlive/parted/{world_rank}"
 
 
 def _rank_rows(config: StreamParallelConfig) -> list[list[int]]:
@@ -192,5 +278,6 @@ def _rows_of_mesh(config: StreamParallelConfig, mesh: DeviceMesh) -> list[list[i
 
 def _new_group(ranks: Sequence[int], **options: Any) -> dist.ProcessGroup:
     # Made by its members alone: other streams of the same world need not take part.
-    group: Any = dist.new_group(list(ranks), use_local_synchronization=True, **options)
+    group = dist.new_group(list(ranks), use_local_synchronization=True, **options)
+    assert isinstance(group, dist.ProcessGroup)  # else this process were no member
     return group

@@ -392,14 +392,20 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Check the request, encode what the video begins with, and return the session that does the rest. Ranks that
         share the stream begin it together."""
         agreement = Agreement(self.stream_ranks, self._execution_device)
-        request = agreement.unanimous(check, describe_request)
-        try:
-            return self._session(request, agreement)
-        except BaseException as error:  # out of memory, for instance: no model stays where it was moved
-            self.maybe_free_model_hooks()
-            if (raised := agreement.fail(error)) is not error:
-                raise raised from error
-            raise
+
+        def check_here() -> Request:
+            request = check()
+            if request.async_decode:
+                agreement.make_asynchronous()
+            return request
+
+        with agreement.beginning():
+            request = agreement.unanimous(check_here, describe_request)
+            try:
+                return self._session(request, agreement)
+            except BaseException:  # out of memory, for instance: no model stays where it was moved
+                self.maybe_free_model_hooks()
+                raise
 
     def _session(self, request: Request, agreement: Agreement) -> StreamingSession:
         # 1. Encode the prompts.

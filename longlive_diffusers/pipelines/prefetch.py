@@ -41,6 +41,7 @@ class Prefetcher(Generic[Item]):
         self._run = _Run(source)
         self._worker = worker
         self._finished, self._lock = False, threading.Lock()
+        self._closing: Future[None] | None = None  # all who close it wait for the same end
         for _ in range(depth + 1):
             self._pending.append(worker.submit(self._run.advance))
 
@@ -70,13 +71,12 @@ class Prefetcher(Generic[Item]):
 
     def close(self) -> None:
         with self._lock:
-            if self._finished:
-                return
             self._finished = True
             self._drop()
-        closing = self._worker.submit(self._run.close)
+            if self._closing is None:
+                self._closing = self._worker.submit(self._run.close)
         if self._run.thread is not threading.current_thread():  # a thread cannot wait for itself
-            closing.result()
+            self._closing.result()
 
     def __enter__(self) -> "Prefetcher[Item]":
         return self

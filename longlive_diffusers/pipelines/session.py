@@ -4,6 +4,7 @@ The session, its denoiser and its decoder hold all that changes while a video is
 number of sessions, advanced in any order.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Generator
 from typing import NoReturn
@@ -23,7 +24,8 @@ from .prefetch import Prefetcher
 class StreamingSession:
     """
     A video in the making; iterating over it yields [`VideoChunk`]s. It is created by [`LongLivePipeline.stream`];
-    close it, or use it as a context manager, to free its caches. It may be closed at any time, also by a callback, a
+    close it, or use it as a context manager, to free its caches. (Where several ranks share it, they are waiting for
+    each other: a session that is dropped is closed, too.) It may be closed at any time, also by a callback, a
     signal handler, or another thread than the one that iterates over it (a stop button): the chunk in progress ends
     after its current step, and the iteration with it.
 
@@ -56,10 +58,10 @@ class StreamingSession:
         temporal_scale: int = TEMPORAL_SCALE,
         on_close: Callable[[], object] | None = None,
     ):
-        self._denoiser, self._decoder, self._is_single = denoiser, decoder, is_single
-        self._temporal_scale, self._on_close = temporal_scale, on_close
         self._closed, self._freed, self._worker = False, False, worker
         self._agreement, self._is_over = agreement, False  # whether all ranks know that no chunk is handed over now
+        self._denoiser, self._decoder, self._is_single = denoiser, decoder, is_single
+        self._temporal_scale, self._on_close = temporal_scale, on_close
         self._turn = threading.Lock()  # held while a chunk is made and decoded, and while all is freed
         self._consumer: int | None = None  # the thread that holds it to get a chunk
         chunks = denoiser.chunks()
@@ -177,7 +179,9 @@ class StreamingSession:
             return
         self._closed = self._denoiser.run.closed = True
         try:
-            if self._agreement.leads:
+            if self._agreement.is_over:
+                pass
+            elif self._agreement.leads:
                 self._lead_to_end()
             else:
                 self._follow()
@@ -200,6 +204,7 @@ class StreamingSession:
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Free everything and raise the error, of which the other ranks get to know."""
+        self._decoder = None  # which holds on to what connects the ranks
         raised = self._agreement.fail(error)
         if not self._freed:
             self._closed = self._denoiser.run.closed = True
@@ -214,6 +219,7 @@ class StreamingSession:
         if self._worker is not None:
             self._worker.join_stream()
         self._decoder = None
+        self._agreement.end()
         if self._on_close is not None:
             self._on_close()
 
@@ -231,6 +237,11 @@ class StreamingSession:
             with self._turn:
                 self._fail(error)
         self.close()
+
+    def __del__(self) -> None:
+        # The other ranks wait for this one. At the exit of the interpreter, its end is an error to them.
+        if not self._freed and not self._agreement.is_alone and not sys.is_finalizing():
+            self.close()
 
     def _one_or_all(self, values: list):
         """Return the value of a single video by itself, those of a batch as a list."""
