@@ -28,6 +28,7 @@ LONGEST = (
     "nvfp4/test_kernels.py",
     "models/test_transformer_compile.py",
     "training/test_train_fsdp2.py",
+    "parallel/test_shared_streams.py",
     "training/test_train_dmd.py",
     "training/test_train_ar.py",
     "test_loading_matrix.py",
@@ -36,6 +37,8 @@ LONGEST = (
     "training/test_train_hub.py",
     "models/test_roll_out_gradients.py",
     "training/test_train_dmd_fsdp2.py",
+    "parallel/test_failing_ranks.py",
+    "cli/test_devices.py",
     "parallel/test_ranks.py",
 )
 
