@@ -28,11 +28,12 @@ from .device import available_devices
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among those that make the video: its place, how many there are, and which it is on its machine."""
+    """This process among those that make the video: its place and how many there are, in all and on its machine."""
 
     index: int = 0
     count: int = 1
     local_index: int = 0
+    local_count: int = 1
 
     @property
     def leads(self) -> bool:
@@ -42,6 +43,10 @@ class Rank:
     def device(self, device: torch.device) -> torch.device:
         """Return the device of this process, of the kind of `device`."""
         return device if self.count == 1 or device.type == "cpu" else torch.device(device.type, self.local_index)
+
+    def share_cores(self) -> None:
+        """Leave the other processes their part of the machine's cores."""
+        torch.set_num_threads(max(1, torch.get_num_threads() // self.local_count))
 
     def join(self, pipe: LongLivePipeline, device: torch.device) -> None:
         """Share the pipeline's streams with the other processes."""
@@ -57,7 +62,7 @@ def own_rank() -> Rank:
     """Return this process's place, as torch's launcher has told it; without one, it is alone."""
     if not dist.is_torchelastic_launched():
         return Rank()
-    return Rank(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    return Rank(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 
 
 def check_devices(count: int, device: torch.device, num_heads: int) -> None:
@@ -72,7 +77,7 @@ def check_devices(count: int, device: torch.device, num_heads: int) -> None:
     if rank.count > 1:
         if count not in (1, rank.count):
             raise ValueError(f"--devices is {count}, but {rank.count} processes were started: leave it out")
-        count, needed = rank.count, int(os.environ["LOCAL_WORLD_SIZE"])
+        count, needed = rank.count, rank.local_count
     if count == 1:
         return
     check_heads(num_heads, count)

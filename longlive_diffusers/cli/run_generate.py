@@ -93,6 +93,7 @@ def load(
 ) -> LongLivePipeline:
     """Load the models that were asked for, on this process's device."""
     device = rank.device(request.device)
+    rank.share_cores()
     pipe = folder.load(
         device=device,
         dtype=args.dtype,

@@ -79,7 +79,7 @@ def test_what_cannot_be_is_one_line_before_any_process_is_started(
 
 def test_a_number_of_devices_beside_a_launcher_is_its_number_or_left_out(launched):
     launched(rank=1, count=3)
-    assert own_rank() == Rank(1, 3, 1)
+    assert own_rank() == Rank(1, 3, 1, 3)
     check_devices(3, CPU, num_heads=6)
     check_devices(1, CPU, num_heads=6)
     with pytest.raises(ValueError, match="--devices is 2, but 3 processes were started: leave it out"):
@@ -87,6 +87,16 @@ def test_a_number_of_devices_beside_a_launcher_is_its_number_or_left_out(launche
     launched(rank=1, count=4)
     with pytest.raises(ValueError, match="4"):  # heads
         check_devices(1, CPU, num_heads=6)
+
+
+@pytest.mark.parametrize(("local_count", "threads"), [(1, 12), (2, 6), (5, 2), (12, 1), (24, 1)])
+def test_processes_divide_the_cores_of_their_machine(launched, monkeypatch, local_count, threads):
+    chosen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    launched(0, 24, local_count)
+    own_rank().share_cores()
+    assert chosen == [threads]
 
 
 @pytest.mark.parametrize(("count", "local_count", "fits"), [(2, 2, True), (4, 2, True), (3, 3, False), (6, 3, False)])
