@@ -44,16 +44,16 @@ class Rank:
         """Return the device of this process, of the kind of `device`."""
         return device if self.count == 1 or device.type == "cpu" else torch.device(device.type, self.local_index)
 
-    def share_cores(self) -> None:
-        """Leave the other processes their part of the machine's cores."""
+    def prepare(self, device: torch.device) -> None:
+        """Work on this process's device from now on, and leave the others of its machine their part of the cores."""
+        if self.count > 1 and device.type != "cpu":
+            torch.accelerator.set_device_index(self.local_index)
         torch.set_num_threads(max(1, torch.get_num_threads() // self.local_count))
 
     def join(self, pipe: LongLivePipeline, device: torch.device) -> None:
         """Share the pipeline's streams with the other processes."""
         if self.count == 1:
             return
-        if device.type != "cpu":
-            torch.accelerator.set_device_index(self.local_index)
         dist.init_process_group("gloo" if device.type == "cpu" else dist.get_default_backend_for_device(device))
         pipe.transformer.enable_parallelism(config=StreamParallelConfig(ulysses_degree=self.count))
 

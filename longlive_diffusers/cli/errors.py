@@ -1,9 +1,10 @@
 """What a failed command tells its user: one line, in the words of the command line."""
 
 import argparse
-import os
 import re
 from collections.abc import Collection
+
+from .launched import is_first, is_first_here
 
 
 # torch's errors where memory is not there, or cannot even be counted; on a GPU it has a class of its own.
@@ -63,9 +64,9 @@ def with_option_names(message: str, names: Collection[str]) -> str:
 def is_told_by_another(error: Exception) -> bool:
     """Whether this is one of several processes that make a video, and another one tells the user of the error: that
     which failed, where this one only ends with it; or the first on this machine, of arguments that all were given."""
-    if _is_named(error, "RanksParted"):
-        return True
-    return os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, ValueError)
+    if _is_named(error, "RanksParted"):  # of a ValueError, the process that had it says nothing: see below
+        return not (is_first() and "failed with ValueError" in str(error))
+    return not is_first_here() and isinstance(error, ValueError)
 
 
 def _is_of_gpu(error: Exception) -> bool:

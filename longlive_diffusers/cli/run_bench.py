@@ -26,7 +26,7 @@ def bench(args: argparse.Namespace) -> int:
     json_file = None if args.json is None else check_new_file(args.json)
     if rank.count < args.devices:
         return start_ranks(args.argv, args.devices)
-    rank.share_cores()
+    rank.prepare(options.device)
     if options.size.threads is not None:
         torch.set_num_threads(options.size.threads)
     report = {"setting": describe_setting(options), "results": {}}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+from diffusers.utils import logging as diffusers_logging
 
 from ..benchmark.measure import as_size, peak_memory, reset_peak_memory
 from ..conversion.pipeline_folder import PipelineFolder
@@ -93,7 +94,7 @@ def load(
 ) -> LongLivePipeline:
     """Load the models that were asked for, on this process's device."""
     device = rank.device(request.device)
-    rank.share_cores()
+    rank.prepare(device)
     pipe = folder.load(
         device=device,
         dtype=args.dtype,
@@ -112,6 +113,7 @@ def load(
 def follow(request: GenerationRequest, folder: PipelineFolder, args: argparse.Namespace, rank: Rank) -> int:
     """Make the video together with the process that writes it, for as long as that one goes on."""
     pipe = load(request, folder, args, rank, show_progress=False)
+    diffusers_logging.set_verbosity_error()  # the first process warns
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # from now on, Ctrl-C is the first process's to act on
     with pipe.stream(**request.stream_arguments(args)) as session:
         for _ in session:

@@ -76,7 +76,7 @@ class PackedFrames:
     def read_packed(self, packed: torch.Tensor, target: torch.Tensor) -> None:
         """Dequantize what [`pack`] returned for frames `[B, n, heads, ...]` into `target`, `[B, heads, n, tokens,
         head_dim]`."""
-        self.with_parts([part.transpose(1, 2) for part in self._unpacked(packed)]).read_into(target)
+        self.with_parts([part.transpose(1, 2).contiguous() for part in self._unpacked(packed)]).read_into(target)
 
     @property
     def bytes_of_frame(self) -> list[int]:

@@ -248,8 +248,10 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         # rounded to bfloat16, timesteps and positions would be others.
         dtype = get_parameter_dtype(self.patch_embedding)
         exchange = None
-        if kv_cache is not None and self.stream_ranks is not None:
-            exchange = self.stream_ranks.exchange(frames)
+        if self.stream_ranks is not None:
+            exchange = None if kv_cache is None else self.stream_ranks.exchange(frames)
+            self.stream_ranks.shares_tokens = exchange is not None
+        if exchange is not None:
             hidden_states, timestep = exchange.own_frames(hidden_states, 2), exchange.own_frames(timestep, 1)
         tokens = self._embed_patches(hidden_states.to(dtype))
         if has_clean:

@@ -197,8 +197,11 @@ def quantize_model(model: nn.Module, config: NVFP4Config) -> nn.Module:
     """Quantize the layers of a loaded diffusers model, in place; it is then saved and shared as a quantized model.
 
     Raises:
-        ValueError: If it is quantized already, has LoRA layers (fuse or unload them first), or nothing to quantize.
+        ValueError: If it is quantized already or shared by several ranks, has LoRA layers (fuse or unload them
+            first), or nothing to quantize.
     """
+    if vars(model).get("stream_ranks") is not None:
+        raise ValueError("The model is shared by several ranks already: quantize it before `enable_parallelism`.")
     if nvfp4_layers(model):
         raise ValueError(f"This {type(model).__name__} is stored in NVFP4 already.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):

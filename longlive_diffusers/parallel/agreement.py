@@ -127,8 +127,10 @@ class Agreement:
         assert tensor is not None
         return tensor
 
-    def optional_tensor(self, compute: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
-        """Like [`tensor`], for what there may be none of.
+    def optional_tensor(
+        self, compute: Callable[[], torch.Tensor | None], device: torch.device | None = None
+    ) -> torch.Tensor | None:
+        """Like [`tensor`], for what there may be none of, or what another `device` is for, such as the host.
 
         Raises:
             ValueError: If it cannot; the first rank raises its own error.
@@ -149,10 +151,11 @@ class Agreement:
             self._refuse(ValueError(f"Rank 0 refuses: {told}"), elsewhere=True)
         if told is None:
             return None
-        shape, dtype = told
-        tensor = torch.empty(shape, dtype=dtype, device=self.device) if computed is None else computed.to(self.device)
+        (shape, dtype), device = told, device or self.device
+        tensor = torch.empty(shape, dtype=dtype, device=device) if computed is None else computed.to(device)
         tensor = tensor.contiguous()
-        dist.broadcast(tensor, group=self.ranks.group("tensors"), group_src=0)
+        group = self.ranks.group("orders" if device.type == "cpu" else "tensors")
+        dist.broadcast(tensor, group=group, group_src=0)
         return tensor
 
     @contextmanager

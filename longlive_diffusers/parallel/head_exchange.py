@@ -85,10 +85,6 @@ class WholeExchange:
         """`[B, tokens, ..., heads, head_dim]` to `[B, tokens, ..., heads / N, head_dim]`, a view."""
         return states.chunk(self.size, -2)[self.rank]
 
-    def own_bytes(self, packed: torch.Tensor) -> torch.Tensor:
-        """`[B, frames, heads, n]` to `[B, frames, heads / N, n]`, a view."""
-        return self.own_heads(packed)
-
     def all_heads(self, states: torch.Tensor) -> torch.Tensor:
         """Gather the heads of all ranks."""
         return _gather(states, states.ndim - 2, self.group)

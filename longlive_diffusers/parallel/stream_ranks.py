@@ -13,6 +13,7 @@ its own, closes its groups, and reads what the others have left. A rank that was
 """
 
 import contextlib
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -62,6 +63,8 @@ class StreamRanks:
             )
         rows = _rank_rows(config)
         members = sorted(rank for row in rows for rank in row)
+        if dist.get_rank() not in members:
+            raise ValueError(f"`mesh` has ranks {members}, and this is rank {dist.get_rank()} of the world.")
         own_row = next(index for index, row in enumerate(rows) if dist.get_rank() in row)
         place = rows[own_row].index(dist.get_rank())
         self._world_store = dist.distributed_c10d._get_default_store()
@@ -82,9 +85,10 @@ class StreamRanks:
             FrameExchange(self.group("heads"), config.exchange_dtype),
             WholeExchange(self.group("heads")),
         )
+        self.shares_tokens = False  # whether the forward that runs is of a part of a chunk
         self._num_sessions = 0
         self._open_sessions: dict[int, bool] = {}  # by their number: whether they are asynchronous
-        self._failure = "another rank has failed"  # until more is known
+        self._failure, self._parting = "another rank has failed", threading.Lock()  # until more is known
         name = self.tell("orders", uuid.uuid4().hex if self.rank == 0 else None)
         self._store = dist.PrefixStore(f"longlive/{name}", self._world_store)
 
@@ -112,16 +116,18 @@ class StreamRanks:
         assert group is not None  # "branches" is asked for only where there are some
         return group
 
-    def check_request(self, device: torch.device, *, is_guided: bool) -> None:
+    def check_request(self, devices: Iterable[torch.device], *, is_guided: bool) -> None:
         """
         Check that these ranks can make a video.
 
         Raises:
-            ValueError: If their backend cannot send what is on `device`, or branches are split and there is one.
+            ValueError: If their backend cannot send what is on one of the `devices`, or branches are split and there
+                is one.
         """
-        if device.type == "cpu" and self.backend == "nccl":
+        if self.backend == "nccl" and any(device.type == "cpu" for device in devices):
             raise ValueError(
-                "The backend 'nccl' sends between GPUs, and the network is on the CPU: that is for 'gloo'."
+                "The backend 'nccl' sends between GPUs, and the transformer or the VAE is on the CPU: that is for "
+                "'gloo'. With `parallel_decode=False`, the VAE sends nothing."
             )
         if self.branch is not None and not is_guided:
             raise ValueError(
@@ -135,7 +141,9 @@ class StreamRanks:
         return self._exchanges[0 if num_frames % self.heads_size == 0 else 1]
 
     def share_amax(self, amax: torch.Tensor) -> torch.Tensor:
-        """Return the largest number over the ranks that share the heads, each of which has other tokens."""
+        """Return the largest number over the ranks that share the heads, where each has other tokens of a chunk."""
+        if not self.shares_tokens:
+            return amax
         dist.all_reduce(amax, dist.ReduceOp.MAX, group=self.group("heads"))
         return amax
 
@@ -190,15 +198,16 @@ class StreamRanks:
     def part(self, reason: str | None) -> str:
         """Leave word of the `reason` (None if another rank's end is the reason), close this rank's groups, and return
         why the ranks have parted, as far as their words tell within seconds."""
-        if self._groups:
-            groups = [group for group in self._groups.values() if group is not None]
-            self._groups, self._exchanges = {}, ()
-            self._say_last_word(reason or "")
-            while groups:  # Gloo's connections end when nothing refers to a group any more
-                groups[-1].abort()  # NCCL would wait for what is under way
-                dist.destroy_process_group(groups.pop())
-            self._failure = self._gather_last_words()
-        return self._failure
+        with self._parting:  # a second thread waits for what the first finds out
+            if self._groups:
+                groups = [group for group in self._groups.values() if group is not None]
+                self._groups, self._exchanges = {}, ()
+                self._say_last_word(reason or "")
+                while groups:  # Gloo's connections end when nothing refers to a group any more
+                    groups[-1].abort()  # NCCL would wait for what is under way
+                    dist.destroy_process_group(groups.pop())
+                self._failure = self._gather_last_words()
+            return self._failure
 
     def _say_last_word(self, word: str) -> None:
         with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
@@ -273,6 +282,9 @@ def _rows_of_mesh(config: StreamParallelConfig, mesh: DeviceMesh) -> list[list[i
             f"`mesh` has {len(rows)} x {len(rows[0])} ranks of a stream, but `ulysses_degree` is "
             f"{config.ulysses_degree} and `cfg_parallel` {config.cfg_parallel}."
         )
+    in_order = [rank for row in rows for rank in row]
+    if in_order != sorted(in_order):  # as the members of a process group are
+        raise ValueError(f"The ranks of a stream must ascend in its `mesh`, they are {rows}.")
     return rows
 
 

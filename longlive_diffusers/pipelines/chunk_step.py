@@ -220,7 +220,7 @@ def _branches(
 
 def _of_both_branches(velocity: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
     """Return the velocities of the prompt and of the negative prompt, of which this rank has computed one."""
-    velocities = [torch.empty_like(velocity) for _ in range(2)]
+    velocities = [torch.empty_like(velocity, memory_format=torch.contiguous_format) for _ in range(2)]
     dist.all_gather(velocities, velocity.contiguous(), group=group)
     return velocities
 

@@ -105,6 +105,7 @@ class ChunkDenoiser:
         self._clean_latents: dict[int, torch.Tensor] = {}  # by chunk, for as long as one of its frames is cached
         self._thread: int | None = None  # the one that makes a chunk
         self._agreement, self._is_ended = agreement, False  # whether the others know of the end
+        self.failure: BaseException | None = None  # what has ended the stream
         self._ends_early = False  # the chunk in progress after its current step, as the first rank decides
         self._calls_back = agreement.order(callback is not None)
 
@@ -139,9 +140,10 @@ class ChunkDenoiser:
             bar.set_description("Chunks")
             with bar:
                 for index in itertools.count():
-                    if (orders := self._receive_orders(index)) is None:
+                    chunk = self._make_chunk(index)
+                    if chunk is None:
                         return
-                    yield self._make_chunk(index, orders)
+                    yield chunk
                     bar.update()
         finally:
             self.kv_caches, self._clean_latents = [], {}
@@ -168,25 +170,31 @@ class ChunkDenoiser:
         self._is_ended = orders is None
         if orders is not None and not self._agreement.leads:
             self.prompts.take_redirection(new_index)  # this rank's own does not count
-            if orders.loras != loras:
-                raise ValueError(
-                    "This rank's LoRAs, or their scales, are not those of the first rank: load, choose and scale them "
-                    "on every rank."
-                )
+            check_loras(loras, orders.loras)
         return orders
 
-    def _make_chunk(self, index: int, orders: ChunkOrders) -> DenoisedChunk:
+    def _make_chunk(self, index: int) -> DenoisedChunk | None:
+        """Make chunk `index`; None at the end of the stream. An error is told to the other ranks here, in this thread:
+        they wait for it, while nobody may ask this thread for what it was to make."""
         with torch.no_grad(), self._show_run(self.run):
             self._thread = threading.get_ident()
             try:
-                return self._next_chunk(index, orders)
+                orders = self._receive_orders(index)
+                return None if orders is None else self._next_chunk(index, orders)
+            except BaseException as error:
+                self.failure = self._agreement.fail(error)
+                if self.failure is not error:
+                    raise self.failure from error
+                raise
             finally:
                 self._thread = None
 
     def _next_chunk(self, index: int, orders: ChunkOrders) -> DenoisedChunk:
         new_index = index - self.request.num_condition_chunks
-        self.num_inference_steps = orders.num_inference_steps
-        self.run.guidance_scale, self.run.attention_kwargs = orders.guidance_scale, orders.attention_kwargs
+        self._ends_early = False
+        if not self._agreement.leads:
+            self.num_inference_steps = orders.num_inference_steps
+            self.run.guidance_scale, self.run.attention_kwargs = orders.guidance_scale, orders.attention_kwargs
         self._forget_text()  # between two chunks, another LoRA may have been chosen
         prompts, prompt_embeds, switched = self.prompts.advance(new_index, orders.redirection)
         conditioning = Conditioning(
@@ -209,15 +217,17 @@ class ChunkDenoiser:
             latents = self._given_latents(index)
             write_clean(self.transformer, latents, self.kv_caches, conditioning)
         else:
-            latents = self._denoise(index, new_index, conditioning)
+            latents = self._denoise(index, new_index, conditioning, orders.num_inference_steps)
         self._remember(index, latents)
         return DenoisedChunk(latents, index, prompts)
 
-    def _denoise(self, index: int, new_index: int, conditioning: Conditioning) -> torch.Tensor:
+    def _denoise(
+        self, index: int, new_index: int, conditioning: Conditioning, num_inference_steps: int
+    ) -> torch.Tensor:
         """Denoise a chunk from its noise; what the pipeline shows, and what a callback changes, goes through the run's
         state."""
 
-        num_inference_steps, first_step = self.num_inference_steps, self._num_steps
+        first_step = self._num_steps
         self._num_steps += num_inference_steps
         if self.request.num_new_chunks is not None:
             num_chunks_left = self.request.num_new_chunks - new_index
@@ -264,11 +274,9 @@ class ChunkDenoiser:
             "prompt_embeds": conditioning.prompt_embeds,
             "negative_prompt_embeds": conditioning.negative_prompt_embeds,
         }
-        changed = {}
-        if self._callback is not None:
-            given = {name: tensors[name] for name in self.request.callback_tensor_inputs}
-            changed = check_returned(self._callback(step, timestep, given), tensors)
-        changed = self._agree_on_changes(changed)
+        given = {name: tensors[name] for name in self.request.callback_tensor_inputs}
+        returned = None if self._callback is None else self._callback(step, timestep, given)
+        changed = self._agree_on_changes(check_returned(returned, tensors), given)
         self._forget_text()
         if changed.get("prompt_embeds", conditioning.prompt_embeds) is not conditioning.prompt_embeds:
             conditioning.prompt_embeds = changed["prompt_embeds"]
@@ -278,14 +286,20 @@ class ChunkDenoiser:
             self.prompts.negative_embeds = conditioning.negative_prompt_embeds
         return changed.get("latents", latents).to(latents)
 
-    def _agree_on_changes(self, changed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return what the first rank's callback has changed; what it has set on the pipeline is set on every rank."""
+    def _agree_on_changes(
+        self, changed: dict[str, torch.Tensor], given: dict[str, torch.Tensor | None]
+    ) -> dict[str, torch.Tensor]:
+        """Return what the first rank's callback has changed, perhaps in place in what it was given; what it has set on
+        the pipeline is set on every rank."""
         if self._agreement.is_alone:
             return changed
-        run = self.run
-        names, self._ends_early, run.guidance_scale, run.attention_kwargs = self._agreement.order(
-            (list(changed), run.is_ending, run.guidance_scale, run.attention_kwargs)
-        )
+        run, loras = self.run, lora_scales(self.transformer)
+        changed = {name: tensor for name, tensor in {**given, **changed}.items() if tensor is not None}
+        told = self._agreement.order((list(changed), run.is_ending, run.guidance_scale, run.attention_kwargs, loras))
+        names, self._ends_early, guidance_scale, attention_kwargs, first_loras = told
+        if not self._agreement.leads:
+            run.guidance_scale, run.attention_kwargs = guidance_scale, attention_kwargs
+            check_loras(loras, first_loras)
         return {name: self._agreement.tensor(lambda name=name: changed[name]) for name in names}
 
     @property
@@ -343,6 +357,15 @@ class ChunkDenoiser:
             return randn_tensor(shape, generator=self._generator, device=self.device, dtype=torch.float32)
         start = new_index * shape[2]
         return self.request.noise[:, :, start : start + shape[2]].to(self.device, torch.float32).contiguous()
+
+
+def check_loras(own: tuple, first: tuple) -> None:
+    """Raise a ValueError unless this rank has chosen the LoRAs that the first one has."""
+    if own != first:
+        raise ValueError(
+            "This rank's LoRAs, or their scales, are not those of the first rank: load, choose and scale them on "
+            "every rank."
+        )
 
 
 def _private_generator() -> torch.Generator:

@@ -2,7 +2,8 @@
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -384,7 +385,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         copy.deepcopy(self.scheduler).set_timesteps(request.num_inference_steps)  # raises where it cannot solve
         if self.stream_ranks is not None:
-            self.stream_ranks.check_request(self._execution_device, is_guided=is_guided(request.guidance_scale))
+            uses_vae = output_type != "latent" or image is not None or video is not None
+            sends_pixels = uses_vae and self.stream_ranks.config.parallel_decode
+            devices = {self._execution_device, *([self.vae_device] if sends_pixels else [])}
+            self.stream_ranks.check_request(devices, is_guided=is_guided(request.guidance_scale))
         check_caches_fit(self.transformer, request, self._num_tokens(request), self._execution_device)
         return request
 
@@ -449,7 +453,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self, pixels: torch.Tensor | None, latents: torch.Tensor | None, agreement: Agreement
     ) -> torch.Tensor | None:
         """Return the latents that the video begins with, encoded where they are not given; the first rank's."""
-        pixels, latents = (agreement.optional_tensor(lambda given=given: given) for given in (pixels, latents))
+        host = torch.device("cpu")  # a long video need not fit on the device
+        pixels, latents = (agreement.optional_tensor(lambda given=given: given, host) for given in (pixels, latents))
         return latents if pixels is None else self.encode_video(pixels)
 
     @property
@@ -462,7 +467,21 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def vae_group(self) -> ProcessGroup | None:
         """The ranks that the VAE's work is divided over; None where each does all of it."""
         ranks = self.stream_ranks
-        return ranks.group("decode") if ranks is not None and ranks.config.parallel_decode else None
+        if ranks is None or not ranks.config.parallel_decode or ranks.have_parted:
+            return None
+        return ranks.group("decode")
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Let an error end what the ranks share: the others wait for this one. (A ValueError is found by all.)"""
+        try:
+            yield
+        except ValueError:
+            raise
+        except BaseException as error:
+            if (raised := Agreement(self.stream_ranks, self._execution_device).fail(error)) is not error:
+                raise raised from error
+            raise
 
     # -- parts that are useful by themselves -------------------------------------------------------------------------
 
@@ -511,18 +530,21 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @torch.no_grad()
     def encode_video(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode pixels `[B, 3, 1 + 4 n, H, W]` in [-1, 1] to normalized latents `[B, C, 1 + n, h, w]`, float32.
+        """Encode pixels `[B, 3, 1 + 4 n, H, W]` in [-1, 1] to normalized latents `[B, C, 1 + n, h, w]`, float32. Ranks
+        that share this pipeline's streams call it together, with the same pixels.
 
         Raises:
             ValueError: For pixels of another shape, number of frames or range; H and W are multiples of the VAE's
                 `scale_factor_spatial`.
         """
         self._check_vae(is_needed=True)
-        return encode_video(self.vae, pixels, self.vae_device, group=self.vae_group)
+        with self._together():
+            return encode_video(self.vae, pixels, self.vae_device, group=self.vae_group)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "np") -> Frames:
-        """Decode normalized latents `[B, C, F, h, w]` of whole videos, in memory that does not depend on F.
+        """Decode normalized latents `[B, C, F, h, w]` of whole videos, in memory that does not depend on F. Ranks that
+        share this pipeline's streams call it together, with the same latents.
 
         Raises:
             ValueError: For latents of another shape, an unknown `output_type`, or the output type "latent".
@@ -534,7 +556,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         check_latents("latents", latents, self.transformer.config.in_channels, chunk_size=1)
         decoder, chunk_size = self._chunk_decoder(output_type), self.transformer.config.chunk_size
         try:
-            frames = [decoder.decode(chunk) for chunk in latents.split(chunk_size, dim=2)]
+            with self._together():
+                frames = [decoder.decode(chunk) for chunk in latents.split(chunk_size, dim=2)]
         finally:
             self.maybe_free_model_hooks()
         return join_frames(frames, output_type)

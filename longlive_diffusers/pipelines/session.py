@@ -27,7 +27,8 @@ class StreamingSession:
     close it, or use it as a context manager, to free its caches. (Where several ranks share it, they are waiting for
     each other: a session that is dropped is closed, too.) It may be closed at any time, also by a callback, a
     signal handler, or another thread than the one that iterates over it (a stop button): the chunk in progress ends
-    after its current step, and the iteration with it.
+    after its current step, and the iteration with it. (Shared by several ranks, without a callback after which they
+    agree, it is made to its end.)
 
     `session.prompt = "..."` changes the prompt from the next chunk on, and rewrites the cached history under it;
     `session.cut("...")` begins a new shot with the next chunk. Either replaces what was planned after it. With
@@ -180,7 +181,7 @@ class StreamingSession:
         self._closed = self._denoiser.run.closed = True
         try:
             if self._agreement.is_over:
-                pass
+                self._raise_failure()
             elif self._agreement.leads:
                 self._lead_to_end()
             else:
@@ -191,9 +192,16 @@ class StreamingSession:
 
     def _lead_to_end(self) -> None:
         self._source.close()
+        if not self._agreement.is_alone:
+            self._raise_failure()
         self._denoiser.end()
         if not self._is_over:
             self._is_over = self._agreement.turn(True)
+
+    def _raise_failure(self) -> None:
+        """Raise what the thread that denoises ended with, if nobody has asked it for a chunk since."""
+        if self._denoiser.failure is not None:
+            raise self._denoiser.failure
 
     def _follow(self) -> None:
         """Work on with the other ranks, until the first one ends the stream: it cannot be made without this one."""

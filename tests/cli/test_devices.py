@@ -95,7 +95,7 @@ def test_processes_divide_the_cores_of_their_machine(launched, monkeypatch, loca
     monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     launched(0, 24, local_count)
-    own_rank().share_cores()
+    own_rank().prepare(CPU)
     assert chosen == [threads]
 
 
@@ -122,13 +122,26 @@ def test_offloading_is_refused_for_processes_of_a_launcher_as_well(launched, mon
 
 
 def test_an_error_is_told_once(launched):
-    refused, parted, own = ValueError("no"), RanksParted("rank 1 failed"), OSError(28, "No space left on device")
+    refused, own = ValueError("no"), OSError(28, "No space left on device")
+    parted, parted_by_value = (RanksParted(f"rank 1 failed with {name}: no.") for name in ("OSError", "ValueError"))
     told = {rank: [] for rank in range(4)}
     for rank in told:  # two machines with two processes each
         launched(rank, 4, 2)
-        told[rank] = [not is_told_by_another(error) for error in (refused, parted, own)]
-    # Arguments are refused by all, once on each machine; who fails says so, and who ends with it does not.
-    assert told == {0: [True, False, True], 1: [False, False, True], 2: [True, False, True], 3: [False, False, True]}
+        told[rank] = [not is_told_by_another(error) for error in (refused, parted, parted_by_value, own)]
+    # Arguments are refused by all, once on each machine; who fails says so, and who ends with it does not. What only
+    # one of the others refuses, the first tells.
+    assert told == {
+        0: [True, False, True, True],
+        1: [False, False, False, True],
+        2: [True, False, False, True],
+        3: [False, False, False, True],
+    }
+
+
+def test_names_that_other_launchers_set_mean_nothing(launched, monkeypatch):
+    launched(1, 4, 2)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert not is_told_by_another(ValueError("no"))
 
 
 def test_who_was_killed_is_told_by_the_launcher(capsys):

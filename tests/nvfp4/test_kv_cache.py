@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from longlive_diffusers import LongLiveTransformer3DModel
-from longlive_diffusers.models.frame_store import FP8Frames, NVFP4Frames
+from longlive_diffusers.models.frame_store import FRAME_STORES, FP8Frames, NVFP4Frames
 from longlive_diffusers.models.rotary import apply_rotary, rotary_embedding
 from tests.support.nvfp4_models import small_pipeline, small_transformer
 from tests.support.tiny_pipeline import tiny_arguments
@@ -228,3 +228,39 @@ def test_relative_rope_rotates_unrounded_keys():
     exact = apply_rotary(raw, rotary_embedding(torch.tensor([[position]]).double(), 2, 2, 16, theta=10000.0))
     key, _ = layer.get(6)
     assert relative(key[:, slot * 4 : slot * 4 + 4], exact) < 0.11
+
+
+@pytest.mark.parametrize("for_keys", [True, False])
+@pytest.mark.parametrize("store", FRAME_STORES.values(), ids=FRAME_STORES)
+def test_packed_frames_are_stored_and_read_like_those_of_this_process(store, for_keys, monkeypatch):
+    batch, heads, slots, tokens, head_dim, frames = 2, 3, 5, 4, 32, 2
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(batch, frames, heads, tokens, head_dim, generator=generator)
+    samples, places = torch.arange(batch)[:, None], torch.tensor([[4, 1], [0, 2]])
+    own, received = (
+        store((batch, heads, slots, tokens, head_dim), torch.device("cpu"), for_keys=for_keys) for _ in range(2)
+    )
+    own.write(samples, places, states)
+    packed = own.pack(states)
+    assert packed.shape == (batch, frames, heads, sum(own.bytes_of_frame)) and packed.dtype == torch.uint8
+    received.write_packed(samples, places, packed)
+    assert all(torch.equal(part, other) for part, other in zip(own.parts, received.parts, strict=True))
+
+    read = torch.zeros(batch, heads, slots, tokens, head_dim)
+    own.read_into(read)
+    unpacked = torch.zeros(batch, heads, frames, tokens, head_dim)
+    given = []
+    monkeypatch.setattr(store, "read_into", watched(store.read_into, given))
+    received.read_packed(packed, unpacked)
+    assert torch.equal(unpacked.transpose(1, 2), read[samples, :, places])
+    assert given and all(part.is_contiguous() for part in given)  # as the GPU's kernels need them
+
+
+def watched(read_into, given: list[torch.Tensor]):
+    """`read_into`, with note of the parts that it is to read."""
+
+    def read(self, target: torch.Tensor) -> None:
+        given.extend(self.parts)
+        read_into(self, target)
+
+    return read

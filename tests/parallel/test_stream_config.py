@@ -9,7 +9,8 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig, WanTransformer3DModel
 from torch.distributed.device_mesh import init_device_mesh
 
-from longlive_diffusers import LongLiveTransformer3DModel, StreamParallelConfig
+from longlive_diffusers import LongLiveTransformer3DModel, NVFP4Config, StreamParallelConfig
+from longlive_diffusers.nvfp4.quantizer import quantize_model
 from longlive_diffusers.parallel.stream_config import resolve_stream_config
 from tests.support.tiny_pipeline import stream_chunks, tiny_arguments, tiny_cache, tiny_pipeline, tiny_transformer
 
@@ -137,7 +138,7 @@ def test_a_backend_for_gpus_is_named_where_the_network_is_not_on_one(one_rank):
     pipe = tiny_pipeline()
     pipe.transformer.enable_parallelism(config=StreamParallelConfig())
     pipe.stream_ranks.backend = "nccl"
-    with pytest.raises(ValueError, match="The backend 'nccl' sends between GPUs, and the network is on the CPU"):
+    with pytest.raises(ValueError, match="'nccl' sends between GPUs, and the transformer or the VAE is on the CPU"):
         pipe(**tiny_arguments())
 
 
@@ -169,6 +170,13 @@ def test_forwards_with_gradients_are_refused_and_those_without_a_cache_are_not_c
         model(latents, torch.zeros(1), text, kv_cache=cache)
     whole = [network(latents, torch.zeros(1), text).sample for network in (model, alone)]
     assert torch.equal(*whole) and whole[0].requires_grad
+
+
+def test_a_shared_network_is_not_quantized(one_rank):
+    model = tiny_transformer(attention_head_dim=16, ffn_dim=64)
+    model.enable_parallelism(config=StreamParallelConfig())
+    with pytest.raises(ValueError, match="shared by several ranks already: quantize it before"):
+        quantize_model(model, NVFP4Config())
 
 
 def test_a_copy_is_on_the_same_ranks_and_a_pickle_is_refused(one_rank):

@@ -79,6 +79,20 @@ def in_callback(ranks: Ranks, act: Callable[[], Any], *, of_rank: int, at_step: 
             ranks.say(chunk.index)
 
 
+def unasked(ranks: Ranks, *, of_rank: int) -> None:
+    """A rank fails in the thread that makes the second chunk, while rank 0 is busy with the first; then it leaves."""
+
+    def callback(pipe, step, timestep, tensors):
+        return fail() if ranks.rank == of_rank and step == 2 else {}
+
+    with ranks.stream(callback_on_step_end=callback, async_decode=True, output_type="pt") as session:
+        for chunk in session:
+            ranks.say(chunk.index)
+            if ranks.rank == 0:
+                time.sleep(1)
+                break
+
+
 def in_body(ranks: Ranks, act: Callable[[], Any], *, of_rank: int, **arguments) -> None:
     """A rank acts after the second chunk."""
     with ranks.stream(**arguments) as session:
@@ -264,6 +278,7 @@ def all_cases() -> Iterator[tuple[str, int, Case]]:
             2,
             partial(in_callback, act=kill, of_rank=rank, async_decode=True, output_type="pt"),
         )
+        yield f"error that nobody asks for, of rank {rank} of 2", 2, partial(unasked, of_rank=rank)
     yield "Ctrl-C in a chunk of rank 0 of 2", 2, partial(in_callback, act=interrupt, of_rank=0)
     yield "Ctrl-C in the loop of rank 0 of 2", 2, partial(in_body, act=interrupt, of_rank=0)
     yield (
@@ -380,6 +395,7 @@ def run_cases(names: list[str], folder: Path) -> int:
 
 
 def main(path: Path, *parts: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell ignores it
     torch.set_num_threads(1)
     names = [name for name in CASES if not parts or any(part in name for part in parts)]
     folders = [path.parent / f"half{half}" for half in range(2)]  # which are run at the same time

@@ -124,6 +124,15 @@ def switches(pipe: LongLivePipeline, **arguments) -> torch.Tensor:
     return torch.cat(chunks, dim=2)
 
 
+def beside_a_forward(pipe: LongLivePipeline) -> torch.Tensor:
+    """A video, and a forward without a cache that the first rank runs by itself."""
+    found = two_videos(pipe)
+    if place(pipe) == 0:
+        with torch.no_grad():
+            pipe.transformer(noise(pipe, 1), torch.zeros(1), torch.ones(1, TEXT_LENGTH, 16))
+    return found
+
+
 def with_callback(pipe: LongLivePipeline) -> torch.Tensor:
     """A callback that, on the first rank, changes latents, prompts and guidance, and interrupts."""
 
@@ -131,6 +140,8 @@ def with_callback(pipe: LongLivePipeline) -> torch.Tensor:
         if place(pipe) > 0:
             pipe._guidance_scale = 7.0
             return {"latents": tensors["latents"] + 1}
+        if step == 1:
+            tensors["latents"].mul_(0.9)
         if step == 2:
             return {"latents": tensors["latents"] * 0.5, "prompt_embeds": tensors["prompt_embeds"].flip(1)}
         if step == 3:
@@ -209,7 +220,7 @@ FEATURES: dict[str, Case] = {
     "LoRA": (with_lora, two_videos),
     "LoRA, scaled in the stream": (with_lora, switched_loras),
     "NVFP4 weights": (lambda: in_four_bits("w4a16"), two_videos),
-    "NVFP4 weights and activations": (lambda: in_four_bits("emulate"), two_videos),
+    "NVFP4 weights and activations": (lambda: in_four_bits("emulate"), beside_a_forward),
     "sinks that are no chunks": (odd_sinks, switches),
     "callback": (pipeline, with_callback),
     "image": (pipeline, from_image),
