@@ -165,22 +165,23 @@ class Agreement:
         try:
             yield
         except BaseException as error:
-            if error is self._refusal:
-                self.end()
-            elif (raised := self.fail(error)) is not error:
-                raise raised from error
+            if error is not self._refusal:
+                self.fail(error)
+            self.end()
             raise
 
-    def fail(self, error: BaseException) -> BaseException:
-        """Let the other ranks know that this one fails, and return the error to raise here: where it is only the
-        consequence of another rank's, one that says so."""
+    def fail(self, error: BaseException) -> NoReturn:
+        """Let the other ranks know that this one fails, and raise its error or, where that is only the consequence of
+        another rank's, one that says so."""
         self.end()
         if self.ranks is None or isinstance(error, RanksParted):
-            return error
+            raise error
         is_consequence = is_lost_connection(error) or (error is self._refusal and self._is_refused_elsewhere)
         _forget_groups(error)
         failure = self.ranks.part(None if is_consequence else _named(error))
-        return RanksParted(f"The video ends: {failure}.") if is_consequence else error
+        if is_consequence:
+            raise RanksParted(f"The video ends: {failure}.") from error
+        raise error
 
     def _tell(self, group: str, value: Any) -> Any:
         if self.ranks is None:

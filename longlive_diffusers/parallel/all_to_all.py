@@ -49,6 +49,13 @@ def gather_heads(states: torch.Tensor, ranks: DeviceMesh | dist.ProcessGroup) ->
     return _AllToAll.apply(states, 1, states.ndim - 2, _group_of(ranks))
 
 
+def gather_parts(states: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Return what each rank of the group has, in their order; all of one shape. Not differentiable."""
+    parts = [torch.empty_like(states, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, states.contiguous(), group=group)
+    return parts
+
+
 def _group_of(ranks: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
     return ranks.get_group() if isinstance(ranks, DeviceMesh) else ranks
 

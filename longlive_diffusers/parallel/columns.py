@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from .all_to_all import gather_parts
+
 
 WIDTH, HEIGHT = -1, -2  # the axes of pictures [..., height, width], whatever precedes them
 
@@ -100,9 +102,9 @@ class ColumnSplit:
         if missing:
             filler = torch.zeros_like(part.narrow(axis, 0, 1)).repeat_interleave(missing, dim=axis)
             part = torch.cat([part, filler], dim=axis)
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in widths]
-        dist.all_gather(parts, part.contiguous(), group=self.group)
-        return torch.cat([part.narrow(axis, 0, width) for part, width in zip(parts, widths, strict=True)], dim=axis)
+        assert self.group is not None  # several parts have several ranks
+        parts = zip(gather_parts(part, self.group), widths, strict=True)
+        return torch.cat([part.narrow(axis, 0, width) for part, width in parts], dim=axis)
 
     def exchange_edges(self, part: torch.Tensor, left: int, right: int) -> tuple[torch.Tensor, torch.Tensor]:
         """

@@ -14,7 +14,7 @@ except for attention: each attends with its own heads, and these are gathered. B
 import torch
 import torch.distributed as dist
 
-from .all_to_all import gather_heads, scatter_heads
+from .all_to_all import gather_heads, gather_parts, scatter_heads
 
 
 EXCHANGE_DTYPES = (None, "fp8", "nvfp4")
@@ -44,7 +44,7 @@ class FrameExchange:
 
     def all_frames(self, latents: torch.Tensor) -> torch.Tensor:
         """Gather latents `[B, C, F / N, h, w]` of all ranks to `[B, C, F, h, w]`."""
-        return _gather(latents, 2, self.group)
+        return torch.cat(gather_parts(latents, self.group), dim=2)
 
     def own_heads(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, tokens / N, ..., heads, head_dim]`, all heads of this rank's frames, to `[B, tokens, ..., heads / N,
@@ -87,7 +87,7 @@ class WholeExchange:
 
     def all_heads(self, states: torch.Tensor) -> torch.Tensor:
         """Gather the heads of all ranks."""
-        return _gather(states, states.ndim - 2, self.group)
+        return torch.cat(gather_parts(states, self.group), dim=-2)
 
 
 HeadExchange = FrameExchange | WholeExchange
@@ -106,10 +106,3 @@ def unpack_fp8(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return what [`pack_fp8`] packed, `[..., n]`, in `dtype`."""
     codes, scale = packed[..., :-4].contiguous(), packed[..., -4:].contiguous()
     return (codes.view(_FP8).float() * scale.view(torch.float32)).to(dtype)
-
-
-def _gather(states: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Concatenate what all ranks have along `dim`."""
-    parts = [torch.empty_like(states, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(parts, states.contiguous(), group=group)
-    return torch.cat(parts, dim)

@@ -7,14 +7,11 @@ session decodes in one thread while it denoises in another:
     decode                      in the thread that decodes, on the devices
     orders, turns               what the first rank tells the others, on the hosts (gloo), in either thread
 
-When a rank fails, the others wait for it in one of these groups. So it leaves word of its error in the store of the
-process group, and closes its groups: whoever waits there gets an error at once, leaves word that it has no error of
-its own, closes its groups, and reads what the others have left. A rank that was killed is the one without a word.
+When a rank fails, the others wait for it in one of these groups. So it leaves word of its error (`last_words.py`), and
+closes its groups: whoever waits there gets an error at once, closes its groups as well, and reads why.
 """
 
-import contextlib
 import threading
-import time
 import uuid
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -22,14 +19,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from .head_exchange import FrameExchange, HeadExchange, WholeExchange
+from .last_words import LastWords, parted_ranks
+from .rank_rows import rank_rows
 from .stream_config import StreamParallelConfig
 
 
 _ENDLESS = timedelta(days=365)  # the first rank may wait for its user for as long as that user likes
-_PATIENCE, _PAUSE = 4.0, 0.05  # seconds to wait for the word of the other ranks, and between two looks
 
 
 class RanksParted(RuntimeError):
@@ -61,14 +58,14 @@ class StreamRanks:
                 'Several ranks can share a stream after `torch.distributed.init_process_group("nccl")` on GPUs, or '
                 '"gloo" on CPUs, in every process: start them with torchrun.'
             )
-        rows = _rank_rows(config)
+        rows = rank_rows(config)
         members = sorted(rank for row in rows for rank in row)
         if dist.get_rank() not in members:
             raise ValueError(f"`mesh` has ranks {members}, and this is rank {dist.get_rank()} of the world.")
         own_row = next(index for index, row in enumerate(rows) if dist.get_rank() in row)
         place = rows[own_row].index(dist.get_rank())
-        self._world_store = dist.distributed_c10d._get_default_store()
-        _check_unparted(self._world_store, members)
+        store = dist.distributed_c10d._get_default_store()
+        _check_unparted(store, members)
         self.config = config
         self.rank, self.size, self.heads_size = members.index(dist.get_rank()), len(members), len(rows[own_row])
         self.branch = own_row if config.cfg_parallel else None
@@ -90,7 +87,7 @@ class StreamRanks:
         self._open_sessions: dict[int, bool] = {}  # by their number: whether they are asynchronous
         self._failure, self._parting = "another rank has failed", threading.Lock()  # until more is known
         name = self.tell("orders", uuid.uuid4().hex if self.rank == 0 else None)
-        self._store = dist.PrefixStore(f"longlive/{name}", self._world_store)
+        self._last_words = LastWords(store, name, self.rank, self.size)
 
     def __deepcopy__(self, memo: dict) -> "StreamRanks":
         return self  # a copy of a network is on the same ranks
@@ -202,47 +199,17 @@ class StreamRanks:
             if self._groups:
                 groups = [group for group in self._groups.values() if group is not None]
                 self._groups, self._exchanges = {}, ()
-                self._say_last_word(reason or "")
+                self._last_words.say(reason or "")
                 while groups:  # Gloo's connections end when nothing refers to a group any more
                     groups[-1].abort()  # NCCL would wait for what is under way
                     dist.destroy_process_group(groups.pop())
-                self._failure = self._gather_last_words()
+                self._failure = self._last_words.gather()
             return self._failure
-
-    def _say_last_word(self, word: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
-            self._world_store.set(_parted_key(dist.get_rank()), word)
-            self._store.set(f"word {self.rank}", word)
-
-    def _gather_last_words(self) -> str:
-        """Wait for the words of all ranks, and until they have read this one's: the store may end with the process."""
-        everyone = range(self.size)
-        words: dict[int, str] = {}
-        with contextlib.suppress(RuntimeError):
-            self._collect("word", words, everyone)
-            self._store.set(f"read {self.rank}", "")
-            self._collect("read", {}, words)
-        if not words:  # the store has ended before
-            return f"rank {1 - self.rank if self.size == 2 else 0} has ended, without a word"
-        failures = [f"rank {rank} failed with {word.removesuffix('.')}" for rank, word in words.items() if word]
-        silent = [f"rank {rank} has ended or is stuck, without a word" for rank in everyone if rank not in words]
-        return "; ".join(failures + silent)
-
-    def _collect(self, what: str, found: dict[int, str], ranks: Iterable[int]) -> None:
-        """Fill in what these ranks leave in the store, for as long as there is patience."""
-        deadline = time.monotonic() + _PATIENCE
-        while missing := [rank for rank in ranks if rank not in found]:
-            for rank in missing:
-                if self._store.check([f"{what} {rank}"]):
-                    found[rank] = self._store.get(f"{what} {rank}").decode()
-            if time.monotonic() > deadline:
-                break
-            time.sleep(_PAUSE)
 
 
 def _check_unparted(store: dist.Store, ranks: Sequence[int]) -> None:
     try:
-        parted = [rank for rank in ranks if store.check([_parted_key(rank)])]
+        parted = parted_ranks(store, ranks)
     except dist.DistError as error:
         raise RanksParted("The process that keeps the ranks' store has ended. Start all ranks again.") from error
     if parted:
@@ -250,42 +217,6 @@ def _check_unparted(store: dist.Store, ranks: Sequence[int]) -> None:
             f"Ranks {parted} have failed, or parted from one that did, and cannot share streams any more. Start all "
             "ranks again."
         )
-
-
-def _parted_key(world_rank: int) -> str:
-    return f"longlive/parted/{world_rank}"
-
-
-def _rank_rows(config: StreamParallelConfig) -> list[list[int]]:
-    """Return the ranks that share a stream with this one: one row or, with split branches, one for each branch."""
-    if config.mesh is not None:
-        return _rows_of_mesh(config, config.mesh)
-    world, rank, degree = dist.get_world_size(), dist.get_rank(), config.ulysses_degree
-    if world % config.num_ranks:
-        branches = " for each of two branches of guidance" if config.cfg_parallel else ""
-        raise ValueError(
-            f"{world} ranks cannot be divided into streams of {config.num_ranks}: `ulysses_degree` is {degree}"
-            f"{branches}."
-        )
-    first = rank - rank % config.num_ranks
-    return [list(range(start, start + degree)) for start in range(first, first + config.num_ranks, degree)]
-
-
-def _rows_of_mesh(config: StreamParallelConfig, mesh: DeviceMesh) -> list[list[int]]:
-    names = ("cfg", "ulysses") if config.cfg_parallel else ("ulysses",)
-    missing = [name for name in names if name not in (mesh.mesh_dim_names or ())]
-    if missing:
-        raise ValueError(f"`mesh` needs dimensions named {names}, it has {mesh.mesh_dim_names}.")
-    rows = mesh[names].mesh.reshape(-1, mesh["ulysses"].size()).tolist()
-    if len(rows) != (2 if config.cfg_parallel else 1) or len(rows[0]) != config.ulysses_degree:
-        raise ValueError(
-            f"`mesh` has {len(rows)} x {len(rows[0])} ranks of a stream, but `ulysses_degree` is "
-            f"{config.ulysses_degree} and `cfg_parallel` {config.cfg_parallel}."
-        )
-    in_order = [rank for row in rows for rank in row]
-    if in_order != sorted(in_order):  # as the members of a process group are
-        raise ValueError(f"The ranks of a stream must ascend in its `mesh`, they are {rows}.")
-    return rows
 
 
 def _new_group(ranks: Sequence[int], **options: Any) -> dist.ProcessGroup:

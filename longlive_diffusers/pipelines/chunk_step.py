@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ..models.kv_cache import KVCache
 from ..models.transformer_longlive import LongLiveTransformer3DModel
+from ..parallel.all_to_all import gather_parts
 
 
 class Solver(Protocol):
@@ -155,7 +156,7 @@ def predict_velocity(
         for prompt_embeds, kv_cache in branches
     ]
     if conditioning.branch_group is not None:
-        velocities = _of_both_branches(velocities[0], conditioning.branch_group)
+        velocities = gather_parts(velocities[0], conditioning.branch_group)
     if not guided:
         return velocities[0]
     velocity, negative = velocities
@@ -216,13 +217,6 @@ def _branches(
     """Return the prompt embeddings and the cache of each branch of guidance that this process computes."""
     embeds = (conditioning.prompt_embeds, conditioning.negative_prompt_embeds)
     return [(own, cache) for own, cache in zip(embeds, kv_caches, strict=False) if cache is not None]
-
-
-def _of_both_branches(velocity: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """Return the velocities of the prompt and of the negative prompt, of which this rank has computed one."""
-    velocities = [torch.empty_like(velocity, memory_format=torch.contiguous_format) for _ in range(2)]
-    dist.all_gather(velocities, velocity.contiguous(), group=group)
-    return velocities
 
 
 def _forward(transformer, latents, timestep, prompt_embeds, kv_cache: KVCache, conditioning: Conditioning):

@@ -182,10 +182,8 @@ class ChunkDenoiser:
                 orders = self._receive_orders(index)
                 return None if orders is None else self._next_chunk(index, orders)
             except BaseException as error:
-                self.failure = self._agreement.fail(error)
-                if self.failure is not error:
-                    raise self.failure from error
-                raise
+                self.failure = error
+                self._agreement.fail(error)
             finally:
                 self._thread = None
 

@@ -479,9 +479,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         except ValueError:
             raise
         except BaseException as error:
-            if (raised := Agreement(self.stream_ranks, self._execution_device).fail(error)) is not error:
-                raise raised from error
-            raise
+            Agreement(self.stream_ranks, self._execution_device).fail(error)
 
     # -- parts that are useful by themselves -------------------------------------------------------------------------
 

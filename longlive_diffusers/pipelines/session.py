@@ -213,13 +213,12 @@ class StreamingSession:
     def _fail(self, error: BaseException) -> NoReturn:
         """Free everything and raise the error, of which the other ranks get to know."""
         self._decoder = None  # which holds on to what connects the ranks
-        raised = self._agreement.fail(error)
-        if not self._freed:
-            self._closed = self._denoiser.run.closed = True
-            self._free()
-        if raised is error:
-            raise error
-        raise raised from error
+        try:
+            self._agreement.fail(error)
+        finally:
+            if not self._freed:
+                self._closed = self._denoiser.run.closed = True
+                self._free()
 
     def _free(self) -> None:
         self._freed = True
