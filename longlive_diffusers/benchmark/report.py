@@ -107,7 +107,7 @@ def measurements(
     measure_decode(pipe, latents[:2], device)
     log_stage("one forward")
     forward = measure_forward(pipe, size, embeds, device)
-    flops, name = forward_flops(size) / options.num_devices, dtype_name(options.dtype)
+    flops, name = forward_flops(size, options.num_devices), dtype_name(options.dtype)
     yield {
         "forward": forward,
         "forward_flops": flops,

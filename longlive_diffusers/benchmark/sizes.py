@@ -133,8 +133,9 @@ def _cpu_reference() -> BenchSize:
 SIZES = {"toy": _toy, "cpu-reference": _cpu_reference, "5b": _five_b}
 
 
-def forward_flops(size: BenchSize) -> int:
-    """Count the floating point operations of one forward of the transformer on a chunk, at the full window.
+def forward_flops(size: BenchSize, num_devices: int = 1) -> int:
+    """Count the floating point operations of one forward of the transformer on a chunk, at the full window, for each
+    of the devices that share it.
 
     Only matrix products count, with a multiplication and an addition as two operations. The text's keys and values are
     not included: they are cached, and computed once for each prompt.
@@ -148,10 +149,13 @@ def forward_flops(size: BenchSize) -> int:
 
     projections = 2 * tokens * dim * dim * (4 + 2)  # query, key, value, output; query and output of cross-attention
     feed_forward = 2 * tokens * dim * config["ffn_dim"] * 2
-    attention = 4 * tokens * dim * (keys + size.text_tokens)
+    self_attention, cross_attention = 4 * tokens * dim * keys, 4 * tokens * dim * size.text_tokens
     ends = 2 * tokens * dim * patch * (config["in_channels"] + config["out_channels"])
     time_embedding = 2 * size.chunk_size * dim * (config["freq_dim"] + dim + 6 * dim)
-    return config["num_layers"] * (projections + feed_forward + attention) + ends + time_embedding
+    by_frame = config["num_layers"] * (projections + feed_forward + cross_attention) + ends + time_embedding
+    if size.chunk_size % num_devices == 0:  # else, every device computes all frames
+        by_frame //= num_devices
+    return by_frame + config["num_layers"] * self_attention // num_devices
 
 
 def check_bench_size(size: BenchSize, *, compares_caches: bool = False) -> None:

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from .launched import is_first
+from .launched import own_rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 on success; 1 if memory, the disk or the network failed; 2 if the user asked for something
         that is not possible (all are reported in one line); 130 after Ctrl-C; 141 if nobody reads the output any more.
     """
-    if not is_first():  # which tells of Ctrl-C
+    if not own_rank().leads:  # the first process tells of Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         from .command_line import run  # here, because Ctrl-C may come at any time

@@ -7,15 +7,10 @@ not, and ends the rest.
 """
 
 import logging
-import os
 import signal
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,50 +19,35 @@ from ..parallel.layout import check_heads
 from ..parallel.stream_config import StreamParallelConfig
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from .device import available_devices
+from .launched import Rank, own_rank
 
 
-@dataclass(frozen=True)
-class Rank:
-    """This process among those that make the video: its place and how many there are, in all and on its machine."""
-
-    index: int = 0
-    count: int = 1
-    local_index: int = 0
-    local_count: int = 1
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process reads, prints and writes."""
-        return self.index == 0
-
-    def device(self, device: torch.device) -> torch.device:
-        """Return the device of this process, of the kind of `device`."""
-        return device if self.count == 1 or device.type == "cpu" else torch.device(device.type, self.local_index)
-
-    def prepare(self, device: torch.device) -> None:
-        """Work on this process's device from now on, and leave the others of its machine their part of the cores."""
-        if self.count > 1 and device.type != "cpu":
-            torch.accelerator.set_device_index(self.local_index)
-        torch.set_num_threads(max(1, torch.get_num_threads() // self.local_count))
-
-    def join(self, pipe: LongLivePipeline, device: torch.device) -> None:
-        """Share the pipeline's streams with the other processes."""
-        if self.count == 1:
-            return
-        dist.init_process_group("gloo" if device.type == "cpu" else dist.get_default_backend_for_device(device))
-        pipe.transformer.enable_parallelism(config=StreamParallelConfig(ulysses_degree=self.count))
+def device_of(rank: Rank, device: torch.device) -> torch.device:
+    """Return the device of one of the processes, of the kind of `device`."""
+    return device if rank.count == 1 or device.type == "cpu" else torch.device(device.type, rank.local_index)
 
 
-def own_rank() -> Rank:
-    """Return this process's place, as torch's launcher has told it; without one, it is alone."""
-    if not dist.is_torchelastic_launched():
-        return Rank()
-    return Rank(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+def prepare(rank: Rank, device: torch.device) -> None:
+    """Work on this process's device from now on, and leave the others of its machine their part of the cores."""
+    if rank.count > 1 and device.type != "cpu":
+        torch.accelerator.set_device_index(rank.local_index)
+    torch.set_num_threads(max(1, torch.get_num_threads() // rank.local_count))
 
 
-def check_devices(count: int, device: torch.device, num_heads: int) -> None:
+def share(pipe: LongLivePipeline, rank: Rank, device: torch.device) -> None:
+    """Share the pipeline's streams with the other processes, if there are any."""
+    if rank.count == 1:
+        return
+    dist.init_process_group("gloo" if device.type == "cpu" else dist.get_default_backend_for_device(device))
+    pipe.transformer.enable_parallelism(config=StreamParallelConfig(ulysses_degree=rank.count))
+
+
+def check_devices(count: int, device: torch.device, num_heads: int) -> int:
     """
     Check `--devices` before anything is started or loaded.
+
+    Returns:
+        How many devices make the video: what was asked for, or what a launcher has started.
 
     Raises:
         ValueError: If there are not so many devices, they cannot share the heads, or a launcher has started another
@@ -79,7 +59,7 @@ def check_devices(count: int, device: torch.device, num_heads: int) -> None:
             raise ValueError(f"--devices is {count}, but {rank.count} processes were started: leave it out")
         count, needed = rank.count, rank.local_count
     if count == 1:
-        return
+        return count
     check_heads(num_heads, count)
     if device.index is not None:
         raise ValueError(
@@ -88,6 +68,7 @@ def check_devices(count: int, device: torch.device, num_heads: int) -> None:
     there = available_devices().get(device.type, 0)
     if device.type != "cpu" and needed > there:
         raise ValueError(f"{needed} devices are asked for, but there are only {there} of '{device.type}' here")
+    return count
 
 
 def start_ranks(argv: Sequence[str], count: int) -> int:
@@ -135,22 +116,3 @@ def exit_status(statuses: Mapping[int, int], count: int) -> int:
         print(f"longlive: error: process {rank} of {count} was ended by SIGTERM", file=sys.stderr)
         return 1
     return status
-
-
-@contextmanager
-def ends_with_the_others(rank: Rank) -> Iterator[None]:
-    """Let SIGTERM, by which the launcher ends this process when another one has failed, unwind the block: the video is
-    finished as far as it was made. The launcher says what happened."""
-    if rank.count == 1:
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, _unwind)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _unwind(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the end
-    raise SystemExit(128 + number)

@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Collection
 
-from .launched import is_first, is_first_here
+from .launched import own_rank
 
 
 # torch's errors where memory is not there, or cannot even be counted; on a GPU it has a class of its own.
@@ -64,9 +64,10 @@ def with_option_names(message: str, names: Collection[str]) -> str:
 def is_told_by_another(error: Exception) -> bool:
     """Whether this is one of several processes that make a video, and another one tells the user of the error: that
     which failed, where this one only ends with it; or the first on this machine, of arguments that all were given."""
+    rank = own_rank()
     if _is_named(error, "RanksParted"):  # of a ValueError, the process that had it says nothing: see below
-        return not (is_first() and "failed with ValueError" in str(error))
-    return not is_first_here() and isinstance(error, ValueError)
+        return not (rank.leads and "failed with ValueError" in str(error))
+    return rank.local_index > 0 and isinstance(error, ValueError)
 
 
 def _is_of_gpu(error: Exception) -> bool:

@@ -22,7 +22,7 @@ from .backends import check_attention_backend, check_nvfp4_backend, notes_on_spe
 from .beginning import Beginning, read_beginning
 from .choices import DEFAULT_SECONDS, FPS
 from .device import choose_device
-from .devices import check_devices, own_rank
+from .devices import check_devices
 from .embedded_lora import choose_embedded_lora
 from .shots_file import RequestedShot, read_shots
 
@@ -101,8 +101,8 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
     embedded_lora, lora_note = choose_embedded_lora(args)
 
     folder = PipelineFolder.find(toy_pipeline_path() if args.model is None else args.model)
-    check_devices(args.devices, device, folder.transformer["num_attention_heads"])
-    if max(args.devices, own_rank().count) > 1 and args.offload != "none":
+    num_devices = check_devices(args.devices, device, folder.transformer["num_attention_heads"])
+    if num_devices > 1 and args.offload != "none":
         raise ValueError("--offload is for one GPU; several --devices have room for the models")
     sizes, settings = folder.sizes, folder.settings
     resolve_size(args.height, args.width, {}, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)

@@ -1,18 +1,28 @@
-"""Whether torch's launcher has started this process as one of several; does not import torch, which takes seconds."""
+"""This process's place among those that torch's launcher has started; known without importing torch, which takes
+seconds."""
 
 import os
+from dataclasses import dataclass
 
 
-def is_first_here() -> bool:
-    """Whether this is the first process of a launcher on its machine, or was not started by one."""
-    return not _is_one_of_several() or os.environ["LOCAL_RANK"] == "0"
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that make the video: its place and how many there are, in all and on its machine."""
+
+    index: int = 0
+    count: int = 1
+    local_index: int = 0
+    local_count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process reads, prints and writes."""
+        return self.index == 0
 
 
-def is_first() -> bool:
-    """Whether this is the first of all processes, or was not started by a launcher."""
-    return not _is_one_of_several() or os.environ["RANK"] == "0"
-
-
-def _is_one_of_several() -> bool:
+def own_rank() -> Rank:
+    """Return this process's place, as torch's launcher has told it; without one, it is alone."""
     # Other launchers set some of the same names: what they start shares nothing.
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Rank()
+    return Rank(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))

@@ -17,7 +17,8 @@ from ..models.kv_cache import check_window
 from ..pipelines.inputs import resolve_size
 from .backends import check_attention_backend, check_nvfp4_backend
 from .device import choose_device
-from .devices import check_devices, own_rank, start_ranks
+from .devices import check_devices, device_of, prepare, share, start_ranks
+from .launched import own_rank
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -26,13 +27,13 @@ def bench(args: argparse.Namespace) -> int:
     json_file = None if args.json is None else check_new_file(args.json)
     if rank.count < args.devices:
         return start_ranks(args.argv, args.devices)
-    rank.prepare(options.device)
+    prepare(rank, options.device)
     if options.size.threads is not None:
         torch.set_num_threads(options.size.threads)
     report = {"setting": describe_setting(options), "results": {}}
     try:
-        share = partial(rank.join, device=options.device)
-        for results in measurements(options, log_stage if rank.leads else lambda stage: None, share):
+        share_it = partial(share, rank=rank, device=options.device)
+        for results in measurements(options, log_stage if rank.leads else lambda stage: None, share_it):
             report["results"].update(results)
     finally:  # what was measured before an error or Ctrl-C took time, too
         if report["results"] and rank.leads:
@@ -52,7 +53,7 @@ def requested_options(args: argparse.Namespace) -> BenchOptions:
     if len(set(args.kv_cache_dtype)) < len(args.kv_cache_dtype):
         raise ValueError(f"--kv-cache-dtype names one twice: {' '.join(args.kv_cache_dtype)}")
     device = choose_device(args.device)
-    check_devices(args.devices, device, size.transformer["num_attention_heads"])
+    num_devices = check_devices(args.devices, device, size.transformer["num_attention_heads"])
     if args.attention_backend:
         check_attention_backend(args.attention_backend, device)
     if args.nvfp4:
@@ -60,8 +61,8 @@ def requested_options(args: argparse.Namespace) -> BenchOptions:
     return BenchOptions(
         size_name=args.size,
         size=size,
-        device=own_rank().device(device),
-        num_devices=max(args.devices, own_rank().count),
+        device=device_of(own_rank(), device),
+        num_devices=num_devices,
         dtype=DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")],
         attention_backend=args.attention_backend,
         nvfp4_backend=args.nvfp4,

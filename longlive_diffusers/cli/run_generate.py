@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,9 +19,11 @@ from ..pipelines.session import StreamingSession
 from ..video.writer import VideoWriter
 from ..wording import counted
 from .choices import FPS
-from .devices import Rank, ends_with_the_others, own_rank, start_ranks
+from .devices import device_of, prepare, share, start_ranks
 from .generation_request import GenerationRequest, check_request, scaled_loras
+from .launched import Rank, own_rank
 from .status_line import StatusLine
+from .termination import ends_cleanly
 from .typed_prompts import HELP, TypedPrompts, readable_descriptor
 
 
@@ -69,7 +71,8 @@ def generate(args: argparse.Namespace) -> int:
     writer, progress, interrupted = VideoWriter(args.output, FPS), Progress(), False
     replaces = writer.path.is_file()
     try:
-        with ends_with_the_others(rank), writer:
+        # The launcher ends this process when another one has failed, and says so.
+        with ends_cleanly(None) if rank.count > 1 else nullcontext(), writer:
             try:
                 if write_video(pipe, request, args, writer, progress):
                     raise KeyboardInterrupt
@@ -93,8 +96,8 @@ def load(
     request: GenerationRequest, folder: PipelineFolder, args: argparse.Namespace, rank: Rank, *, show_progress: bool
 ) -> LongLivePipeline:
     """Load the models that were asked for, on this process's device."""
-    device = rank.device(request.device)
-    rank.prepare(device)
+    device = device_of(rank, request.device)
+    prepare(rank, device)
     pipe = folder.load(
         device=device,
         dtype=args.dtype,
@@ -106,7 +109,7 @@ def load(
         compile=args.compile,
         show_progress=show_progress,
     )
-    rank.join(pipe, device)
+    share(pipe, rank, device)
     return pipe
 
 

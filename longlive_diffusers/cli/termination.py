@@ -13,22 +13,23 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasa
 
 
 @contextmanager
-def ends_cleanly() -> Iterator[None]:
-    """Let a signal to end unwind the block, so that what was half-written is removed, say so in one line, and exit
-    with the status that a shell expects (143 after SIGTERM). Signals only reach the main thread: elsewhere, nothing
-    changes."""
+def ends_cleanly(outcome: str | None = "what was half-written is removed") -> Iterator[None]:
+    """Let a signal to end unwind the block, so that what was half-written is removed or finished, say in one line what
+    came of it (None: somebody else does), and exit with the status that a shell expects (143 after SIGTERM). Signals
+    only reach the main thread: elsewhere, nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, _end) for number in _SIGNALS}
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the end
+        if outcome is not None:
+            print(f"longlive: ended by {signal.Signals(number).name}; {outcome}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, end) for number in _SIGNALS}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the removal
-    print(f"longlive: ended by {signal.Signals(number).name}; what was half-written is removed", file=sys.stderr)
-    raise SystemExit(128 + number)

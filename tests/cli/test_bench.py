@@ -53,6 +53,14 @@ def test_the_formula_counts_what_pytorch_counts(changes):
     assert forward_flops(size) == counter.get_total_flops()
 
 
+def test_devices_divide_the_work_of_whole_frames_and_of_heads():
+    size = SIZES["5b"]()  # chunks of 8 frames, 24 heads
+    whole = forward_flops(size)
+    assert [round(whole / forward_flops(size, n), 3) for n in (2, 4, 8)] == [2, 4, 8]
+    attention = 4 * 7040 * 30 * 3072 * (4 * 7040)  # to the frames in the cache
+    assert forward_flops(size, 3) == whole - attention + attention // 3  # three share no frames of eight
+
+
 def test_the_5b_size_is_wan22s():
     size = SIZES["5b"]()
     with init_empty_weights():

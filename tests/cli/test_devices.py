@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from longlive_diffusers.cli import main
-from longlive_diffusers.cli.devices import Rank, check_devices, own_rank
+from longlive_diffusers.cli.devices import check_devices, prepare
 from longlive_diffusers.cli.errors import is_told_by_another
+from longlive_diffusers.cli.launched import Rank, own_rank
 from longlive_diffusers.parallel.stream_ranks import RanksParted
 from longlive_diffusers.video.reader import read_video
-from tests.support.paths import ROOT
+from tests.support.processes import environment
 
 
 CPU = torch.device("cpu")
@@ -95,7 +96,7 @@ def test_processes_divide_the_cores_of_their_machine(launched, monkeypatch, loca
     monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     launched(0, 24, local_count)
-    own_rank().prepare(CPU)
+    prepare(own_rank(), CPU)
     assert chosen == [threads]
 
 
@@ -163,7 +164,7 @@ def test_who_was_killed_is_told_by_the_launcher(capsys):
 def start(arguments: Sequence[str], **options) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
