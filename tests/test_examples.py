@@ -14,7 +14,7 @@ from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.conversion.pipeline_folder import PipelineFolder
 from longlive_diffusers.video.reader import read_video
 from tests.support.paths import ROOT
-from tests.support.ranks import run_ranks
+from tests.support.processes import run_ranks
 from tests.support.toy_checkpoints import save_original_checkpoint, save_original_lora
 
 

@@ -26,6 +26,7 @@ from longlive_diffusers.nvfp4.linear import nvfp4_layers
 from longlive_diffusers.video.reader import read_video
 from longlive_diffusers.video.writer import VideoWriter
 from tests.support.paths import ROOT
+from tests.support.processes import environment
 from tests.support.toy_checkpoints import save_original_lora
 
 
@@ -261,7 +262,7 @@ def test_ctrl_c_ends_a_stream_with_a_file_that_plays(output):
     command = [sys.executable, "-m", "longlive_diffusers.cli", "generate", "a red circle", "--stream"]
     process = subprocess.Popen(
         [*command, "--output", str(output), "--no-progress"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

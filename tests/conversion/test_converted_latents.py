@@ -6,8 +6,7 @@ from diffusers import DiffusionPipeline
 from transformers import UMT5Config, UMT5EncoderModel
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, convert_checkpoint
-from tests.pipelines.test_golden_rollouts import arguments_of, pipeline_for
-from tests.support.golden_models import golden_transformer
+from tests.support.golden_models import golden_transformer, pipeline_for, rollout_arguments
 from tests.support.paths import GOLDEN
 from tests.support.tiny_tokenizer import WORDS, tiny_tokenizer
 from tests.support.tiny_vae import tiny_vae
@@ -38,13 +37,13 @@ def test_a_converted_checkpoint_makes_the_latents_of_its_weights(tmp_path):
     for transformer in (opened.transformer, rounded):
         pipe = pipeline_for("multi_shot")
         pipe.transformer = transformer
-        latents.append(pipe(**arguments_of("multi_shot")).frames)
+        latents.append(pipe(**rollout_arguments("multi_shot")).frames)
     torch.testing.assert_close(*latents, atol=0, rtol=0)
 
 
 def test_the_references_lora_loads_fuses_and_unloads():
     pipe = pipeline_for("multi_shot")
-    make = lambda: pipe(**arguments_of("multi_shot")).frames  # noqa: E731
+    make = lambda: pipe(**rollout_arguments("multi_shot")).frames  # noqa: E731
     plain = make()
     pipe.load_lora_weights(GOLDEN / "lora.pt")
     adapted = make()

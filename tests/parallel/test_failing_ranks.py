@@ -3,7 +3,6 @@
 `programs/failing_ranks.py` runs all cases, each in processes of its own, and is started once."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 
 from tests.programs.failing_ranks import CASES, ENDS, LIMIT
 from tests.support.paths import PROGRAMS, ROOT
+from tests.support.processes import environment
 
 
 LATENTS = 29.0171  # the sum of the latents of the program's short video
@@ -25,10 +25,9 @@ KILLED = [name for name in CASES if name.startswith("kill -9")]
 def results(tmp_path_factory) -> dict[str, list[dict]]:
     """What each rank did in each case."""
     path = tmp_path_factory.mktemp("ranks") / "results.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, str(PROGRAMS / "failing_ranks.py"), str(path)],
-        env=environment,
+        env=environment(),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -86,6 +85,12 @@ def test_memory_that_one_rank_lacks(results):
     assert found == [parted(f"rank 1 failed with {NO_MEMORY}"), NO_MEMORY]
     found = errors(results["the text encoder of rank 0 of 2 fails later"])
     assert found == [NO_MEMORY, parted(f"rank 0 failed with {NO_MEMORY}")]
+
+
+def test_an_error_whose_text_is_no_unicode(results):
+    first, second = errors(results["rank 1 of 2 reads a file of no text"])
+    assert second == "OSError: cannot read 'im\udce4ge.png'"
+    assert first == parted(r"rank 1 failed with OSError: cannot read 'im\udce4ge.png'")
 
 
 def test_a_process_that_ends_with_a_session_open(results):

@@ -2,7 +2,6 @@
 `programs/parallel_vae.py`, which they run, writes for each case what every rank found."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from longlive_diffusers.parallel.columns import HEIGHT, WIDTH, ColumnSplit
 from longlive_diffusers.parallel.halo import HaloExchange
 from tests.programs.parallel_vae import OPERATORS, TILES, WHOLE, Case, all_cases
 from tests.support.paths import PROGRAMS, ROOT
+from tests.support.processes import environment
 from tests.support.tiny_vae import tiny_vae
 
 
@@ -28,9 +28,8 @@ SHARED = [name for name in CASES if name not in EXACT]
 def found(tmp_path_factory) -> dict[str, list[dict]]:
     """For each case, what each of its ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     program = [sys.executable, str(PROGRAMS / "parallel_vae.py"), str(folder)]
-    run = subprocess.run(program, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(program, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     return json.loads((folder / "results.json").read_text())
 

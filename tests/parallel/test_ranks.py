@@ -3,8 +3,6 @@ start them; `programs/sequence_parallel.py` is what they run, and it writes an e
 
 import json
 import math
-import os
-import socket
 import subprocess
 import sys
 
@@ -12,17 +10,12 @@ import pytest
 
 from tests.programs.sequence_parallel import CHECKPOINTED, CLIPS
 from tests.support.paths import PROGRAMS, ROOT
+from tests.support.processes import environment, free_port
 
 
 NUM_RANKS = 4
 CASES = [*CLIPS, *(f"{name}, checkpointed" for name in CHECKPOINTED)]
 every_group = pytest.mark.parametrize("group", [2, 4], ids=["2 ranks", "4 ranks"])
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +25,8 @@ def errors(tmp_path_factory) -> dict[str, dict[str, float]]:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     launch += ["--num_processes", str(NUM_RANKS), "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--main_process_port", str(free_port()), str(PROGRAMS / "sequence_parallel.py"), str(results)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    variables = environment(ACCELERATE_USE_CPU="true")
+    run = subprocess.run(launch, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     return json.loads(results.read_text())
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.programs.shared_streams import CASES, CHUNK_SIZE, cases_of
 from tests.support.paths import PROGRAMS
-from tests.support.ranks import run_ranks
+from tests.support.processes import run_ranks
 
 
 EXACT = 2e-5

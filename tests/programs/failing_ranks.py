@@ -12,7 +12,6 @@ import gc
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 
 from longlive_diffusers import LongLivePipeline, StreamingSession
+from tests.support.processes import free_port
 from tests.support.tiny_pipeline import tiny_arguments, tiny_pipeline, tiny_transformer
 
 
@@ -56,7 +56,7 @@ class Ranks:
         try:
             call()
             self.say("no error")
-        except Exception as error:
+        except (ValueError, RuntimeError, LookupError) as error:
             self.say(f"{type(error).__name__}: {error}")
 
 
@@ -77,6 +77,17 @@ def in_callback(ranks: Ranks, act: Callable[[], Any], *, of_rank: int, at_step: 
     with ranks.stream(callback_on_step_end=callback, **arguments) as session:
         for chunk in session:
             ranks.say(chunk.index)
+
+
+def reads_a_file_of_no_text(ranks: Ranks) -> None:
+    """An error whose text cannot be sent as it is: names of files are bytes."""
+
+    def callback(pipe, step, timestep, tensors):
+        if ranks.rank == 1:
+            raise OSError("cannot read 'im\udce4ge.png'")
+        return {}
+
+    ranks.call(callback_on_step_end=callback)
 
 
 def unasked(ranks: Ranks, *, of_rank: int) -> None:
@@ -287,6 +298,7 @@ def all_cases() -> Iterator[tuple[str, int, Case]]:
         partial(in_body, act=interrupt, of_rank=0, async_decode=True, output_type="pt"),
     )
     yield "rank 1 of 2 encodes an image without memory", 2, encodes_an_image_without_memory
+    yield "rank 1 of 2 reads a file of no text", 2, reads_a_file_of_no_text
     yield "the text encoder of rank 0 of 2 fails later", 2, text_encoder_fails_later
     yield "rank 0 of 2 ends with a session open", 2, kept_open
     ends = [(how, is_asynchronous) for is_asynchronous in (False, True) for how in ENDS]
@@ -313,12 +325,6 @@ CASES = {name: (size, case) for name, size, case in all_cases()}
 
 
 # -- processes ----------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def be_rank(pipe: LongLivePipeline, rank: int, size: int, port: int, case: Case, report: Path) -> int:

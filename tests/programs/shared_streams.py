@@ -24,8 +24,7 @@ from peft import LoraConfig
 from longlive_diffusers import LongLivePipeline, NVFP4Config, StreamParallelConfig
 from longlive_diffusers.nvfp4.quantizer import quantize_model
 from longlive_diffusers.parallel.head_exchange import EXCHANGE_DTYPES
-from tests.pipelines.test_golden_rollouts import arguments_of, pipeline_for
-from tests.support.golden_models import golden_rollouts
+from tests.support.golden_models import golden_rollouts, pipeline_for, rollout_arguments
 from tests.support.tiny_pipeline import TEXT_LENGTH, tiny_pipeline, tiny_transformer
 
 
@@ -213,7 +212,7 @@ def matrix() -> Iterator[tuple[str, Case]]:
 
 
 GOLDEN: dict[str, Case] = {
-    f"golden {name}": (functools.partial(pipeline_for, name), lambda pipe, n=name: call(pipe, **arguments_of(n)))
+    f"golden {name}": (functools.partial(pipeline_for, name), lambda pipe, n=name: call(pipe, **rollout_arguments(n)))
     for name in golden_rollouts()
 }
 FEATURES: dict[str, Case] = {

@@ -6,7 +6,6 @@ variables that `accelerate launch` would give it.
 
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from unittest import mock
 
 import train_ar
 import train_dmd
+from tests.support.processes import free_port
 
 
 SCRIPTS = {"train_ar.py": train_ar, "train_dmd.py": train_dmd}
@@ -24,7 +24,7 @@ SCRIPTS = {"train_ar.py": train_ar, "train_dmd.py": train_dmd}
 
 def _run(script: str, words: list[str], environment: Mapping[str, str], errors: Path) -> None:
     """Become a process of the script."""
-    os.environ.clear()
+    os.environ.clear()  # what was forked has the variables of an earlier run
     os.environ.update(environment)
     with errors.open("wb") as file, open(os.devnull, "wb") as nowhere:
         os.dup2(file.fileno(), sys.stderr.fileno())
@@ -82,10 +82,8 @@ def start_script(script: str, words: list[str], environment: Mapping[str, str], 
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    shared = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared["MASTER_PORT"] = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     run = ForkedRun([], tempfile.TemporaryDirectory())
     imported_from = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     for rank in range(num_processes):

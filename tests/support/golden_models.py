@@ -93,3 +93,46 @@ def load_rollout(name: str) -> dict[str, torch.Tensor]:
     """Tensors of a rollout; latents as here, `[B, C, F, h, w]`."""
     tensors = load_file(GOLDEN / f"rollout_{name}.safetensors")
     return {key: value if key == "embeds" else value.transpose(1, 2).contiguous() for key, value in tensors.items()}
+
+
+def shots_of(prompts: list[str], prefix: str) -> tuple[list[str], list[int]]:
+    """The golden prompts of each chunk, as shot prompts and durations."""
+    shots, durations = [], []
+    for prompt in prompts:
+        if not shots or prompt.startswith(prefix):
+            shots.append(prompt.removeprefix(prefix))
+            durations.append(0)
+        durations[-1] += 1
+    return shots, durations
+
+
+def rollout_arguments(name: str) -> dict:
+    """The arguments of a pipeline's call that makes a golden rollout."""
+    settings, tensors = golden_rollouts()[name], load_rollout(name)
+    shots, durations = zip(
+        *(shots_of(p, settings["scene_cut_prefix"]) for p in settings["prompts_per_chunk"]), strict=True
+    )
+    arguments = {
+        "shot_prompts": list(shots),
+        "chunks_per_shot": list(durations),
+        "latents": tensors["noise"],
+        "window_size": settings["window_frames"],
+        "sink_size": settings["sink_frames"],
+        "multi_shot_sink": settings["multi_shot_sink"],
+        "multi_shot_rope_offset": settings["multi_shot_rope_offset"],
+        "num_inference_steps": settings["num_inference_steps"],
+        "guidance_scale": settings["guidance_scale"],
+        "relative_rope": settings["relative_rope"],
+        "max_sequence_length": TEXT_LENGTH,
+        "output_type": "latent",
+    }
+    if settings["image_conditioned"]:
+        arguments["image_latents"] = tensors["initial_latents"]
+    if settings["context_latent_frames"]:
+        arguments["video_latents"] = tensors["initial_latents"]
+    return arguments
+
+
+def pipeline_for(name: str) -> LongLivePipeline:
+    """The pipeline of a golden rollout."""
+    return golden_pipeline(golden_rollouts()[name]["embed_keys"], load_rollout(name)["embeds"])

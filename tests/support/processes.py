@@ -1,4 +1,4 @@
-"""Run a program in several processes, as torchrun would start them."""
+"""Processes that run this checkout's package, with one thread each; also several, as torchrun would start them."""
 
 import os
 import socket
@@ -9,6 +9,18 @@ from pathlib import Path
 from tests.support.paths import ROOT
 
 
+def environment(**others: object) -> dict[str, str]:
+    """The variables of a process: those of this one, but for where the package is and the number of threads."""
+    own = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, **others}
+    return {**os.environ, **{name: str(value) for name, value in own.items()}}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def run_ranks(program: Path, num_ranks: int, *arguments: str | Path, timeout: float = 600) -> list[tuple[int, str]]:
     """
     Start `program` once for each rank, with one thread each, and wait for all.
@@ -16,20 +28,17 @@ def run_ranks(program: Path, num_ranks: int, *arguments: str | Path, timeout: fl
     Returns:
         For each rank, its exit status and all that it printed.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    shared = {"WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    shared = {"WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [
         subprocess.Popen(
             [sys.executable, str(program), *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), **{name: str(value) for name, value in settings.items()}},
+            env=environment(RANK=rank, LOCAL_RANK=rank, **shared),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for settings in ({**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(num_ranks))
+        for rank in range(num_ranks)
     ]
     try:
         printed = [process.communicate(timeout=timeout)[0] for process in processes]

@@ -16,7 +16,7 @@ import torch
 
 from longlive_diffusers.video.reader import read_video
 from longlive_diffusers.video.writer import VideoWriter, check_output
-from tests.support.paths import ROOT
+from tests.support.processes import environment
 
 
 SUFFIXES = (".mp4", ".mov", ".mkv")
@@ -114,8 +114,7 @@ with VideoWriter(sys.argv[1], fps=12) as writer:
 def test_a_killed_process_leaves_a_playable_video(tmp_path, suffix):
     path = tmp_path / f"video{suffix}"
     command = [sys.executable, "-c", WRITE_FOREVER, str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         try:
             written = [int(process.stdout.readline()) for _ in range(5)]
         finally:
