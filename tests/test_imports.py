@@ -29,7 +29,7 @@ PACKAGE_FLOORS = [
     {"models"},
     {"pipelines"},
     {"conversion"},
-    {"", "benchmark"},  # "" is longlive_diffusers/__init__.py, which names what is public
+    {"", "benchmark", "serve"},  # "" is longlive_diffusers/__init__.py, which names what is public
     {"cli"},
 ]
 # training/ is started by path, so that its rooms are packages of their own; every room imports the installed package.
