@@ -13,6 +13,7 @@ from PIL import Image
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.conversion.pipeline_folder import PipelineFolder
 from longlive_diffusers.video.reader import read_video
+from tests.support.live_server import embedded_pipeline, running_server
 from tests.support.paths import ROOT
 from tests.support.processes import run_ranks
 from tests.support.toy_checkpoints import save_original_checkpoint, save_original_lora
@@ -115,3 +116,17 @@ def test_the_first_line_says_how_to_run_it(path):
     start = "torchrun --nproc-per-node 2" if path.stem == "several_gpus" else "python"
     assert f"{start} examples/{path.name}" in lines[0]
     assert len(lines) <= 50
+
+
+def test_live_client(tmp_path, run):
+    with running_server({None: embedded_pipeline()}) as server:
+        printed = run("live_client.py", "--url", f"ws://{server.host}:{server.port}/ws")
+    lines = printed.splitlines()
+    assert lines[-1] == "101 frames (finished)" and len(lines) == 14
+    shots = [line.split(":")[0].split(", ")[1] for line in lines[:-1]]
+    assert shots[0] == "shot 0" and shots[-1] == "shot 1"
+    frames = frames_of(tmp_path / "video.mp4")
+    assert frames.shape == (101, 64, 64, 3)
+    # The circle is red, and becomes blue; the last shot is white.
+    assert frames[4, ..., 0].max() > 150 > frames[4, ..., 2].max()
+    assert frames[44, ..., 2].max() > 150 > frames[44, ..., 0].max()

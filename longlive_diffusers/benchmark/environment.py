@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 
 from ..nvfp4.backends import BACKENDS, LayerShape, choose_backend
 from ..version import __version__
-from ..video.writer import ENCODER
+from ..video.h264 import ENCODER
 
 
 PACKAGES = (

@@ -1,4 +1,4 @@
-"""The command line: `longlive generate | convert | quantize | bench | env`.
+"""The command line: `longlive generate | serve | convert | quantize | bench | env`.
 
 `generate.py`, `bench.py`, ... hold the options of each command. What a command does is imported when it runs, because
 torch and diffusers take seconds to import.

@@ -10,7 +10,16 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .choices import KV_CACHE_DTYPES, MAX_CACHED_FRAMES, MAX_DEVICES, NVFP4_BACKENDS
+from ..limits import MAX_GUIDANCE_SCALE
+from .choices import (
+    DTYPES,
+    KV_CACHE_DTYPES,
+    MAX_CACHED_FRAMES,
+    MAX_DEVICES,
+    MAX_LORA_SCALE,
+    MAX_STEPS,
+    NVFP4_BACKENDS,
+)
 
 
 def integer(least: int, most: int) -> Callable[[str], int]:
@@ -128,6 +137,58 @@ def add_cache_options(parser: argparse._ActionsContainer, *, compares_dtypes: bo
             default="auto",
             help="What keys and values are stored as: nvfp4 takes 4 bits, fp8 takes 8 (default: the network's dtype).",
         )
+
+
+def add_solver_options(parser: argparse._ActionsContainer) -> None:
+    """Add `--steps` and `--guidance-scale`."""
+    parser.add_argument(
+        "--steps",
+        type=integer(1, MAX_STEPS),
+        default=4,
+        help="The number of solver steps of each chunk (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=number(0, MAX_GUIDANCE_SCALE),
+        default=1.0,
+        help="The scale of classifier-free guidance: 1 for distilled models (default), 3 for others.",
+    )
+
+
+def add_model_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options of which models are used, and how they run."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_REPO",
+        help="A pipeline: folder or Hub repository (default: the small one that comes with the package, with the LoRA "
+        "that is made for 4 or for 2 --steps without guidance, where these are asked for).",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="A LoRA to load: file, folder or Hub repository. Several --lora are added up.",
+    )
+    parser.add_argument("--no-lora", action="store_true", help="Use the default model without a LoRA of its own.")
+    parser.add_argument(
+        "--lora-scale",
+        action="append",
+        type=number(-MAX_LORA_SCALE, MAX_LORA_SCALE),
+        metavar="SCALE",
+        help="How much of the LoRA is added; for several, one for all or one for each, in order (default: 1).",
+    )
+    add_device_option(parser)
+    add_devices_option(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="The dtype of the models; auto is bfloat16 on cuda, and on a CPU what is stored (but not float16).",
+    )
+    add_attention_backend_option(parser)
+    add_nvfp4_option(parser)
+    add_compile_option(parser)
 
 
 def add_renamed(parser: argparse._ActionsContainer, old: str, new: str) -> None:

@@ -13,6 +13,7 @@ from .env import add_parser as add_env
 from .errors import is_told_by_another, one_line
 from .generate import add_parser as add_generate
 from .quantize import add_parser as add_quantize
+from .serve import add_parser as add_serve
 
 
 PATIENCE = 10.0  # seconds
@@ -65,6 +66,6 @@ def _build_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argume
     )
     parser.add_argument("--version", action="version", version=f"longlive_diffusers {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add_parser in (add_generate, add_convert, add_quantize, add_bench, add_env):
+    for add_parser in (add_generate, add_serve, add_convert, add_quantize, add_bench, add_env):
         add_parser(commands)
     return parser, commands.choices

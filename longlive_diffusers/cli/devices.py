@@ -31,14 +31,16 @@ def prepare(rank: Rank, device: torch.device) -> None:
     """Work on this process's device from now on, and leave the others of its machine their part of the cores."""
     if rank.count > 1 and device.type != "cpu":
         torch.accelerator.set_device_index(rank.local_index)
-    torch.set_num_threads(max(1, torch.get_num_threads() // rank.local_count))
+    if not dist.is_initialized():  # once
+        torch.set_num_threads(max(1, torch.get_num_threads() // rank.local_count))
 
 
 def share(pipe: LongLivePipeline, rank: Rank, device: torch.device) -> None:
     """Share the pipeline's streams with the other processes, if there are any."""
     if rank.count == 1:
         return
-    dist.init_process_group("gloo" if device.type == "cpu" else dist.get_default_backend_for_device(device))
+    if not dist.is_initialized():  # several pipelines may be shared
+        dist.init_process_group("gloo" if device.type == "cpu" else dist.get_default_backend_for_device(device))
     pipe.transformer.enable_parallelism(config=StreamParallelConfig(ulysses_degree=rank.count))
 
 

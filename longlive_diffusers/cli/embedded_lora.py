@@ -7,6 +7,11 @@ from ..assets import TOY_LORA_STEPS, toy_lora_path
 from ..pipelines.chunk_step import is_guided
 
 
+def uses_embedded_lora(args: argparse.Namespace) -> bool:
+    """Whether the user has left it to the command which LoRA of the embedded model is used."""
+    return args.model is None and not args.lora and not args.no_lora
+
+
 def choose_embedded_lora(args: argparse.Namespace) -> tuple[Path | None, str | None]:
     """
     Choose the LoRA that is used although nobody named it.
@@ -18,7 +23,7 @@ def choose_embedded_lora(args: argparse.Namespace) -> tuple[Path | None, str | N
         Its file, or None for none; and a line that says which one is used, or why none is. Nothing is to be said where
         the user chose: another model, a LoRA, or no LoRA.
     """
-    if args.model is not None or args.lora or args.no_lora:
+    if not uses_embedded_lora(args):
         return None, None
     there_are = " and ".join(map(str, TOY_LORA_STEPS))
     if is_guided(args.guidance_scale):

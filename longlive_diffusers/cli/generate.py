@@ -2,26 +2,20 @@
 
 import argparse
 
-from ..limits import MAX_GUIDANCE_SCALE, MAX_SIDE
+from ..limits import MAX_SIDE
 from .arguments import (
-    add_attention_backend_option,
     add_cache_options,
-    add_compile_option,
-    add_device_option,
-    add_devices_option,
-    add_nvfp4_option,
+    add_model_options,
+    add_solver_options,
     integer,
     number,
     text,
 )
 from .choices import (
     DEFAULT_SECONDS,
-    DTYPES,
     MAX_FRAMES,
-    MAX_LORA_SCALE,
     MAX_SECONDS,
     MAX_SEED,
-    MAX_STEPS,
 )
 from .shots_file import FORMAT
 from .typed_prompts import HELP
@@ -91,18 +85,7 @@ def _add_size_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument(
-        "--steps",
-        type=integer(1, MAX_STEPS),
-        default=4,
-        help="The number of solver steps of each chunk (default: %(default)s).",
-    )
-    sampling.add_argument(
-        "--guidance-scale",
-        type=number(0, MAX_GUIDANCE_SCALE),
-        default=1.0,
-        help="The scale of classifier-free guidance: 1 for distilled models (default), 3 for others.",
-    )
+    add_solver_options(sampling)
     sampling.add_argument(
         "--seed",
         type=integer(0, MAX_SEED),
@@ -124,44 +107,13 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
-    models.add_argument(
-        "--model",
-        metavar="DIR_OR_REPO",
-        help="A pipeline: folder or Hub repository (default: the small one that comes with the package, with the LoRA "
-        "that is made for 4 or for 2 --steps without guidance, where these are asked for).",
-    )
-    models.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="A LoRA to load: file, folder or Hub repository. Several --lora are added up.",
-    )
-    models.add_argument("--no-lora", action="store_true", help="Use the default model without a LoRA of its own.")
-    models.add_argument(
-        "--lora-scale",
-        action="append",
-        type=number(-MAX_LORA_SCALE, MAX_LORA_SCALE),
-        metavar="SCALE",
-        help="How much of the LoRA is added; for several, one for all or one for each, in order (default: 1).",
-    )
-    add_device_option(models)
-    add_devices_option(models)
-    models.add_argument(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="The dtype of the models; auto is bfloat16 on cuda, and on a CPU what is stored (but not float16).",
-    )
+    add_model_options(models)
     models.add_argument(
         "--offload",
         choices=("none", "model", "sequential"),
         default="none",
         help="Keep on the GPU only the model, or the layer, that is at work (default: %(default)s).",
     )
-    add_attention_backend_option(models)
-    add_nvfp4_option(models)
-    add_compile_option(models)
     models.add_argument("--no-progress", action="store_true", help="Show no progress bars.")
 
 

@@ -8,22 +8,17 @@ from pathlib import Path
 
 import torch
 
-from ..assets import toy_pipeline_path
-from ..conversion.pipeline_folder import PipelineFolder, check_lora_file
 from ..frame_counts import chunks_to_cover, pixel_frames, whole_chunks
-from ..models.kv_cache import check_window
-from ..models.layer_kv_cache import resolve_kv_cache_dtype
 from ..pipelines.chunk_step import is_guided
 from ..pipelines.inputs import ModelSizes, resolve_size
 from ..video.input_file import existing_file
 from ..video.writer import check_output
 from ..wording import counted
-from .backends import check_attention_backend, check_nvfp4_backend, notes_on_speed
 from .beginning import Beginning, read_beginning
 from .choices import DEFAULT_SECONDS, FPS
 from .device import choose_device
-from .devices import check_devices
 from .embedded_lora import choose_embedded_lora
+from .model_request import ModelRequest, check_model
 from .shots_file import RequestedShot, read_shots
 
 
@@ -68,7 +63,7 @@ class GenerationRequest:
         }
 
 
-def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, PipelineFolder]:
+def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, ModelRequest]:
     """Check the arguments, so that all errors are found before the models are loaded, which may take minutes.
 
     Raises:
@@ -96,64 +91,30 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, Pipeline
     for kind, path in (("image", args.image), ("video", args.video)):
         if path:
             existing_file(path, kind)
-    for lora, _ in scaled_loras(args):
-        check_lora_file(lora)
     embedded_lora, lora_note = choose_embedded_lora(args)
-
-    folder = PipelineFolder.find(toy_pipeline_path() if args.model is None else args.model)
-    num_devices = check_devices(args.devices, device, folder.transformer["num_attention_heads"])
-    if num_devices > 1 and args.offload != "none":
+    models = check_model(args)
+    if models.num_devices > 1 and args.offload != "none":
         raise ValueError("--offload is for one GPU; several --devices have room for the models")
-    sizes, settings = folder.sizes, folder.settings
+    sizes = models.folder.sizes
     resolve_size(args.height, args.width, {}, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)
     beginning = read_beginning(args, sizes, requested_frames(args))
     num_frames, condition_frames = choose_length(args, shots, len(beginning.video or ()), sizes)
     if num_frames is None and len(shots) > 1 and shots[0].chunks is None:
         raise ValueError(f"an endless video of {len(shots)} shots needs a --shots-file that says how long each lasts")
-    check_window(
-        settings["window_size"] if args.window_size is None else args.window_size,
-        settings["sink_size"] if args.sink_size is None else args.sink_size,
-        sizes.chunk_size,
-        settings["multi_shot_sink"],
-    )
-    if args.kv_cache_dtype != "auto":
-        resolve_kv_cache_dtype(args.kv_cache_dtype, sizes.head_dim)
-    if args.attention_backend:
-        check_attention_backend(args.attention_backend, device)
-    if args.nvfp4:
-        check_nvfp4_backend("--nvfp4", args.nvfp4, folder.transformer, device)
     seed = random.randrange(2**31) if args.seed is None else args.seed
     notes = [*beginning.notes, *([] if lora_note is None else [lora_note])]
-    notes += notes_on_speed(device, args.dtype, args.nvfp4)
+    notes += models.notes
     if output.is_fifo():
         notes.append(f"'{output}' is a pipe: nothing can be written before somebody reads it")
     request = GenerationRequest(
         shots, beginning, num_frames, condition_frames, seed, device, embedded_lora, notes=notes
     )
-    return request, folder
+    return request, models
 
 
 def requested_frames(args: argparse.Namespace) -> int | None:
     """Return the length that the user asked for in frames or seconds; None for neither."""
     return args.num_frames if args.seconds is None else max(1, round(args.seconds * FPS))
-
-
-def scaled_loras(args: argparse.Namespace) -> list[tuple[str, float]]:
-    """Return the LoRAs to load, each with its scale.
-
-    Raises:
-        ValueError: If the scales are neither none, nor one for all, nor one for each, or no LoRA is to be used.
-    """
-    scales = args.lora_scale or [1.0]
-    if args.lora and args.no_lora:
-        raise ValueError("give either --lora or --no-lora, not both")
-    if args.lora_scale and not args.lora:
-        raise ValueError("--lora-scale needs a --lora")
-    if len(scales) not in (1, len(args.lora)):
-        raise ValueError(
-            f"there are {len(scales)} --lora-scale for {len(args.lora)} --lora; give one for all, or one for each"
-        )
-    return list(zip(args.lora, scales * len(args.lora) if len(scales) == 1 else scales, strict=True))
 
 
 def choose_length(

@@ -12,16 +12,16 @@ import numpy as np
 from diffusers.utils import logging as diffusers_logging
 
 from ..benchmark.measure import as_size, peak_memory, reset_peak_memory
-from ..conversion.pipeline_folder import PipelineFolder
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..pipelines.pipeline_output import VideoChunk
 from ..pipelines.session import StreamingSession
 from ..video.writer import VideoWriter
 from ..wording import counted
 from .choices import FPS
-from .devices import device_of, prepare, share, start_ranks
-from .generation_request import GenerationRequest, check_request, scaled_loras
+from .devices import start_ranks
+from .generation_request import GenerationRequest, check_request
 from .launched import Rank, own_rank
+from .model_request import ModelRequest, load_model
 from .status_line import StatusLine
 from .termination import ends_cleanly
 from .typed_prompts import HELP, TypedPrompts, readable_descriptor
@@ -51,18 +51,18 @@ class Progress:
 
 def generate(args: argparse.Namespace) -> int:
     """Make the video; return 130 if Ctrl-C ended it (the file is then valid, only shorter)."""
-    request, folder = check_request(args)
+    request, models = check_request(args)
     rank = own_rank()
     if rank.count < args.devices:
         command, *options = args.argv
         return start_ranks([command, "--seed", str(request.seed), *options], args.devices)
     if not rank.leads:
-        return follow(request, folder, args, rank)
+        return follow(request, models, args, rank)
     for note in request.notes:
         print(f"longlive: {note}", file=sys.stderr)
     shows_bars = not args.no_progress and sys.stderr is not None and sys.stderr.isatty()
     began = time.perf_counter()
-    pipe = load(request, folder, args, rank, show_progress=shows_bars)
+    pipe = load(request, models, args, rank, show_progress=shows_bars)
     if args.stream:  # the status line says more, and bars would break it
         pipe.set_progress_bar_config(disable=True)
     loading = time.perf_counter() - began
@@ -93,29 +93,16 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def load(
-    request: GenerationRequest, folder: PipelineFolder, args: argparse.Namespace, rank: Rank, *, show_progress: bool
+    request: GenerationRequest, models: ModelRequest, args: argparse.Namespace, rank: Rank, *, show_progress: bool
 ) -> LongLivePipeline:
-    """Load the models that were asked for, on this process's device."""
-    device = device_of(rank, request.device)
-    prepare(rank, device)
-    pipe = folder.load(
-        device=device,
-        dtype=args.dtype,
-        offload=args.offload,
-        loras=scaled_loras(args),
-        fused_lora=request.embedded_lora,
-        nvfp4_backend=args.nvfp4,
-        attention_backend=args.attention_backend,
-        compile=args.compile,
-        show_progress=show_progress,
-    )
-    share(pipe, rank, device)
-    return pipe
+    """Load the models that were asked for."""
+    fused_lora, offload = request.embedded_lora, args.offload
+    return load_model(models, args, rank, fused_lora=fused_lora, offload=offload, show_progress=show_progress)
 
 
-def follow(request: GenerationRequest, folder: PipelineFolder, args: argparse.Namespace, rank: Rank) -> int:
+def follow(request: GenerationRequest, models: ModelRequest, args: argparse.Namespace, rank: Rank) -> int:
     """Make the video together with the process that writes it, for as long as that one goes on."""
-    pipe = load(request, folder, args, rank, show_progress=False)
+    pipe = load(request, models, args, rank, show_progress=False)
     diffusers_logging.set_verbosity_error()  # the first process warns
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # from now on, Ctrl-C is the first process's to act on
     with pipe.stream(**request.stream_arguments(args)) as session:

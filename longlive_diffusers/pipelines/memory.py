@@ -21,6 +21,10 @@ ADVICE = (
 )
 
 
+class MemoryShortage(ValueError):
+    """What is asked for does not fit into the memory that is free; it may when something else has ended."""
+
+
 def available_bytes(device: torch.device) -> int | None:
     """The memory that can still be used; None where an allocation that does not fit is an error by itself."""
     return psutil.virtual_memory().available if device.type == "cpu" else None
@@ -29,8 +33,8 @@ def available_bytes(device: torch.device) -> int | None:
 def check_caches_fit(
     transformer: LongLiveTransformer3DModel, request: Request, text_length: int, device: torch.device
 ) -> None:
-    """Raise a ValueError that states the numbers, if the KV caches of a request do not fit, or the keys and values of
-    its prompts, of `text_length` tokens each."""
+    """Raise a MemoryShortage that states the numbers, if the KV caches of a request do not fit, or the keys and values
+    of its prompts, of `text_length` tokens each."""
     available = available_bytes(device)
     if available is None:
         return
@@ -46,7 +50,7 @@ def check_caches_fit(
     num_caches = 2 if is_guided(request.guidance_scale) and not has_split_branches else 1
     needed = batch * num_caches * (tokens * bytes_per_token(transformer, request) + text_bytes)
     if needed > available:
-        raise ValueError(
+        raise MemoryShortage(
             f"The KV cache of {batch} x {frames} latent frames of {height}x{width}, with prompts of {text_length} "
             f"tokens, needs {-(-needed // GIB)} GiB; {available // GIB} GiB are available. {ADVICE}"
         )
@@ -70,8 +74,8 @@ def bytes_per_token(transformer: LongLiveTransformer3DModel, request: Request) -
 
 
 def check_result_fits(request: Request, sizes: ModelSizes, output_type: str, device: torch.device) -> None:
-    """Raise a ValueError that states the numbers, if a whole video does not fit into the memory of `device`, where it
-    is put together: for a moment, its chunks and the whole are there."""
+    """Raise a MemoryShortage that states the numbers, if a whole video does not fit into the memory of `device`, where
+    it is put together: for a moment, its chunks and the whole are there."""
     available = available_bytes(device)
     if available is None or request.num_chunks is None:
         return
@@ -83,7 +87,7 @@ def check_result_fits(request: Request, sizes: ModelSizes, output_type: str, dev
         values = latent_frames * channels * height * width
     needed = batch * values * (1 if output_type == "pil" else 2 * torch.float32.itemsize)
     if needed > available:
-        raise ValueError(
+        raise MemoryShortage(
             f"{counted(batch, 'video')} of {counted(frames, 'frame')} (`output_type` {output_type!r}) "
             f"take {-(-needed // GIB)} GiB; {available // GIB} GiB are available. Make fewer frames, or take them "
             "chunk by chunk from `pipe.stream(...)`."

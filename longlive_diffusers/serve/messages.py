@@ -4,12 +4,12 @@ README.md beside this file describes the protocol; here are the fields, their ty
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from ..limits import MAX_GUIDANCE_SCALE, MAX_SIDE
+from ..number_checks import is_finite
 
 
 MAX_PROMPT = 4000  # characters; the captions that the model learned from have about 1500
@@ -43,7 +43,7 @@ def _integer(least: int, most: int) -> Callable[[Any], str | None]:
 
 def _number(least: float, most: float, *, above: bool = False) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
-        right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        right = isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
         if right and least <= value <= most and not (above and value == least):
             return None
         limits = f"above {least:g} and at most {most:g}" if above else f"from {least:g} to {most:g}"
@@ -238,7 +238,8 @@ class End:
 
     Args:
         reason: "stopped" by the client, "finished" at the length that was asked for, "time" when it lasted as long as
-            this server allows, "error" after a message that says which, or "server" when the server stops.
+            this server allows, "idle" when it waited for its viewer while others waited for a place, "error" after a
+            message that says which, or "server" when the server stops.
         num_frames: How many frames were sent.
         latency: What `longlive_diffusers.latency.Latency` has measured of the stream, as it left the server.
     """

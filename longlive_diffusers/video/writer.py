@@ -26,15 +26,13 @@ import av.container
 import av.error
 import numpy as np
 import torch
-from av.video.frame import PictureType
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from ..atomic_write import check_new_file, shortened
 from ..number_checks import is_finite
 from ..tensor_checks import check_plain
+from .h264 import ENCODER, add_h264_stream, as_video_frame
 
 
-ENCODER = "libx264"
 # What makes the container progressive, by suffix: mp4's fragments; Matroska's clusters, a new one for every frame.
 CONTAINER_OPTIONS = {
     ".mp4": {"movflags": "frag_every_frame+empty_moov+default_base_moof"},
@@ -132,7 +130,10 @@ class VideoWriter:
                 self._output = self._open(height=frames.shape[1], width=frames.shape[2])
             container, stream = self._output
             for index, frame in enumerate(frames):
-                container.mux(stream.encode(self._video_frame(_as_uint8(frame), is_key_frame=index == 0)))
+                picture = as_video_frame(
+                    _as_uint8(frame), index=self.frames_written, fps=self.fps, is_key_frame=index == 0
+                )
+                container.mux(stream.encode(picture))
                 self.frames_written += 1
 
     def close(self) -> None:
@@ -211,24 +212,9 @@ class VideoWriter:
             # frame, then does not wait.
             self._pipe = open(self.path, "wb")  # noqa: SIM115 (closed with the container)
         container = av.open(f"file:{self.written_to}", mode="w", options=options)
-        encoder_options = {"crf": str(self.crf), "preset": "medium", "tune": "zerolatency"}
-        stream = container.add_stream(ENCODER, rate=self.fps, options=encoder_options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        # Untagged, players guess the colors from the size of the picture.
-        stream.codec_context.colorspace = Colorspace.ITU709
-        stream.codec_context.color_range = ColorRange.MPEG
-        stream.codec_context.color_primaries = ColorPrimaries.BT709
-        stream.codec_context.color_trc = ColorTrc.BT709
+        stream = add_h264_stream(container, height=height, width=width, fps=self.fps, crf=self.crf, preset="medium")
         self._size = (height, width)
         return container, stream
-
-    def _video_frame(self, image: np.ndarray, *, is_key_frame: bool) -> av.VideoFrame:
-        frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-        )
-        frame.pts, frame.time_base = self.frames_written, 1 / self.fps
-        frame.pict_type = PictureType.I if is_key_frame else PictureType.NONE
-        return frame
 
 
 def _unfinished_path(path: Path) -> Path:

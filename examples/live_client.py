@@ -1,0 +1,50 @@
+"""A program that directs a live video: python examples/live_client.py [--url ...] [--output video.mp4]
+
+It talks to `longlive serve`, which has to run, and writes what it receives: the file can be watched meanwhile. The
+messages are described in longlive_diffusers/serve/README.md. It needs the package websockets, of the extra demo.
+"""
+
+import argparse
+import json
+
+from websockets.sync.client import connect
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--url", default="ws://127.0.0.1:7860/ws", help="with a token: ws://HOST:PORT/ws?token=TOKEN")
+parser.add_argument("--output", default="video.mp4")
+parser.add_argument("--seconds", type=float, default=4.0)
+args = parser.parse_args()
+
+FIRST, SECOND, THIRD = (
+    "a large red circle moves right on a black background",
+    "a large blue circle moves right on a black background",
+    "a small white square stays still on a black background",
+)
+CHANGES = {  # what is said after these chunks
+    2: {"type": "prompt", "prompt": SECOND},  # same shot, new prompt
+    6: {"type": "cut", "prompt": THIRD},  # new shot
+}
+
+with connect(args.url, max_size=None) as socket, open(args.output, "wb") as file:
+    socket.send(json.dumps({"type": "start", "prompt": FIRST, "seconds": args.seconds, "seed": 0}))
+    num_frames = 0
+    for message in socket:
+        if isinstance(message, bytes):  # a frame; all of them, joined, are an mp4
+            file.write(message)
+            num_frames += 1
+            # Only what is watched is made: here, everything at once.
+            socket.send(json.dumps({"type": "played", "frame": num_frames - 1}))
+            continue
+        message = json.loads(message)
+        if message["type"] == "chunk":
+            print(f"chunk {message['index']}, shot {message['shot_index']}: {message['prompt']}")
+            if message["index"] in CHANGES:
+                socket.send(json.dumps(CHANGES[message["index"]]))
+        elif message["type"] == "error":
+            print(f"error: {message['message']}")
+        elif message["type"] == "queued":
+            print(f"number {message['position']} in the queue")
+        elif message["type"] == "end":
+            print(f"{message['num_frames']} frames ({message['reason']})")
+            break

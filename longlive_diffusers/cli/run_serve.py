@@ -1,0 +1,118 @@
+"""Serve what `longlive serve` was asked for."""
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from ..assets import TOY_LORA_STEPS, toy_lora_path
+from ..pipelines.chunk_step import is_guided
+from ..pipelines.pipeline_longlive import LongLivePipeline
+from ..serve.access import Access, is_loopback
+from ..serve.app import LiveApp
+from ..serve.model import ServedModel
+from ..serve.server import listen, make_server, url_of
+from ..serve.settings import ServeSettings
+from .devices import start_ranks
+from .embedded_lora import uses_embedded_lora
+from .launched import Rank, own_rank
+from .model_request import ModelRequest, check_model, load_model
+from .termination import ends_cleanly
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve until Ctrl-C or SIGTERM; return 1 if the models have failed."""
+    check_access(args)
+    models, rank = check_model(args), own_rank()
+    if rank.count < args.devices:
+        return start_ranks(args.argv, args.devices)
+    if not rank.leads:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the first process's to act on
+            signal.signal(number, signal.SIG_IGN)
+        load_served(models, args, rank).sessions.follow()
+        return 0
+    listener = listen(args.host, args.port)
+    for note in models.notes:
+        print(f"longlive: {note}", file=sys.stderr)
+    log_to_stderr()
+    served = load_served(models, args, rank)
+    app = LiveApp(
+        served,
+        settings_of(args),
+        access=Access(args.host, args.token, tuple(args.origin)),
+        on_failure=lambda: server.stop(),
+    )
+    server = make_server(app)
+    token = f"/?token={args.token}" if args.token else ""
+    print(f"longlive: {served.name} on {served.device}: {url_of(listener)}{token} (Ctrl-C ends it)", flush=True)
+    with ends_cleanly("all streams were ended"):
+        server.run(sockets=[listener])
+    return 1 if app.has_failed else 0
+
+
+def check_access(args: argparse.Namespace) -> None:
+    """
+    Check who may use the server.
+
+    Raises:
+        ValueError: If other machines can reach it, and there is neither a token nor the wish for none.
+    """
+    if args.token is not None and args.no_token:
+        raise ValueError("give either --token or --no-token, not both")
+    if args.token is not None and not args.token.strip():
+        raise ValueError("--token is empty; --no-token lets everybody make videos")
+    if not is_loopback(args.host) and args.token is None and not args.no_token:
+        raise ValueError(
+            f"--host {args.host} can be reached from other machines: give a --token, or --no-token to let everybody "
+            "make videos"
+        )
+
+
+def settings_of(args: argparse.Namespace) -> ServeSettings:
+    """Return what the server allows, and its defaults."""
+    return ServeSettings(
+        max_sessions=args.max_sessions,
+        max_queue=args.max_queue,
+        max_minutes=args.max_minutes,
+        max_pixels=args.max_pixels,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        window_size=args.window_size,
+        sink_size=args.sink_size,
+        kv_cache_dtype=None if args.kv_cache_dtype == "auto" else args.kv_cache_dtype,
+    )
+
+
+def load_served(models: ModelRequest, args: argparse.Namespace, rank: Rank) -> ServedModel:
+    """Load the pipelines that streams are made with: the embedded one also with its LoRA for each number of steps that
+    there is one for."""
+    pipelines: dict[str | None, LongLivePipeline] = {}
+    loras = {f"{steps} steps": toy_lora_path(steps) for steps in TOY_LORA_STEPS} if uses_embedded_lora(args) else {}
+    for name, lora in {None: None, **loras}.items():
+        pipelines[name] = load_model(models, args, rank, fused_lora=lora, show_progress=False)
+    for pipe in pipelines.values():
+        pipe.vae, pipe.text_encoder = pipelines[None].vae, pipelines[None].text_encoder  # all the same
+
+    def choose(steps: int, guidance_scale: float) -> str | None:
+        name = f"{steps} steps"
+        return name if name in pipelines and not is_guided(guidance_scale) else None
+
+    shown = "the embedded model" if args.model is None else shown_name(args.model)
+    return ServedModel(shown, pipelines, choose)
+
+
+def shown_name(model: str) -> str:
+    """Return what strangers are told about a model: a repository's name, or a folder's without where it is."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
+def log_to_stderr() -> None:
+    """Show what the server has to say, a line each."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("longlive_diffusers.serve")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

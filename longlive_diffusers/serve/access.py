@@ -1,0 +1,66 @@
+"""Who may use a server: pages of its own origin, and whoever has its token.
+
+A page from elsewhere that a browser shows can open a WebSocket to any address, that of this machine too, and could
+drive its GPU; a browser sends along where the page is from. A name that its owner points at this machine only for
+that purpose (DNS rebinding) is the origin and the host of such a page at once, so on a loopback address, only
+loopback names are known.
+"""
+
+import hmac
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True)
+class Access:
+    """
+    Args:
+        host: The address that the server listens on.
+        token: What a client has to send; None for nothing.
+        origins: Origins of pages that may use it, beside its own: "https://example.com".
+    """
+
+    host: str = "127.0.0.1"
+    token: str | None = None
+    origins: tuple[str, ...] = ()
+
+    def refusal(self, headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
+        """Return why a WebSocket that is being opened is refused; None if it is not.
+
+        Args:
+            headers: The headers of the request, by their names in lower case.
+            query: The parameters of its address.
+        """
+        origin = headers.get("origin")
+        if origin is not None and not self._knows(origin, headers.get("host", "")):
+            return "a page of another origin"
+        if self.token is not None and not self._is_token(headers.get("authorization", ""), query.get("token", "")):
+            return "no token, or a wrong one"
+        return None
+
+    def _knows(self, origin: str, host: str) -> bool:
+        if origin in self.origins:
+            return True
+        try:
+            name, is_same = urlsplit(origin).hostname or "", urlsplit(origin).netloc.lower() == host.lower()
+        except ValueError:
+            return False
+        if not is_same:
+            return False
+        return not is_loopback(self.host) or is_loopback(name) or name == self.host
+
+    def _is_token(self, authorization: str, token: str) -> bool:
+        assert self.token is not None
+        kind, _, bearer = authorization.partition(" ")
+        given = bearer if kind.lower() == "bearer" else token
+        return hmac.compare_digest(given.encode(), self.token.encode())
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own, which no other machine reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")

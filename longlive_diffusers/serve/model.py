@@ -1,0 +1,159 @@
+"""The model that a server streams from, and what a client's `start` asks of it."""
+
+import base64
+import binascii
+import copy
+import io
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import PIL.Image
+import torch
+
+from ..frame_counts import chunks_to_cover, pixel_frames
+from ..pipelines.inputs import resolve_size
+from ..pipelines.pipeline_longlive import LongLivePipeline
+from ..video.fit import size_like
+from ..video.images import DAMAGED, as_rgb
+from .messages import MAX_IMAGE_BYTES, Start
+from .sessions import Sessions
+from .settings import FPS, ServeSettings
+
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_IMAGE_PIXELS = 50_000_000
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """
+    What one stream is made with, checked.
+
+    Args:
+        pipeline: The name of the pipeline that makes it, among those of [`ServedModel`].
+        height, width: The size of its frames.
+        seed: The seed of its noise.
+        options: The other arguments of `LongLivePipeline.stream`.
+    """
+
+    pipeline: str | None
+    height: int
+    width: int
+    seed: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class ServedModel:
+    """
+    The pipelines that a server streams from.
+
+    Args:
+        name: What clients are told about the model; no path.
+        pipelines: The pipeline, by the name None; beside it, versions of it that are meant for certain settings, such
+            as those with a LoRA for a number of steps added for good. They share what they do not change.
+        choose: Chooses one of them by the number of steps and the guidance scale.
+
+    Attributes:
+        sessions: The sessions that are made with them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pipelines: dict[str | None, LongLivePipeline],
+        choose: Callable[[int, float], str | None] = lambda steps, guidance_scale: None,
+    ):
+        self.name, self.pipelines, self._choose = name, pipelines, choose
+        self.sessions = Sessions(pipelines)
+
+    @property
+    def pipeline(self) -> LongLivePipeline:
+        """The pipeline without additions."""
+        return self.pipelines[None]
+
+    @property
+    def device(self) -> torch.device:
+        """The device that makes the streams."""
+        return self.pipeline.transformer.device
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """The height and width that the model was made for."""
+        sizes = self.pipeline.sizes
+        return sizes.sample_size[0] * sizes.spatial_scale, sizes.sample_size[1] * sizes.spatial_scale
+
+    def plan(self, start: Start, settings: ServeSettings) -> StreamPlan:
+        """
+        Check what a client asks for.
+
+        Raises:
+            ValueError: If the model cannot make it, or the server does not allow it; the text is for the client.
+        """
+        sizes, image = self.pipeline.sizes, None
+        height, width = start.height, start.width
+        if start.image is not None:
+            image = decode_image(start.image)
+            step = (sizes.patch_size[0] * sizes.spatial_scale, sizes.patch_size[1] * sizes.spatial_scale)
+            height, width = size_like((image.height, image.width), self.default_size, step, height, width)
+        size = resolve_size(height, width, {}, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)
+        height, width = size.latent_height * sizes.spatial_scale, size.latent_width * sizes.spatial_scale
+        most = settings.max_pixels or self.default_size[0] * self.default_size[1]
+        chosen_here = start.height is None and start.width is None
+        if height * width > most and not chosen_here:
+            raise ValueError(f"height x width is {height} x {width} = {height * width}; at most {most} are allowed.")
+        steps = settings.steps if start.steps is None else start.steps
+        guidance_scale = settings.guidance_scale if start.guidance_scale is None else start.guidance_scale
+        copy.deepcopy(self.pipeline.scheduler).set_timesteps(steps)  # raises where it cannot solve
+        options = {
+            "prompt": start.prompt,
+            "image": image,
+            "height": height,
+            "width": width,
+            "num_frames": None if start.seconds is None else self._whole_frames(start.seconds),
+            "num_inference_steps": steps,
+            "guidance_scale": guidance_scale,
+            "window_size": settings.window_size,
+            "sink_size": settings.sink_size,
+            "kv_cache_dtype": settings.kv_cache_dtype,
+            "output_type": "uint8",
+        }
+        seed = random.randrange(2**31) if start.seed is None else start.seed
+        return StreamPlan(self._choose(steps, guidance_scale), height, width, seed, options)
+
+    def _whole_frames(self, seconds: float) -> int:
+        """Return the frames of as many chunks as it takes."""
+        sizes, frames = self.pipeline.sizes, max(1, round(seconds * FPS))
+        num_chunks = chunks_to_cover(frames, sizes.chunk_size, temporal_scale=sizes.temporal_scale)
+        return pixel_frames(num_chunks * sizes.chunk_size, temporal_scale=sizes.temporal_scale)
+
+
+def decode_image(url: str) -> PIL.Image.Image:
+    """
+    Decode a picture that a client sent as a data URL.
+
+    Raises:
+        ValueError: If it is no picture in one of `IMAGE_FORMATS`, is damaged, or too large.
+    """
+    try:
+        data = base64.b64decode(url.partition(";base64,")[2], validate=True)
+    except binascii.Error:
+        raise ValueError("image is not valid base64.") from None
+    if len(data) > MAX_IMAGE_BYTES:
+        raise ValueError(f"image has {len(data)} bytes; at most {MAX_IMAGE_BYTES} are allowed.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                if image.width * image.height > MAX_IMAGE_PIXELS:
+                    raise ValueError(
+                        f"it has {image.width}x{image.height} pixels; at most {MAX_IMAGE_PIXELS} are allowed"
+                    )
+                image.load()
+                return as_rgb(image)
+    except PIL.UnidentifiedImageError:  # whose text names an object in memory
+        raise ValueError(f"image is none of {', '.join(IMAGE_FORMATS)}.") from None
+    except DAMAGED as error:
+        raise ValueError(f"image cannot be read: {error}.") from error

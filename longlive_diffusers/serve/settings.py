@@ -1,0 +1,45 @@
+"""What a server allows, and what its streams are made with unless a client asks for something else."""
+
+from dataclasses import dataclass
+
+from ..number_checks import check_counts
+
+
+FPS = 24  # the frame rate of the model
+LEAD_CHUNKS = 2  # how many chunks are made beyond the one that is being watched
+IDLE_SECONDS = 60.0  # a stream that waits so long for its viewer gives its place to one that waits for a place
+SEND_SECONDS = 60.0  # a client that takes nothing for so long is not there any more
+MAX_CONNECTIONS = 256
+# A client that says more is let go. What is played may be said for each frame, and counts a tenth.
+MESSAGES_PER_SECOND, MESSAGE_BURST = 100.0, 500
+PLAYED_COUNTS = 0.1
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """
+    Args:
+        max_sessions: How many streams are made at once, a chunk of each in turn.
+        max_queue: How many more may wait for their turn.
+        max_minutes: How long a stream may last, from its beginning.
+        max_pixels: The largest picture, in pixels; None for as many as the model's own has.
+        steps: The solver steps of a chunk.
+        guidance_scale: The scale of classifier-free guidance; 1 for none.
+        window_size, sink_size: The frames of the KV cache, in latent frames; None for the model's own.
+        kv_cache_dtype: What keys and values are stored as; None for the network's dtype.
+    """
+
+    max_sessions: int = 2
+    max_queue: int = 16
+    max_minutes: float = 30.0
+    max_pixels: int | None = None
+    steps: int = 4
+    guidance_scale: float = 1.0
+    window_size: int | None = None
+    sink_size: int | None = None
+    kv_cache_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(max_sessions=self.max_sessions, steps=self.steps)
+        if not 0 < self.max_minutes < float("inf"):
+            raise ValueError(f"`max_minutes` must be a positive number, got {self.max_minutes!r}.")

@@ -1,0 +1,200 @@
+"""LiveStream: one viewer's video, while it is made, watched and directed."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator
+
+import numpy as np
+
+from ..latency import Latency
+from ..pipelines.pipeline_output import VideoChunk
+from ..pipelines.session import StreamingSession
+from .encoders import FrameEncoder, frame_encoder
+from .messages import Blend, Chunk, Cut, End, Error, FromServer, Prompt, Started
+from .metrics import Metrics
+from .model import ServedModel, StreamPlan
+from .settings import FPS, LEAD_CHUNKS
+
+
+Change = Prompt | Cut | Blend
+
+
+class LiveStream:
+    """
+    A stream between `start` and `end`. Its methods belong to the event loop's thread, but for those that say which.
+
+    Args:
+        model: What it is made with.
+        plan: What the client asked for.
+        media: What its frames are sent as, "mp4" or "jpeg".
+        metrics: Counts what it does.
+
+    Attributes:
+        id: Its name, for the client and the log.
+        outbox: What is to be sent, in order: messages, and the bytes of a frame each.
+        deadline: When it is ended for having lasted too long.
+        end_reason: Why it ends, once it does; see [`messages.End`].
+    """
+
+    def __init__(self, model: ServedModel, plan: StreamPlan, media: str, metrics: Metrics):
+        self.id = secrets.token_hex(4)
+        self.outbox: asyncio.Queue[FromServer | bytes] = asyncio.Queue()
+        self.end_reason: str | None = None
+        self.paused = False
+        self.latency = Latency(fps=FPS)
+        self.num_frames = 0  # sent, or waiting in the outbox
+        self.idle_since: float | None = None
+        self.deadline: asyncio.TimerHandle | None = None
+        self._model, self._plan, self._media, self._metrics = model, plan, media, metrics
+        self._loop = asyncio.get_running_loop()
+        self._began = 0.0  # when its turn came
+        self._last_chunk: float | None = None  # when it left
+        self._played_chunk = 0
+        self._next_chunk = 0
+        self._changes: list[Change] = []
+        self._session: StreamingSession | None = None
+        self._encoder: FrameEncoder | None = None
+
+    # -------------------------------------------------------------------------------------- what a client asks for
+    def change(self, change: Change) -> None:
+        """Change the prompt from the next chunk on."""
+        self._changes.append(change)
+
+    def played(self, frame: int) -> None:
+        """Let the stream know what its viewer sees.
+
+        Raises:
+            ValueError: For a frame that was not sent.
+        """
+        if frame >= self.num_frames:
+            raise ValueError(f"frame {frame} is not there: {self.num_frames} were sent so far.")
+        sizes = self._model.pipeline.sizes
+        per_chunk = sizes.chunk_size * sizes.temporal_scale
+        # The first chunk lacks the frames that the first latent frame does not stand for.
+        self._played_chunk = (frame + sizes.temporal_scale - 1) // per_chunk
+
+    def stop(self, reason: str) -> None:
+        """End it; a chunk that is being made ends after its current step."""
+        if self.end_reason is None:
+            self.end_reason = reason
+        if self._session is not None:
+            self._session.interrupt()
+
+    # ------------------------------------------------------------------------------------------- what the stage asks
+    @property
+    def is_over(self) -> bool:
+        """Whether it makes no more chunks."""
+        return self.end_reason is not None
+
+    @property
+    def wants_chunk(self) -> bool:
+        """Whether its next chunk may be begun: it is not paused, and its viewer is near enough."""
+        return not self.is_over and not self.paused and self._next_chunk - self._played_chunk <= LEAD_CHUNKS
+
+    def send(self, message: FromServer | bytes) -> None:
+        """Send a message after all that are to be sent already."""
+        if isinstance(message, bytes):
+            self.num_frames += 1
+        self.outbox.put_nowait(message)
+
+    async def messages(self) -> AsyncGenerator[FromServer | bytes, None]:
+        """Yield all that is to be sent, as it comes, to the end of the stream."""
+        while True:
+            message = await self.outbox.get()
+            yield message
+            if isinstance(message, End):
+                return
+
+    def make_chunk(self) -> VideoChunk | None:
+        """Make the next chunk; None at the end. Called in the thread that makes the chunks of all streams.
+
+        Raises:
+            ValueError: If the stream cannot begin; other errors if it cannot go on.
+        """
+        if self._session is None:
+            self._open()
+        assert self._session is not None
+        if self.is_over:  # meanwhile
+            return None
+        # Where it cannot be changed now, an answer says so, and the stream goes on.
+        for complaint in self._apply_changes(self._session):
+            self._from_thread(Error(complaint))
+        chunk = self._model.sessions.advance(self.id)
+        if chunk is not None:
+            self._next_chunk = chunk.index + 1
+        return chunk
+
+    def encode(self, chunk: VideoChunk) -> None:
+        """Encode a chunk, and send each frame as soon as it is encoded. Called in the thread that encodes."""
+        assert self._encoder is not None and isinstance(chunk.shot_index, int) and isinstance(chunk.prompt, str)
+        frames = chunk.frames[0]
+        assert isinstance(frames, np.ndarray)  # as "uint8" is
+        message = Chunk(
+            index=chunk.index,
+            shot_index=chunk.shot_index,
+            prompt=chunk.prompt,
+            start_frame=chunk.start_frame,
+            num_frames=len(frames),
+            denoise_seconds=round(chunk.denoise_seconds, 4),
+            decode_seconds=round(chunk.decode_seconds, 4),
+        )
+        self._from_thread(message)
+        for index, frame in enumerate(frames):
+            if self.end_reason == "gone":  # and nobody is there to see it
+                return
+            self._from_thread(self._encoder.encode(frame, is_key_frame=index == 0))
+        self._loop.call_soon_threadsafe(self._count, time.monotonic(), len(frames))
+
+    def send_end(self) -> None:
+        """Say that it is over. Called in the thread that encodes, after all that was made."""
+        self._loop.call_soon_threadsafe(self._send_end)
+
+    def close(self) -> None:
+        """Free its caches. Called in the thread that makes the chunks."""
+        self._session = None
+        self._model.sessions.close(self.id)
+
+    def _open(self) -> None:
+        plan, self._began = self._plan, time.monotonic()
+        self._encoder = frame_encoder(self._media, height=plan.height, width=plan.width, fps=FPS)
+        self._session = self._model.sessions.open(self.id, plan.pipeline, plan.seed, plan.options)
+        self._plan = StreamPlan(plan.pipeline, plan.height, plan.width, plan.seed)  # a picture needs no keeping
+        self._from_thread(Started(self.id, plan.seed, FPS, plan.height, plan.width, self._encoder.mime))
+
+    def _apply_changes(self, session: StreamingSession) -> list[str]:
+        """Apply what was asked for since the last chunk, and return what was wrong with it."""
+        changes, self._changes = self._changes, []
+        complaints = []
+        for change in changes:
+            try:
+                _apply(session, change)
+            except ValueError as error:
+                complaints.append(str(error))
+        return complaints
+
+    def _count(self, now: float, num_frames: int) -> None:
+        """Count a chunk that has left."""
+        self.latency.add(now - self._began, num_frames)
+        if self._last_chunk is None:
+            self._metrics.measure("first_frame", now - self._began)
+        else:
+            self._metrics.measure("between_chunks", now - self._last_chunk)
+        self._last_chunk = now
+
+    def _send_end(self) -> None:
+        assert self.end_reason is not None
+        self._metrics.count_end(self.end_reason)
+        self.send(End(self.end_reason, self.num_frames, self.latency.as_dict()))
+
+    def _from_thread(self, message: FromServer | bytes) -> None:
+        self._loop.call_soon_threadsafe(self.send, message)
+
+
+def _apply(session: StreamingSession, change: Change) -> None:
+    if isinstance(change, Cut):
+        session.cut(change.prompt)
+    elif isinstance(change, Blend):
+        session.blend(change.prompt, chunks=change.chunks)
+    else:
+        session.prompt = change.prompt

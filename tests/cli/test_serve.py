@@ -1,0 +1,131 @@
+"""`longlive serve`: what it refuses before anything is loaded, and how it begins and ends."""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+
+from longlive_diffusers.cli import main
+from longlive_diffusers.cli.run_serve import shown_name
+from tests.support.live_server import PATIENCE, RED, LiveClient
+from tests.support.processes import environment, free_port
+
+
+REFUSED = {
+    "--host 0.0.0.0": "--host 0.0.0.0 can be reached from other machines: give a --token, or --no-token",
+    "--host :: --port 0": "--host :: can be reached from other machines",
+    "--host no.such.host.invalid --no-token": "cannot listen on host 'no.such.host.invalid', port 7860: ",
+    "--host 192.0.2.1 --token a": "cannot listen on host '192.0.2.1', port 7860: ",
+    "--token a --no-token": "give either --token or --no-token, not both",
+    "--model nowhere/to/be/found": "'nowhere/to/be/found'",
+    "--devices 7": "7",
+    "--kv-cache-dtype nvfp4 --window-size 1": "--window-size",
+    "--lora-scale 2": "--lora-scale needs a --lora",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_cannot_be_served_is_refused_in_one_line(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *arguments.split()]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("longlive: error: ") and printed.count("\n") == 1
+    assert REFUSED[arguments] in printed
+
+
+@pytest.mark.parametrize("token", ["", " "])
+def test_an_empty_token_is_none(token: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--token", token]) == 2
+    assert "--token is empty" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_known_before_models_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+        assert f"cannot listen on host '127.0.0.1', port {port}: Address already in use" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())
+    assert main(["serve"]) == 2
+    assert (
+        "longlive serve needs the package uvicorn: pip install 'longlive-diffusers[demo]'" in capsys.readouterr().err
+    )
+
+
+def test_no_path_is_shown_of_a_model(tmp_path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert shown_name(str(folder)) == shown_name(f"{folder}/") == "my-model"
+    assert shown_name("somebody/longlive-5b") == "somebody/longlive-5b"
+
+
+@contextlib.contextmanager
+def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen, int]]:
+    """A server in a process of its own, and its port."""
+    port = free_port()
+    command = [sys.executable, "-m", "longlive_diffusers.cli", "serve", "--port", str(port), *arguments]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                assert json.load(answer)["ready"]
+                break
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+            time.sleep(0.1)
+        yield process, port
+    finally:
+        process.kill()
+        process.communicate()
+
+
+ENDS = {
+    signal.SIGTERM: (143, "longlive: ended by SIGTERM; all streams were ended"),
+    signal.SIGINT: (130, "longlive: interrupted"),
+}
+
+
+@pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
+def test_a_signal_ends_all_streams_properly(number: signal.Signals) -> None:
+    with serving("--max-sessions", "1") as (process, port), contextlib.ExitStack() as stack:
+        on, waiting = (stack.enter_context(LiveClient(f"ws://127.0.0.1:{port}/ws")) for _ in range(2))
+        on.send("start", prompt=RED, steps=2)
+        on.until("chunk")
+        waiting.send("start", prompt=RED)
+        waiting.until("queued")
+        process.send_signal(number)
+        end = on.until("end", plays=False)
+        assert end["reason"] == "server" and end["num_frames"] == len(on.received.media)
+        assert waiting.until("end")["reason"] == "server"
+        out, err = process.communicate(timeout=PATIENCE)
+    status, line = ENDS[number]
+    assert process.returncode == status
+    assert out == f"longlive: the embedded model on cpu: http://127.0.0.1:{port} (Ctrl-C ends it)\n"
+    assert err.splitlines()[-1] == line and "Traceback" not in err
+
+
+def test_two_devices_make_each_stream_together() -> None:
+    """Two processes on the CPU, and one stream after the other, also one that is stopped."""
+    with serving("--devices", "2") as (process, port):
+        with LiveClient(f"ws://127.0.0.1:{port}/ws") as client:
+            received = client.watch(prompt=RED, seed=4, seconds=1)
+            assert received.of("end")[0]["reason"] == "finished" and len(received.media) == 29
+            client.send("start", prompt=RED)
+            client.until("chunk")
+            client.send("prompt", prompt="a large blue circle moves right on a black background")
+            client.send("stop")
+            assert client.until("end")["reason"] == "stopped"
+            assert client.watch(prompt=RED, seed=4, seconds=1, steps=2).of("end")[0]["num_frames"] == 29
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE)
+        assert process.returncode == 143
