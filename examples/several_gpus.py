@@ -35,7 +35,8 @@ pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=
 
 writer = VideoWriter(args.output) if dist.get_rank() == 0 else None
 prompt = "A large red circle moves right on a teal background"
-with pipe.stream(prompt, generator=torch.Generator().manual_seed(0), async_decode=True) as session:
+generator = torch.Generator().manual_seed(0)
+with pipe.stream(prompt, generator=generator, output_type="uint8", async_decode=True) as session:
     for chunk in session:
         if writer is None:
             continue  # it only helps; the stream ends when the first process ends it

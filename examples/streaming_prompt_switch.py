@@ -34,6 +34,7 @@ with (
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         generator=torch.Generator().manual_seed(0),
+        output_type="uint8",  # what a file needs
         async_decode=True,
     ) as session,
     VideoWriter(args.output, fps=24) as writer,

@@ -59,6 +59,7 @@ class GenerationRequest:
             "relative_rope": True if args.relative_rope else None,
             "kv_cache_dtype": None if args.kv_cache_dtype == "auto" else args.kv_cache_dtype,
             "generator": torch.Generator().manual_seed(self.seed),
+            "output_type": "uint8",
             "async_decode": args.stream,
         }
 

@@ -8,7 +8,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 
 from ..models.streaming_vae import StreamingDecoder, latent_statistics
-from .pipeline_output import Frames, check_numbers
+from .bytes_on_host import HostCopier, to_bytes
+from .pipeline_output import Frames, check_numbers, check_sound
 
 
 class ChunkDecoder:
@@ -19,7 +20,7 @@ class ChunkDecoder:
     Args:
         vae: The VAE that decodes; not changed.
         video_processor: Converts pixels to the output layout.
-        output_type: The layout of the frames: "np", "pt" or "pil".
+        output_type: The layout of the frames: "np", "pt", "pil" or "uint8".
         device: The device that the VAE runs on, possibly another one than that of the latents.
         stream: The CUDA stream to decode on, in parallel with what the caller's stream does; None for the caller's.
         group: Ranks that decode together, as in [`StreamingDecoder`]: all give the same latents and get all frames.
@@ -36,7 +37,7 @@ class ChunkDecoder:
         group: dist.ProcessGroup | None = None,
     ):
         self.vae, self.video_processor, self.output_type, self.device = vae, video_processor, output_type, device
-        self._decoder, self._stream = StreamingDecoder(vae, group), stream
+        self._decoder, self._stream, self._copier = StreamingDecoder(vae, group), stream, HostCopier()
         # Made once: on a GPU, making a tensor of Python's numbers waits for the device.
         self._mean, self._std = latent_statistics(vae, device, torch.float32)
 
@@ -76,8 +77,12 @@ class ChunkDecoder:
         # In float32: half of bfloat16's numbers in [0, 1] are further apart than half a level of 8 bits.
         pixels = self._decoder.decode(latents.to(self.vae.dtype)).float()
         # PIL images are made of arrays, as diffusers does: a pixel that is not a number would be some color in them.
-        layout = "pt" if self.output_type == "pt" else "np"
+        layout = "pt" if self.output_type in ("pt", "uint8") else "np"
         frames: Any = self.video_processor.postprocess_video(pixels, output_type=layout)
+        if self.output_type == "uint8":
+            frames, sound = self._copier.copy(to_bytes(frames), torch.isfinite(frames).all())
+            check_sound(sound)
+            return frames
         check_numbers(frames)
         if self.output_type == "pil":
             return [self.video_processor.numpy_to_pil(video) for video in frames]

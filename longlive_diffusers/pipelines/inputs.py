@@ -24,7 +24,7 @@ from .shots import ShotPlan
 
 logger = logging.get_logger(__name__)
 
-OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+OUTPUT_TYPES = ("np", "uint8", "pt", "pil", "latent")
 MAX_FRAMES = 2**53  # up to there, time positions are exact
 MAX_ROPE_OFFSET = 1e9  # angles of float64 are exact to a millionth there
 

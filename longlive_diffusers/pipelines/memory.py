@@ -85,7 +85,8 @@ def check_result_fits(request: Request, sizes: ModelSizes, output_type: str, dev
     values = frames * 3 * height * width * sizes.spatial_scale**2
     if output_type == "latent":
         values = latent_frames * channels * height * width
-    needed = batch * values * (1 if output_type == "pil" else 2 * torch.float32.itemsize)
+    value_bytes = {"pil": 1, "uint8": 2 * torch.uint8.itemsize}.get(output_type, 2 * torch.float32.itemsize)
+    needed = batch * values * value_bytes
     if needed > available:
         raise MemoryShortage(
             f"{counted(batch, 'video')} of {counted(frames, 'frame')} (`output_type` {output_type!r}) "

@@ -276,7 +276,9 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             relative_rope: Whether time positions are counted from the cached frames.
             kv_cache_dtype: What keys and values are stored as: a dtype, "nvfp4" or "fp8"; the transformer's dtype by
                 default.
-            output_type: The layout of the result: "np", "pt", "pil", or "latent" (normalized latents).
+            output_type: The layout of the result: "np" (floats in [0, 1]), "uint8" (an array like it, of bytes, made
+                on the device: a quarter of the memory and of the copy to the host), "pt", "pil", or "latent"
+                (normalized latents).
             return_dict: Whether to return a `LongLivePipelineOutput` instead of a tuple.
             attention_kwargs: `{"scale": s}` scales the LoRA; it may hold nothing else.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after every solver step, with
@@ -309,7 +311,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         def check() -> Request:
             request = self._resolve(async_decode=False, **options)
-            held_on = torch.device("cpu") if output_type in ("np", "pil") else self._execution_device
+            held_on = torch.device("cpu") if output_type in ("np", "uint8", "pil") else self._execution_device
             check_result_fits(request, self.sizes, output_type, held_on)
             return request
 

@@ -18,9 +18,9 @@ class LongLivePipelineOutput(BaseOutput):
     The output of [`LongLivePipeline`].
 
     Args:
-        frames: The videos: `np.ndarray [B, frames, height, width, 3]` in [0, 1] (`output_type="np"`), tensor
-            `[B, frames, 3, height, width]` ("pt"), lists of images ("pil"), or normalized latents
-            `[B, C, F, h, w]` ("latent").
+        frames: The videos: `np.ndarray [B, frames, height, width, 3]` in [0, 1] (`output_type="np"`) or of bytes
+            ("uint8"), tensor `[B, frames, 3, height, width]` in [0, 1] ("pt"), lists of images ("pil"), or normalized
+            latents `[B, C, F, h, w]` ("latent").
     """
 
     frames: Frames
@@ -50,13 +50,18 @@ class VideoChunk:
 
 
 def check_numbers(frames: torch.Tensor | np.ndarray) -> None:
-    """Raise a ValueError if frames (see [`VideoChunk`], not PIL images) have infinities or NaN. A tensor on a GPU is
-    not read, which would have to wait for it. Of an array, one pixel of 16x16 is: a latent that is not a number spoils
-    more than that."""
+    """Raise a ValueError if frames (see [`VideoChunk`], neither PIL images nor bytes) have infinities or NaN. A tensor
+    on a GPU is not read, which would have to wait for it. Of an array, one pixel of 16x16 is: a latent that is not a
+    number spoils more than that."""
     if isinstance(frames, np.ndarray):
         sound = np.isfinite(frames[:, :, ::16, ::16]).all()
     else:
         sound = frames.device.type != "cpu" or torch.isfinite(frames).all()
+    check_sound(bool(sound))
+
+
+def check_sound(sound: bool) -> None:
+    """Raise a ValueError if frames turned out to be not `sound`: to have values that are not numbers."""
     if not sound:
         raise ValueError(
             "A chunk came out with values that are not numbers: a callback returned them, or numbers became too large "
@@ -66,7 +71,7 @@ def check_numbers(frames: torch.Tensor | np.ndarray) -> None:
 
 def join_frames(chunks: list[Any], output_type: str) -> Frames:
     """Join the chunks of a video, each with frames in the layout of `output_type`."""
-    if output_type == "np":
+    if output_type in ("np", "uint8"):
         return np.concatenate(chunks, axis=1)
     if output_type == "pil":
         return [[image for part in video for image in part] for video in zip(*chunks, strict=True)]

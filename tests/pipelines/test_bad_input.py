@@ -1,5 +1,7 @@
 """Whatever is malformed is one ValueError that states the numbers, before any network has run."""
 
+import re
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -309,7 +311,7 @@ def test_prompts_padded_to_a_billion_tokens_are_refused_where_the_tokenizer_has_
     assert forwards == []
 
 
-@pytest.mark.parametrize("output_type", ["np", "pt", "pil", "latent"])
+@pytest.mark.parametrize("output_type", ["np", "uint8", "pt", "pil", "latent"])
 @pytest.mark.parametrize("num_frames", [10**10, 2**53])
 def test_a_video_that_does_not_fit_into_memory_can_only_be_streamed(pipe, forwards, output_type, num_frames):
     arguments = tiny_arguments(num_frames=num_frames, output_type=output_type)
@@ -318,6 +320,16 @@ def test_a_video_that_does_not_fit_into_memory_can_only_be_streamed(pipe, forwar
     assert forwards == []
     with pipe.stream(**arguments) as session:
         assert next(session).index == 0
+
+
+def test_a_video_of_bytes_takes_a_quarter_of_one_of_floats(pipe):
+    needed = []
+    for output_type in ("np", "uint8"):
+        with pytest.raises(ValueError, match=f"'{output_type}'") as caught:
+            pipe(**tiny_arguments(num_frames=2**40 + 1 + 4, output_type=output_type))
+        needed.append(int(re.search(r"take (\d+) GiB", str(caught.value))[1]))
+    assert needed[0] == pytest.approx(4 * needed[1], rel=1e-6)
+    assert needed[1] == pytest.approx(2 * 64 * 64 * 3 * 2**10, rel=1e-6)
 
 
 def test_a_step_count_is_refused_that_the_scheduler_cannot_solve(forwards):

@@ -240,7 +240,7 @@ def test_what_they_return_is_checked(pipe, returned, message):
         run(pipe, callback_on_step_end=lambda *_: returned)
 
 
-@pytest.mark.parametrize("output_type", ["np", "pt", "pil", "latent"])
+@pytest.mark.parametrize("output_type", ["np", "uint8", "pt", "pil", "latent"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_they_spoil_in_place_does_not_become_a_video(pipe, output_type, value):
     def spoil(pipe, step, timestep, tensors):
