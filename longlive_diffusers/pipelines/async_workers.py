@@ -5,7 +5,7 @@ memory of one stream to no other, so a stream for each session would leave gigab
 cuDNN plans its attention kernels once for each thread.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -35,6 +35,18 @@ class DenoiseWorker:
         # Here, not when the first chunk is made: the thread that will make it has a current stream of its own.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))  # embeddings and conditions were made there
         return _on_stream(source, self.stream)
+
+    def on_stream(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that does `work` on the stream, to be called in this worker's thread."""
+        stream = self.stream
+        if stream is None:
+            return work
+
+        def work_on_stream() -> None:
+            with torch.cuda.stream(stream):
+                work()
+
+        return work_on_stream
 
     def join_stream(self) -> None:
         """Let the caller's stream wait for everything that was begun: what is freed now may be reused there."""

@@ -10,6 +10,7 @@ from diffusers.video_processor import VideoProcessor
 from ..models.streaming_vae import StreamingDecoder, latent_statistics
 from .bytes_on_host import HostCopier, to_bytes
 from .pipeline_output import Frames, check_numbers, check_sound
+from .stopwatch import Stopwatch
 
 
 class ChunkDecoder:
@@ -24,6 +25,8 @@ class ChunkDecoder:
         device: The device that the VAE runs on, possibly another one than that of the latents.
         stream: The CUDA stream to decode on, in parallel with what the caller's stream does; None for the caller's.
         group: Ranks that decode together, as in [`StreamingDecoder`]: all give the same latents and get all frames.
+
+    `stopwatch` has the time that the last chunk took.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class ChunkDecoder:
         self._decoder, self._stream, self._copier = StreamingDecoder(vae, group), stream, HostCopier()
         # Made once: on a GPU, making a tensor of Python's numbers waits for the device.
         self._mean, self._std = latent_statistics(vae, device, torch.float32)
+        self.stopwatch: Stopwatch | None = None
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, ready: torch.cuda.Event | None = None) -> Frames:
@@ -58,7 +62,7 @@ class ChunkDecoder:
             ValueError: If frames on the host have values that are not numbers.
         """
         if self._stream is None:
-            return self._frames(latents)
+            return self._timed_frames(latents)
         caller = torch.cuda.current_stream(self.device)
         if ready is None:
             self._stream.wait_stream(caller)
@@ -66,14 +70,21 @@ class ChunkDecoder:
             self._stream.wait_event(ready)
         latents.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
-            frames = self._frames(latents)
+            frames = self._timed_frames(latents)
         caller.wait_stream(self._stream)
         if isinstance(frames, torch.Tensor):
             frames.record_stream(caller)
         return frames
 
+    def _timed_frames(self, latents: torch.Tensor) -> Frames:
+        latents = latents.to(self.device, torch.float32)  # before the clock starts: it may have to wait for them
+        self.stopwatch = Stopwatch(self.device)
+        frames = self._frames(latents)
+        self.stopwatch.stop()
+        return frames
+
     def _frames(self, latents: torch.Tensor) -> Frames:
-        latents = latents.to(self.device, torch.float32) * self._std + self._mean
+        latents = latents * self._std + self._mean
         # In float32: half of bfloat16's numbers in [0, 1] are further apart than half a level of 8 bits.
         pixels = self._decoder.decode(latents.to(self.vae.dtype)).float()
         # PIL images are made of arrays, as diffusers does: a pixel that is not a number would be some color in them.

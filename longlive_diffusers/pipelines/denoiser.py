@@ -1,15 +1,17 @@
 """ChunkDenoiser: makes the latents of a video, chunk by chunk, under prompts that may change meanwhile.
 
 It owns what one stream needs - KV caches, solver, random state, clean latents for recaching - and makes each chunk
-with the plain functions of `chunk_step.py`.
+with the plain functions of `chunk_step.py`: it hands over the latents of a chunk as soon as they are solved, so that
+they can be decoded, and writes the chunk into the cache afterwards.
 """
 
 import copy
 import itertools
 import threading
-from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +25,12 @@ from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_counts, check_non_negative
 from ..parallel.agreement import ALONE, Agreement
 from .callbacks import check_returned
-from .chunk_step import Conditioning, Solver, chunk_step, is_guided, rewrite_history, write_clean
+from .chunk_step import Conditioning, Solver, is_guided, rewrite_history, solve, write_clean
 from .inputs import Request
 from .prompt_source import PromptSource, Redirection
 from .run_state import RunState
 from .shots import ChunkPrompt
+from .stopwatch import Stopwatch
 
 
 Callback = Callable[[int, torch.Tensor, dict[str, torch.Tensor | None]], dict[str, torch.Tensor] | None]
@@ -36,12 +39,13 @@ Callback = Callable[[int, torch.Tensor, dict[str, torch.Tensor | None]], dict[st
 
 @dataclass(frozen=True)
 class DenoisedChunk:
-    """A finished chunk: normalized latents `[B, C, chunk_size, h, w]`, its index, and each sample's prompt. Where it
-    was made on another stream than the consumer's, `ready` marks when the latents are ready."""
+    """A chunk's normalized latents `[B, C, chunk_size, h, w]`, its index, each sample's prompt, and how long it took.
+    Where it was made on another stream than the consumer's, `ready` marks when the latents are ready."""
 
     latents: torch.Tensor
     index: int
     prompts: list[ChunkPrompt]
+    stopwatch: Stopwatch | None = None
     ready: torch.cuda.Event | None = None
 
 
@@ -103,6 +107,7 @@ class ChunkDenoiser:
         self._image_latents, self._video_latents = image_latents, video_latents
         self._progress_bar, self._show_run, self._callback = progress_bar, show_run, callback
         self._clean_latents: dict[int, torch.Tensor] = {}  # by chunk, for as long as one of its frames is cached
+        self._clean_pass: Callable[[], None] | None = None  # of the chunk that was yielded last, if it is still to run
         self._thread: int | None = None  # the one that makes a chunk
         self._agreement, self._is_ended = agreement, False  # whether the others know of the end
         self.failure: BaseException | None = None  # what has ended the stream
@@ -131,8 +136,9 @@ class ChunkDenoiser:
         self.num_inference_steps = num_inference_steps
 
     def chunks(self) -> Generator[DenoisedChunk, None, None]:
-        """Yield the chunks in order; those of a video that is continued come first. At the end, however it comes, the
-        caches are freed."""
+        """Yield the chunks in order; those of a video that is continued come first. Each is yielded when its latents
+        are there, which is before its clean pass: see [`finish_chunk`]. At the end, however it comes, the caches are
+        freed."""
         total = self.request.num_chunks
         try:
             self._allocate_caches()
@@ -146,7 +152,14 @@ class ChunkDenoiser:
                     yield chunk
                     bar.update()
         finally:
-            self.kv_caches, self._clean_latents = [], {}
+            self.kv_caches, self._clean_latents, self._clean_pass = [], {}, None
+
+    def finish_chunk(self) -> None:
+        """Run the clean pass of the chunk that was yielded last: write it to the caches, under the LoRAs that it was
+        made with. To be called in the thread that iterates over the chunks, and by all ranks that share the stream,
+        before anything is changed; if it is not, the next chunk begins with it."""
+        with self._working():
+            self._run_clean_pass()
 
     def end(self) -> None:
         """Let the other ranks know that no further chunk is made; the others cannot decide that."""
@@ -174,13 +187,19 @@ class ChunkDenoiser:
         return orders
 
     def _make_chunk(self, index: int) -> DenoisedChunk | None:
-        """Make chunk `index`; None at the end of the stream. An error is told to the other ranks here, in this thread:
-        they wait for it, while nobody may ask this thread for what it was to make."""
+        """Make chunk `index`, but for its clean pass; None at the end of the stream."""
+        with self._working():
+            orders = self._receive_orders(index)
+            return None if orders is None else self._next_chunk(index, orders)
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Within this, the network runs. An error is told to the other ranks here, in this thread: they wait for it,
+        while nobody may ask this thread for what it was to make."""
         with torch.no_grad(), self._show_run(self.run):
             self._thread = threading.get_ident()
             try:
-                orders = self._receive_orders(index)
-                return None if orders is None else self._next_chunk(index, orders)
+                yield
             except BaseException as error:
                 self.failure = error
                 self._agreement.fail(error)
@@ -188,11 +207,13 @@ class ChunkDenoiser:
                 self._thread = None
 
     def _next_chunk(self, index: int, orders: ChunkOrders) -> DenoisedChunk:
+        self._run_clean_pass()  # of the chunk before
         new_index = index - self.request.num_condition_chunks
         self._ends_early = False
         if not self._agreement.leads:
             self.num_inference_steps = orders.num_inference_steps
             self.run.guidance_scale, self.run.attention_kwargs = orders.guidance_scale, orders.attention_kwargs
+        stopwatch = Stopwatch(self.device)
         self._forget_text()  # between two chunks, another LoRA may have been chosen
         prompts, prompt_embeds, switched = self.prompts.advance(new_index, orders.redirection)
         conditioning = Conditioning(
@@ -213,11 +234,11 @@ class ChunkDenoiser:
             )
         if new_index < 0:
             latents = self._given_latents(index)
-            write_clean(self.transformer, latents, self.kv_caches, conditioning)
         else:
             latents = self._denoise(index, new_index, conditioning, orders.num_inference_steps)
-        self._remember(index, latents)
-        return DenoisedChunk(latents, index, prompts)
+        self._clean_pass = partial(self._write_clean, index, latents, conditioning)
+        stopwatch.stop()
+        return DenoisedChunk(latents, index, prompts, stopwatch)
 
     def _denoise(
         self, index: int, new_index: int, conditioning: Conditioning, num_inference_steps: int
@@ -251,7 +272,7 @@ class ChunkDenoiser:
         def on_step_end(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
             return self._call_back(first_step + step, timestep, latents, conditioning)
 
-        return chunk_step(
+        return solve(
             self.transformer,
             self._scheduler,
             self._initial_noise(new_index),
@@ -312,7 +333,14 @@ class ChunkDenoiser:
         for kv_cache in self.own_caches:
             kv_cache.clear_text()
 
-    def _remember(self, index: int, latents: torch.Tensor) -> None:
+    def _run_clean_pass(self) -> None:
+        if self._clean_pass is not None:
+            clean_pass, self._clean_pass = self._clean_pass, None
+            clean_pass()
+
+    def _write_clean(self, index: int, latents: torch.Tensor, conditioning: Conditioning) -> None:
+        """Write a chunk to the caches, and remember its latents, should they have to be written again."""
+        write_clean(self.transformer, latents, self.kv_caches, conditioning)
         self._clean_latents[index] = latents
         cached = self.own_caches[0].cached_chunks
         self._clean_latents = {chunk: self._clean_latents[chunk] for chunk in cached}

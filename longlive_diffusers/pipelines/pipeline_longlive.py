@@ -447,6 +447,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             is_single=request.is_single,
             agreement=agreement,
             worker=self._workers.denoise_worker(device) if request.async_decode else None,
+            takes_turns=self.is_offloaded,
             temporal_scale=self.vae_scale_factor_temporal,
             on_close=self.maybe_free_model_hooks,
         )

@@ -1,12 +1,14 @@
 """What the pipeline returns, and what a stream yields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
+
+from .stopwatch import Stopwatch
 
 
 Frames = torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
@@ -33,12 +35,14 @@ class VideoChunk:
 
     Args:
         frames: Its frames, in the layout of the stream's `output_type`.
-        latents: Its normalized latents, `[B, C, chunk_size, h, w]`, float32.
+        latents: Its normalized latents, `[B, C, chunk_size, h, w]`, float32. The stream goes on from them: they are
+            to be copied, not changed.
         index: The index of the chunk in the video, from 0.
         shot_index: The index of the shot, from 0; a list where a batch of videos is streamed.
         prompt: The shot's prompt, without the scene-cut prefix; a list where a batch is streamed. None where
             embeddings were passed.
         start_frame: The index of its first frame in the video, from 0.
+        denoise_stopwatch, decode_stopwatch: What `denoise_seconds` and `decode_seconds` are read from; None is 0.
     """
 
     frames: Frames
@@ -47,6 +51,23 @@ class VideoChunk:
     shot_index: int | list[int]
     prompt: str | list[str | None] | None
     start_frame: int
+    denoise_stopwatch: Stopwatch | None = field(default=None, repr=False, compare=False)
+    decode_stopwatch: Stopwatch | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def denoise_seconds(self) -> float:
+        """How long the device worked from the beginning of the chunk to its latents: encoding a prompt that is new,
+        rewriting the history under it, the solver's steps and the callbacks between them. Not in it is the clean pass,
+        which comes after the latents. Of a video that is continued, the chunks are there, and take next to nothing.
+        On a GPU, this waits until the chunk's latents are there."""
+        return 0.0 if self.denoise_stopwatch is None else self.denoise_stopwatch.seconds
+
+    @property
+    def decode_seconds(self) -> float:
+        """How long it took from the latents to the frames in the layout that was asked for, with the copy to the host
+        if they are there; 0 for "latent". With `async_decode`, another chunk is denoised meanwhile, which makes both
+        take longer. On a GPU, this waits until the frames are there."""
+        return 0.0 if self.decode_stopwatch is None else self.decode_stopwatch.seconds
 
 
 def check_numbers(frames: torch.Tensor | np.ndarray) -> None:

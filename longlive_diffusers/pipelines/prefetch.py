@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -32,18 +32,27 @@ class Prefetcher(Generic[Item]):
         source: The iterator to run.
         worker: An executor with one thread.
         depth: How many finished items may wait, at least 1.
+        after: Called in the worker's thread after each item, which the consumer has by then. Its exception is raised
+            in place of the next item.
     """
 
-    def __init__(self, source: Iterator[Item], worker: ThreadPoolExecutor, depth: int = 1):
+    def __init__(
+        self,
+        source: Iterator[Item],
+        worker: ThreadPoolExecutor,
+        depth: int = 1,
+        *,
+        after: Callable[[], object] | None = None,
+    ):
         self._pending: deque[Future[_Produced[Item] | None]] = deque()
         if depth < 1:
             raise ValueError(f"`depth` must be at least 1, got {depth}.")
-        self._run = _Run(source)
+        self._run = _Run(source, after)
         self._worker = worker
         self._finished, self._lock = False, threading.Lock()
         self._closing: Future[None] | None = None  # all who close it wait for the same end
         for _ in range(depth + 1):
-            self._pending.append(worker.submit(self._run.advance))
+            self._begin_item()
 
     def __iter__(self) -> "Prefetcher[Item]":
         return self
@@ -66,7 +75,7 @@ class Prefetcher(Generic[Item]):
             if self._finished or produced is None:
                 raise StopIteration
             self._pending.popleft()
-            self._pending.append(self._worker.submit(self._run.advance))
+            self._begin_item()
         return produced.item
 
     def close(self) -> None:
@@ -87,6 +96,11 @@ class Prefetcher(Generic[Item]):
     def __del__(self) -> None:
         self._drop()
 
+    def _begin_item(self) -> None:
+        item: Future[_Produced[Item] | None] = Future()
+        self._pending.append(item)
+        self._worker.submit(self._run.advance, item)
+
     def _drop(self) -> None:
         for future in self._pending:
             future.cancel()
@@ -96,23 +110,44 @@ class Prefetcher(Generic[Item]):
 class _Run(Generic[Item]):
     """The worker's side of a prefetcher. It does not hold the prefetcher, so that one may be dropped meanwhile."""
 
-    def __init__(self, source: Iterator[Item]):
-        self.source = source
+    def __init__(self, source: Iterator[Item], after: Callable[[], object] | None):
+        self.source, self.after = source, after
         self.thread: threading.Thread | None = None
         self._ended = False
+        self._error: BaseException | None = None  # what came after the last item, if nobody has been told
 
-    def advance(self) -> _Produced[Item] | None:
-        """Make the next item; None after the last."""
+    def advance(self, promise: "Future[_Produced[Item] | None]") -> None:
+        """Make the next item (None after the last), let the consumer have it, and do what comes after it."""
         self.thread = threading.current_thread()
+        if not promise.set_running_or_notify_cancel():  # dropped
+            return
+        produced, error = self._next()
+        if error is not None:
+            promise.set_exception(error)
+            return
+        promise.set_result(produced)
+        if produced is not None and self.after is not None:
+            try:
+                self.after()
+            except BaseException as caught:
+                self._error = caught
+                self.close()
+
+    def _next(self) -> tuple[_Produced[Item] | None, BaseException | None]:
+        """Return the next item, or an error: raised further up, it would hold the future that it is set on."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            return None, error
         if self._ended:
-            return None
+            return None, None
         try:
-            return _Produced(next(self.source))
+            return _Produced(next(self.source)), None
+        except StopIteration:
+            self.close()
+            return None, None
         except BaseException as error:
             self.close()
-            if isinstance(error, StopIteration):
-                return None
-            raise
+            return None, error
 
     def close(self) -> None:
         """Close the source; only once."""

@@ -42,6 +42,8 @@ class StreamingSession:
         decoder: Decodes them to frames; None if chunks have latents only.
         is_single: Whether a chunk's prompt and shot index are those of a single video, not lists.
         worker: Denoises in its own thread (and stream), ahead of decoding; None to denoise and decode in turn.
+        takes_turns: Whether there is only one model on the device at a time (offloading): a chunk is then finished
+            before it is decoded, and the network is not fetched again in between.
         agreement: What the ranks that share the stream agree by; its first rank decides when the stream ends, and
             closing it on another waits for that.
         temporal_scale: The number of pixel frames that a latent frame stands for.
@@ -56,10 +58,11 @@ class StreamingSession:
         is_single: bool,
         agreement: Agreement = ALONE,
         worker: DenoiseWorker | None = None,
+        takes_turns: bool = False,
         temporal_scale: int = TEMPORAL_SCALE,
         on_close: Callable[[], object] | None = None,
     ):
-        self._closed, self._freed, self._worker = False, False, worker
+        self._closed, self._freed, self._worker, self._takes_turns = False, False, worker, takes_turns
         self._agreement, self._is_over = agreement, False  # whether all ranks know that no chunk is handed over now
         self._denoiser, self._decoder, self._is_single = denoiser, decoder, is_single
         self._temporal_scale, self._on_close = temporal_scale, on_close
@@ -67,7 +70,9 @@ class StreamingSession:
         self._consumer: int | None = None  # the thread that holds it to get a chunk
         chunks = denoiser.chunks()
         self._source: Prefetcher[DenoisedChunk] | Generator[DenoisedChunk, None, None] = (
-            chunks if worker is None else Prefetcher(worker.chunks(chunks), worker.thread)
+            chunks
+            if worker is None
+            else Prefetcher(worker.chunks(chunks), worker.thread, after=worker.on_stream(denoiser.finish_chunk))
         )
 
     def __iter__(self) -> "StreamingSession":
@@ -99,7 +104,11 @@ class StreamingSession:
         return chunk
 
     def _advance(self) -> VideoChunk | None:
-        """Make and decode the next chunk; None at the end of the stream, as the first rank decides."""
+        """Make and decode the next chunk; None at the end of the stream, as the first rank decides.
+
+        The chunk is finished, written to the cache, after it was decoded: on a GPU that is still under way when the
+        caller has the frames. It must have begun by then, because between two chunks the caller may change LoRAs.
+        """
         chunk = next(self._source, None)
         if chunk is None and not self._denoiser.run.is_ending:
             self._denoiser.prompts.warn_of_unused()
@@ -108,11 +117,15 @@ class StreamingSession:
             return None
         if chunk.ready is not None:
             _hand_over(chunk.latents, chunk.ready)
+        if self._takes_turns:
+            self._denoiser.finish_chunk()
         if self._decoder is None:
             frames = chunk.latents
             check_numbers(frames)
         else:
             frames = self._decoder.decode(chunk.latents, chunk.ready)
+        if self._worker is None:  # which finishes its chunks in its own thread
+            self._denoiser.finish_chunk()
         return VideoChunk(
             frames=frames,
             latents=chunk.latents,
@@ -120,6 +133,8 @@ class StreamingSession:
             shot_index=self._one_or_all([prompt.shot_index for prompt in chunk.prompts]),
             prompt=self._one_or_all([prompt.prompt for prompt in chunk.prompts]),
             start_frame=pixel_frames(chunk.index * chunk.latents.shape[2], temporal_scale=self._temporal_scale),
+            denoise_stopwatch=chunk.stopwatch,
+            decode_stopwatch=None if self._decoder is None else self._decoder.stopwatch,
         )
 
     @property

@@ -260,3 +260,64 @@ def test_several_share_a_worker_in_turn(prefetch):
         assert [(next(one), next(other)) for _ in range(20)] == [(number, number) for number in range(20)]
     assert first.thread is second.thread
     assert first.closed.is_set() and second.closed.is_set()
+
+
+# -- what comes after an item ----------------------------------------------------------------------------------------
+
+
+def test_the_consumer_has_an_item_before_what_comes_after_it(prefetch):
+    """Each call waits here until its item was taken. They are made in the worker's thread, before the next item."""
+    source, taken, happened = Source(stop=4), threading.Semaphore(0), []
+
+    def after() -> None:
+        assert taken.acquire(timeout=WAIT)
+        happened.append((source.made[-1], threading.current_thread() is source.thread))
+
+    with prefetch(source.items(), after=after) as prefetcher:
+        for _ in prefetcher:
+            taken.release()
+    assert happened == [(number, True) for number in range(4)]
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 3])
+def test_what_fails_after_an_item_is_raised_in_place_of_the_next(prefetch, fails_at):
+    source, calls = Source(), []
+
+    def after() -> None:
+        calls.append(None)
+        if len(calls) == fails_at + 1:
+            raise RuntimeError(f"failed after {fails_at}")
+
+    prefetcher, received = prefetch(source.items(), after=after), []
+    with pytest.raises(RuntimeError, match=f"failed after {fails_at}"):
+        for item in prefetcher:
+            received.append(item)
+    assert received == list(range(fails_at + 1)) == source.made
+    assert source.closed.is_set() and list(prefetcher) == []
+
+
+def test_nothing_comes_after_the_end_nor_after_an_error_nor_after_what_was_dropped(prefetch):
+    for source in (Source(stop=2), Source(fails_at=2)):
+        calls = []
+        prefetcher = prefetch(source.items(), after=lambda calls=calls: calls.append(None), depth=4)
+        try:
+            list(prefetcher)
+        except RuntimeError:
+            assert source.fails_at is not None
+        prefetcher.close()
+        assert len(calls) == 2
+
+
+def test_closing_waits_for_what_comes_after_the_item_in_progress(prefetch):
+    begun, calls = threading.Event(), []
+
+    def after() -> None:
+        begun.set()
+        time.sleep(0.1)
+        calls.append(None)
+
+    source = Source()
+    prefetcher = prefetch(source.items(), after=after)
+    assert begun.wait(WAIT)
+    prefetcher.close()
+    assert len(calls) == len(source.made) == 1

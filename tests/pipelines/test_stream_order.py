@@ -40,14 +40,23 @@ class Denoiser:
 
     def __init__(self, num_chunks: int = NUM_CHUNKS):
         self.own_caches, self.run, self.num_chunks = [], RunState(1.0, 0, None), num_chunks
-        self.threads = set()
+        self.threads, self.unfinished = set(), None
 
     def chunks(self):
         for index in range(self.num_chunks):
             self.threads.add(threading.get_ident())
             assert "embedded" in known(), "the embeddings may not be there yet"
+            self.finish_chunk()  # only if nobody has
+            assert index == 0 or ("finished", index - 1) in known(), "the cache is written before it is read"
             happens(("denoised", index))
+            self.unfinished = index
             yield DenoisedChunk(torch.randn(1, 8, 2, 4, 4), index, [ChunkPrompt("a", 0, False)])
+
+    def finish_chunk(self) -> None:
+        if self.unfinished is not None:
+            assert ("denoised", self.unfinished) in known(), "the latents are read, and the cache"
+            happens(("finished", self.unfinished))
+            self.unfinished = None
 
     def end(self) -> None:
         """There is nobody to tell."""
@@ -64,10 +73,12 @@ def begin(case: str, workers: AsyncWorkers, denoiser: Denoiser) -> StreamingSess
 
 @pytest.fixture
 def reads(monkeypatch) -> list[bool]:
-    """For each chunk that was decoded, whether its latents were sure to be there."""
+    """For each chunk that was decoded, whether its latents were sure to be there. Nothing is decoded after the chunk's
+    clean pass."""
     found, decode = [], StreamingDecoder.decode
 
     def noted(self, latents):
+        assert ("finished", len(found)) not in known(), "decoding waits for the clean pass"
         found.append(("denoised", len(found)) in known())
         happens(("decoded", len(found) - 1))
         return decode(self, latents)
@@ -116,8 +127,8 @@ def test_closing_lets_the_caller_wait_for_what_was_begun(kept_for):
     session = begin("latents only", AsyncWorkers(), Denoiser())
     next(session)
     session.close()
-    begun = {name for name in session._worker.stream.done if name[0] == "denoised"}
-    assert len(begun) >= 1 and begun <= known()
+    begun = {name for name in session._worker.stream.done if name[0] in ("denoised", "finished")}
+    assert ("finished", 0) in begun and begun <= known()
 
 
 def test_twenty_sessions_share_their_streams_and_their_thread(kept_for):

@@ -1,6 +1,9 @@
 """Streams on a GPU: asynchronous decoding on a CUDA stream of its own, and the same video as a CPU makes."""
 
+import time
+
 import numpy as np
+import pytest
 import torch
 
 from tests.support.checks import needs_gpu, needs_two_gpus
@@ -77,3 +80,19 @@ def test_a_gpu_makes_the_latents_that_a_cpu_makes():
     on_cpu = tiny_pipeline()(**arguments).frames
     on_gpu = tiny_pipeline().to("cuda")(**tiny_arguments(num_frames=29, output_type="latent")).frames
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-2, rtol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_bytes_are_those_of_the_floats_and_chunks_know_their_times(asynchronous):
+    pipe = tiny_pipeline().to("cuda")
+    expected = frames_of(pipe.stream(**tiny_arguments(num_frames=61, output_type="np")))
+    arguments = tiny_arguments(num_frames=61, output_type="uint8")
+    began = time.perf_counter()
+    with pipe.stream(**arguments, async_decode=asynchronous) as session:
+        chunks = list(session)
+    passed = time.perf_counter() - began
+    frames = np.concatenate([chunk.frames[0] for chunk in chunks])
+    np.testing.assert_array_equal(frames, np.rint(expected * np.float32(255)))
+    for times in ([chunk.denoise_seconds for chunk in chunks], [chunk.decode_seconds for chunk in chunks]):
+        assert min(times) > 0 and sum(times) < passed

@@ -96,6 +96,8 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Host]:
         # What autocast asks for. `torch.cuda.is_available` has to stay false: fake tensors would look for a driver.
         mock.patch("torch.cuda.is_bf16_supported", lambda *including_emulation: True),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+        mock.patch("torch.cuda.Event", mock.Mock),  # nothing is timed
+        mock.patch("torch.cuda.current_stream", mock.Mock),
         FakeTensorMode(allow_non_fake_inputs=True),
         Host() as host,
     ):
