@@ -97,9 +97,11 @@ class Stage:
 
     async def run(self) -> None:
         """Make chunks for as long as the server runs."""
-        while not (self._is_closing and not self._on):
+        while True:
             for stream in [stream for stream in self._on if stream.is_over]:
                 await self._take_off(stream)
+            if self._is_closing and not self._on:
+                return
             self._admit()
             self._end_idle()
             stream = self._next()
