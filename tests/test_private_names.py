@@ -312,7 +312,9 @@ PRIVATE_NAMES = [
     # -- argparse ----------------------------------------------------------------------------------------------------
     PrivateName(
         "argparse:_SubParsersAction",
-        tuple(f"{PACKAGE}cli/{command}.py" for command in ("bench", "convert", "env", "generate", "quantize")),
+        tuple(
+            f"{PACKAGE}cli/{command}.py" for command in ("bench", "convert", "env", "generate", "quantize", "serve")
+        ),
         "An annotation only: leave it out.",
     ),
     PrivateName(
@@ -389,7 +391,7 @@ def names_used(path: Path) -> set[str]:
         match node:
             case ast.Attribute(attr=name) | ast.Name(id=name) | ast.keyword(arg=str(name)) | ast.arg(arg=name):
                 names.add(name)
-            case ast.FunctionDef(name=name) | ast.Constant(value=str(name)):
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.Constant(value=str(name)):
                 names.add(name)
             case ast.ImportFrom(module=module, names=aliases):
                 names |= {alias.name for alias in aliases} | set((module or "").split("."))
@@ -401,7 +403,12 @@ def names_defined(path: Path) -> set[str]:
     names = set()
     for node in nodes_of(path):
         match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+            case (
+                ast.FunctionDef(name=name)
+                | ast.AsyncFunctionDef(name=name)
+                | ast.ClassDef(name=name)
+                | ast.arg(arg=name)
+            ):
                 names.add(name)
             case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
                 names.add(name)

@@ -168,7 +168,7 @@ class LiveStream:
         complaints = []
         for change in changes:
             try:
-                _apply(session, change)
+                direct(session, change)
             except ValueError as error:
                 complaints.append(str(error))
         return complaints
@@ -191,7 +191,8 @@ class LiveStream:
         self._loop.call_soon_threadsafe(self.send, message)
 
 
-def _apply(session: StreamingSession, change: Change) -> None:
+def direct(session: StreamingSession, change: Change) -> None:
+    """Let a session do what a client asks for."""
     if isinstance(change, Cut):
         session.cut(change.prompt)
     elif isinstance(change, Blend):

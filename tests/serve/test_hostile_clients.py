@@ -88,7 +88,10 @@ def test_messages_that_are_too_long_end_their_connection(server: LiveServer) -> 
         with pytest.raises(ConnectionClosed) as error:
             client.socket.send("a" * (20 * 2**20))
             client.socket.recv(PATIENCE)
-        assert error.value.rcvd is not None and error.value.rcvd.code == 1009
+    # What the client still sends may reset the connection before the reason has come.
+    assert error.value.rcvd is None or error.value.rcvd.code == 1009
+    with server.client() as client:
+        client.watch(prompt=RED, seconds=0.1)
 
 
 @pytest.mark.parametrize("garbage", [b"\x00\xff", b"", b"\x80" * 1000])
