@@ -84,10 +84,9 @@ def test_a_client_that_never_reads_holds_three_chunks_at_most(server: LiveServer
 
 
 def test_messages_that_are_too_long_end_their_connection(server: LiveServer) -> None:
-    with server.client() as client:
-        with pytest.raises(ConnectionClosed) as error:
-            client.socket.send("a" * (20 * 2**20))
-            client.socket.recv(PATIENCE)
+    with server.client() as client, pytest.raises(ConnectionClosed) as error:
+        client.socket.send("a" * (20 * 2**20))
+        client.socket.recv(PATIENCE)
     # What the client still sends may reset the connection before the reason has come.
     assert error.value.rcvd is None or error.value.rcvd.code == 1009
     with server.client() as client:
