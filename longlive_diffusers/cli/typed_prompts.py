@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from ..pipelines.pipeline_output import VideoChunk
     from ..pipelines.session import StreamingSession
 
-HELP = "type a line to change the prompt, '/cut TEXT' to cut to a new shot, '/quit' to end"
+BLEND_CHUNKS = 4
+HELP = (
+    "type a line to change the prompt, '/cut TEXT' to cut to a new shot, "
+    f"'/blend TEXT' to move to it over {BLEND_CHUNKS} chunks, '/quit' to end"
+)
 
 
 class TypedPrompts:
@@ -27,16 +31,19 @@ class TypedPrompts:
     def __init__(self, descriptor: int) -> None:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._awaited: str | None = None
+        self._chunks_awaited = 0  # that are still to show it
         threading.Thread(target=self._read, args=(descriptor,), name="longlive-prompts", daemon=True).start()
 
     def apply_next(self, session: "StreamingSession", chunk: "VideoChunk") -> bool:
         """Act on the next line, if there is one; return False if it says to end.
 
-        A line has to wait until `chunk`, the last that was made, shows the prompt of the line before, so that each of
-        several lines that came at once is seen.
+        A line has to wait until `chunk`, the last that was made, shows the prompt of the line before, or has completed
+        the way to it, so that each of several lines that came at once is seen.
         """
-        if self._awaited not in (None, chunk.prompt):
-            return True
+        if self._awaited is not None:
+            self._chunks_awaited -= chunk.prompt == self._awaited
+            if self._chunks_awaited > 0:
+                return True
         self._awaited = None
         try:
             line = self._lines.get_nowait().strip()
@@ -46,13 +53,20 @@ class TypedPrompts:
         if command == "/quit":
             return False
         if command == "/cut" and text.strip():
-            self._awaited = text.strip()
-            session.cut(self._awaited)
+            self._await(text.strip())
+            session.cut(text.strip())
+        elif command == "/blend" and text.strip():
+            self._await(text.strip(), BLEND_CHUNKS)
+            session.blend(text.strip(), BLEND_CHUNKS)
         elif line.startswith("/"):
             print(f"'{line}' is not a command: {HELP}", file=sys.stderr)
         elif line:
-            self._awaited = session.prompt = line
+            self._await(line)
+            session.prompt = line
         return True
+
+    def _await(self, prompt: str, chunks: int = 1) -> None:
+        self._awaited, self._chunks_awaited = prompt, chunks
 
     def _read(self, descriptor: int) -> None:
         # Not sys.stdin's own methods: a thread that waits in one holds a lock that Python needs in order to exit.

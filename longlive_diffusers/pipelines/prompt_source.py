@@ -1,13 +1,14 @@
 """PromptSource: the prompt embeddings of every chunk, from shot plans that can be redirected while a video is made."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from diffusers.utils import logging
 
 from ..wording import counted
+from .blending import Blend, check_blend
 from .prompt_cleaning import shortened
 from .shots import ChunkPrompt, ShotPlan
 
@@ -17,16 +18,25 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Redirection:
-    """Prompts that replace what was planned, one for each sample, as a new shot (`cut`) or within the current one."""
+    """Prompts that replace what was planned, one for each sample, as a new shot (`cut`) or within the current one: at
+    once, or by a blend of so many `chunks`."""
 
     prompts: list[str]
     cut: bool
+    chunks: int = 1
+    interpolation: str = "linear"
+
+    @property
+    def needs_new_frames(self) -> bool:
+        """Whether this is seen only in frames that are made, not in those of a video that is continued."""
+        return self.cut or self.chunks > 1
 
 
 class PromptSource:
     """
     Gives each chunk its prompts and their embeddings, `[B, L, D]`: the same tensor for as long as no sample's text
-    changes, by which the transformer recognizes that its cached text keys and values are still valid.
+    changes and no blend is under way, by which the transformer recognizes that its cached text keys and values are
+    still valid.
 
     Args:
         plans: A shot plan for each sample; None where `prompt_embeds` are given.
@@ -58,6 +68,7 @@ class PromptSource:
         self._texts: tuple[str, ...] | None = None  # of each sample, encoded in `_embeds`
         self._embeds = prompt_embeds
         self._encoded: dict[str, torch.Tensor] = {}
+        self._blend: Blend | None = None  # if one is under way
         self._next_chunk = 0
         self._redirection: Redirection | None = None
         self._lock = threading.Lock()  # redirections may come from another thread than the one that denoises
@@ -68,7 +79,7 @@ class PromptSource:
         with self._lock:
             pending = self._redirection
             self._next_chunk = max(index + 1, 0)
-            if pending is None or (index < 0 and pending.cut):  # a cut waits for the first new chunk
+            if pending is None or (index < 0 and pending.needs_new_frames):
                 return None
             self._redirection = None
             return pending
@@ -82,29 +93,36 @@ class PromptSource:
             redirection: What [`take_redirection`] returned for it.
 
         Returns:
-            Each sample's prompt, the embeddings, and whether the prompt was switched within a shot.
+            Each sample's prompt, the embeddings, and whether they changed within a shot, by a switch or a blend.
         """
         switched = False
         if redirection is not None:
-            self._redirect(redirection.prompts, max(index, 0), redirection.cut)
+            self._redirect(redirection, max(index, 0))
             switched = not redirection.cut
         if self._plans is None:
             assert self._embeds is not None  # where there are no plans, embeddings were given
             return [ChunkPrompt(None, 0, False)] * self.batch_size, self._embeds, False
         prompts = [plan.chunk(max(index, 0)) for plan in self._plans]
         texts = tuple(prompt.conditioning(self._prefix) for prompt in prompts)
-        if texts != self._texts or self._embeds is None:
+        if self._blend is not None:
+            self._texts, self._embeds, switched = texts, self._blend.next(), True
+            if self._blend.is_over:
+                self._blend = None
+        elif texts != self._texts or self._embeds is None:
             self._texts = texts
             self._embeds = torch.stack([self._encoded[text] for text in texts])
         return prompts, self._embeds, switched
 
-    def redirect(self, prompt: str | list[str], *, cut: bool) -> None:
+    def redirect(self, prompt: str | list[str], *, cut: bool, chunks: int = 1, interpolation: str = "linear") -> None:
         """Use `prompt` from the next chunk on, one for all samples or a list of one for each, within the current shot
-        or as a new one (`cut`).
+        or as a new one (`cut`), or move to it over the next `chunks` chunks. A cut that is still to come remains one,
+        to this prompt: a new shot has nothing to move from.
 
         Raises:
-            ValueError: If `prompt` is of another type, or there are not as many prompts as samples.
+            ValueError: If `prompt` is of another type, there are not as many prompts as samples, or the number of
+                chunks or the interpolation is none of those that there are.
         """
+        check_blend(chunks, interpolation)
         prompts = [prompt] * self.batch_size if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
             raise ValueError(f"A prompt must be a string or a list of {self.batch_size} strings, got {prompt!r}.")
@@ -113,8 +131,8 @@ class PromptSource:
                 f"Got {counted(len(prompts), 'prompt')} for a batch of {counted(self.batch_size, 'video')}."
             )
         with self._lock:
-            still_cut = self._redirection is not None and self._redirection.cut
-            self._redirection = Redirection(prompts, cut or still_cut)
+            cut = cut or (self._redirection is not None and self._redirection.cut)
+            self._redirection = Redirection(prompts, cut, 1 if cut else chunks, interpolation)
 
     def upcoming(self) -> list[str | None]:
         """Return the prompts of the next chunk."""
@@ -136,18 +154,37 @@ class PromptSource:
         """Use other embeddings until the text changes; for callbacks."""
         self._embeds = prompt_embeds
 
-    def _redirect(self, prompts: Sequence[str], index: int, cut: bool) -> None:
-        if self._plans is None:
-            self._plans = [ShotPlan.from_prompts([""], None, None)] * self.batch_size
-        pairs = zip(self._plans, prompts, strict=True)
-        self._plans = [plan.redirected(index, prompt, cut=cut, continues=self._continues) for plan, prompt in pairs]
-        self._encode_upcoming()
+    def _redirect(self, redirection: Redirection, index: int) -> None:
+        texts, embeds = self._texts_to_go_on_with(index), () if self._embeds is None else self._embeds
+        plans = self._plans or [ShotPlan.from_prompts([""], None, None)] * self.batch_size
+        self._plans = [
+            plan.redirected(index, prompt, cut=redirection.cut, continues=self._continues)
+            for plan, prompt in zip(plans, redirection.prompts, strict=True)
+        ]
+        if redirection.chunks == 1:
+            self._blend = None
+            self._encode_upcoming()
+            return
+        self._encode_upcoming(text for text in texts if text is not None)
+        start = [self._encoded[text] if text is not None else embeds[sample] for sample, text in enumerate(texts)]
+        end = [self._encoded[prompt] for prompt in redirection.prompts]
+        self._blend = Blend(torch.stack(start), torch.stack(end), redirection.chunks, redirection.interpolation)
 
-    def _encode_upcoming(self) -> None:
-        """Encode, in one batch, the texts that are still to come and not encoded yet; forget all others."""
-        texts = dict.fromkeys(
-            text for plan in self._plans or () for text in plan.conditionings(self._prefix, self._num_new_chunks)
-        )
+    def _texts_to_go_on_with(self, index: int) -> list[str | None]:
+        """Return what each sample's chunk `index` would show if the prompts before it just went on; None where
+        `_embeds` are those of that. After the chunk of a cut they are not: they say that the scene changes."""
+        if self._plans is None:
+            return [None] * self.batch_size
+        shown = [plan.chunk(max(index - 1, 0)).prompt or "" for plan in self._plans]
+        encoded = self._texts or [None] * self.batch_size
+        return [None if text == own else text for text, own in zip(shown, encoded, strict=True)]
+
+    def _encode_upcoming(self, also: Iterable[str] = ()) -> None:
+        """Encode, in one batch, the texts that are still to come and others that are needed, if they are not encoded
+        yet; forget all others."""
+        texts = dict.fromkeys(also)
+        for plan in self._plans or ():
+            texts.update(dict.fromkeys(plan.conditionings(self._prefix, self._num_new_chunks)))
         missing = [text for text in texts if text not in self._encoded]
         if missing:
             self._encoded.update(zip(missing, self._encode(missing), strict=True))

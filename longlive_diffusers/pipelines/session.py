@@ -31,7 +31,8 @@ class StreamingSession:
     agree, it is made to its end.)
 
     `session.prompt = "..."` changes the prompt from the next chunk on, and rewrites the cached history under it;
-    `session.cut("...")` begins a new shot with the next chunk. Either replaces what was planned after it. With
+    `session.blend("...")` does so little by little, over several chunks; `session.cut("...")` begins a new shot with
+    the next chunk. Each replaces what was planned after it. With
     asynchronous decoding, denoising is ahead of what has been yielded: the next chunk is then the next to be denoised.
 
     Between two chunks, `session.num_inference_steps` and the pipeline's LoRAs (`pipe.set_adapters`) may be changed as
@@ -151,6 +152,34 @@ class StreamingSession:
         """Begin a new shot with the next chunk."""
         self._check_open()
         self._denoiser.prompts.redirect(prompt, cut=True)
+
+    def blend(self, prompt: str | list[str], chunks: int = 4, *, interpolation: str = "linear") -> None:
+        """
+        Move from the present prompt to another one over the next chunks, within the shot: the embeddings of the first
+        have the new prompt with weight `1 / chunks`, those of the last are the new prompt's. For each of them, the
+        cached history is rewritten, as for a switch; `chunks=1` is `session.prompt = prompt`. `session.prompt` and
+        `chunk.prompt` are the new prompt from the first of them on. The negative prompt stays as it is.
+
+        A switch, a cut or another blend takes the place of one that is under way, with the next chunk; another blend
+        begins from what is shown by then. Before the new frames of a video that is continued, it waits for them; a cut
+        that is still to come becomes one to this prompt.
+
+        Every token position moves by itself. Where one prompt has more tokens, they grow out of, or fade into, the
+        zeros that prompts are filled up with, which the network attends to like to any token.
+
+        Args:
+            prompt: The new prompt; a list has one for each video of a batch.
+            chunks: How many chunks it takes, from 1 to 16.
+            interpolation: "linear", or "spherical": each token's vector turns evenly from one direction to the other,
+                where a straight way would pass through shorter ones. Vectors of zeros, and those that lie nearly along
+                one line, move straight.
+
+        Raises:
+            ValueError: If the session is closed, `prompt` is of another type or has not one prompt for each video, or
+                `chunks` or `interpolation` is none of these.
+        """
+        self._check_open()
+        self._denoiser.prompts.redirect(prompt, cut=False, chunks=chunks, interpolation=interpolation)
 
     @property
     def num_inference_steps(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from ..limits import MAX_GUIDANCE_SCALE, MAX_SIDE
+from ..limits import MAX_BLEND_CHUNKS, MAX_GUIDANCE_SCALE, MAX_SIDE
 from ..number_checks import is_finite
 
 
@@ -16,7 +16,6 @@ MAX_PROMPT = 4000  # characters; the captions that the model learned from have a
 MAX_STEPS = 1000  # the timesteps that the model was trained with
 MAX_SEED = 2**63 - 1
 MAX_SECONDS = 86_400
-MAX_BLEND_CHUNKS = 16
 MAX_IMAGE_BYTES = 10 * 2**20
 MEDIA = ("mp4", "jpeg")
 SHOWN = 60  # characters of what somebody sent that an answer quotes

@@ -123,6 +123,31 @@ def switches(pipe: LongLivePipeline, **arguments) -> torch.Tensor:
     return torch.cat(chunks, dim=2)
 
 
+def blends(pipe: LongLivePipeline, **arguments) -> torch.Tensor:
+    """A stream of which only the first rank blends, twice, and ends the video."""
+    leads, chunks = place(pipe) == 0, []
+    generator = torch.Generator().manual_seed(place(pipe))
+    with pipe.stream(said(pipe, "a cat"), generator=generator, **{**ARGUMENTS, **arguments}) as session:
+        for chunk in session:
+            chunks.append(chunk.latents)
+            if leads and chunk.index == 1:
+                session.blend("a dog", 3)
+            if leads and chunk.index == 3:
+                session.blend("a bird", 2, interpolation="spherical")
+            if not leads and chunk.index == 2:
+                session.blend("what nobody asked for", 2)
+            if leads and chunk.index == 6:
+                session.interrupt()
+    return torch.cat(chunks, dim=2)
+
+
+def in_bytes(pipe: LongLivePipeline) -> torch.Tensor:
+    """What bytes are away from floats that are rounded here: nothing, also where ranks decode together."""
+    arguments = {**ARGUMENTS, "prompt": "a cat", "latents": noise(pipe, 2)}
+    floats, found = (pipe(**{**arguments, "output_type": kind}).frames for kind in ("np", "uint8"))
+    return torch.from_numpy(found.astype("float32") - (floats * 255).round())
+
+
 def beside_a_forward(pipe: LongLivePipeline) -> torch.Tensor:
     """A video, and a forward without a cache that the first rank runs by itself."""
     found = two_videos(pipe)
@@ -225,12 +250,15 @@ FEATURES: dict[str, Case] = {
     "image": (pipeline, from_image),
     "video": (pipeline, from_video),
     "asynchronous": (pipeline, asynchronously),
+    "blends": (pipeline, blends),
+    "bytes": (pipeline, in_bytes),
     "global seed": (pipeline, from_global_seed),
     "compiled": (compiled, functools.partial(switches, kv_cache_dtype="nvfp4")),
 }
 BRANCHES: dict[str, Case] = {
     "split branches: two videos, cuts": (pipeline, functools.partial(two_videos, guidance_scale=3.0)),
     "split branches: switches": (odd_sinks, functools.partial(switches, guidance_scale=3.0)),
+    "split branches: blends": (odd_sinks, functools.partial(blends, guidance_scale=3.0)),
     "split branches: callback": (pipeline, with_callback),
 }
 CASES: dict[str, Case] = {**GOLDEN, **dict(matrix()), **FEATURES, **BRANCHES}
