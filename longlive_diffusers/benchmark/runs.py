@@ -6,11 +6,14 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from ..latency import Latency
 from ..pipelines.decoder import ChunkDecoder
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..pipelines.session import StreamingSession
@@ -129,30 +132,30 @@ def measure_decode(pipe: LongLivePipeline, latents: list[torch.Tensor], device: 
 
 def measure_whole(
     pipe: LongLivePipeline, size: BenchSize, embeds: torch.Tensor, device: torch.device, *, async_decode: bool
-) -> dict[str, float]:
-    """Measure a whole video, denoised and decoded; frames stay on the device.
+) -> dict[str, Any]:
+    """Measure a whole video, denoised and decoded; its frames are brought to the host, as bytes.
 
     Returns:
-        `seconds`, `first_frame` (seconds until the first chunk's frames are there), `frames_per_second` and
-        `kv_cache_bytes`.
+        `seconds`, `first_frame` (seconds until the first chunk's frames are there), `frames_per_second`,
+        `kv_cache_bytes`, and the `latency` of the chunks, as [`Latency`] has it.
     """
+    latency, kv_cache_bytes = Latency(), 0
     synchronize(device)
     began = time.perf_counter()
-    with _stream(pipe, size, embeds, size.num_chunks, output_type="pt", async_decode=async_decode) as session:
-        frames = next(session).frames
-        assert isinstance(frames, torch.Tensor)
-        frames[..., :1].cpu()  # waits for these frames only
-        first_frame = time.perf_counter() - began
-        kv_cache_bytes = session.kv_cache_bytes  # now: it may free them before its last chunk is fetched
-        for _ in range(size.num_chunks - 1):
-            next(session)
+    with _stream(pipe, size, embeds, size.num_chunks, output_type="uint8", async_decode=async_decode) as session:
+        for _ in range(size.num_chunks):
+            frames = next(session).frames
+            assert isinstance(frames, np.ndarray)
+            latency.add(time.perf_counter() - began, frames.shape[1])
+            kv_cache_bytes = max(kv_cache_bytes, session.kv_cache_bytes)  # freed before the last chunk is fetched
         synchronize(device)
         seconds = time.perf_counter() - began
     return {
         "seconds": seconds,
-        "first_frame": first_frame,
+        "first_frame": latency.first_frame,
         "frames_per_second": size.num_frames(size.num_chunks) / seconds,
         "kv_cache_bytes": kv_cache_bytes,
+        "latency": latency.as_dict(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..latency import Latency
 from ..wording import counted
 from .kv_cache import kv_cache_rows
 from .measure import as_size, as_time
@@ -116,6 +117,8 @@ def _memory_rows(_: dict[str, Any], results: dict[str, Any]) -> list[Row]:
 
 def _whole_rows(name: str, results: dict[str, Any], how: str) -> list[Row]:
     result = results[name]
+    latency = result["latency"]
+    gaps = f"{as_time(latency['between_chunks_median'])}, {as_time(latency['between_chunks_p95'])}"
     return [
         (
             name,
@@ -126,5 +129,16 @@ def _whole_rows(name: str, results: dict[str, Any], how: str) -> list[Row]:
             "  first frame",
             as_time(result["first_frame"]),
             "from the call to the first chunk's frames; no text encoder",
+        ),
+        ("  between chunks", gaps, "from one chunk's frames to the next one's; median, 95th percentile"),
+        (
+            "  real time",
+            f"{latency['real_time_factor']:.2f} s/s",
+            f"video made in a second, after the first chunk, at {Latency().fps:g} frames per second",
+        ),
+        (
+            "  stalls",
+            f"{latency['stalls']}, {as_time(latency['stalled_seconds'])}",
+            "waits of a viewer who begins with the first frame; how long in all",
         ),
     ]

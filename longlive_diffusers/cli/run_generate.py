@@ -12,6 +12,7 @@ import numpy as np
 from diffusers.utils import logging as diffusers_logging
 
 from ..benchmark.measure import as_size, peak_memory, reset_peak_memory
+from ..latency import Latency
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..pipelines.pipeline_output import VideoChunk
 from ..pipelines.session import StreamingSession
@@ -37,16 +38,20 @@ class Progress:
     began: float = field(default_factory=time.perf_counter)
     chunks: int = 0
     frames: int = 0
-    first_frame: float | None = None
     last_frame: float = 0.0
+    latency: Latency = field(default_factory=lambda: Latency(FPS))
 
     def add(self, num_frames: int) -> None:
         """Count a chunk of frames."""
         self.last_frame = time.perf_counter() - self.began
-        if self.first_frame is None:
-            self.first_frame = self.last_frame
+        self.latency.add(self.last_frame, num_frames)
         self.chunks += 1
         self.frames += num_frames
+
+    @property
+    def first_frame(self) -> float | None:
+        """When the first chunk was written; None before."""
+        return self.latency.first_frame
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -209,4 +214,11 @@ def print_summary(request: GenerationRequest, progress: Progress, loading: float
         f"frames per second:   {made / progress.last_frame:.2f} (new frames; encoding, denoising, decoding and "
         f"writing in the timer, {progress.last_frame:.2f} s; loading not)"
     )
+    latency = progress.latency
+    if latency.real_time_factor is not None:
+        stalls = f"{counted(latency.stalls, 'stall')}, {latency.stalled_seconds:.2f} s in all"
+        print(
+            f"watched meanwhile:   {stalls if latency.stalls else 'no stall'} ({latency.real_time_factor:.2f} s of "
+            "video were made in a second, after the first chunk)"
+        )
     print(f"peak memory:         {as_size(memory)} ({what})")

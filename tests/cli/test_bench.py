@@ -13,10 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from longlive_diffusers import LongLiveTransformer3DModel
+from longlive_diffusers.benchmark.measure import as_time
 from longlive_diffusers.benchmark.models import random_model, random_pipeline
 from longlive_diffusers.benchmark.runs import kind_of, measure_denoise, measure_whole
 from longlive_diffusers.benchmark.sizes import SIZES, BenchSize, forward_flops
 from longlive_diffusers.cli import main
+from longlive_diffusers.latency import Latency
 
 
 CPU = torch.device("cpu")
@@ -107,6 +109,11 @@ def test_runs_make_the_video_they_time():
         result = measure_whole(pipe, size, embeds, CPU, async_decode=async_decode)
         assert 0 < result["first_frame"] < result["seconds"]
         assert result["frames_per_second"] == pytest.approx(37 / result["seconds"])
+        latency = result["latency"]
+        assert latency["first_frame"] == result["first_frame"]
+        assert 0 < latency["between_chunks_median"] <= latency["between_chunks_p95"]
+        later = result["seconds"] - result["first_frame"]  # and what ends the session
+        assert latency["frames_per_second"] >= 32 / later and latency["stalls"] in range(5)
         # float32 keys and values of 8 frames of 16 tokens in every layer
         config = pipe.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
@@ -162,6 +169,13 @@ def test_the_table_and_the_file_say_the_same(tmp_path, capfd):
         assert text in table
     for row in ("matmul bfloat16", "forward", "denoise", "decode", "synchronous", "asynchronous", "first frame"):
         assert any(line.strip().startswith(row) for line in table.splitlines()), row
+    for row in ("between chunks", "real time", "stalls"):
+        assert sum(line.strip().startswith(row) for line in table.splitlines()) == 2, row
+    for how in ("synchronous", "asynchronous"):
+        latency = results[how]["latency"]
+        assert list(latency) == list(Latency().as_dict())
+        assert f"  {latency['real_time_factor']:.2f} s/s" in table
+        assert f"  {latency['stalls']}, {as_time(latency['stalled_seconds'])}" in table
     assert f"{results['synchronous']['frames_per_second']:.2f} frames/s" in table
     assert "resident memory" in table
     assert "decoding" in progress and "decoding" not in table  # stdout is the table alone

@@ -80,6 +80,8 @@ def test_the_file_holds_the_pipelines_video_and_the_numbers_are_told(output, cap
     assert re.search(r"duration: +0\.88 s at 24 frames per second, seed 0", report)
     assert re.search(r"time to first frame: \d+\.\d\d s \(.*decode.*\)", report)
     assert re.search(r"frames per second: +\d+\.\d\d \(.*writing", report)
+    stalls = r"(no stall|\d stalls?, \d+\.\d\d s in all)"
+    assert re.search(rf"watched meanwhile: +{stalls} \(\d+\.\d\d s of video were made in a second", report)
     assert re.search(r"peak memory: +\d+\.\d+ [MG]iB \(resident", report)
     assert str(output) in report
 
