@@ -113,4 +113,4 @@ class Latency:
 def quantile(values: Iterable[float], part: float) -> float:
     """Return the least of some values that at least `part` of them, above 0 and at most 1, do not exceed."""
     ordered = sorted(values)
-    return ordered[math.ceil(part * len(ordered)) - 1]
+    return ordered[math.ceil(part * len(ordered) - 1e-9) - 1]  # 0.95 is a little more, or less, than 95 / 100

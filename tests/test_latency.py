@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from longlive_diffusers.latency import Latency
+from longlive_diffusers.latency import Latency, quantile
 
 
 NAMES = [
@@ -60,6 +60,13 @@ def test_the_95th_percentile_is_a_gap_that_occurred(count, place):
         latency.add(now, 1)
     assert latency.between_chunks_p95 == place
     assert latency.between_chunks_median == (count + 1) / 2
+
+
+@pytest.mark.parametrize("percent", [1, 5, 50, 95, 99, 100])
+def test_a_quantile_is_the_least_value_that_so_many_do_not_exceed(percent):
+    for count in (1, 2, 3, 20, 99, 100, 101, 180, 1000):
+        found = quantile(range(1, count + 1), percent / 100)
+        assert 100 * found >= percent * count and 100 * (found - 1) < percent * count
 
 
 def test_rounding_is_no_stall():
