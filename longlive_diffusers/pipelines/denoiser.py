@@ -27,6 +27,7 @@ from ..parallel.agreement import ALONE, Agreement
 from .callbacks import check_returned
 from .chunk_step import Conditioning, Solver, is_guided, rewrite_history, solve, write_clean
 from .inputs import Request
+from .memory import cache_bytes
 from .prompt_source import PromptSource, Redirection
 from .run_state import RunState
 from .shots import ChunkPrompt
@@ -118,6 +119,11 @@ class ChunkDenoiser:
     def own_caches(self) -> list[KVCache]:
         """The KV caches that this process has."""
         return [kv_cache for kv_cache in self.kv_caches if kv_cache is not None]
+
+    @property
+    def planned_cache_bytes(self) -> int:
+        """The memory of all KV caches, and of the text's keys and values, when they are there."""
+        return cache_bytes(self.transformer, self.request, self.prompts.num_tokens)
 
     @property
     def is_busy_here(self) -> bool:

@@ -38,22 +38,41 @@ def check_caches_fit(
     available = available_bytes(device)
     if available is None:
         return
-    batch, _, chunk_size, height, width = request.latent_shape
-    config = transformer.config
-    frames = request.window_size
-    if request.num_chunks is not None:
-        frames = min(frames, request.num_chunks * chunk_size)
-    tokens = frames * (height // config.patch_size[1]) * (width // config.patch_size[2])
+    needed = cache_bytes(transformer, request, text_length)
+    if needed > available:
+        batch, _, _, height, width = request.latent_shape
+        raise MemoryShortage(
+            f"The KV cache of {batch} x {cached_frames(request)} latent frames of {height}x{width}, with prompts of "
+            f"{text_length} tokens, needs {-(-needed // GIB)} GiB; {available // GIB} GiB are available. {ADVICE}"
+        )
+
+
+def cached_frames(request: Request) -> int:
+    """The number of latent frames that the KV cache of a video holds at most."""
+    if request.num_chunks is None:
+        return request.window_size
+    return min(request.window_size, request.num_chunks * request.chunk_size)
+
+
+def cache_bytes(transformer: LongLiveTransformer3DModel, request: Request, text_length: int) -> int:
+    """The memory of the KV caches of a request, and of the keys and values of its prompts of `text_length` tokens."""
+    batch, _, _, height, width = request.latent_shape
+    config, frames = transformer.config, cached_frames(request)
+    tokens = (height // config.patch_size[1]) * (width // config.patch_size[2])
     inner_dim = config.num_attention_heads * config.attention_head_dim
-    text_bytes = text_length * (2 * config.num_layers * inner_dim + config.text_dim) * transformer.dtype.itemsize
+    key_bytes = config.num_layers * inner_dim * transformer.dtype.itemsize  # of a token, in all layers
+    text_bytes = text_length * (2 * key_bytes + config.text_dim * transformer.dtype.itemsize)
+    frame_bytes = frames * bytes_per_token(transformer, request) + unrotated_frames(request) * key_bytes
     has_split_branches = transformer.stream_ranks is not None and transformer.stream_ranks.branch is not None
     num_caches = 2 if is_guided(request.guidance_scale) and not has_split_branches else 1
-    needed = batch * num_caches * (tokens * bytes_per_token(transformer, request) + text_bytes)
-    if needed > available:
-        raise MemoryShortage(
-            f"The KV cache of {batch} x {frames} latent frames of {height}x{width}, with prompts of {text_length} "
-            f"tokens, needs {-(-needed // GIB)} GiB; {available // GIB} GiB are available. {ADVICE}"
-        )
+    return batch * num_caches * (tokens * frame_bytes + text_bytes)
+
+
+def unrotated_frames(request: Request) -> int:
+    """Of how many frames the keys are kept once more, unrotated: of those that relative positions move."""
+    forgets = request.num_chunks is None or request.num_chunks * request.chunk_size > request.window_size
+    pins = min(request.sink_size, request.chunk_size) if request.multi_shot_sink else 0
+    return request.sink_size + 2 * pins + 1 if request.relative_rope and forgets else 0
 
 
 def bytes_per_token(transformer: LongLiveTransformer3DModel, request: Request) -> int:

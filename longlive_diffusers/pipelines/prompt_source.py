@@ -74,6 +74,12 @@ class PromptSource:
         self._lock = threading.Lock()  # redirections may come from another thread than the one that denoises
         self._encode_upcoming()
 
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of a prompt's embeddings, L."""
+        embeds = self._embeds if self._embeds is not None else next(iter(self._encoded.values()))
+        return embeds.shape[-2]
+
     def take_redirection(self, index: int) -> Redirection | None:
         """Return, once, the change of prompts that chunk `index` begins with, for [`advance`]."""
         with self._lock:

@@ -201,6 +201,11 @@ class StreamingSession:
         """The memory of the KV caches, in bytes."""
         return sum(kv_cache.num_bytes for kv_cache in self._denoiser.own_caches)
 
+    @property
+    def planned_cache_bytes(self) -> int:
+        """The memory that the KV caches take once they are there, in bytes; before the first chunk, they are not."""
+        return self._denoiser.planned_cache_bytes
+
     def close(self) -> None:
         """
         Stop, and free the caches. Further iteration ends at once.

@@ -8,9 +8,11 @@ from collections.abc import AsyncGenerator
 import numpy as np
 
 from ..latency import Latency
+from ..pipelines.memory import MemoryShortage
 from ..pipelines.pipeline_output import VideoChunk
 from ..pipelines.session import StreamingSession
 from .encoders import FrameEncoder, frame_encoder
+from .memory import memory_in_use
 from .messages import Blend, Chunk, Cut, End, Error, FromServer, Prompt, Started
 from .metrics import Metrics
 from .model import ServedModel, StreamPlan
@@ -159,8 +161,18 @@ class LiveStream:
         plan, self._began = self._plan, time.monotonic()
         self._encoder = frame_encoder(self._media, height=plan.height, width=plan.width, fps=FPS)
         self._session = self._model.sessions.open(self.id, plan.pipeline, plan.seed, plan.options)
+        self._check_memory(self._session)
         self._plan = StreamPlan(plan.pipeline, plan.height, plan.width, plan.seed)  # a picture needs no keeping
         self._from_thread(Started(self.id, plan.seed, FPS, plan.height, plan.width, self._encoder.mime))
+
+    def _check_memory(self, session: StreamingSession) -> None:
+        """Raise a MemoryShortage if its caches do not fit into what is free; nothing of them is there yet."""
+        needed, free = session.planned_cache_bytes, memory_in_use(self._model.device)["free_bytes"]
+        if needed > free:
+            self.close()
+            raise MemoryShortage(
+                f"The KV cache of this stream takes {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free."
+            )
 
     def _apply_changes(self, session: StreamingSession) -> list[str]:
         """Apply what was asked for since the last chunk, and return what was wrong with it."""

@@ -349,3 +349,43 @@ def test_a_stream_that_fails_is_no_others_concern(
         assert bad.watch(prompt=BLUE, seconds=0.1).of("end")[0]["reason"] == "finished"
         good.send("stop")
         good.until("end", plays=False)
+
+
+def test_a_stream_waits_for_memory_that_another_one_has(
+    pipe: LongLivePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pipe.stream(RED) as session:
+        needed = session.planned_cache_bytes
+        next(session)
+        assert 0.9 < session.kv_cache_bytes / needed <= 1
+    with (
+        running_server({None: pipe}, ServeSettings(max_sessions=3)) as server,
+        server.client() as first,
+        server.client() as second,
+    ):
+
+        def memory_in_use(device: torch.device) -> dict[str, int]:
+            others = server.app.model.sessions.num_open - 1  # of which the caller is one
+            return {"used_bytes": 0, "total_bytes": 2 * needed, "free_bytes": int((1.5 - others) * needed)}
+
+        monkeypatch.setattr("longlive_diffusers.serve.stream.memory_in_use", memory_in_use)
+        first.send("start", prompt=RED, video="jpeg")
+        first.whole_chunk()
+        second.send("start", prompt=BLUE, video="jpeg")
+        assert second.until("queued")["position"] == 1
+        assert (server.health()["sessions"], server.health()["queue"]) == (1, 1)
+        first.send("stop")
+        assert first.until("end", plays=False)["reason"] == "stopped"
+        second.whole_chunk()
+        second.send("stop")
+        second.until("end", plays=False)
+
+
+def test_a_stream_that_never_fits_is_told_the_numbers(pipe: LongLivePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "longlive_diffusers.serve.stream.memory_in_use", lambda device: {"free_bytes": 3 * 2**20, "total_bytes": 0}
+    )
+    with running_server({None: pipe}) as server, server.client() as client:
+        received = client.watch(prompt=RED)
+        assert received.of("error")[0]["message"].endswith("MiB, and 3 MiB are free.")
+        assert received.of("end")[0]["reason"] == "error" and server.app.model.sessions.num_open == 0
