@@ -383,9 +383,9 @@ def test_a_stream_waits_for_memory_that_another_one_has(
 
 def test_a_stream_that_never_fits_is_told_the_numbers(pipe: LongLivePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "longlive_diffusers.serve.stream.memory_in_use", lambda device: {"free_bytes": 3 * 2**20, "total_bytes": 0}
+        "longlive_diffusers.serve.stream.memory_in_use", lambda device: {"free_bytes": 2**20, "total_bytes": 0}
     )
     with running_server({None: pipe}) as server, server.client() as client:
         received = client.watch(prompt=RED)
-        assert received.of("error")[0]["message"].endswith("MiB, and 3 MiB are free.")
+        assert received.of("error")[0]["message"].endswith("MiB, and 1 MiB are free.")
         assert received.of("end")[0]["reason"] == "error" and server.app.model.sessions.num_open == 0
