@@ -3,7 +3,7 @@
 const SHAPES = [
   "a large red circle moves right on a black background",
   "a small blue square moves up, grey background",
-  "a large yellow triangle moves left on a teal background",
+  "a large yellow triangle moves left, teal background",
   "a green triangle stays still above a white cross that moves left, brown background",
 ];
 const SCENES = [

@@ -20,9 +20,11 @@ const REASONS = {
   time: "This server gives a video no more time",
   error: "The video has ended with an error",
   server: "The server has stopped",
+  lost: "The connection was lost",
 };
 
 const $ = (id) => document.getElementById(id);
+const INTRODUCTION = $("status").textContent;
 const query = new URLSearchParams(location.search);
 
 let token = query.get("token");
@@ -60,7 +62,6 @@ function start() {
   if (text === null || !settings.check()) return;
   if (tokenRequired && !token) return askForToken();
   notice.hide();
-  forgetStream();
   sent = seconds();
   phase = connection?.isUsable ? "beginning" : "connecting";
   if (phase === "connecting") connect();
@@ -81,7 +82,7 @@ function change(kind) {
 function stop() {
   if (phase === "connecting") {
     connection.close();
-    phase = "idle";
+    ended("stopped");
   } else if (isUnderWay()) {
     connection.send("stop");
     phase = "stopping";
@@ -138,7 +139,8 @@ const on = {
   },
 
   started(message) {
-    forgetStream();
+    if (phase === "queued") sent = seconds(); // what is measured is the model, not the queue
+    stream?.close();
     if (phase !== "stopping") phase = "running";
     const screen = message.mime === "image/jpeg" ? $("canvas") : $("video");
     stage.show(screen, message);
@@ -181,25 +183,24 @@ const on = {
 };
 
 function ended(why) {
-  reason = REASONS[why] ?? "Ended";
+  const hasBegun = stream && !stream.isComplete; // or the start was refused, and the video before it is still there
   phase = stream ? "ended" : "idle";
-  stream?.finish();
   timeline.setPending(null);
-  if (!stream) stage.set("idle", reason);
+  if (hasBegun) {
+    reason = REASONS[why] ?? "Ended";
+    stream.finish();
+  }
   render();
 }
 
 async function closed({ wasOpen, reason: said }) {
   const wasUnderWay = isUnderWay() || phase === "stopping";
-  if (wasUnderWay) ended("lost");
+  ended("lost");
   if (wasOpen) {
-    reason = "Connection lost";
+    // Where nothing was under way, the next start connects again, and there is nothing to tell.
     if (wasUnderWay) notice.show(said || "The connection to the server was lost.", { action: { label: "Start anew", act: start } });
-    render();
     return;
   }
-  reason = "Not connected";
-  stage.set("idle", reason);
   await readHealth();
   if (tokenRequired) askForToken();
   const why = tokenRequired ? "The server refuses the connection. Is the token right?" : "The server cannot be reached.";
@@ -225,7 +226,7 @@ async function readHealth() {
   tokenRequired = health.token_required === true;
   const model = String(health.model ?? "");
   const name = isEmbedded(model) ? "Embedded model" : model;
-  $("server").textContent = health.ready === false ? "Loading the model" : [name, health.device].filter(Boolean).join(" · ");
+  $("server").textContent = health.ready === false ? "Loading the model" : [name, String(health.device ?? "").replace(/^cpu$/, "CPU")].filter(Boolean).join(" · ");
   showExamples(model);
   if (tokenRequired && !token) $("token-form").hidden = false;
   if (health.ready === false) setTimeout(readHealth, 2000);
@@ -267,29 +268,33 @@ function tick() {
 }
 
 function showState(state, now) {
-  stage.state = state;
-  if (state === "waiting" && stream.firstFrame === null) return stage.set("beginning", "The first frames are being made");
+  const hasPicture = stream.firstFrame !== null;
   const texts = {
     playing: "",
     held: stream.isPaused ? "Paused" : "",
     ended: reason,
-    waiting: now - stalledSince > QUIET_STALL ? "Waiting for the next frames" : "",
+    waiting: !hasPicture ? "The first frames are being made" : now - stalledSince > QUIET_STALL ? "Waiting for the next frames" : "",
   };
-  stage.set(state, texts[state]);
-  const does = state === "held" || state === "ended" ? "play" : "pause";
-  if ($("toggle").dataset.does === does && $("toggle").dataset.state === state) return;
-  Object.assign($("toggle").dataset, { does, state });
-  $("toggle").ariaLabel = { held: "Play", ended: "Play again" }[state] ?? "Pause";
+  stage.state = state;
+  stage.set(hasPicture ? state : "beginning", phaseText() ?? texts[state], hasPicture);
+  $("toggle").dataset.does = state === "held" || state === "ended" ? "play" : "pause";
+  const label = { held: "Play", ended: "Play again" }[state] ?? "Pause";
+  if ($("toggle").ariaLabel !== label) $("toggle").ariaLabel = label;
 }
 
-function render() {
+/** What the page waits for beside the video, or null. */
+function phaseText() {
   const texts = {
     connecting: "Connecting",
     beginning: "The video begins",
     queued: `Other videos are being made.\nYour place in the queue: ${position}`,
     stopping: "Stopping",
   };
-  if (!stream && phase in texts) stage.set(phase, texts[phase]);
+  return texts[phase] ?? null;
+}
+
+function render() {
+  if (!stream) stage.set(phase, phaseText() ?? INTRODUCTION);
   $("main").textContent = isUnderWay() || phase === "stopping" ? "Change prompt" : "Start";
   $("main").disabled = isUnderWay() ? phase !== "running" : phase === "stopping";
   $("cut").disabled = $("blend").disabled = phase !== "running";
@@ -312,12 +317,6 @@ function renderNumbers() {
   $("decode").textContent = duration(lastChunk?.decode_seconds ?? null);
   timeline.setPosition(stream.position, stream.frame, stream.ranges.length > 0);
   $("download").disabled = stream.received === 0;
-}
-
-function forgetStream() {
-  stream?.close();
-  stream = null;
-  for (const screen of [$("video"), $("canvas")]) screen.hidden = true;
 }
 
 function loop() {

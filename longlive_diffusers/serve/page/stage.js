@@ -34,8 +34,9 @@ export class Stage {
   }
 
   /** What the video is doing: the style goes by it, and the text is read out where it changes. */
-  set(state, text) {
+  set(state, text, hasPicture = false) {
     this.#element.dataset.state = state;
+    this.#element.toggleAttribute("data-picture", hasPicture);
     if (this.#status.textContent !== text) this.#status.textContent = text;
   }
 

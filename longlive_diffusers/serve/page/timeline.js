@@ -106,10 +106,12 @@ export class Timeline {
   setPosition(position, frame, canSeek) {
     this.#position = position;
     this.#canSeek = canSeek;
-    const percent = `${(position / span(this.#seconds)) * 100}%`;
-    this.track.querySelector("#played").style.width = percent;
     const playhead = this.track.querySelector("#playhead");
-    playhead.style.left = percent;
+    playhead.style.left = `${(position / span(this.#seconds)) * 100}%`;
+    for (const [index, { start, end }] of this.segments.entries()) {
+      const seen = (position * this.#fps - start) / (end - start);
+      this.bars.children[index].style.setProperty("--seen", `${Math.min(Math.max(0, seen), 1) * 100}%`);
+    }
     playhead.hidden = this.segments.length === 0;
     this.track.ariaDisabled = String(!canSeek);
     this.track.ariaValueMax = this.#seconds.toFixed(1);
@@ -129,6 +131,7 @@ export class Timeline {
     const bar = document.createElement("div");
     bar.dataset.kind = segment.kind;
     bar.title = segment.prompt;
+    bar.append(document.createElement("i"));
     this.bars.append(bar);
     const start = segment.start / this.#fps;
     const entry = this.#entry(clock(start), KINDS[segment.kind], segment.prompt);
@@ -141,7 +144,9 @@ export class Timeline {
   #entry(time, kind, prompt) {
     const button = document.createElement("button");
     button.type = "button";
-    for (const text of [time, kind, prompt]) button.append(Object.assign(document.createElement("span"), { textContent: text }));
+    for (const [className, textContent] of Object.entries({ when: time, kind, prompt })) {
+      button.append(Object.assign(document.createElement("span"), { className, textContent }));
+    }
     const entry = document.createElement("li");
     entry.append(button);
     return entry;
