@@ -14,8 +14,8 @@ export class Connection {
   #waiting = []; // what was sent before the socket was open
 
   /**
-   * @param handlers `message(object)`, `media(arrayBuffer)`, and `closed({ wasOpen, reason })`, which is called once
-   *   unless the page itself closed the connection.
+   * @param handlers `message(object)`, `media(arrayBuffer)`, and `closed({ wasOpen, code, reason })`, which is called
+   *   once unless the page itself closed the connection.
    */
   constructor(url, { message, media, closed }) {
     let wasOpen = false;
@@ -26,7 +26,7 @@ export class Connection {
       for (const text of this.#waiting.splice(0)) this.#socket.send(text);
     };
     this.#socket.onmessage = ({ data }) => (typeof data === "string" ? message(JSON.parse(data)) : media(data));
-    this.#socket.onclose = ({ reason }) => closed({ wasOpen, reason });
+    this.#socket.onclose = ({ code, reason }) => closed({ wasOpen, code, reason });
   }
 
   send(type, fields = {}) {

@@ -34,13 +34,14 @@ export class MsePlayer {
   #isClosed = false;
   #runs = false;
 
-  /** @param handlers `first()`, with the first picture, and `failed(message)` */
+  /** @param handlers `first()`, with the first picture; `failed(message)`; `blocked()`, by the browser's settings */
   constructor(video, { mime, fps }, handlers) {
     this.#video = video;
     this.#fps = fps;
     this.handlers = handlers;
     this.#source.addEventListener("sourceopen", () => {
       if (this.#buffer || this.#isClosed) return;
+      if (!canPlay(mime)) return handlers.failed(`${mime} is not supported`);
       this.#buffer = this.#source.addSourceBuffer(mime);
       this.#buffer.addEventListener("updateend", () => this.#work());
       this.#work();
@@ -121,15 +122,16 @@ export class MsePlayer {
   #sayFirst() {
     this.#video.onloadeddata = null;
     // The data is there; the picture is when the browser has composed it.
-    if ("requestVideoFrameCallback" in this.#video) this.#video.requestVideoFrameCallback(() => this.handlers.first());
-    else this.handlers.first();
+    const { first } = this.handlers;
+    if ("requestVideoFrameCallback" in this.#video) this.#video.requestVideoFrameCallback(() => first());
+    else first();
   }
 
   #work() {
     if (!this.#buffer || this.#buffer.updating || this.#isClosed || this.#video.error) return;
     if (this.#source.readyState === "closed") return;
     if (this.#removeOld() || this.#appendQueue()) return;
-    if (this.#isComplete && this.#queue.length === 0 && this.#source.readyState === "open") this.#source.endOfStream();
+    if (this.#isComplete && this.#source.readyState === "open") this.#source.endOfStream();
   }
 
   #removeOld() {

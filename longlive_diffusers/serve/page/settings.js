@@ -44,8 +44,8 @@ export class Settings {
   /** What a start message says beside its prompt; `video` is what to send where the viewer has no choice made. */
   fields(video) {
     const value = (id) => this.#form.querySelector(`#${id}`).value;
-    const names = { seconds: "seconds", seed: "seed", steps: "steps", guidance_scale: "guidance", width: "width", height: "height" };
-    const inputs = Object.fromEntries(Object.entries(names).map(([name, id]) => [name, value(id)]));
+    const inputs = { guidance_scale: value("guidance") };
+    for (const name of ["seconds", "seed", "steps", "width", "height"]) inputs[name] = value(name);
     const image = this.#image ? { image: this.#image } : {};
     return { ...numbers(inputs), ...image, video: value("transport-choice") || video };
   }

@@ -45,7 +45,7 @@ export function segmentAt(segments, frame) {
 /** The nearest second that can be shown; `ranges` are [start, end]. Null where there is none. */
 export function nearest(ranges, seconds) {
   const inside = ranges.map(([start, end]) => Math.min(Math.max(seconds, start), end));
-  return inside.reduce((best, at) => (best === null || Math.abs(at - seconds) < Math.abs(best - seconds) ? at : best), null);
+  return inside.sort((a, b) => Math.abs(a - seconds) - Math.abs(b - seconds))[0] ?? null;
 }
 
 /** The track below the video, and the list of prompts beside it. */
@@ -103,7 +103,7 @@ export class Timeline {
   }
 
   /** Show the position, in seconds, and whether the viewer can choose another. */
-  setPosition(position, frame, canSeek) {
+  setPosition(position, canSeek) {
     this.#position = position;
     this.#canSeek = canSeek;
     const playhead = this.track.querySelector("#playhead");
@@ -113,17 +113,20 @@ export class Timeline {
       this.bars.children[index].style.setProperty("--seen", `${Math.min(Math.max(0, seen), 1) * 100}%`);
     }
     playhead.hidden = this.segments.length === 0;
-    this.track.ariaDisabled = String(!canSeek);
-    this.track.ariaValueMax = this.#seconds.toFixed(1);
-    this.track.ariaValueNow = position.toFixed(1);
-    this.track.ariaValueText = `${clock(position)} of ${clock(this.#seconds)}`;
-    this.#mark(frame < 0 ? -1 : segmentAt(this.segments, frame));
+    const aria = {
+      disabled: !canSeek,
+      valuemax: this.#seconds.toFixed(1),
+      valuenow: position.toFixed(1),
+      valuetext: `${clock(position)} of ${clock(this.#seconds)}`,
+    };
+    for (const [name, value] of Object.entries(aria)) this.track.setAttribute(`aria-${name}`, value);
+    this.#mark(segmentAt(this.segments, position * this.#fps + 1e-3)); // a rounding error before it is the frame, too
   }
 
   #mark(index) {
     if (index === this.#current) return;
     this.#current = index;
-    for (const [other, segment] of this.segments.entries()) segment.button.ariaCurrent = String(other === index);
+    for (const [other, { button }] of this.segments.entries()) button.setAttribute("aria-current", other === index);
     this.caption.textContent = this.caption.title = this.segments[index]?.prompt ?? "";
   }
 
