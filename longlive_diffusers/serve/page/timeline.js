@@ -88,6 +88,7 @@ export class Timeline {
       this.bars.children[index].style.left = `${left * 100}%`;
       this.bars.children[index].style.width = `${width * 100}%`;
     }
+    this.#showPosition();
     return segment;
   }
 
@@ -106,13 +107,7 @@ export class Timeline {
   setPosition(position, canSeek) {
     this.#position = position;
     this.#canSeek = canSeek;
-    const playhead = this.track.querySelector("#playhead");
-    playhead.style.left = `${(position / span(this.#seconds)) * 100}%`;
-    for (const [index, { start, end }] of this.segments.entries()) {
-      const seen = (position * this.#fps - start) / (end - start);
-      this.bars.children[index].style.setProperty("--seen", `${Math.min(Math.max(0, seen), 1) * 100}%`);
-    }
-    playhead.hidden = this.segments.length === 0;
+    this.#showPosition();
     const aria = {
       disabled: !canSeek,
       valuemax: this.#seconds.toFixed(1),
@@ -121,6 +116,16 @@ export class Timeline {
     };
     for (const [name, value] of Object.entries(aria)) this.track.setAttribute(`aria-${name}`, value);
     this.#mark(segmentAt(this.segments, position * this.#fps + 1e-3)); // a rounding error before it is the frame, too
+  }
+
+  #showPosition() {
+    const playhead = this.track.querySelector("#playhead");
+    playhead.hidden = this.segments.length === 0;
+    playhead.style.left = `${(this.#position / span(this.#seconds)) * 100}%`;
+    for (const [index, { start, end }] of this.segments.entries()) {
+      const seen = (this.#position * this.#fps - start) / (end - start);
+      this.bars.children[index].style.setProperty("--seen", `${Math.min(Math.max(0, seen), 1) * 100}%`);
+    }
   }
 
   #mark(index) {
