@@ -102,8 +102,10 @@ class Page:
         found: list[Path] = []
 
         def is_there() -> bool:
-            found[:] = [path for path in set(self.downloads.iterdir()) - before if path.suffix != ".crdownload"]
-            return bool(found) and not list(self.downloads.glob("*.crdownload"))
+            new = set(self.downloads.iterdir()) - before
+            # While it is being written, a file has other names.
+            found[:] = [path for path in new if path.suffix != ".crdownload" and not path.name.startswith(".")]
+            return bool(found) and len(found) == len(new)
 
         self._wait(is_there, "a download")
         return found[0]
