@@ -59,6 +59,9 @@ class Page:
     def text(self, name: str) -> str:
         return self.js(f"document.getElementById({name!r}).textContent")
 
+    def texts(self, selector: str) -> list[str]:
+        return [element.text for element in self.driver.find_elements(By.CSS_SELECTOR, selector)]
+
     def js(self, expression: str) -> Any:
         return self.driver.execute_script(f"return {expression}")
 
