@@ -17,6 +17,7 @@ from tests.support.live_server import PATIENCE, LiveServer
 
 
 SIZE = (1280, 900)  # of the window
+SET = "document.getElementById(arguments[0]).value = arguments[1]"  # keys, one by one, would take seconds
 # The name of the color that most of the colored pixels on the screen have, or null.
 COLOR_ON_SCREEN = """
 const shown = document.querySelector("#stage :is(video, canvas):not([hidden])");
@@ -74,14 +75,19 @@ class Page:
         self.element(name).click()
 
     def write(self, prompt: str) -> None:
-        self.element("prompt").clear()
-        self.element("prompt").send_keys(prompt)
+        self.driver.execute_script(SET, "prompt", prompt)
 
     def start(self, prompt: str, **options: object) -> None:
         for name, value in options.items():
-            self.driver.execute_script("document.getElementById(arguments[0]).value = arguments[1]", name, str(value))
+            self.driver.execute_script(SET, name, str(value))
         self.write(prompt)
         self.press("main")
+
+    def pause_again(self) -> None:
+        """After the end of a video, let it play again, and hold it."""
+        self.press("toggle")
+        self.press("toggle")
+        self.wait_for_text("status", "Paused")
 
     def wait_for(self, expression: str) -> None:
         """Wait until an expression of JavaScript is true."""
