@@ -18,6 +18,7 @@ export class Stream {
   promptLatency = null; // seconds from a prompt's message to its first frame on the screen
 
   #asked = null; // { kind, prompt, sent, frame } of the last change that is not on the screen yet
+  #wasHeld = false;
   #player;
   #pacing;
 
@@ -89,11 +90,20 @@ export class Stream {
     return state;
   }
 
-  /** Note how many frames were made and shown by now. */
+  /** Note how many frames were made and shown by now; a rate is of the time that the video runs. */
   measure() {
     const now = seconds();
-    this.made.add(now, this.received);
-    this.shown.add(now, this.#player.shown);
+    if (this.#pacing.state === "held") {
+      this.#wasHeld = true;
+      return;
+    }
+    if (this.#wasHeld) {
+      this.made = new Rate();
+      this.shown = new Rate();
+      this.#wasHeld = false;
+    }
+    if (!this.isComplete) this.made.add(now, this.received);
+    if (this.#pacing.state !== "ended") this.shown.add(now, this.#player.shown);
   }
 
   seek(to) {
