@@ -207,7 +207,8 @@ def test_a_tab_that_nobody_sees_holds_the_video(page: Page, server: LiveServer) 
     page.wait_for(f"{SHOWN} > 2")
     page.driver.minimize_window()
     try:
-        page.wait_for("document.hidden && document.getElementById('video').paused")
+        page.wait_for("document.hidden && document.getElementById('stage').dataset.state === 'held'")
+        assert page.js("document.getElementById('video').paused")
         held = page.js(TIME)
     finally:
         page.driver.set_window_rect(0, 0, *SIZE)
@@ -411,7 +412,7 @@ def test_what_is_kept_and_what_is_let_go(page: Page, server: LiveServer) -> None
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 880, 1280])
-def test_nothing_is_wider_than_the_screen(page: Page, server: LiveServer, width: int, scheme: str) -> None:
+def test_it_is_readable_and_no_wider_than_the_screen(page: Page, server: LiveServer, width: int, scheme: str) -> None:
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
