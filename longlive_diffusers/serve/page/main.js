@@ -252,7 +252,8 @@ function showExamples(model) {
 function tick() {
   if (!stream) return;
   // A tab that nobody sees holds the video, and so the server pauses: numbers stay true, and nothing is made in vain.
-  playback = stream.update(!document.hidden || document.pictureInPictureElement !== null);
+  const isSeen = !document.hidden || Boolean(document.pictureInPictureElement); // undefined where there is none
+  playback = stream.update(isSeen);
   const now = seconds();
   stalledSince = playback === "waiting" ? (stalledSince ?? now) : null;
   showState(now);
