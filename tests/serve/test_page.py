@@ -203,7 +203,7 @@ def test_pause_holds_the_video_and_its_making(page: Page, server: LiveServer) ->
 def test_a_tab_that_nobody_sees_holds_the_video(page: Page, server: LiveServer) -> None:
     page.open(server)
     page.start(RED)
-    page.wait_for(f"{SHOWN} > 2")
+    page.wait_for(f"{SHOWN} > 2 && document.getElementById('stage').hasAttribute('data-picture')")
     page.driver.minimize_window()
     try:
         page.wait_for("document.hidden && document.getElementById('stage').dataset.state === 'held'")
