@@ -67,7 +67,7 @@ def test_it_is_short_and_has_two_lines_of_set_up():
     assert len(README.splitlines()) <= 200
     assert README.count("pip install") == 2
     first, second = re.findall(r"^pip install .*$", README, re.M)
-    assert "longlive generate" in first and "video.mp4" in first
+    assert "[demo]" in first and "longlive generate" in first and "video.mp4" in first
     assert second.endswith('".[test]" && pytest -n logical')
 
 
