@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from .frame_counts import chunks_to_cover, latent_frames, pixel_frames, whole_chunks
     from .models.kv_cache import KVCache
     from .models.layer_kv_cache import LayerKVCache
+    from .models.streaming_tiny_decoder import StreamingTinyDecoder
     from .models.streaming_vae import StreamingDecoder, StreamingEncoder
+    from .models.tiny_decoder import TinyVideoDecoder
     from .models.transformer_longlive import LongLiveTransformer3DModel
     from .nvfp4.quantizer import NVFP4Config
     from .parallel.stream_config import StreamParallelConfig
@@ -46,6 +48,8 @@ __all__ = [
     "StreamingDecoder",
     "StreamingEncoder",
     "StreamingSession",
+    "StreamingTinyDecoder",
+    "TinyVideoDecoder",
     "VideoChunk",
     "VideoWriter",
     "__version__",
@@ -72,6 +76,8 @@ _MODULES = {
     "StreamingDecoder": ".models.streaming_vae",
     "StreamingEncoder": ".models.streaming_vae",
     "StreamingSession": ".pipelines.session",
+    "StreamingTinyDecoder": ".models.streaming_tiny_decoder",
+    "TinyVideoDecoder": ".models.tiny_decoder",
     "VideoChunk": ".pipelines.pipeline_output",
     "VideoWriter": ".video.writer",
     "chunks_to_cover": ".frame_counts",

@@ -16,7 +16,7 @@ from typing import Any
 
 
 LIBRARY = "longlive_diffusers"
-CLASSES = ("LongLivePipeline", "LongLiveTransformer3DModel", "LongLiveScheduler")
+CLASSES = ("LongLivePipeline", "LongLiveTransformer3DModel", "LongLiveScheduler", "TinyVideoDecoder")
 QUANTIZER = f"{LIBRARY}.nvfp4.quantizer"
 
 

@@ -7,7 +7,9 @@ import torch.distributed as dist
 from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 
+from ..models.streaming_tiny_decoder import StreamingTinyDecoder
 from ..models.streaming_vae import StreamingDecoder, latent_statistics
+from ..models.tiny_decoder import TinyVideoDecoder
 from .bytes_on_host import HostCopier, to_bytes
 from .pipeline_output import Frames, check_numbers, check_sound
 from .stopwatch import Stopwatch
@@ -15,23 +17,24 @@ from .stopwatch import Stopwatch
 
 class ChunkDecoder:
     """
-    Decodes the chunks of one video, in order. It holds the features that the VAE passes from chunk to chunk, and does
-    not depend on who makes the latents.
+    Decodes the chunks of one video, in order. It holds the features that the network passes from chunk to chunk, and
+    does not depend on who makes the latents.
 
     Args:
-        vae: The VAE that decodes; not changed.
+        network: The VAE or the tiny decoder that decodes; not changed.
         video_processor: Converts pixels to the output layout.
         output_type: The layout of the frames: "np", "pt", "pil" or "uint8".
-        device: The device that the VAE runs on, possibly another one than that of the latents.
+        device: The device that the network runs on, possibly another one than that of the latents.
         stream: The CUDA stream to decode on, in parallel with what the caller's stream does; None for the caller's.
         group: Ranks that decode together, as in [`StreamingDecoder`]: all give the same latents and get all frames.
+            (With a tiny decoder, each rank decodes for itself.)
 
     `stopwatch` has the time that the last chunk took.
     """
 
     def __init__(
         self,
-        vae: AutoencoderKLWan,
+        network: AutoencoderKLWan | TinyVideoDecoder,
         video_processor: VideoProcessor,
         output_type: str,
         device: torch.device,
@@ -39,10 +42,14 @@ class ChunkDecoder:
         stream: torch.cuda.Stream | None = None,
         group: dist.ProcessGroup | None = None,
     ):
-        self.vae, self.video_processor, self.output_type, self.device = vae, video_processor, output_type, device
-        self._decoder, self._stream, self._copier = StreamingDecoder(vae, group), stream, HostCopier()
-        # Made once: on a GPU, making a tensor of Python's numbers waits for the device.
-        self._mean, self._std = latent_statistics(vae, device, torch.float32)
+        self.network, self.video_processor, self.output_type = network, video_processor, output_type
+        self.device, self._stream, self._copier = device, stream, HostCopier()
+        self._decoder: StreamingTinyDecoder | StreamingDecoder
+        if isinstance(network, TinyVideoDecoder):
+            self._decoder, self._statistics = StreamingTinyDecoder(network), None  # it takes normalized latents
+        else:
+            # Made once: on a GPU, making a tensor of Python's numbers waits for the device.
+            self._decoder, self._statistics = StreamingDecoder(network, group), latent_statistics(network, device)
         self.stopwatch: Stopwatch | None = None
 
     @torch.no_grad()
@@ -84,9 +91,11 @@ class ChunkDecoder:
         return frames
 
     def _frames(self, latents: torch.Tensor) -> Frames:
-        latents = latents * self._std + self._mean
+        if self._statistics is not None:
+            mean, std = self._statistics
+            latents = latents * std + mean
         # In float32: half of bfloat16's numbers in [0, 1] are further apart than half a level of 8 bits.
-        pixels = self._decoder.decode(latents.to(self.vae.dtype)).float()
+        pixels = self._decoder.decode(latents.to(self.network.dtype)).float()
         # PIL images are made of arrays, as diffusers does: a pixel that is not a number would be some color in them.
         layout = "pt" if self.output_type in ("pt", "uint8") else "np"
         frames: Any = self.video_processor.postprocess_video(pixels, output_type=layout)

@@ -13,6 +13,7 @@ from ..limits import MAX_GUIDANCE_SCALE, MAX_SIDE
 from ..models.attention_kwargs import check_attention_kwargs
 from ..models.kv_cache import check_window
 from ..models.layer_kv_cache import resolve_kv_cache_dtype
+from ..models.tiny_decoder import TinyVideoDecoder
 from ..number_checks import check_booleans, check_counts, check_non_negative, is_count
 from ..tensor_checks import check_finite, check_floats
 from ..wording import alternatives, counted
@@ -158,6 +159,7 @@ class Request:
     callback: Callable | PipelineCallback | MultiPipelineCallbacks | None
     callback_tensor_inputs: tuple[str, ...]
     output_type: str
+    decoder: TinyVideoDecoder | None
     async_decode: bool
 
     @property
@@ -212,6 +214,7 @@ def resolve_request(
     callback_on_step_end,
     callback_on_step_end_tensor_inputs,
     max_sequence_length,
+    decoder,
     async_decode,
 ) -> Request:
     """
@@ -249,6 +252,7 @@ def resolve_request(
     check_non_negative(at_most=MAX_GUIDANCE_SCALE, guidance_scale=guidance_scale)
     check_non_negative(at_most=MAX_ROPE_OFFSET, multi_shot_rope_offset=multi_shot_rope_offset)
     check_output_type(output_type)
+    check_decoder(decoder, sizes)
     check_attention_kwargs(attention_kwargs)
     if kv_cache_dtype is not None:
         kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, sizes.head_dim)
@@ -317,6 +321,7 @@ def resolve_request(
         callback=callback_on_step_end,
         callback_tensor_inputs=callback_tensor_inputs,
         output_type=output_type,
+        decoder=decoder,
         async_decode=async_decode,
     )
 
@@ -402,6 +407,22 @@ def check_embeds(name: str, embeds: torch.Tensor, text_dim: int | None) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- size and length
+def check_decoder(decoder: TinyVideoDecoder | None, sizes: ModelSizes) -> None:
+    """Raise a ValueError unless a decoder that stands in for the VAE's is for latents of these sizes."""
+    if decoder is None:
+        return
+    if not isinstance(decoder, TinyVideoDecoder):
+        raise ValueError(f"`decoder` must be a TinyVideoDecoder, or None for the VAE, got {type(decoder).__name__}.")
+    own = (decoder.config["latent_channels"], decoder.spatial_scale, decoder.temporal_scale)
+    needed = (sizes.latent_channels, sizes.spatial_scale, sizes.temporal_scale)
+    if own != needed:
+        own, needed = (
+            f"{channels} channels that span {space}x{space} pixels and {time} frames"
+            for channels, space, time in (own, needed)
+        )
+        raise ValueError(f"`decoder` is for latents of {own}; this pipeline's have {needed}.")
+
+
 def check_latents(name: str, latents: torch.Tensor | None, channels: int, chunk_size: int | None) -> None:
     """Raise a ValueError unless latents have a positive multiple of `chunk_size` frames (one frame if it is None)."""
     if latents is None:
@@ -535,6 +556,7 @@ def describe_request(request: Request) -> dict[str, Any]:
     """Return what several ranks must ask for alike to make one video together. What is said and drawn, prompts, noise
     and conditions, may differ: that of the first rank is used."""
     tensors = ("prompt_embeds", "negative_prompt_embeds", "noise", "image", "video", "image_latents", "video_latents")
-    others = ("plans", "negative_prompt", "generator", "callback", "callback_tensor_inputs")
+    others = ("plans", "negative_prompt", "generator", "callback", "callback_tensor_inputs", "decoder")
     names = [field.name for field in fields(request) if field.name not in (*tensors, *others)]
-    return {name: getattr(request, name) for name in names}
+    described = {name: getattr(request, name) for name in names}
+    return {**described, "decoder": "the VAE" if request.decoder is None else "a tiny decoder"}

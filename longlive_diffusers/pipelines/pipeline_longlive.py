@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from ..loaders.lora import check_lora_fits, read_lora
 from ..loaders.lora_file import LoraFile, find_lora_file, read_lora_file
 from ..models.streaming_vae import encode_video
+from ..models.tiny_decoder import TinyVideoDecoder
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_booleans, check_counts
 from ..nvfp4.linear import nvfp4_layers, weights_of
@@ -47,6 +48,7 @@ from .denoiser import ChunkDenoiser
 from .inputs import (
     ModelSizes,
     Request,
+    check_decoder,
     check_embeds,
     check_latents,
     check_output_type,
@@ -241,6 +243,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature)
         max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
+        decoder: TinyVideoDecoder | None = None,
     ) -> LongLivePipelineOutput | tuple:
         r"""
         Generate a video.
@@ -288,6 +291,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             callback_on_step_end_tensor_inputs: The names of the tensors that the callback gets.
             max_sequence_length: The number of tokens that a prompt is padded or truncated to (a warning says where),
                 at most the tokenizer's `model_max_length`. Where that is below 512, the default stands for it.
+            decoder: A tiny decoder that makes the frames in place of the VAE, faster and less well, on the device and in
+                the dtype that it was moved to; None for the VAE, which always encodes what the video begins with.
 
         Examples:
 
@@ -304,7 +309,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if num_frames is None and latents is None:
             raise ValueError("`num_frames` None is an endless video: use `pipe.stream(...)`.")
         # With offloading, decoding each chunk as it comes would move the transformer in and out for each of them.
-        decode_later = self.is_offloaded and output_type != "latent"
+        decode_later = self.is_offloaded and output_type != "latent" and decoder is None
         if decode_later:
             check_output_type(output_type)
             options["output_type"] = "latent"
@@ -354,6 +359,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature)
         max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
+        decoder: TinyVideoDecoder | None = None,
         async_decode: bool = False,
     ) -> StreamingSession:
         r"""
@@ -373,9 +379,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         return self._begin(lambda: self._resolve(**options))
 
-    def _resolve(self, *, output_type, image, video, **options) -> Request:
+    def _resolve(self, *, output_type, image, video, decoder, **options) -> Request:
         """Check everything that can be checked without work; the arguments are those of `stream`."""
-        self._check_vae(is_needed=output_type != "latent" or image is not None or video is not None)
+        uses_vae = (output_type != "latent" and decoder is None) or image is not None or video is not None
+        self._check_vae(is_needed=uses_vae)
         request = resolve_request(
             self.sizes,
             self.config,
@@ -383,11 +390,11 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             output_type=output_type,
             image=image,
             video=video,
+            decoder=decoder,
             **options,
         )
         copy.deepcopy(self.scheduler).set_timesteps(request.num_inference_steps)  # raises where it cannot solve
         if self.stream_ranks is not None:
-            uses_vae = output_type != "latent" or image is not None or video is not None
             sends_pixels = uses_vae and self.stream_ranks.config.parallel_decode
             devices = {self._execution_device, *([self.vae_device] if sends_pixels else [])}
             self.stream_ranks.check_request(devices, is_guided=is_guided(request.guidance_scale))
@@ -438,9 +445,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         decoder = None
         if request.output_type != "latent":
-            shares_gpu = request.async_decode and device.type == "cuda" and self.vae_device == device
+            decodes_on = self.vae_device if request.decoder is None else request.decoder.device
+            shares_gpu = request.async_decode and device.type == "cuda" and decodes_on == device
             stream = self._workers.decode_stream(device) if shares_gpu else None
-            decoder = self._chunk_decoder(request.output_type, stream)
+            decoder = self._chunk_decoder(request.output_type, request.decoder, stream)
         return StreamingSession(
             denoiser,
             decoder,
@@ -543,27 +551,36 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return encode_video(self.vae, pixels, self.vae_device, group=self.vae_group)
 
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "np") -> Frames:
-        """Decode normalized latents `[B, C, F, h, w]` of whole videos, in memory that does not depend on F. Ranks that
-        share this pipeline's streams call it together, with the same latents.
+    def decode_latents(
+        self, latents: torch.Tensor, output_type: str = "np", decoder: TinyVideoDecoder | None = None
+    ) -> Frames:
+        """Decode normalized latents `[B, C, F, h, w]` of whole videos, in memory that does not depend on F, by the VAE
+        or a tiny `decoder` (see `__call__`). Ranks that share this pipeline's streams call it together, with the same
+        latents.
 
         Raises:
-            ValueError: For latents of another shape, an unknown `output_type`, or the output type "latent".
+            ValueError: For latents of another shape, an unknown `output_type`, the output type "latent", or a decoder
+                for other latents.
         """
         check_output_type(output_type)
         if output_type == "latent":
             raise ValueError('`output_type` "latent" leaves nothing to decode.')
-        self._check_vae(is_needed=True)
+        self._check_vae(is_needed=decoder is None)
+        check_decoder(decoder, self.sizes)
         check_latents("latents", latents, self.transformer.config.in_channels, chunk_size=1)
-        decoder, chunk_size = self._chunk_decoder(output_type), self.transformer.config.chunk_size
+        chunk_decoder, chunk_size = self._chunk_decoder(output_type, decoder), self.transformer.config.chunk_size
         try:
             with self._together():
-                frames = [decoder.decode(chunk) for chunk in latents.split(chunk_size, dim=2)]
+                frames = [chunk_decoder.decode(chunk) for chunk in latents.split(chunk_size, dim=2)]
         finally:
             self.maybe_free_model_hooks()
         return join_frames(frames, output_type)
 
-    def _chunk_decoder(self, output_type: str, stream: torch.cuda.Stream | None = None) -> ChunkDecoder:
+    def _chunk_decoder(
+        self, output_type: str, decoder: TinyVideoDecoder | None, stream: torch.cuda.Stream | None = None
+    ) -> ChunkDecoder:
+        if decoder is not None:
+            return ChunkDecoder(decoder, self.video_processor, output_type, decoder.device, stream=stream)
         return ChunkDecoder(
             self.vae, self.video_processor, output_type, self.vae_device, stream=stream, group=self.vae_group
         )

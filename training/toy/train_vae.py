@@ -155,10 +155,15 @@ def train_step(vae: AutoencoderKLWan, clips: torch.Tensor, generator: torch.Gene
     """Return the loss and the mean squared error (of pixels in [-1, 1])."""
     posterior = vae.encode(clips).latent_dist
     errors = (decode(vae, posterior.sample(generator)) - clips).square()
+    divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    return (errors * object_weights(clips)).mean() + kl_weight * divergence, errors.mean()
+
+
+def object_weights(clips: torch.Tensor) -> torch.Tensor:
+    """Return the weight of each pixel of clips `[B, 3, frames, H, W]`: more where there is an object."""
     background = clips.flatten(2).median(dim=2).values[:, :, None, None, None]
     is_object = ((clips - background).abs().amax(dim=1, keepdim=True) > 0.1).float()
-    divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-    return (errors * (1 + OBJECT_WEIGHT * is_object)).mean() + kl_weight * divergence, errors.mean()
+    return 1 + OBJECT_WEIGHT * is_object
 
 
 @torch.no_grad()

@@ -1,0 +1,65 @@
+"""Decode video a chunk at a time with a [`TinyVideoDecoder`], with the same result as in a single call."""
+
+import torch
+
+from .tiny_decoder import Memory, TinyVideoDecoder
+
+
+class StreamingTinyDecoder:
+    """
+    The [`StreamingDecoder`] of a tiny decoder: `decode(chunk)` for the chunks of one video, in order, gives the same
+    bits however the video is divided. It works on a latent frame at a time, so that memory does not depend on the
+    length of a chunk.
+
+    Args:
+        decoder: The network; not changed, and free for other uses between calls.
+
+    Raises:
+        ValueError: If it is no `TinyVideoDecoder`.
+    """
+
+    def __init__(self, decoder: TinyVideoDecoder):
+        if not isinstance(decoder, TinyVideoDecoder):
+            raise ValueError(f"Expected a TinyVideoDecoder, got {type(decoder).__name__}.")
+        self.decoder = decoder
+        self.reset()
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the features that are kept for the next chunk."""
+        return sum(features.nbytes for features in self._memory or ())
+
+    def reset(self) -> None:
+        """Forget the video so far: the next chunk begins a new one."""
+        self._memory: Memory | None = None
+        self._shape: tuple[int, ...] | None = None
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Decode the next chunk.
+
+        Args:
+            latents: The next latent frames `[B, latent_channels, F, h, w]`, normalized, as the transformer makes them.
+
+        Returns:
+            Pixels in [-1, 1], `[B, 3, frames, H, W]`; with a temporal scale of 4, 1 + 4 (F - 1) frames for the first
+            chunk, and 4 F for later ones.
+
+        Raises:
+            ValueError: For latents whose shape does not fit the network or the previous chunk.
+        """
+        channels = self.decoder.config.latent_channels
+        if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
+            raise ValueError(f"Expected latents [B, {channels}, F >= 1, h, w], got shape {tuple(latents.shape)}.")
+        shape = (latents.shape[0], *latents.shape[-2:])
+        if self._shape not in (None, shape):
+            raise ValueError(
+                f"The video so far has (batch, h, w) = {self._shape}, this chunk {shape}: `reset()` first."
+            )
+        self._shape = shape
+        frames = []
+        for frame in latents.split(1, dim=2):
+            pixels, self._memory = self.decoder(frame, self._memory)
+            frames.append(pixels)
+        return torch.cat(frames, dim=2).clamp(-1, 1)

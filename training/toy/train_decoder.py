@@ -1,0 +1,151 @@
+"""Train the tiny decoder of the embedded pipeline: python training/toy/train_decoder.py --output DIR
+
+It learns to draw the true frames of clips of the toy world from the latents that the VAE makes of them. Its memory
+reaches a few latent frames back and no further, so that short windows of long clips are enough: of one that does not
+open its clip, the first latent frames are context alone. The loss weighs objects like that of the VAE.
+
+The clips are encoded once, before training. A killed run begins again; it takes a few minutes.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from tqdm import tqdm
+
+from longlive_diffusers import StreamingDecoder, TinyVideoDecoder, pixel_frames
+from longlive_diffusers.assets import toy_pipeline_path
+from longlive_diffusers.atomic_write import new_folder
+from longlive_diffusers.frame_counts import TEMPORAL_SCALE
+from longlive_diffusers.models.streaming_tiny_decoder import StreamingTinyDecoder
+from longlive_diffusers.models.streaming_vae import encode_video, latent_statistics
+from train_vae import draw_clips, object_weights
+
+
+CLIP_FRAMES = 61  # of a video of the toy world
+WINDOW, CONTEXT = 8, 3  # in latent frames
+BATCH = 4
+WIDTHS = (40, 32, 32)
+
+
+def build_decoder() -> TinyVideoDecoder:
+    """Return a decoder for the latents of `train_vae.py`: 8 times smaller in space, 4 times in time."""
+    return TinyVideoDecoder(
+        latent_channels=16,
+        block_out_channels=WIDTHS,
+        layers_per_block=2,
+        time_upscale=(True, True),
+        space_upscale=(True, True),
+        patch_size=2,
+    )
+
+
+def encode_clips(vae: AutoencoderKLWan, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw clips, and return their pixels, uint8 `[count, 3, 61, 64, 64]`, and normalized latents."""
+    pixels, latents = [], []
+    for index in tqdm(range(count), desc="encoding", unit="clip", mininterval=1):
+        clip = draw_clips(f"{seed} decoder {index}", 1, CLIP_FRAMES)
+        latents.append(encode_video(vae, clip))
+        pixels.append(((clip + 1) * 127.5).round().to(torch.uint8))
+    return torch.cat(pixels), torch.cat(latents)
+
+
+def draw_windows(
+    pixels: torch.Tensor, latents: torch.Tensor, rng: random.Random, batch: int = BATCH
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """
+    Draw windows of random clips, all from the same random moment.
+
+    Returns:
+        Latents `[batch, C, WINDOW, h, w]`; the pixels that they stand for, in [-1, 1], where only the last frame of
+        the first latent frame counts, as if it opened a video; and how many of these frames are context alone.
+    """
+    clips = [rng.randrange(len(latents)) for _ in range(batch)]
+    start = rng.randint(0, latents.shape[2] - WINDOW)
+    first = TEMPORAL_SCALE * start
+    frames = pixels[clips, :, first : first + pixel_frames(WINDOW)].float() / 127.5 - 1
+    return latents[clips, :, start : start + WINDOW], frames, TEMPORAL_SCALE * CONTEXT if start else 0
+
+
+def train(decoder: TinyVideoDecoder, pixels: torch.Tensor, latents: torch.Tensor, args: argparse.Namespace) -> None:
+    """Train the decoder on these clips."""
+    rng = random.Random(args.seed)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.05
+    )
+    bar = tqdm(range(args.steps), desc="decoder", unit="step", mininterval=1)
+    for _ in bar:
+        window, frames, context = draw_windows(pixels, latents, rng)
+        errors = (decoder(window)[0] - frames)[:, :, context:].square()
+        loss = (errors * object_weights(frames)[:, :, context:]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(dB=f"{decibels(errors.detach()):.1f}", refresh=False)
+
+
+def decibels(squared_errors: torch.Tensor) -> float:
+    """Return the PSNR in dB of squared errors of pixels in [-1, 1]."""
+    return -10 * torch.log10(squared_errors.mean() / 4).item()
+
+
+@torch.no_grad()
+def compare(vae: AutoencoderKLWan, decoder: TinyVideoDecoder, seed: str, clips: int, frames: int) -> dict[str, float]:
+    """Return the PSNR in dB of whole clips that are decoded chunk by chunk: of the tiny decoder and of the VAE against
+    the true frames, and of the one against the other."""
+    errors: dict[str, list[torch.Tensor]] = {"tiny": [], "VAE": [], "tiny against VAE": []}
+    mean, std = latent_statistics(vae, vae.device)
+    for index in range(clips):
+        true = draw_clips(f"{seed} {index}", 1, frames)
+        latents = encode_video(vae, true)
+        tiny, full = StreamingTinyDecoder(decoder), StreamingDecoder(vae)
+        chunks = latents.split(2, dim=2)
+        made = torch.cat([tiny.decode(chunk.to(decoder.dtype)) for chunk in chunks], dim=2).float()
+        by_vae = torch.cat([full.decode(chunk * std + mean) for chunk in chunks], dim=2)
+        for name, one, other in (("tiny", made, true), ("VAE", by_vae, true), ("tiny against VAE", made, by_vae)):
+            errors[name].append((one - other).square().mean())
+    return {name: decibels(torch.stack(of_clips)) for name, of_clips in errors.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the tiny decoder of the embedded pipeline on the toy world.")
+    parser.add_argument(
+        "--vae", type=Path, default=toy_pipeline_path() / "vae", help="The VAE's folder (default: the embedded one)."
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="The folder to write the decoder to; an existing one is replaced."
+    )
+    parser.add_argument("--steps", type=int, default=3000, help="The number of updates (default: %(default)s).")
+    parser.add_argument("--clips", type=int, default=384, help="The number of clips (default: %(default)s).")
+    parser.add_argument(
+        "--learning_rate", type=float, default=2e-3, help="The largest learning rate (default: %(default)s)."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="The seed of weights and clips (default: 0).")
+    args = parser.parse_args()
+    if min(args.steps, args.clips) < 1:
+        parser.error(f"--steps and --clips must be at least 1, got {args.steps} and {args.clips}")
+    if not (args.vae / "config.json").is_file():
+        parser.error(f"--vae: there is no VAE in '{args.vae}'")
+
+    vae = AutoencoderKLWan.from_pretrained(args.vae, torch_dtype=torch.float32).requires_grad_(False)
+    torch.manual_seed(args.seed)
+    decoder = build_decoder()
+    train(decoder, *encode_clips(vae, args.clips, args.seed), args)
+    decoder.requires_grad_(False).eval()
+    for dtype in (torch.float32, torch.float16):
+        measured = compare(vae, decoder.to(dtype), "test", 16, CLIP_FRAMES)
+        told = ", ".join(f"{name} {value:.2f} dB" for name, value in measured.items())
+        print(f"16 clips of {CLIP_FRAMES} frames, {dtype}: {told}")
+    with new_folder(args.output, replace=True) as folder:
+        decoder.save_pretrained(folder)
+    size = sum(file.stat().st_size for file in args.output.iterdir())
+    print(f"{args.output}: {sum(parameter.numel() for parameter in decoder.parameters())} parameters, {size} bytes")
+
+
+if __name__ == "__main__":
+    main()
