@@ -1,5 +1,5 @@
-"""Files that come with the package: a tiny pipeline, so that everything can be tried without a download or a GPU, and
-the LoRAs that make it need fewer steps."""
+"""Files that come with the package: a tiny pipeline, so that everything can be tried without a download or a GPU, the
+LoRAs that make it need fewer steps, and a decoder that is faster than its VAE."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +12,12 @@ TOY_LORA_STEPS = tuple(_LORA_FOLDERS)
 def toy_pipeline_path() -> Path:
     """The folder of the tiny pipeline, for `DiffusionPipeline.from_pretrained`; its README.md says what it is."""
     return Path(str(files(__name__) / "toy"))
+
+
+def toy_decoder_path() -> Path:
+    """The folder of the decoder that may stand in for the tiny pipeline's VAE, for
+    `TinyVideoDecoder.from_pretrained`."""
+    return Path(str(files(__name__) / "toy_decoder"))
 
 
 def toy_lora_path(num_inference_steps: int) -> Path:

@@ -79,6 +79,18 @@ def add_devices_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_decoder_option(parser: argparse._ActionsContainer) -> None:
+    """Add `--decoder`, whose value `decoders.choose_decoder` loads."""
+    parser.add_argument(
+        "--decoder",
+        default="vae",
+        metavar="DECODER",
+        help="What makes the frames: vae; tiny, the small decoder of the default model, which is faster and less "
+        "exact; or, for another model, such a decoder: file (taew2_2.pth), folder or Hub repository (default: "
+        "%(default)s).",
+    )
+
+
 def add_attention_backend_option(parser: argparse._ActionsContainer) -> None:
     """Add `--attention-backend`, whose value `backends.check_attention_backend` checks."""
     parser.add_argument(

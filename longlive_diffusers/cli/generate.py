@@ -5,6 +5,7 @@ import argparse
 from ..limits import MAX_SIDE
 from .arguments import (
     add_cache_options,
+    add_decoder_option,
     add_model_options,
     add_solver_options,
     integer,
@@ -108,6 +109,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
     add_model_options(models)
+    add_decoder_option(models)
     models.add_argument(
         "--offload",
         choices=("none", "model", "sequential"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..frame_counts import chunks_to_cover, pixel_frames, whole_chunks
+from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.chunk_step import is_guided
 from ..pipelines.inputs import ModelSizes, resolve_size
 from ..video.input_file import existing_file
@@ -16,6 +17,7 @@ from ..video.writer import check_output
 from ..wording import counted
 from .beginning import Beginning, read_beginning
 from .choices import DEFAULT_SECONDS, FPS
+from .decoders import choose_decoder
 from .device import choose_device
 from .embedded_lora import choose_embedded_lora
 from .model_request import ModelRequest, check_model
@@ -27,8 +29,8 @@ class GenerationRequest:
     """What the user wants, checked as far as it can be without the models.
 
     `num_frames` is None for an endless video. `condition_frames` counts the frames that the result begins with, of the
-    video that it continues. `embedded_lora` is the file of the LoRA that nobody named, if one is used. `notes` are
-    what the user should know before it begins, a line each.
+    video that it continues. `embedded_lora` is the file of the LoRA that nobody named, if one is used. `decoder` makes
+    the frames where it is not the VAE that does. `notes` are what the user should know before it begins, a line each.
     """
 
     shots: list[RequestedShot]
@@ -38,6 +40,7 @@ class GenerationRequest:
     seed: int
     device: torch.device
     embedded_lora: Path | None
+    decoder: TinyVideoDecoder | None
     notes: list[str]
 
     def stream_arguments(self, args: argparse.Namespace) -> dict:
@@ -60,6 +63,7 @@ class GenerationRequest:
             "kv_cache_dtype": None if args.kv_cache_dtype == "auto" else args.kv_cache_dtype,
             "generator": torch.Generator().manual_seed(self.seed),
             "output_type": "uint8",
+            "decoder": self.decoder,
             "async_decode": args.stream,
         }
 
@@ -97,6 +101,7 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, ModelReq
     if models.num_devices > 1 and args.offload != "none":
         raise ValueError("--offload is for one GPU; several --devices have room for the models")
     sizes = models.folder.sizes
+    decoder = choose_decoder(args, sizes)
     resolve_size(args.height, args.width, {}, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)
     beginning = read_beginning(args, sizes, requested_frames(args))
     num_frames, condition_frames = choose_length(args, shots, len(beginning.video or ()), sizes)
@@ -108,7 +113,7 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, ModelReq
     if output.is_fifo():
         notes.append(f"'{output}' is a pipe: nothing can be written before somebody reads it")
     request = GenerationRequest(
-        shots, beginning, num_frames, condition_frames, seed, device, embedded_lora, notes=notes
+        shots, beginning, num_frames, condition_frames, seed, device, embedded_lora, decoder, notes=notes
     )
     return request, models
 

@@ -9,7 +9,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from diffusers.utils import logging as diffusers_logging
+from torch import nn
 
 from ..benchmark.measure import as_size, peak_memory, reset_peak_memory
 from ..latency import Latency
@@ -102,7 +104,12 @@ def load(
 ) -> LongLivePipeline:
     """Load the models that were asked for."""
     fused_lora, offload = request.embedded_lora, args.offload
-    return load_model(models, args, rank, fused_lora=fused_lora, offload=offload, show_progress=show_progress)
+    pipe = load_model(models, args, rank, fused_lora=fused_lora, offload=offload, show_progress=show_progress)
+    if request.decoder is not None:
+        # In bfloat16, a step of its output, which is in [0, 1], would be a whole level of 8 bits.
+        device = device_of(rank, models.device)
+        nn.Module.to(request.decoder, device, torch.float16 if device.type == "cuda" else torch.float32)
+    return pipe
 
 
 def follow(request: GenerationRequest, models: ModelRequest, args: argparse.Namespace, rank: Rank) -> int:

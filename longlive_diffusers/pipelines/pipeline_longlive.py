@@ -291,8 +291,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             callback_on_step_end_tensor_inputs: The names of the tensors that the callback gets.
             max_sequence_length: The number of tokens that a prompt is padded or truncated to (a warning says where),
                 at most the tokenizer's `model_max_length`. Where that is below 512, the default stands for it.
-            decoder: A tiny decoder that makes the frames in place of the VAE, faster and less well, on the device and in
-                the dtype that it was moved to; None for the VAE, which always encodes what the video begins with.
+            decoder: A tiny decoder that makes the frames in place of the VAE, faster and less well, on the device and
+                in the dtype that it was moved to; None for the VAE, which always encodes what the video begins with.
 
         Examples:
 

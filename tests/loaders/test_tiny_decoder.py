@@ -120,7 +120,10 @@ REFUSED = {
     ),
     "integers": (plus("decoder.1.weight", torch.ones(16, 48, 3, 3, dtype=torch.int8)), ["decoder.1.weight", "int8"]),
     "numbers that are none": (plus("decoder.1.weight", NAN), ["conv_in.weight", "6912 infinities or NaN"]),
-    "the encoder alone": (lambda weights: {"encoder.0.weight": torch.ones(3)}, ["no tiny decoder", "encoder.0.weight"]),
+    "the encoder alone": (
+        lambda weights: {"encoder.0.weight": torch.ones(3)},
+        ["no tiny decoder", "encoder.0.weight"],
+    ),
     "nothing": (lambda weights: {}, ["no tiny decoder", "0 tensors"]),
     "another model": (lambda weights: {"blocks.0.attn1.to_q.weight": torch.ones(3)}, ["blocks.0.attn1.to_q.weight"]),
 }
@@ -136,7 +139,7 @@ def test_what_is_another_file_is_refused_with_its_names(weights, change, named):
 def test_settings_that_contradict_the_weights_are_refused(weights):
     with pytest.raises(ValueError, match=re.escape("stages.0.time_conv.weight (16, 16, 1, 1) instead of (32,")):
         TinyVideoDecoder.from_original(weights, time_upscale=(True, True, True))
-    with pytest.raises(ValueError, match="conv_in.weight"):
+    with pytest.raises(ValueError, match=r"conv_in\.weight"):
         TinyVideoDecoder.from_original(weights, latent_channels=16)
     with pytest.raises(ValueError, match="float8"):
         TinyVideoDecoder.from_original(weights, torch_dtype=torch.float8_e4m3fn)

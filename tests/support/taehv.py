@@ -1,4 +1,4 @@
-"""The public architecture of TAEHV's `taew2_2`, stated once more and as plainly as possible: lists of layers and a loop.
+"""The public architecture of TAEHV's `taew2_2`, stated once more, plainly: lists of layers and a loop.
 
 Nothing here is taken from the package, so that what is compared with it was written down twice.
 """
@@ -31,8 +31,8 @@ class WithPast(nn.Module):
         """`video` is [B, F, C, h, w]; before its first frame, all is zero."""
         shifted = torch.zeros_like(video)
         shifted[:, 1:] = video[:, :-1]
-        out = torch.stack([self.conv(torch.cat(pair, dim=1)) for pair in zip(frames(video), frames(shifted))], dim=1)
-        return F.relu(out + video)
+        pairs = zip(frames(video), frames(shifted), strict=True)
+        return F.relu(torch.stack([self.conv(torch.cat(pair, dim=1)) for pair in pairs], dim=1) + video)
 
 
 class MoreFrames(nn.Module):
@@ -52,10 +52,12 @@ def frames(video: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def taew2_2_decoder(
-    widths: tuple[int, ...] = WIDTHS, latent_channels: int = LATENT_CHANNELS, counts: tuple[int, ...] = FRAMES_OF_A_STAGE
+    widths: tuple[int, ...] = WIDTHS,
+    latent_channels: int = LATENT_CHANNELS,
+    counts: tuple[int, ...] = FRAMES_OF_A_STAGE,
 ) -> nn.Sequential:
     layers: list[nn.Module] = [Clamp(), nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU()]
-    for width, next_width, count in zip(widths, widths[1:], counts):
+    for width, next_width, count in zip(widths[:-1], widths[1:], counts, strict=True):
         layers += [WithPast(width) for _ in range(3)]
         layers += [nn.Upsample(scale_factor=2), MoreFrames(width, count)]
         layers += [nn.Conv2d(width, next_width, 3, padding=1, bias=False)]
