@@ -11,7 +11,7 @@ from ..atomic_write import new_folder
 from ..models.tiny_decoder import TinyVideoDecoder
 from .config_file import read_config
 from .output_folder import prepare_output
-from .pipeline_folder import components_of, find_folder
+from .pipeline_folder import components_of, find_folder, settings_of, stored_dtype
 
 
 logger = logging.get_logger(__name__)
@@ -38,9 +38,8 @@ def load_tiny_decoder(source: str | os.PathLike) -> TinyVideoDecoder:
     name = read_config(folder, "config.json", source).get("_class_name")
     if name != TinyVideoDecoder.__name__:
         raise ValueError(f"'{source}' is a {name or 'model without a name'}, not a {TinyVideoDecoder.__name__}.")
-    with components_of(source):
-        decoder = TinyVideoDecoder.from_pretrained(folder, torch_dtype="auto")
-    return decoder.eval()
+    with settings_of(source), components_of(source):
+        return TinyVideoDecoder.from_pretrained(folder, torch_dtype=stored_dtype(folder))
 
 
 def convert_tiny_decoder(
