@@ -135,6 +135,7 @@ def test_what_one_rank_refuses_all_refuse_and_the_next_video_is_made(results, re
     [
         ("another size", "`latent_shape` is (1, 8, 2, 4, 4) and (1, 8, 2, 8, 4)."),
         ("other steps", "`num_inference_steps` is 2 and 4."),
+        ("another decoder", "`decoder` is 'the VAE' and 'a tiny decoder'."),
     ],
 )
 def test_ranks_that_ask_for_different_videos(results, what, difference):

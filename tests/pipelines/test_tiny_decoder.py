@@ -7,14 +7,9 @@ import torch
 
 from longlive_diffusers import LongLivePipeline, StreamingTinyDecoder, TinyVideoDecoder
 from longlive_diffusers.models.streaming_vae import StreamingDecoder
+from tests.support.tiny_decoder import small_decoder
 from tests.support.tiny_pipeline import CHANNELS, tiny_arguments, tiny_pipeline
 from tests.support.tiny_vae import tiny_vae
-
-
-def small_decoder(seed: int = 0, **config) -> TinyVideoDecoder:
-    torch.manual_seed(seed)
-    widths = {"block_out_channels": (16, 12, 8, 8), "layers_per_block": 1}
-    return TinyVideoDecoder(**{"latent_channels": CHANNELS, **widths, **config}).eval()
 
 
 @pytest.fixture(scope="module")

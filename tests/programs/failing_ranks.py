@@ -26,6 +26,7 @@ from diffusers import ContextParallelConfig
 
 from longlive_diffusers import LongLivePipeline, StreamingSession
 from tests.support.processes import free_port
+from tests.support.tiny_decoder import small_decoder
 from tests.support.tiny_pipeline import tiny_arguments, tiny_pipeline, tiny_transformer
 
 
@@ -311,6 +312,7 @@ def all_cases() -> Iterator[tuple[str, int, Case]]:
     yield "rank 1 of 3 asks for the impossible", 3, partial(refused, of_rank=1, num_frames=-1)
     yield "rank 1 of 2 asks for another size", 2, partial(refused, of_rank=1, height=128)
     yield "rank 1 of 2 asks for other steps", 2, partial(refused, of_rank=1, num_inference_steps=4)
+    yield "rank 1 of 2 asks for another decoder", 2, partial(refused, of_rank=1, decoder=small_decoder())
     yield "the text encoder of rank 0 of 2 fails", 2, partial(text_encoder_fails, encode=lambda *a, **k: fail())
     yield "the text encoder of rank 0 of 2 has no memory", 2, partial(text_encoder_fails, encode=runs_out_of_memory)
     yield "two sessions of 2 ranks in turn", 2, two_sessions_in_turn

@@ -25,6 +25,7 @@ from longlive_diffusers import LongLivePipeline, NVFP4Config, StreamParallelConf
 from longlive_diffusers.nvfp4.quantizer import quantize_model
 from longlive_diffusers.parallel.head_exchange import EXCHANGE_DTYPES
 from tests.support.golden_models import golden_rollouts, pipeline_for, rollout_arguments
+from tests.support.tiny_decoder import small_decoder
 from tests.support.tiny_pipeline import TEXT_LENGTH, tiny_pipeline, tiny_transformer
 
 
@@ -207,6 +208,13 @@ def asynchronously(pipe: LongLivePipeline) -> torch.Tensor:
     return torch.cat(chunks)
 
 
+def by_a_tiny_decoder(pipe: LongLivePipeline) -> torch.Tensor:
+    """Frames that every rank decodes for itself, and latents that it decodes by themselves."""
+    decoder, latents = small_decoder(), noise(pipe, 2)
+    frames = call(pipe, prompt=said(pipe, "a cat"), latents=latents, output_type="pt", decoder=decoder)[0]
+    return torch.cat([frames, torch.as_tensor(pipe.decode_latents(torch.ones(1, 8, 4, 4, 4), "pt", decoder))[0]])
+
+
 def switched_loras(pipe: LongLivePipeline) -> torch.Tensor:
     """A LoRA that every rank loads, and scales differently from the third chunk on."""
     chunks, generator = [], torch.Generator().manual_seed(place(pipe))
@@ -252,6 +260,7 @@ FEATURES: dict[str, Case] = {
     "asynchronous": (pipeline, asynchronously),
     "blends": (pipeline, blends),
     "bytes": (pipeline, in_bytes),
+    "tiny decoder": (pipeline, by_a_tiny_decoder),
     "global seed": (pipeline, from_global_seed),
     "compiled": (compiled, functools.partial(switches, kv_cache_dtype="nvfp4")),
 }

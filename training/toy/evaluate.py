@@ -26,7 +26,7 @@ from evaluation.store import Store, fingerprint, fingerprint_of_file
 from evaluation.strip import strip
 from evaluation.tables import Table
 from evaluation.vae import vae
-from longlive_diffusers import LongLivePipeline
+from longlive_diffusers import LongLivePipeline, TinyVideoDecoder
 from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.dtypes import DTYPES
 from longlive_diffusers.models.layer_kv_cache import KV_CACHE_DTYPES
@@ -92,7 +92,13 @@ def check_pipeline(pipe: LongLivePipeline) -> None:
 
 
 def evaluate(
-    pipe: LongLivePipeline, output: Path, settings: Settings, sections: list[str], *, model: str
+    pipe: LongLivePipeline,
+    output: Path,
+    settings: Settings,
+    sections: list[str],
+    *,
+    model: str,
+    decoder: TinyVideoDecoder | None = None,
 ) -> dict[str, list[Table]]:
     """Run sections, except for parts that are finished in `output`, print their tables and write the reports.
 
@@ -102,6 +108,7 @@ def evaluate(
         settings: The settings of the evaluation.
         sections: The names of the sections, among `SECTIONS`.
         model: A string that tells the model from others, for instance its `fingerprint`.
+        decoder: What makes the frames; None for the pipeline's VAE.
 
     Raises:
         ValueError: If a section is unknown, or the folder has results of another model or other settings.
@@ -109,7 +116,7 @@ def evaluate(
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         raise ValueError(f"There is no section {', '.join(unknown)}, only {', '.join(SECTIONS)}.")
-    evaluation = Evaluation(pipe, settings, Store(output, model))
+    evaluation = Evaluation(pipe, settings, Store(output, model), decoder)
     tables: dict[str, list[Table]] = {}
     for name in sections:
         tables[name] = SECTIONS[name](evaluation)
@@ -143,6 +150,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--output", type=Path, required=True, help="The folder for results; finished parts in it are kept."
     )
     parser.add_argument("--lora", type=Path, help="The file of a LoRA to evaluate the model with.")
+    parser.add_argument("--decoder", type=Path, help="The folder of a tiny decoder to make the frames with.")
     parser.add_argument(
         "--nvfp4_backend", choices=BACKENDS, help="Compute the linear layers in 4 bits, with this backend."
     )
@@ -201,6 +209,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if parsed.lora is not None and not parsed.lora.is_file():
         parser.error(f"there is no file '{parsed.lora}'")
+    if parsed.decoder is not None and not (parsed.decoder / "config.json").is_file():
+        parser.error(f"'{parsed.decoder}' holds no decoder: there is no config.json in it")
     if not (parsed.model / "model_index.json").is_file():
         parser.error(f"'{parsed.model}' holds no pipeline: there is no model_index.json in it")
     return parsed
@@ -224,8 +234,12 @@ def main() -> None:
         model += f" + {fingerprint_of_file(arguments.lora)}"
     if arguments.nvfp4_backend is not None:
         model += f" in NVFP4, {arguments.nvfp4_backend}"
+    decoder = None
+    if arguments.decoder is not None:
+        model += f", decoded by {fingerprint(arguments.decoder)}"
+        decoder = TinyVideoDecoder.from_pretrained(arguments.decoder, torch_dtype=pipe.vae.dtype).to(arguments.device)
     print(f"{arguments.model}, {model}: {settings}", flush=True)
-    evaluate(pipe, arguments.output, settings, arguments.only, model=model)
+    evaluate(pipe, arguments.output, settings, arguments.only, model=model, decoder=decoder)
     print(f"\n{arguments.output / 'report.md'}")
 
 

@@ -19,8 +19,10 @@ from evaluation.store import Store, fingerprint
 from evaluation.tables import COLUMNS, Table
 from evaluation.videos import Sampling, judge_stories, make_videos
 from judge import read_chunk
-from longlive_diffusers import LongLivePipeline
+from longlive_diffusers import LongLivePipeline, StreamingDecoder
+from longlive_diffusers.models.streaming_vae import normalize_latents
 from tests.support.tiny_pipeline import TEXT_DIM, tiny_pipeline, tiny_transformer
+from train_decoder import build_decoder
 from train_vae import build_vae
 from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIDE, SIZES, Scene, Thing, render
 
@@ -300,6 +302,22 @@ def test_noise_does_not_depend_on_the_batch(pipe):
     np.testing.assert_allclose(alone[0], together[1], atol=1e-4)
 
 
+def test_a_tiny_decoder_makes_the_frames_in_place_of_the_vae(pipe):
+    torch.manual_seed(0)
+    decoder, sampling = build_decoder(), Sampling(1, max_sequence_length=8)
+    stories = single_shots("x", 1, 1, num_things=1, held_out=False)
+    by_vae, tiny = (next(make_videos(pipe, stories, sampling, decoder=made_by)) for made_by in (None, decoder))
+    assert tiny.shape == by_vae.shape and np.abs(tiny - by_vae).mean() > 0.01
+
+    latents = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = pipe.decode_latents(normalize_latents(pipe.vae, latents), "pt", decoder)
+    decoded = evaluate_vae.decode_with(pipe.vae, decoder)(latents)
+    torch.testing.assert_close(decoded.transpose(1, 2) / 2 + 0.5, expected)
+    torch.testing.assert_close(
+        evaluate_vae.decode_with(pipe.vae, None)(latents), StreamingDecoder(pipe.vae).decode(latents)
+    )
+
+
 # -------------------------------------------------- bad input, and tables
 def test_bad_settings():
     for changes, message in (({"num_prompts": 0}, "num_prompts 0"), ({"num_chunks": 3}, "got 3")):
@@ -323,6 +341,7 @@ def test_bad_command_lines(tmp_path, capsys):
         (["--only", "weather"], "weather"),
         (["--device", "toaster"], "toaster"),
         (["--model", str(tmp_path / "nothing")], "no pipeline"),
+        (["--decoder", str(tmp_path)], "holds no decoder"),
     ):
         with pytest.raises(SystemExit):
             evaluate.parse_arguments([*good, *more])

@@ -8,7 +8,7 @@ from evaluation.scenarios import Story, cuts, image_starts, multi_shots, single_
 from evaluation.store import Store, digest_of
 from evaluation.tables import COLUMNS, Cell, Table, Videos, chunk_shares, is_right, percent, shot_shares
 from evaluation.videos import JudgedChunk, Sampling, judge_stories
-from longlive_diffusers import LongLivePipeline
+from longlive_diffusers import LongLivePipeline, TinyVideoDecoder
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Evaluation:
     pipe: LongLivePipeline
     settings: Settings
     store: Store
+    decoder: TinyVideoDecoder | None = None  # what makes the frames, if it is not the pipeline's VAE
 
     def judge(self, name: str, stories: Sequence[Story], sampling: Sampling) -> Videos:
         """Return the judged chunks of these stories, made now or read from the folder."""
@@ -88,7 +89,7 @@ class Evaluation:
             settings,
             lambda: [
                 [asdict(chunk) for chunk in video]
-                for video in judge_stories(self.pipe, stories, sampling, description=name)
+                for video in judge_stories(self.pipe, stories, sampling, description=name, decoder=self.decoder)
             ],
         )
         return [[JudgedChunk(**chunk) for chunk in video] for video in kept]

@@ -47,7 +47,13 @@ def _make(evaluation: Evaluation, groups: dict[str, Sequence[Story]]) -> list[li
     with tqdm(total=sum(len(stories) for stories in groups.values()), desc="strip", unit="video") as bar:
         for kind, stories in groups.items():
             # Each row has noise of its own, so that not all of them begin at the same place.
-            videos = make_videos(evaluation.pipe, stories, evaluation.settings.sampling(), first_index=len(rows))
+            videos = make_videos(
+                evaluation.pipe,
+                stories,
+                evaluation.settings.sampling(),
+                first_index=len(rows),
+                decoder=evaluation.decoder,
+            )
             chunks = list(videos)
             for index, frames in enumerate(np.concatenate(chunks, axis=1)):
                 arrow = " \N{RIGHTWARDS ARROW} "

@@ -1,10 +1,12 @@
-"""How well the VAE alone reproduces true videos: no transformer can do better with it."""
+"""How well the VAE alone, or with a tiny decoder, reproduces true videos: no transformer can do better with it."""
 
 import math
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from tqdm import tqdm
 
 from evaluation.marks import expect, judge_chunk
@@ -12,8 +14,8 @@ from evaluation.sections import Evaluation
 from evaluation.tables import COLUMNS, Table, chunk_shares, shot_shares
 from evaluation.videos import JudgedChunk
 from judge import read_chunk
-from longlive_diffusers import pixel_frames
-from longlive_diffusers.models.streaming_vae import StreamingDecoder, StreamingEncoder
+from longlive_diffusers import StreamingDecoder, StreamingEncoder, StreamingTinyDecoder, TinyVideoDecoder, pixel_frames
+from longlive_diffusers.models.streaming_vae import normalize_latents
 from world import draw_scene, render
 
 
@@ -72,13 +74,13 @@ def reconstruct(evaluation: Evaluation, num_chunks: int, count: int) -> dict[str
     with tqdm(total=count * num_chunks, desc=f"VAE, {num_chunks} chunks", unit="chunk") as bar:
         for first in range(0, count, BATCH):
             batch = scenes[first : first + BATCH]
-            encoder, decoder = StreamingEncoder(model), StreamingDecoder(model)
+            encoder, decode = StreamingEncoder(model), decode_with(model, evaluation.decoder)
             start = 0
             for index in range(num_chunks):
                 length = pixel_frames(size, opens_video=index == 0)
                 true = np.stack([render(scene.after(start), length) for scene in batch])
                 pixels = torch.from_numpy(true).permute(0, 4, 1, 2, 3).to(model.device, model.dtype) / 127.5 - 1
-                decoded = decoder.decode(encoder.encode(pixels)).float().cpu().permute(0, 2, 3, 4, 1).numpy() / 2 + 0.5
+                decoded = decode(encoder.encode(pixels)).float().cpu().permute(0, 2, 3, 4, 1).numpy() / 2 + 0.5
                 for clip, scene in enumerate(batch, start=first):
                     made = decoded[clip - first]
                     result["errors"][clip].append(float(((made - true[clip - first] / 255) ** 2).mean()))
@@ -89,3 +91,11 @@ def reconstruct(evaluation: Evaluation, num_chunks: int, count: int) -> dict[str
                 start += length
                 bar.update(len(batch))
     return result
+
+
+def decode_with(model: AutoencoderKLWan, decoder: TinyVideoDecoder | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what decodes the next latents of the VAE (not normalized) to pixels: the VAE or a tiny decoder."""
+    if decoder is None:
+        return StreamingDecoder(model).decode
+    stream = StreamingTinyDecoder(decoder)
+    return lambda latents: stream.decode(normalize_latents(model, latents))

@@ -7,6 +7,7 @@ size of the batches.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from evaluation.marks import STEADY, Marks, is_steady, judge_chunk
 from evaluation.scenarios import Story
 from judge import Reading, read_chunk
-from longlive_diffusers import LongLivePipeline, pixel_frames
+from longlive_diffusers import LongLivePipeline, TinyVideoDecoder, pixel_frames
 from world import render
 
 
@@ -61,7 +62,12 @@ class JudgedChunk:
 
 
 def judge_stories(
-    pipe: LongLivePipeline, stories: Sequence[Story], sampling: Sampling, *, description: str
+    pipe: LongLivePipeline,
+    stories: Sequence[Story],
+    sampling: Sampling,
+    *,
+    description: str,
+    decoder: TinyVideoDecoder | None = None,
 ) -> list[list[JudgedChunk]]:
     """Make all videos and judge their chunks.
 
@@ -70,6 +76,7 @@ def judge_stories(
         stories: The stories, all with the same outline (the same lengths, the same events).
         sampling: The settings of how videos are made.
         description: The description of the progress bar.
+        decoder: What makes the frames; None for the pipeline's VAE.
 
     Returns:
         The chunks of each story.
@@ -84,7 +91,7 @@ def judge_stories(
         for start in range(0, len(stories), sampling.batch_size):
             batch = stories[start : start + sampling.batch_size]
             before = [_reading_of_image(story) for story in batch]
-            for chunk, frames in enumerate(make_videos(pipe, batch, sampling, first_index=start)):
+            for chunk, frames in enumerate(make_videos(pipe, batch, sampling, first_index=start, decoder=decoder)):
                 segment, opens = list(batch[0].chunks())[chunk]
                 for index, story in enumerate(batch):
                     reading = read_chunk(frames[index])
@@ -95,7 +102,12 @@ def judge_stories(
 
 
 def make_videos(
-    pipe: LongLivePipeline, stories: Sequence[Story], sampling: Sampling, *, first_index: int = 0
+    pipe: LongLivePipeline,
+    stories: Sequence[Story],
+    sampling: Sampling,
+    *,
+    first_index: int = 0,
+    decoder: TinyVideoDecoder | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the chunks of a batch of videos, `[B, frames, 64, 64, 3]` in [0, 1], with their switches and cuts.
 
@@ -104,12 +116,15 @@ def make_videos(
         stories: The stories, all with the same outline.
         sampling: The settings of how videos are made.
         first_index: The index of the first of these stories among all, from which the noise is drawn.
+        decoder: What makes the frames; None for the pipeline's VAE.
     """
     _check_stories(stories)
     outline = stories[0].segments
     planned = [index for index, segment in enumerate(outline) if segment.begins == "planned"]
     chunk_size = pipe.transformer.config.chunk_size
-    options = {} if sampling.sinks else {"sink_size": 0, "multi_shot_sink": False}
+    options: dict[str, Any] = {} if sampling.sinks else {"sink_size": 0, "multi_shot_sink": False}
+    if decoder is not None:
+        options["decoder"] = decoder
     if len(planned) == 1:
         options["prompt"] = [story.segments[0].caption for story in stories]
     else:

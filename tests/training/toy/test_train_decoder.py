@@ -1,0 +1,91 @@
+"""Training of the embedded tiny decoder: windows of clips, and pixels that become those of the VAE's latents."""
+
+import argparse
+import random
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from longlive_diffusers import TinyVideoDecoder
+from longlive_diffusers.assets import toy_decoder_path, toy_pipeline_path
+from longlive_diffusers.models.streaming_vae import normalize_latents
+from train_decoder import CONTEXT, WINDOW, build_decoder, compare, draw_windows, encode_clips, train
+from world import SIDE
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLWan:
+    return AutoencoderKLWan.from_pretrained(toy_pipeline_path() / "vae", torch_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def clips(vae) -> tuple[torch.Tensor, torch.Tensor]:
+    return encode_clips(vae, 2, seed=0)
+
+
+def test_clips_are_whole_and_their_latents_normalized(vae, clips):
+    pixels, latents = clips
+    assert pixels.shape == (2, 3, 61, SIDE, SIDE) and pixels.dtype == torch.uint8
+    assert latents.shape == (2, 16, 16, 8, 8)
+    with torch.no_grad():
+        encoded = vae.encode(pixels[1:].float() / 127.5 - 1).latent_dist.mean
+    torch.testing.assert_close(latents[1:], normalize_latents(vae, encoded), atol=1e-4, rtol=0)
+
+
+def test_a_window_has_the_pixels_that_its_latents_stand_for():
+    """Every pixel is the index of its frame, every latent the index of its latent frame."""
+    pixels = torch.arange(61, dtype=torch.uint8).view(1, 1, 61, 1, 1).expand(3, 3, 61, 2, 2)
+    latents = torch.arange(16.0).view(1, 1, 16, 1, 1).expand(3, 16, 16, 1, 1)
+    starts = set()
+    for seed in range(40):
+        window, frames, context = draw_windows(pixels, latents, random.Random(seed), batch=2)
+        start = int(window[0, 0, 0])
+        starts.add(start)
+        assert window.shape == (2, 16, WINDOW, 1, 1) and frames.shape == (2, 3, 1 + 4 * (WINDOW - 1), 2, 2)
+        indices = ((frames[0, 0, :, 0, 0] + 1) * 127.5).round().int().tolist()
+        assert indices == list(range(4 * start, 4 * (start + WINDOW) - 3))
+        assert context == (0 if start == 0 else 4 * CONTEXT)
+    assert starts == set(range(16 - WINDOW + 1))
+
+
+def test_the_memory_of_the_network_ends_within_the_context():
+    torch.manual_seed(0)
+    decoder, window = build_decoder(), torch.randn(1, 16, WINDOW, 8, 8)
+    with torch.no_grad():
+        whole, _ = decoder(torch.cat([torch.randn(1, 16, 4, 8, 8), window], dim=2))
+        part, _ = decoder(window)
+    count = 1 + 4 * (WINDOW - 1)
+    scored = slice(4 * CONTEXT, None)
+    torch.testing.assert_close(part[:, :, scored], whole[:, :, -count:][:, :, scored], atol=1e-5, rtol=0)
+
+
+def test_training_brings_it_closer_and_repeats(clips):
+    arguments = argparse.Namespace(seed=0, learning_rate=2e-3, steps=3)
+
+    def trained() -> tuple[TinyVideoDecoder, float]:
+        torch.manual_seed(0)
+        decoder = build_decoder()
+        train(decoder, *clips, arguments)
+        with torch.no_grad():
+            made, _ = decoder(clips[1][:1, :, :WINDOW])
+        true = clips[0][:1, :, : made.shape[2]].float() / 127.5 - 1
+        return decoder, (made - true).square().mean().item()
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        untrained = build_decoder()(clips[1][:1, :, :WINDOW])[0]
+    true = clips[0][:1, :, : untrained.shape[2]].float() / 127.5 - 1
+    (one, error), (two, _) = trained(), trained()
+    assert error < 0.8 * (untrained - true).square().mean()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_the_embedded_decoder_is_small_and_close_to_the_vae(vae):
+    files = list(toy_decoder_path().iterdir())
+    assert sum(file.stat().st_size for file in files) < 0.5e6
+    decoder = TinyVideoDecoder.from_pretrained(toy_decoder_path(), torch_dtype=torch.float32)
+    assert {**decoder.config, **build_decoder().config} == {**decoder.config}  # as it would be trained again
+    measured = compare(vae, decoder, "a test", 3, 29)
+    assert measured["tiny"] > measured["VAE"] - 3
+    assert measured["tiny against VAE"] > 28
