@@ -4,11 +4,14 @@ It learns to draw the true frames of clips of the toy world from the latents tha
 reaches a few latent frames back and no further, so that short windows of long clips are enough: of one that does not
 open its clip, the first latent frames are context alone. The loss weighs objects like that of the VAE.
 
-The clips are encoded once, before training. A killed run begins again; it takes a few minutes.
+The clips are encoded once, before training. A killed run begins again; it takes 25 minutes of one CPU core.
+`--measure DIR` only compares a trained decoder with the VAE, on clips that it has not seen.
 """
 
 import argparse
 import random
+import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -105,11 +108,33 @@ def compare(vae: AutoencoderKLWan, decoder: TinyVideoDecoder, seed: str, clips: 
         latents = encode_video(vae, true)
         tiny, full = StreamingTinyDecoder(decoder), StreamingDecoder(vae)
         chunks = latents.split(2, dim=2)
-        made = torch.cat([tiny.decode(chunk.to(decoder.dtype)) for chunk in chunks], dim=2).float()
+        made = torch.cat([tiny.decode(chunk) for chunk in chunks], dim=2)
         by_vae = torch.cat([full.decode(chunk * std + mean) for chunk in chunks], dim=2)
         for name, one, other in (("tiny", made, true), ("VAE", by_vae, true), ("tiny against VAE", made, by_vae)):
             errors[name].append((one - other).square().mean())
     return {name: decibels(torch.stack(of_clips)) for name, of_clips in errors.items()}
+
+
+def time_chunks(vae: AutoencoderKLWan, decoder: TinyVideoDecoder, runs: int = 40) -> dict[str, float]:
+    """Return the median milliseconds in which each decodes a chunk (8 frames) in mid-video, measured in turn."""
+    streams = {"tiny": StreamingTinyDecoder(decoder), "VAE": StreamingDecoder(vae)}
+    took: dict[str, list[float]] = {name: [] for name in streams}
+    for _ in range(runs + 2):
+        chunk = torch.randn(1, 16, 2, 8, 8)
+        for name, stream in streams.items():
+            began = time.perf_counter()
+            stream.decode(chunk)
+            took[name].append(1000 * (time.perf_counter() - began))
+    return {name: statistics.median(times[2:]) for name, times in took.items()}
+
+
+def report(vae: AutoencoderKLWan, decoder: TinyVideoDecoder) -> None:
+    """Print how close the decoder is to true frames and to the VAE's, and how fast both are."""
+    measured = compare(vae, decoder, "test", 16, CLIP_FRAMES)
+    told = ", ".join(f"{name} {value:.2f} dB" for name, value in measured.items())
+    print(f"16 clips of {CLIP_FRAMES} frames, decoded chunk by chunk: {told}")
+    told = ", ".join(f"{name} {value:.1f} ms" for name, value in time_chunks(vae, decoder).items())
+    print(f"a chunk of 8 frames, {torch.get_num_threads()} threads: {told}")
 
 
 def main() -> None:
@@ -117,9 +142,9 @@ def main() -> None:
     parser.add_argument(
         "--vae", type=Path, default=toy_pipeline_path() / "vae", help="The VAE's folder (default: the embedded one)."
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="The folder to write the decoder to; an existing one is replaced."
-    )
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--output", type=Path, help="The folder to write the decoder to; an existing one is replaced.")
+    task.add_argument("--measure", type=Path, help="The folder of a trained decoder to measure.")
     parser.add_argument("--steps", type=int, default=3000, help="The number of updates (default: %(default)s).")
     parser.add_argument("--clips", type=int, default=384, help="The number of clips (default: %(default)s).")
     parser.add_argument(
@@ -129,22 +154,23 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.steps, args.clips) < 1:
         parser.error(f"--steps and --clips must be at least 1, got {args.steps} and {args.clips}")
-    if not (args.vae / "config.json").is_file():
-        parser.error(f"--vae: there is no VAE in '{args.vae}'")
+    for option, folder in (("--vae", args.vae), ("--measure", args.measure)):
+        if folder is not None and not (folder / "config.json").is_file():
+            parser.error(f"{option}: there is no model in '{folder}'")
 
     vae = AutoencoderKLWan.from_pretrained(args.vae, torch_dtype=torch.float32).requires_grad_(False)
-    torch.manual_seed(args.seed)
-    decoder = build_decoder()
-    train(decoder, *encode_clips(vae, args.clips, args.seed), args)
-    decoder.requires_grad_(False).eval()
-    for dtype in (torch.float32, torch.float16):
-        measured = compare(vae, decoder.to(dtype), "test", 16, CLIP_FRAMES)
-        told = ", ".join(f"{name} {value:.2f} dB" for name, value in measured.items())
-        print(f"16 clips of {CLIP_FRAMES} frames, {dtype}: {told}")
-    with new_folder(args.output, replace=True) as folder:
-        decoder.save_pretrained(folder)
-    size = sum(file.stat().st_size for file in args.output.iterdir())
-    print(f"{args.output}: {sum(parameter.numel() for parameter in decoder.parameters())} parameters, {size} bytes")
+    if args.measure is None:
+        torch.manual_seed(args.seed)
+        decoder = build_decoder()
+        train(decoder, *encode_clips(vae, args.clips, args.seed), args)
+        with new_folder(args.output, replace=True) as folder:
+            decoder.to(dtype=torch.float16).save_pretrained(folder)
+        size = sum(file.stat().st_size for file in args.output.iterdir())
+        print(
+            f"{args.output}: {sum(parameter.numel() for parameter in decoder.parameters())} parameters, {size} bytes"
+        )
+    folder = args.output if args.measure is None else args.measure
+    report(vae, TinyVideoDecoder.from_pretrained(folder, torch_dtype=torch.float32))  # as rounded to float16
 
 
 if __name__ == "__main__":
