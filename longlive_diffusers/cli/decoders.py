@@ -2,6 +2,9 @@
 
 import argparse
 
+import torch
+from torch import nn
+
 from ..assets import toy_decoder_path
 from ..conversion.tiny_decoder import load_tiny_decoder
 from ..models.tiny_decoder import TinyVideoDecoder
@@ -29,3 +32,9 @@ def choose_decoder(args: argparse.Namespace, sizes: ModelSizes) -> TinyVideoDeco
     decoder = load_tiny_decoder(toy_decoder_path() if args.decoder == "tiny" else args.decoder)
     check_decoder(decoder, sizes)
     return decoder
+
+
+def place_decoder(decoder: TinyVideoDecoder, device: torch.device) -> None:
+    """Bring a decoder to the device that it is to run on, in the dtype that suits it there: in bfloat16, a step of its
+    output, which is in [0, 1], would be a whole level of 8 bits."""
+    nn.Module.to(decoder, device, torch.float16 if device.type == "cuda" else torch.float32)

@@ -9,9 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from diffusers.utils import logging as diffusers_logging
-from torch import nn
 
 from ..benchmark.measure import as_size, peak_memory, reset_peak_memory
 from ..latency import Latency
@@ -21,7 +19,8 @@ from ..pipelines.session import StreamingSession
 from ..video.writer import VideoWriter
 from ..wording import counted
 from .choices import FPS
-from .devices import start_ranks
+from .decoders import place_decoder
+from .devices import device_of, start_ranks
 from .generation_request import GenerationRequest, check_request
 from .launched import Rank, own_rank
 from .model_request import ModelRequest, load_model
@@ -106,9 +105,7 @@ def load(
     fused_lora, offload = request.embedded_lora, args.offload
     pipe = load_model(models, args, rank, fused_lora=fused_lora, offload=offload, show_progress=show_progress)
     if request.decoder is not None:
-        # In bfloat16, a step of its output, which is in [0, 1], would be a whole level of 8 bits.
-        device = device_of(rank, models.device)
-        nn.Module.to(request.decoder, device, torch.float16 if device.type == "cuda" else torch.float32)
+        place_decoder(request.decoder, device_of(rank, models.device))
     return pipe
 
 

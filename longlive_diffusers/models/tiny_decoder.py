@@ -8,6 +8,7 @@ input, and nothing else, to go on as if the video were decoded at once.
 It differs from the VAE's decoder in what it takes and gives: latents are *normalized*, as the transformer makes them.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from ..loaders.diffusers_models import check_all_weights_loaded
 from ..loaders.tiny_decoder import load_original_tiny_decoder
-from ..number_checks import check_counts
+from ..number_checks import check_booleans, check_counts
 from ..setting_types import check_setting_types
 
 
@@ -157,18 +158,22 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         return 2 * pixels.transpose(1, 2) - 1, next_memory
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info: bool = False, **kwargs) -> Any:
         """
         Load the decoder like diffusers does.
 
         Raises:
-            ValueError: If weights are missing or left over, about which diffusers only warns.
+            ValueError: If weights are missing or left over, about which diffusers only warns, or the path is that of a
+                single file.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        check_booleans(output_loading_info=output_loading_info)
+        source = pretrained_model_name_or_path
+        if os.path.isfile(source):
+            raise ValueError(f"'{source}' is a single file: open it with {cls.__name__}.from_original.")
+        loaded: Any = super().from_pretrained(source, output_loading_info=True, **kwargs)
         model, info = loaded
-        check_all_weights_loaded(info, model, pretrained_model_name_or_path)
-        return (model, info) if wants_info else model
+        check_all_weights_loaded(info, model, source)
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def from_original(

@@ -177,6 +177,14 @@ def test_it_is_saved_and_loaded_by_itself_and_by_name(tmp_path):
     assert half.dtype == torch.float16 and info["missing_keys"] == []
 
 
+def test_a_single_file_is_opened_otherwise(tmp_path):
+    (tmp_path / "taew2_2.pth").touch()
+    with pytest.raises(
+        ValueError, match=r"taew2_2\.pth' is a single file: open it with TinyVideoDecoder\.from_original"
+    ):
+        TinyVideoDecoder.from_pretrained(tmp_path / "taew2_2.pth")
+
+
 @pytest.mark.parametrize(
     ("layers", "found"), [(1, "has 18 weights that the model does not know"), (3, "lacks 18 of its weights")]
 )
