@@ -163,8 +163,9 @@ def main() -> None:
         torch.manual_seed(args.seed)
         decoder = build_decoder()
         train(decoder, *encode_clips(vae, args.clips, args.seed), args)
+        torch.nn.Module.to(decoder, dtype=torch.float16)  # diffusers' own warns of layers that are none
         with new_folder(args.output, replace=True) as folder:
-            decoder.to(dtype=torch.float16).save_pretrained(folder)
+            decoder.save_pretrained(folder)
         size = sum(file.stat().st_size for file in args.output.iterdir())
         print(
             f"{args.output}: {sum(parameter.numel() for parameter in decoder.parameters())} parameters, {size} bytes"

@@ -85,7 +85,10 @@ def test_the_embedded_decoder_is_small_and_close_to_the_vae(vae):
     files = list(toy_decoder_path().iterdir())
     assert sum(file.stat().st_size for file in files) < 0.5e6
     decoder = TinyVideoDecoder.from_pretrained(toy_decoder_path(), torch_dtype=torch.float32)
-    assert {**decoder.config, **build_decoder().config} == {**decoder.config}  # as it would be trained again
+    shapes, again = (
+        {name: tensor.shape for name, tensor in model.state_dict().items()} for model in (decoder, build_decoder())
+    )
+    assert shapes == again  # as it would be trained once more
     measured = compare(vae, decoder, "a test", 3, 29)
     assert measured["tiny"] > measured["VAE"] - 3
     assert measured["tiny against VAE"] > 28
