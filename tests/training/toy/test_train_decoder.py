@@ -7,10 +7,20 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
+from evaluate import load
 from longlive_diffusers import TinyVideoDecoder
-from longlive_diffusers.assets import toy_decoder_path, toy_pipeline_path
+from longlive_diffusers.assets import toy_decoder_path, toy_lora_path, toy_pipeline_path
 from longlive_diffusers.models.streaming_vae import normalize_latents
-from train_decoder import CONTEXT, WINDOW, build_decoder, compare, draw_windows, encode_clips, train
+from train_decoder import (
+    CONTEXT,
+    WINDOW,
+    build_decoder,
+    compare,
+    draw_windows,
+    encode_clips,
+    generate_clips,
+    train,
+)
 from world import SIDE
 
 
@@ -31,6 +41,15 @@ def test_clips_are_whole_and_their_latents_normalized(vae, clips):
     with torch.no_grad():
         encoded = vae.encode(pixels[1:].float() / 127.5 - 1).latent_dist.mean
     torch.testing.assert_close(latents[1:], normalize_latents(vae, encoded), atol=1e-4, rtol=0)
+
+
+def test_generated_clips_are_the_vaes_frames_of_the_latents_beside_them():
+    pipe = load(toy_pipeline_path(), "cpu", lora=toy_lora_path(4))
+    pixels, latents = generate_clips(pipe, 2, seed=0)
+    assert pixels.shape == (2, 3, 61, SIDE, SIDE) and pixels.dtype == torch.uint8
+    assert latents.shape == (2, 16, 16, 8, 8)
+    decoded = pipe.decode_latents(latents[1:, :, :4], "pt")  # [1, frames, 3, H, W]
+    torch.testing.assert_close(pixels[1:, :, :13].transpose(1, 2) / 255, decoded, atol=0.5 / 255 + 1e-4, rtol=0)
 
 
 def test_a_window_has_the_pixels_that_its_latents_stand_for():
