@@ -2,7 +2,8 @@
 
 It learns to draw the true frames of clips of the toy world from the latents that the VAE makes of them. Its memory
 reaches a few latent frames back and no further, so that short windows of long clips are enough: of one that does not
-open its clip, the first latent frames are context alone. The loss weighs objects like that of the VAE.
+open its clip, the first latent frames are context alone. The loss weighs objects like that of the VAE, and what is
+around them.
 
 The transformer's latents are not quite those that the VAE makes of a video: a decoder that has seen true ones alone
 draws shadows beside edges of the others. So `--start DIR` trains it further on clips of which half are the pipeline's
@@ -38,6 +39,7 @@ CLIP_FRAMES = 61  # of a video of the toy world
 WINDOW, CONTEXT = 8, 3  # in latent frames
 BATCH = 4
 GENERATED_BATCH = 16
+HALO = 5  # in pixels
 WIDTHS = (40, 32, 32)
 
 
@@ -117,13 +119,20 @@ def train(decoder: TinyVideoDecoder, pixels: torch.Tensor, latents: torch.Tensor
     for _ in bar:
         window, frames, context = draw_windows(pixels, latents, rng)
         errors = (decoder(window)[0] - frames)[:, :, context:].square()
-        loss = (errors * object_weights(frames)[:, :, context:]).mean()
+        loss = (errors * weights_around_objects(frames)[:, :, context:]).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix(dB=f"{decibels(errors.detach()):.1f}", refresh=False)
+
+
+def weights_around_objects(clips: torch.Tensor) -> torch.Tensor:
+    """Return the weight of each pixel of clips `[B, 3, frames, H, W]`: an object's also where one is near, because a
+    small network draws halos around them, which a judge takes for things."""
+    side = 2 * HALO + 1
+    return torch.nn.functional.max_pool3d(object_weights(clips), (1, side, side), stride=1, padding=(0, HALO, HALO))
 
 
 def decibels(squared_errors: torch.Tensor) -> float:

@@ -13,6 +13,7 @@ from longlive_diffusers.assets import toy_decoder_path, toy_lora_path, toy_pipel
 from longlive_diffusers.models.streaming_vae import normalize_latents
 from train_decoder import (
     CONTEXT,
+    HALO,
     WINDOW,
     build_decoder,
     compare,
@@ -20,7 +21,9 @@ from train_decoder import (
     encode_clips,
     generate_clips,
     train,
+    weights_around_objects,
 )
+from train_vae import OBJECT_WEIGHT
 from world import SIDE
 
 
@@ -66,6 +69,16 @@ def test_a_window_has_the_pixels_that_its_latents_stand_for():
         assert indices == list(range(4 * start, 4 * (start + WINDOW) - 3))
         assert context == (0 if start == 0 else 4 * CONTEXT)
     assert starts == set(range(16 - WINDOW + 1))
+
+
+def test_what_is_around_an_object_weighs_as_much_as_it():
+    clip = torch.zeros(1, 3, 2, 32, 32)
+    clip[:, :, 1, 16:18, 16:18] = 1
+    weights = weights_around_objects(clip)
+    assert weights.shape == (1, 1, 2, 32, 32)
+    expected = torch.ones(2, 32, 32)
+    expected[1, 16 - HALO : 18 + HALO, 16 - HALO : 18 + HALO] = 1 + OBJECT_WEIGHT
+    assert torch.equal(weights[0, 0], expected)
 
 
 def test_the_memory_of_the_network_ends_within_the_context():
