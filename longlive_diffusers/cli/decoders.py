@@ -1,4 +1,4 @@
-"""What makes the frames for `longlive generate`: the VAE, or a tiny decoder in its place."""
+"""What makes the frames for `longlive generate` and `longlive serve`: the VAE, or a tiny decoder in its place."""
 
 import argparse
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ..assets import TOY_LORA_STEPS, toy_lora_path
+from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.chunk_step import is_guided
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..serve.access import Access, is_loopback
@@ -14,6 +15,7 @@ from ..serve.app import LiveApp
 from ..serve.model import ServedModel
 from ..serve.server import listen, make_server, url_of
 from ..serve.settings import ServeSettings
+from .decoders import choose_decoder, place_decoder
 from .devices import start_ranks
 from .embedded_lora import uses_embedded_lora
 from .launched import Rank, own_rank
@@ -25,18 +27,19 @@ def serve(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM; return 1 if the models have failed."""
     check_access(args)
     models, rank = check_model(args), own_rank()
+    decoder = choose_decoder(args, models.folder.sizes)
     if rank.count < args.devices:
         return start_ranks(args.argv, args.devices)
     if not rank.leads:
         for number in (signal.SIGINT, signal.SIGTERM):  # the first process's to act on
             signal.signal(number, signal.SIG_IGN)
-        load_served(models, args, rank).sessions.follow()
+        load_served(models, args, rank, decoder).sessions.follow()
         return 0
     listener = listen(args.host, args.port)
     for note in models.notes:
         print(f"longlive: {note}", file=sys.stderr)
     log_to_stderr()
-    served = load_served(models, args, rank)
+    served = load_served(models, args, rank, decoder)
     app = LiveApp(
         served,
         settings_of(args),
@@ -84,7 +87,9 @@ def settings_of(args: argparse.Namespace) -> ServeSettings:
     )
 
 
-def load_served(models: ModelRequest, args: argparse.Namespace, rank: Rank) -> ServedModel:
+def load_served(
+    models: ModelRequest, args: argparse.Namespace, rank: Rank, decoder: TinyVideoDecoder | None
+) -> ServedModel:
     """Load the pipelines that streams are made with: the embedded one also with its LoRA for each number of steps that
     there is one for."""
     pipelines: dict[str | None, LongLivePipeline] = {}
@@ -98,8 +103,10 @@ def load_served(models: ModelRequest, args: argparse.Namespace, rank: Rank) -> S
         name = f"{steps} steps"
         return name if name in pipelines and not is_guided(guidance_scale) else None
 
+    if decoder is not None:
+        place_decoder(decoder, pipelines[None].transformer.device)
     shown = "the embedded model" if args.model is None else shown_name(args.model)
-    return ServedModel(shown, pipelines, choose)
+    return ServedModel(shown, pipelines, choose, decoder=decoder)
 
 
 def shown_name(model: str) -> str:

@@ -3,7 +3,15 @@
 import argparse
 import importlib.util
 
-from .arguments import add_cache_options, add_model_options, add_solver_options, integer, number, text
+from .arguments import (
+    add_cache_options,
+    add_decoder_option,
+    add_model_options,
+    add_solver_options,
+    integer,
+    number,
+    text,
+)
 from .choices import MAX_MINUTES, MAX_PIXELS, MAX_PORT, MAX_QUEUE, MAX_SESSIONS
 
 
@@ -69,7 +77,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     sampling = parser.add_argument_group("sampling, where a client does not ask for something else")
     add_solver_options(sampling)
     add_cache_options(sampling)
-    add_model_options(parser.add_argument_group("models"))
+    models = parser.add_argument_group("models")
+    add_model_options(models)
+    add_decoder_option(models)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ import PIL.Image
 import torch
 
 from ..frame_counts import chunks_to_cover, pixel_frames
+from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.inputs import resolve_size
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..video.fit import size_like
@@ -55,6 +56,7 @@ class ServedModel:
         pipelines: The pipeline, by the name None; beside it, versions of it that are meant for certain settings, such
             as those with a LoRA for a number of steps added for good. They share what they do not change.
         choose: Chooses one of them by the number of steps and the guidance scale.
+        decoder: Makes the frames in place of the VAE, or None.
 
     Attributes:
         sessions: The sessions that are made with them.
@@ -65,9 +67,11 @@ class ServedModel:
         name: str,
         pipelines: dict[str | None, LongLivePipeline],
         choose: Callable[[int, float], str | None] = lambda steps, guidance_scale: None,
+        *,
+        decoder: TinyVideoDecoder | None = None,
     ):
         self.name, self.pipelines, self._choose = name, pipelines, choose
-        self.sessions = Sessions(pipelines)
+        self.sessions = Sessions(pipelines, decoder)
 
     @property
     def pipeline(self) -> LongLivePipeline:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..pipelines.pipeline_output import VideoChunk
 from ..pipelines.session import StreamingSession
@@ -21,10 +22,11 @@ class Sessions:
 
     Args:
         pipelines: The pipelines that make them, by name.
+        decoder: Makes their frames in place of the VAE, or None.
     """
 
-    def __init__(self, pipelines: Mapping[str | None, LongLivePipeline]):
-        self._pipelines = pipelines
+    def __init__(self, pipelines: Mapping[str | None, LongLivePipeline], decoder: TinyVideoDecoder | None = None):
+        self._pipelines, self._decoder = pipelines, decoder
         self._ranks = next(iter(pipelines.values())).stream_ranks
         self._open: dict[str, StreamingSession] = {}
 
@@ -48,7 +50,7 @@ class Sessions:
         """
         self._tell(("open", name, pipeline, seed, options))
         generator = torch.Generator().manual_seed(seed)
-        self._open[name] = self._pipelines[pipeline].stream(generator=generator, **options)
+        self._open[name] = self._pipelines[pipeline].stream(generator=generator, decoder=self._decoder, **options)
         return self._open[name]
 
     def advance(self, name: str) -> VideoChunk | None:

@@ -8,6 +8,8 @@ import PIL.Image
 import pytest
 import torch
 
+from longlive_diffusers.assets import toy_decoder_path
+from longlive_diffusers.models.tiny_decoder import TinyVideoDecoder
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
 from longlive_diffusers.serve.encoders import frame_encoder
 from longlive_diffusers.serve.settings import FPS, ServeSettings
@@ -389,3 +391,10 @@ def test_a_stream_that_never_fits_is_told_the_numbers(pipe: LongLivePipeline, mo
         received = client.watch(prompt=RED)
         assert received.of("error")[0]["message"].endswith("MiB, and 1 MiB are free.")
         assert received.of("end")[0]["reason"] == "error" and server.app.model.sessions.num_open == 0
+
+
+def test_a_tiny_decoder_makes_the_frames(pipe: LongLivePipeline) -> None:
+    decoder = TinyVideoDecoder.from_pretrained(toy_decoder_path())
+    with running_server({None: pipe}, decoder=decoder) as server, server.client() as client:
+        received = client.watch(prompt=RED, seed=7, seconds=20 / FPS, video="jpeg")
+    assert received.media == expected_media(pipe, RED, 7, 3, "jpeg", num_frames=21, decoder=decoder)

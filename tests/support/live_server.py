@@ -18,6 +18,7 @@ import PIL.Image
 from websockets.sync.client import ClientConnection, connect
 
 from longlive_diffusers.assets import toy_lora_path, toy_pipeline_path
+from longlive_diffusers.models.tiny_decoder import TinyVideoDecoder
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
 from longlive_diffusers.serve.access import Access
 from longlive_diffusers.serve.app import LiveApp
@@ -100,6 +101,7 @@ def running_server(
     pipelines: Mapping[str | None, LongLivePipeline],
     settings: ServeSettings | None = None,
     access: Access | None = None,
+    decoder: TinyVideoDecoder | None = None,
 ) -> Iterator[LiveServer]:
     """Run a server of these pipelines in a thread."""
     listener = listen("127.0.0.1", 0)
