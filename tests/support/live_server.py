@@ -105,9 +105,11 @@ def running_server(
 ) -> Iterator[LiveServer]:
     """Run a server of these pipelines in a thread."""
     listener = listen("127.0.0.1", 0)
-    model = ServedModel(
-        "the embedded model", dict(pipelines), lambda steps, scale: steps if steps in pipelines else None
-    )
+
+    def choose(steps: int, guidance_scale: float) -> str | None:
+        return f"{steps} steps" if f"{steps} steps" in pipelines else None
+
+    model = ServedModel("the embedded model", dict(pipelines), choose, decoder=decoder)
     app = LiveApp(model, settings, access=access)
     server = make_server(app)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
