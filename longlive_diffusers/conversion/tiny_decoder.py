@@ -8,10 +8,10 @@ import torch
 from diffusers.utils import logging
 
 from ..atomic_write import new_folder
-from ..models.tiny_decoder import TinyVideoDecoder
+from ..models.tiny_decoder import TinyVideoDecoder, check_config
 from .config_file import read_config
 from .output_folder import prepare_output
-from .pipeline_folder import components_of, find_folder, settings_of, stored_dtype
+from .pipeline_folder import components_of, default_settings, find_folder, settings_of, stored_dtype
 
 
 logger = logging.get_logger(__name__)
@@ -35,10 +35,13 @@ def load_tiny_decoder(source: str | os.PathLike) -> TinyVideoDecoder:
     folder = find_folder(source, _FILES)
     if not (folder / "config.json").is_file():
         raise ValueError(f"'{source}' holds no tiny decoder: there is no config.json in it.")
-    name = read_config(folder, "config.json", source).get("_class_name")
+    config = read_config(folder, "config.json", source)
+    name = config.get("_class_name")
     if name != TinyVideoDecoder.__name__:
         raise ValueError(f"'{source}' is a {name or 'model without a name'}, not a {TinyVideoDecoder.__name__}.")
     with settings_of(source), components_of(source):
+        # First: an error in a constructor makes diffusers leave torch's default dtype as it set it for the weights.
+        check_config({name: config.get(name, value) for name, value in default_settings(TinyVideoDecoder).items()})
         return TinyVideoDecoder.from_pretrained(folder, torch_dtype=stored_dtype(folder))
 
 

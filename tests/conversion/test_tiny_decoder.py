@@ -105,6 +105,7 @@ def test_what_is_no_decoder_is_refused_by_name(tmp_path, monkeypatch, published,
     with pytest.raises(ValueError) as caught:
         load_tiny_decoder(name)
     assert message in str(caught.value), caught.value
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_the_embedded_decoder_opens():
