@@ -12,7 +12,7 @@ from .arguments import (
     number,
     text,
 )
-from .choices import MAX_MINUTES, MAX_PIXELS, MAX_PORT, MAX_QUEUE, MAX_SESSIONS
+from .choices import MAX_MINUTES, MAX_PIXELS, MAX_PORT, MAX_QUEUE, MAX_REPLICAS, MAX_SESSIONS
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -80,6 +80,22 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     models = parser.add_argument_group("models")
     add_model_options(models)
     add_decoder_option(models)
+    replicas = parser.add_argument_group("replicas")
+    replicas.add_argument(
+        "--ray",
+        action="store_true",
+        help="Serve with Ray: replicas, each with the models on a GPU of its own, or on its part of the CPU's cores. "
+        "What is said above of streams holds for each of them. It needs the extra ray.",
+    )
+    replicas.add_argument(
+        "--replicas", type=integer(1, MAX_REPLICAS), metavar="N", help="How many there are (default: 1)."
+    )
+    replicas.add_argument(
+        "--max-replicas",
+        type=integer(1, MAX_REPLICAS),
+        metavar="N",
+        help="How many there are at most: as many as clients are connected for, and one at least.",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,9 +105,18 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: If the packages of the extra are not installed.
     """
-    for package in ("starlette", "uvicorn", "websockets"):
+    packages = {"starlette": "demo", "uvicorn": "demo", "websockets": "demo"}
+    if args.ray:
+        packages = {"ray": "ray", "fastapi": "ray"}  # ray itself may be there without what serves
+    for package, extra in packages.items():
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"longlive serve needs the package {package}: pip install 'longlive-diffusers[demo]'")
-    from .run_serve import serve
+            raise ValueError(f"longlive serve needs the package {package}: pip install 'longlive-diffusers[{extra}]'")
+    from .replicas import check_replica_options
+
+    check_replica_options(args)
+    if args.ray:
+        from .run_serve_ray import serve
+    else:
+        from .run_serve import serve
 
     return serve(args)

@@ -65,7 +65,7 @@ class LiveApp:
         self.has_failed = False  # whether no stream can be made any more
         self._on_failure = on_failure
         self._stage: Stage | None = None  # while it runs
-        self._num_connections = 0
+        self._connections: set[Connection] = set()
         headers = {**PAGE_HEADERS, "content-security-policy": POLICY + (" ".join(self.access.origins) or "'none'")}
         page = [Route(path, _file(name, headers)) for path, name in _page_files().items()]
         routes = [
@@ -85,6 +85,11 @@ class LiveApp:
         """End all streams, each with a message; no other can begin."""
         if self._stage is not None:
             await self._stage.close()
+
+    async def close(self) -> None:
+        """End all streams, each with a message, and close all connections after it."""
+        await self.end_streams()
+        await asyncio.gather(*[connection.close() for connection in self._connections])
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncGenerator[None, None]:
@@ -115,14 +120,15 @@ class LiveApp:
             await websocket.close()  # before it is accepted: the answer is 403
             return
         await websocket.accept()
-        if self._num_connections >= MAX_CONNECTIONS or self._stage is None or self.has_failed:
+        if len(self._connections) >= MAX_CONNECTIONS or self._stage is None or self.has_failed:
             await websocket.close(TRY_AGAIN_LATER)
             return
-        self._num_connections += 1
+        connection = Connection(websocket, self.model, self._stage)
+        self._connections.add(connection)
         try:
-            await Connection(websocket, self.model, self._stage).serve()
+            await connection.serve()
         finally:
-            self._num_connections -= 1
+            self._connections.discard(connection)
 
     async def _health(self, request: Request) -> Response:
         stage, used = self._stage, memory_in_use(self.model.device)
@@ -141,7 +147,7 @@ class LiveApp:
                 "max_sessions": self.settings.max_sessions,
                 "queue": 0 if stage is None else stage.num_waiting,
                 "max_queue": self.settings.max_queue,
-                "connections": self._num_connections,
+                "connections": len(self._connections),
                 "memory": used,
                 "token_required": self.access.token is not None,
             },
@@ -158,7 +164,7 @@ class LiveApp:
         gauges = {
             "streams": (stage.num_streams, "Streams that are being made."),
             "streams_waiting": (stage.num_waiting, "Streams that wait for a place."),
-            "connections": (self._num_connections, "Open WebSockets."),
+            "connections": (len(self._connections), "Open WebSockets."),
             **{f"memory_{name}": (value, f"Memory: {name}.") for name, value in used.items()},
         }
         return PlainTextResponse(stage.metrics.as_text(gauges), media_type="text/plain; version=0.0.4")

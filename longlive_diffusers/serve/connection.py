@@ -1,6 +1,7 @@
 """One WebSocket: messages in, messages and video out; a stream at a time."""
 
 import asyncio
+import contextlib
 import time
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -26,7 +27,8 @@ from .stage import Stage
 from .stream import LiveStream
 
 
-TOO_MANY_MESSAGES = 1008  # the close code of a client that does not keep to the rules
+# Close codes: a client that does not keep to the rules, and a server that stops.
+TOO_MANY_MESSAGES, SERVICE_RESTART = 1008, 1012
 
 
 class Connection:
@@ -70,6 +72,13 @@ class Connection:
             pass
         finally:
             self._leave()
+
+    async def close(self) -> None:
+        """Let the client go, after all that its stream has to say."""
+        if self._sender is not None:
+            await asyncio.wait([self._sender])
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # starlette's, where the socket has been closed
+            await self._websocket.close(SERVICE_RESTART)
 
     async def _receive(self) -> str | None:
         """Return the next text message; None at the end."""

@@ -6,34 +6,25 @@ from collections.abc import Callable
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 
 from longlive_diffusers.assets import toy_decoder_path
 from longlive_diffusers.models.tiny_decoder import TinyVideoDecoder
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
-from longlive_diffusers.serve.encoders import frame_encoder
 from longlive_diffusers.serve.settings import FPS, ServeSettings
-from tests.support.live_server import BLUE, GREEN, RED, LiveServer, Received, as_data_url, decoded, running_server
+from tests.support.live_server import (
+    BLUE,
+    GREEN,
+    RED,
+    LiveServer,
+    Received,
+    as_data_url,
+    decoded,
+    expected_media,
+    running_server,
+)
 
 
 FIRST, LATER = 5, 8  # frames of the first chunk of the embedded model, and of all others
-
-
-def expected_media(
-    pipe: LongLivePipeline, prompt: str, seed: int, num_chunks: int, media: str = "mp4", **options
-) -> list[bytes]:
-    """What a server sends of a stream, made here without one."""
-    encoder, sent = None, []
-    options = {"generator": torch.Generator().manual_seed(seed), "output_type": "uint8", **options}
-    direct = options.pop("direct", lambda session, index: None)
-    with pipe.stream(prompt, **options) as session:
-        for index in range(num_chunks):
-            direct(session, index)
-            frames = next(session).frames[0]
-            height, width = frames.shape[1:3]
-            encoder = encoder or frame_encoder(media, height=height, width=width, fps=FPS)
-            sent += [encoder.encode(frame, is_key_frame=i == 0) for i, frame in enumerate(frames)]
-    return sent
 
 
 @pytest.mark.parametrize("media", ["mp4", "jpeg"])

@@ -15,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 import PIL.Image
+import torch
 from websockets.sync.client import ClientConnection, connect
 
 from longlive_diffusers.assets import toy_lora_path, toy_pipeline_path
@@ -22,9 +23,10 @@ from longlive_diffusers.models.tiny_decoder import TinyVideoDecoder
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
 from longlive_diffusers.serve.access import Access
 from longlive_diffusers.serve.app import LiveApp
+from longlive_diffusers.serve.encoders import frame_encoder
 from longlive_diffusers.serve.model import ServedModel
 from longlive_diffusers.serve.server import listen, make_server
-from longlive_diffusers.serve.settings import ServeSettings
+from longlive_diffusers.serve.settings import FPS, ServeSettings
 
 
 RED = "a large red circle moves right on a black background"
@@ -204,6 +206,23 @@ def decoded(media: list[bytes]) -> np.ndarray:
         return np.stack([np.asarray(PIL.Image.open(io.BytesIO(picture))) for picture in media])
     with av.open(io.BytesIO(b"".join(media))) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def expected_media(
+    pipe: LongLivePipeline, prompt: str, seed: int, num_chunks: int, media: str = "mp4", **options
+) -> list[bytes]:
+    """What a server sends of a stream, made here without one."""
+    encoder, sent = None, []
+    options = {"generator": torch.Generator().manual_seed(seed), "output_type": "uint8", **options}
+    direct = options.pop("direct", lambda session, index: None)
+    with pipe.stream(prompt, **options) as session:
+        for index in range(num_chunks):
+            direct(session, index)
+            frames = next(session).frames[0]
+            height, width = frames.shape[1:3]
+            encoder = encoder or frame_encoder(media, height=height, width=width, fps=FPS)
+            sent += [encoder.encode(frame, is_key_frame=i == 0) for i, frame in enumerate(frames)]
+    return sent
 
 
 def as_data_url(image: PIL.Image.Image, kind: str = "png") -> str:

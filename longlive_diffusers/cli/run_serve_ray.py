@@ -1,0 +1,82 @@
+"""Serve what `longlive serve --ray` was asked for: this machine's Ray, which runs and replaces the replicas."""
+
+import argparse
+import contextlib
+import functools
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+
+import ray
+import ray.serve
+
+from ..serve.access import Access
+from ..serve.model import ServedModel
+from ..serve.ray_deployment import live_application
+from ..serve.replicas import Replicas
+from ..serve.server import listen, url_of
+from .launched import Rank
+from .model_request import check_model
+from .replicas import replicas_here
+from .run_serve import check_access, load_served, log_to_stderr, settings_of
+from .termination import ends_cleanly
+
+
+APPLICATION = "longlive"
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+OBJECT_STORE_BYTES = 100 * 2**20  # nothing large is kept in it
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve until Ctrl-C or SIGTERM."""
+    check_access(args)
+    models = check_model(args)
+    replicas = replicas_here(models.device, args)
+    listener = listen(args.host, args.port)  # an address in use is known before anything starts
+    (host, port), url = listener.getsockname()[:2], url_of(listener)
+    listener.close()
+    for note in models.notes:
+        print(f"longlive: {note}", file=sys.stderr)
+    token = f"/?token={args.token}" if args.token else ""
+    with ends_cleanly("all streams were ended"), ray_with(replicas, host, port):
+        ray.serve.run(application(args, replicas), name=APPLICATION, logging_config=QUIET)
+        print(f"longlive: {replicas} on {models.device}: {url}{token} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
+    return 0
+
+
+def application(args: argparse.Namespace, replicas: Replicas) -> ray.serve.Application:
+    """Return the application that Ray runs."""
+    access = Access(args.host, args.token, tuple(args.origin))
+    return live_application(functools.partial(load_replica, args), settings_of(args), access, replicas)
+
+
+def load_replica(args: argparse.Namespace) -> ServedModel:
+    """Load the models, in the process of a replica and on the machine where it is."""
+    log_to_stderr()
+    return load_served(check_model(args), args, Rank())
+
+
+@contextlib.contextmanager
+def ray_with(replicas: Replicas, host: str, port: int) -> Iterator[None]:
+    """Run a Ray of its own for the block, with what the replicas need, and a proxy that listens on this address. At
+    the end, streams are ended first: a proxy that stops would cut them off."""
+    ray.init(
+        address="local",
+        num_cpus=replicas.most * replicas.num_cpus,
+        num_gpus=replicas.most * replicas.num_gpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.WARNING,
+    )
+    try:
+        ray.serve.start(
+            http_options={"host": host, "port": port},
+            logging_config=QUIET,
+        )
+        yield
+        ray.serve.delete(APPLICATION)
+    finally:
+        ray.serve.shutdown()
+        ray.shutdown()

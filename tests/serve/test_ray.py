@@ -1,0 +1,217 @@
+"""The application as a deployment of Ray Serve: two replicas of the embedded model on this CPU, behind Ray's proxy."""
+
+import asyncio
+import contextlib
+import http.client
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import psutil
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
+from longlive_diffusers.serve.settings import FPS, ServeSettings
+from tests.support.live_server import BLUE, PATIENCE, RED, LiveClient, expected_media
+from tests.support.paths import ROOT
+from tests.support.processes import free_port
+
+
+pytest.importorskip("ray.serve", reason="needs the extra ray")
+
+import ray.serve
+
+from longlive_diffusers.cli.command_line import parse_arguments
+from longlive_diffusers.cli.ray_app import app, as_arguments
+from longlive_diffusers.cli.run_serve_ray import APPLICATION, QUIET, application, ray_with
+from longlive_diffusers.serve.ray_deployment import deployment_options
+from longlive_diffusers.serve.ray_router import FewestClients
+from longlive_diffusers.serve.replicas import Replicas
+
+
+TOKEN = "secret"
+
+
+@dataclass
+class RayServer:
+    """Two replicas that run in a Ray of their own."""
+
+    port: int
+    stop: Callable[[], None] = field(repr=False)
+
+    def client(self, query: str = f"?token={TOKEN}", **options) -> LiveClient:
+        return LiveClient(f"ws://127.0.0.1:{self.port}/ws{query}", **options)
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Ask for a path over HTTP; return the status and the text."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)) as connection:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+    def replicas(self) -> list[psutil.Process]:
+        """The processes of the replicas."""
+        processes = psutil.Process().children(recursive=True)
+        return [process for process in processes if process.name().startswith("ray::ServeRepli")]
+
+    def num_running(self) -> int:
+        deployment = ray.serve.status().applications[APPLICATION].deployments["live"]
+        return deployment.replica_states.get("RUNNING", 0)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RayServer]:
+    args, port = parse_arguments(["serve", "--ray", "--device=cpu", "--replicas=2", f"--token={TOKEN}"]), free_port()
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        for name, value in {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+            patch.setenv(name, value)  # of Ray's processes
+        stack.enter_context(ray_with(Replicas(2, 2, num_gpus=0), "127.0.0.1", port))
+        ray.serve.run(application(args, Replicas(2, 2, num_gpus=0)), name=APPLICATION, logging_config=QUIET)
+        yield RayServer(port, stack.close)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing() -> None:
+    """In place of what the tests of a server in this process do after each: here, there are replicas."""
+
+
+def test_two_clients_get_what_the_pipeline_gives(server: RayServer, pipe: LongLivePipeline) -> None:
+    with server.client() as first, server.client() as second:
+        for client, prompt, seed in ((first, RED, 7), (second, BLUE, 8)):
+            client.send("start", prompt=prompt, seed=seed, seconds=20 / FPS)
+        for client, prompt, seed in ((first, RED, 7), (second, BLUE, 8)):
+            assert client.until("end")["reason"] == "finished"
+            assert client.received.media == expected_media(pipe, prompt, seed, 3, num_frames=21)
+
+
+def test_who_may_not_use_it_is_refused_through_the_proxy(server: RayServer) -> None:
+    own = {"Origin": f"http://127.0.0.1:{server.port}"}
+    for query, headers in (("", {}), ("?token=wrong", {}), ("", own), (f"?token={TOKEN}", {"Origin": "http://a.b"})):
+        with pytest.raises(InvalidStatus) as error:
+            server.client(query, additional_headers=headers)
+        assert error.value.response.status_code == 403
+    with server.client(additional_headers=own) as client:
+        assert client.watch(prompt=RED, seconds=0.1).of("end")
+    with server.client("", additional_headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+        assert client.watch(prompt=RED, seconds=0.1).of("end")
+
+
+def test_page_health_and_metrics_come_through_the_proxy(server: RayServer) -> None:
+    assert server.get("/")[0] == 200 and "<!doctype html>" in server.get("/")[1]
+    assert server.get("/nowhere")[0] == 404
+    status, health = server.get("/health")
+    assert status == 200 and '"ready":true' in health and '"token_required":true' in health
+    assert server.get("/metrics")[0] == 403
+    status, metrics = server.get(f"/metrics?token={TOKEN}")
+    assert status == 200 and "longlive_connections" in metrics
+
+
+def test_a_replica_that_dies_ends_its_streams_alone_and_is_replaced(server: RayServer) -> None:
+    clients = [server.client() for _ in range(4)]
+    for client in clients:
+        client.send("start", prompt=RED)
+        client.until("chunk")
+    dead, alive = server.replicas()
+    os.kill(dead.pid, signal.SIGKILL)
+
+    cut, on = [], []
+    for client in clients:
+        before = len(client.received.of("chunk"))
+        try:
+            while len(client.received.of("chunk")) < before + 5:
+                client.until("chunk")
+            on.append(client)
+        except ConnectionClosed as error:
+            assert error.rcvd is None  # no close frame: no client takes this for a proper end
+            cut.append(client)
+    assert (len(cut), len(on)) == (2, 2)  # each went to the replica that had fewer
+
+    deadline = time.monotonic() + PATIENCE
+    while server.num_running() < 2 or len(server.replicas()) < 2:
+        assert time.monotonic() < deadline, "it is not replaced"
+        time.sleep(0.1)
+    (replacement,) = {process.pid for process in server.replicas()} - {alive.pid}
+    assert replacement != dead.pid
+    for client in on:
+        client.send("stop")
+        assert client.until("end", plays=False)["reason"] == "stopped"
+    for client in clients:
+        client.socket.close()
+    with server.client() as one, server.client() as another:
+        for client in (one, another):
+            assert client.watch(prompt=RED, seconds=0.1).of("end")
+
+
+def test_the_end_of_the_application_ends_streams_with_a_message(server: RayServer) -> None:
+    with server.client() as first, server.client() as second, server.client() as idle:
+        for client in (first, second):
+            client.send("start", prompt=RED)
+            client.until("chunk")
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        for client in (first, second):
+            end = client.until("end", plays=False)
+            assert (end["reason"], end["num_frames"]) == ("server", len(client.received.media))
+        for client in (first, second, idle):
+            with pytest.raises(ConnectionClosed) as error:
+                client.socket.recv(PATIENCE)
+            assert error.value.rcvd is not None and error.value.rcvd.code == 1012
+        stopping.join(PATIENCE)
+        assert not stopping.is_alive() and not ray.is_initialized()
+
+
+def test_the_router_considers_all_replicas() -> None:
+    router = object.__new__(FewestClients)
+    (rank,) = asyncio.run(FewestClients.choose_replicas(router, list(range(8))))
+    assert sorted(rank) == list(range(8))
+
+
+def test_replicas_grow_with_the_clients_that_are_connected() -> None:
+    settings = ServeSettings(max_sessions=3, max_minutes=2)
+    fixed, growing = (deployment_options(settings, Replicas(2, most, num_gpus=1)) for most in (2, 5))
+    assert fixed["num_replicas"] == 2 and "autoscaling_config" not in fixed
+    scaling = growing["autoscaling_config"]
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 3)
+    assert fixed["graceful_shutdown_timeout_s"] > 120  # the longest stream
+    assert fixed["ray_actor_options"] == {"num_gpus": 1, "num_cpus": 1}
+
+
+@pytest.mark.parametrize(
+    "options, arguments",
+    [
+        ({}, []),
+        ({"steps": 2, "max_sessions": "3"}, ["--steps=2", "--max-sessions=3"]),
+        ({"no_token": "true", "compile": True, "no_lora": False, "nvfp4": "false"}, ["--no-token", "--compile"]),
+        ({"origin": ["https://a.b", "https://c.d"]}, ["--origin=https://a.b", "--origin=https://c.d"]),
+    ],
+)
+def test_options_of_an_application_are_those_of_the_command(options: dict, arguments: list[str]) -> None:
+    assert list(as_arguments(options)) == arguments
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "--host 0.0.0.0 can be reached from other machines: give a --token"),
+        ({"token": "a", "no_token": True}, "give either --token or --no-token, not both"),
+        ({"token": "a", "port": 1}, "port is an option of Ray's proxies"),
+        ({"token": "a", "stpes": 1}, "unrecognized arguments: --stpes=1"),
+        ({"token": "a", "steps": 0}, "argument --steps: must be an integer from 1 to 1000, not '0'"),
+        ({"token": "a", "devices": 2}, "--devices 2 and --ray exclude each other"),
+        ({"token": "a", "device": "cuda:1"}, "--device cuda:1 is one device"),
+    ],
+)
+def test_an_application_is_refused_in_one_line(options: dict, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        app(options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_application_takes_a_gpu_for_each_replica_unless_it_is_for_cpus() -> None:
+    for device, num_gpus in (({}, 1), ({"device": "cpu"}, 0)):
+        deployment = app({"token": "a", "replicas": 2, **device})._bound_deployment
+        assert deployment.ray_actor_options["num_gpus"] == num_gpus and deployment.num_replicas == 2
