@@ -39,7 +39,7 @@ def serve(args: argparse.Namespace) -> int:
     for note in models.notes:
         print(f"longlive: {note}", file=sys.stderr)
     token = f"/?token={args.token}" if args.token else ""
-    with ends_cleanly("all streams were ended"), ray_with(replicas, host, port):
+    with ray_with(replicas, host, port), ends_cleanly("all streams were ended"):  # in place of what Ray does
         ray.serve.run(application(args, replicas), name=APPLICATION, logging_config=QUIET)
         print(f"longlive: {replicas} on {models.device}: {url}{token} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
@@ -61,7 +61,7 @@ def load_replica(args: argparse.Namespace) -> ServedModel:
 @contextlib.contextmanager
 def ray_with(replicas: Replicas, host: str, port: int) -> Iterator[None]:
     """Run a Ray of its own for the block, with what the replicas need, and a proxy that listens on this address. At
-    the end, streams are ended first: a proxy that stops would cut them off."""
+    its end, the streams end first: a proxy that stops would cut them off."""
     ray.init(
         address="local",
         num_cpus=replicas.most * replicas.num_cpus,
@@ -76,7 +76,7 @@ def ray_with(replicas: Replicas, host: str, port: int) -> Iterator[None]:
             logging_config=QUIET,
         )
         yield
-        ray.serve.delete(APPLICATION)
     finally:
+        ray.serve.delete(APPLICATION)
         ray.serve.shutdown()
         ray.shutdown()

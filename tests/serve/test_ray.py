@@ -5,10 +5,12 @@ import contextlib
 import http.client
 import os
 import signal
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
@@ -17,17 +19,12 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
 from longlive_diffusers.serve.settings import FPS, ServeSettings
 from tests.support.live_server import BLUE, PATIENCE, RED, LiveClient, expected_media
-from tests.support.paths import ROOT
-from tests.support.processes import free_port
+from tests.support.processes import environment, free_port
 
 
 pytest.importorskip("ray.serve", reason="needs the extra ray")
 
-import ray.serve
-
-from longlive_diffusers.cli.command_line import parse_arguments
 from longlive_diffusers.cli.ray_app import app, as_arguments
-from longlive_diffusers.cli.run_serve_ray import APPLICATION, QUIET, application, ray_with
 from longlive_diffusers.serve.ray_deployment import deployment_options
 from longlive_diffusers.serve.ray_router import FewestClients
 from longlive_diffusers.serve.replicas import Replicas
@@ -38,10 +35,11 @@ TOKEN = "secret"
 
 @dataclass
 class RayServer:
-    """Two replicas that run in a Ray of their own."""
+    """`longlive serve --ray` in a process of its own."""
 
+    process: subprocess.Popen
     port: int
-    stop: Callable[[], None] = field(repr=False)
+    errors: Path  # what it prints there
 
     def client(self, query: str = f"?token={TOKEN}", **options) -> LiveClient:
         return LiveClient(f"ws://127.0.0.1:{self.port}/ws{query}", **options)
@@ -55,32 +53,37 @@ class RayServer:
 
     def replicas(self) -> list[psutil.Process]:
         """The processes of the replicas."""
-        processes = psutil.Process().children(recursive=True)
+        processes = psutil.Process(self.process.pid).children(recursive=True)
         return [process for process in processes if process.name().startswith("ray::ServeRepli")]
-
-    def num_running(self) -> int:
-        deployment = ray.serve.status().applications[APPLICATION].deployments["live"]
-        return deployment.replica_states.get("RUNNING", 0)
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RayServer]:
-    args, port = parse_arguments(["serve", "--ray", "--device=cpu", "--replicas=2", f"--token={TOKEN}"]), free_port()
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        for name, value in {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}.items():
-            patch.setenv(name, value)  # of Ray's processes
-        stack.enter_context(ray_with(Replicas(2, 2, num_gpus=0), "127.0.0.1", port))
-        ray.serve.run(application(args, Replicas(2, 2, num_gpus=0)), name=APPLICATION, logging_config=QUIET)
-        yield RayServer(port, stack.close)
+def ray_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayServer]:
+    """Two replicas, which make two streams at once each."""
+    port = free_port()
+    options = ["--device=cpu", "--replicas=2", f"--port={port}", f"--token={TOKEN}"]
+    errors = tmp_path_factory.mktemp("ray") / "stderr.txt"
+    with errors.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "longlive_diffusers.cli", "serve", "--ray", *options],
+            env=environment(RAY_USAGE_STATS_ENABLED=0),
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+        )
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        address = f"http://127.0.0.1:{port}/?token={TOKEN}"
+        assert said == f"longlive: 2 replicas on cpu: {address} (Ctrl-C ends it)\n", errors.read_text()
+        yield RayServer(process, port, errors)
+    finally:
+        process.terminate()
+        process.communicate(timeout=PATIENCE)
 
 
-@pytest.fixture(autouse=True)
-def _leaves_nothing() -> None:
-    """In place of what the tests of a server in this process do after each: here, there are replicas."""
-
-
-def test_two_clients_get_what_the_pipeline_gives(server: RayServer, pipe: LongLivePipeline) -> None:
-    with server.client() as first, server.client() as second:
+def test_two_clients_get_what_the_pipeline_gives(ray_server: RayServer, pipe: LongLivePipeline) -> None:
+    with ray_server.client() as first, ray_server.client() as second:
         for client, prompt, seed in ((first, RED, 7), (second, BLUE, 8)):
             client.send("start", prompt=prompt, seed=seed, seconds=20 / FPS)
         for client, prompt, seed in ((first, RED, 7), (second, BLUE, 8)):
@@ -88,34 +91,34 @@ def test_two_clients_get_what_the_pipeline_gives(server: RayServer, pipe: LongLi
             assert client.received.media == expected_media(pipe, prompt, seed, 3, num_frames=21)
 
 
-def test_who_may_not_use_it_is_refused_through_the_proxy(server: RayServer) -> None:
-    own = {"Origin": f"http://127.0.0.1:{server.port}"}
+def test_who_may_not_use_it_is_refused_through_the_proxy(ray_server: RayServer) -> None:
+    own = {"Origin": f"http://127.0.0.1:{ray_server.port}"}
     for query, headers in (("", {}), ("?token=wrong", {}), ("", own), (f"?token={TOKEN}", {"Origin": "http://a.b"})):
         with pytest.raises(InvalidStatus) as error:
-            server.client(query, additional_headers=headers)
+            ray_server.client(query, additional_headers=headers)
         assert error.value.response.status_code == 403
-    with server.client(additional_headers=own) as client:
+    with ray_server.client(additional_headers=own) as client:
         assert client.watch(prompt=RED, seconds=0.1).of("end")
-    with server.client("", additional_headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+    with ray_server.client("", additional_headers={"Authorization": f"Bearer {TOKEN}"}) as client:
         assert client.watch(prompt=RED, seconds=0.1).of("end")
 
 
-def test_page_health_and_metrics_come_through_the_proxy(server: RayServer) -> None:
-    assert server.get("/")[0] == 200 and "<!doctype html>" in server.get("/")[1]
-    assert server.get("/nowhere")[0] == 404
-    status, health = server.get("/health")
+def test_page_health_and_metrics_come_through_the_proxy(ray_server: RayServer) -> None:
+    assert ray_server.get("/")[0] == 200 and "<!doctype html>" in ray_server.get("/")[1]
+    assert ray_server.get("/nowhere")[0] == 404
+    status, health = ray_server.get("/health")
     assert status == 200 and '"ready":true' in health and '"token_required":true' in health
-    assert server.get("/metrics")[0] == 403
-    status, metrics = server.get(f"/metrics?token={TOKEN}")
+    assert ray_server.get("/metrics")[0] == 403
+    status, metrics = ray_server.get(f"/metrics?token={TOKEN}")
     assert status == 200 and "longlive_connections" in metrics
 
 
-def test_a_replica_that_dies_ends_its_streams_alone_and_is_replaced(server: RayServer) -> None:
-    clients = [server.client() for _ in range(4)]
+def test_a_replica_that_dies_ends_its_streams_alone_and_is_replaced(ray_server: RayServer) -> None:
+    clients = [ray_server.client() for _ in range(4)]
     for client in clients:
         client.send("start", prompt=RED)
         client.until("chunk")
-    dead, alive = server.replicas()
+    dead, alive = ray_server.replicas()
     os.kill(dead.pid, signal.SIGKILL)
 
     cut, on = [], []
@@ -130,29 +133,33 @@ def test_a_replica_that_dies_ends_its_streams_alone_and_is_replaced(server: RayS
             cut.append(client)
     assert (len(cut), len(on)) == (2, 2)  # each went to the replica that had fewer
 
-    deadline = time.monotonic() + PATIENCE
-    while server.num_running() < 2 or len(server.replicas()) < 2:
-        assert time.monotonic() < deadline, "it is not replaced"
-        time.sleep(0.1)
-    (replacement,) = {process.pid for process in server.replicas()} - {alive.pid}
-    assert replacement != dead.pid
+    with contextlib.ExitStack() as stack:  # the other one is full: who need not wait is with the replacement
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            client = stack.enter_context(ray_server.client())
+            client.send("start", prompt=RED, seconds=0.1)
+            message = client.next()
+            if isinstance(message, dict) and message["type"] == "started":
+                break
+            assert time.monotonic() < deadline, "it is not replaced"
+            client.socket.close()
+            time.sleep(0.2)
+        assert client.until("end")["num_frames"] == 5
+    assert alive in ray_server.replicas() and dead not in ray_server.replicas()
     for client in on:
         client.send("stop")
         assert client.until("end", plays=False)["reason"] == "stopped"
     for client in clients:
         client.socket.close()
-    with server.client() as one, server.client() as another:
-        for client in (one, another):
-            assert client.watch(prompt=RED, seconds=0.1).of("end")
 
 
-def test_the_end_of_the_application_ends_streams_with_a_message(server: RayServer) -> None:
-    with server.client() as first, server.client() as second, server.client() as idle:
+def test_a_signal_ends_all_streams_with_a_message(ray_server: RayServer) -> None:
+    replicas = ray_server.replicas()
+    with ray_server.client() as first, ray_server.client() as second, ray_server.client() as idle:
         for client in (first, second):
             client.send("start", prompt=RED)
             client.until("chunk")
-        stopping = threading.Thread(target=server.stop)
-        stopping.start()
+        ray_server.process.terminate()
         for client in (first, second):
             end = client.until("end", plays=False)
             assert (end["reason"], end["num_frames"]) == ("server", len(client.received.media))
@@ -160,8 +167,10 @@ def test_the_end_of_the_application_ends_streams_with_a_message(server: RayServe
             with pytest.raises(ConnectionClosed) as error:
                 client.socket.recv(PATIENCE)
             assert error.value.rcvd is not None and error.value.rcvd.code == 1012
-        stopping.join(PATIENCE)
-        assert not stopping.is_alive() and not ray.is_initialized()
+    assert ray_server.process.wait(PATIENCE) == 143
+    printed = ray_server.errors.read_text()
+    assert "longlive: ended by SIGTERM; all streams were ended" in printed and "Traceback" not in printed
+    assert psutil.wait_procs(replicas, PATIENCE)[1] == []
 
 
 def test_the_router_considers_all_replicas() -> None:
