@@ -7,6 +7,7 @@ messages are described in longlive_diffusers/serve/README.md. It needs the packa
 import argparse
 import json
 
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 
@@ -29,7 +30,11 @@ CHANGES = {  # what is said after these chunks
 with connect(args.url, max_size=None) as socket, open(args.output, "wb") as file:
     socket.send(json.dumps({"type": "start", "prompt": FIRST, "seconds": args.seconds, "seed": 0}))
     num_frames = 0
-    for message in socket:
+    while True:
+        try:
+            message = socket.recv()
+        except ConnectionClosed:  # without an end: the server's process, or the network, has failed
+            raise SystemExit(f"the connection is lost after {num_frames} frames") from None
         if isinstance(message, bytes):  # a frame; all of them, joined, are an mp4
             file.write(message)
             num_frames += 1

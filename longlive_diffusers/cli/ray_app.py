@@ -4,7 +4,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping
 
-import ray.serve
+import ray.serve  # pyright: ignore[reportMissingImports]
 import torch
 
 from .command_line import parse_arguments

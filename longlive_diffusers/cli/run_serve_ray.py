@@ -8,8 +8,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
-import ray
-import ray.serve
+import ray  # pyright: ignore[reportMissingImports]
+import ray.serve  # pyright: ignore[reportMissingImports]
 
 from ..serve.access import Access
 from ..serve.model import ServedModel

@@ -8,9 +8,9 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from ray import serve
-from ray.exceptions import RayError
-from ray.serve.config import AutoscalingConfig
+from ray import serve  # pyright: ignore[reportMissingImports]
+from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
+from ray.serve.config import AutoscalingConfig  # pyright: ignore[reportMissingImports]
 from starlette.applications import Starlette
 
 from .access import Access

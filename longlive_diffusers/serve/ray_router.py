@@ -6,7 +6,12 @@ would wait in one replica while another one, which was not drawn, has room.
 
 import random
 
-from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import (  # pyright: ignore[reportMissingImports]
+    FIFOMixin,
+    PendingRequest,
+    RequestRouter,
+    RunningReplica,
+)
 
 
 class FewestClients(FIFOMixin, RequestRouter):
