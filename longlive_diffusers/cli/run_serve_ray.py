@@ -75,6 +75,7 @@ def ray_with(replicas: Replicas, host: str, port: int) -> Iterator[None]:
             http_options={"host": host, "port": port},
             logging_config=QUIET,
         )
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # in this process
         yield
     finally:
         ray.serve.delete(APPLICATION)
