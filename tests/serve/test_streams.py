@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from longlive_diffusers.assets import toy_decoder_path
 from longlive_diffusers.models.tiny_decoder import TinyVideoDecoder
