@@ -16,6 +16,7 @@ from ..serve.model import ServedModel
 from ..serve.ray_deployment import live_application
 from ..serve.replicas import Replicas
 from ..serve.server import listen, url_of
+from .decoders import choose_decoder
 from .launched import Rank
 from .model_request import check_model
 from .replicas import replicas_here
@@ -32,6 +33,7 @@ def serve(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM."""
     check_access(args)
     models = check_model(args)
+    choose_decoder(args, models.folder.sizes)  # checks it; each replica takes its own
     replicas = replicas_here(models.device, args)
     listener = listen(args.host, args.port)  # an address in use is known before anything starts
     (host, port), url = listener.getsockname()[:2], url_of(listener)
@@ -55,7 +57,8 @@ def application(args: argparse.Namespace, replicas: Replicas) -> ray.serve.Appli
 def load_replica(args: argparse.Namespace) -> ServedModel:
     """Load the models, in the process of a replica and on the machine where it is."""
     log_to_stderr()
-    return load_served(check_model(args), args, Rank())
+    models = check_model(args)
+    return load_served(models, args, Rank(), choose_decoder(args, models.folder.sizes))
 
 
 @contextlib.contextmanager
