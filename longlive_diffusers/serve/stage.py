@@ -43,7 +43,7 @@ class Stage:
         self._waiting: deque[LiveStream] = deque()
         self._lacks_memory = False  # for another stream, until one of those that are on ends
         self._wake = asyncio.Event()
-        self._is_closing = False
+        self._is_closing = self._is_running = False
         self._ends: set[asyncio.Future] = set()  # of encoding, not done yet
 
     @property
@@ -97,6 +97,13 @@ class Stage:
 
     async def run(self) -> None:
         """Make chunks for as long as the server runs."""
+        self._is_running = True
+        try:
+            await self._run()
+        finally:
+            self._is_running = False
+
+    async def _run(self) -> None:
         while True:
             for stream in [stream for stream in self._on if stream.is_over]:
                 await self._take_off(stream)
@@ -118,7 +125,7 @@ class Stage:
         for stream in [*self._waiting, *self._on]:
             self.stop(stream, "server")
         self._wake.set()
-        while self._on:
+        while self._on and self._is_running:  # else a mistake has ended it, and nothing more comes of them
             await asyncio.sleep(0.01)
         if self._ends:
             await asyncio.wait(self._ends)

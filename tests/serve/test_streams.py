@@ -7,11 +7,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from websockets.exceptions import ConnectionClosed
 
 from longlive_diffusers.assets import toy_decoder_path
 from longlive_diffusers.models.tiny_decoder import TinyVideoDecoder
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
 from longlive_diffusers.serve.settings import FPS, ServeSettings
+from longlive_diffusers.serve.stage import Stage
 from tests.support.live_server import (
     BLUE,
     GREEN,
@@ -390,3 +392,21 @@ def test_a_tiny_decoder_makes_the_frames(pipe: LongLivePipeline) -> None:
     with running_server({None: pipe}, decoder=decoder) as server, server.client() as client:
         received = client.watch(prompt=RED, seed=7, seconds=20 / FPS, video="jpeg")
     assert received.media == expected_media(pipe, RED, 7, 3, "jpeg", num_frames=21, decoder=decoder)
+
+
+def test_a_mistake_in_the_stage_is_no_silence(pipe: LongLivePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would leave everybody waiting: the server says that it is not ready, lets nobody in, and can be stopped."""
+
+    def fail(stage: Stage) -> None:
+        raise KeyError("nobody thought of this")
+
+    with running_server({None: pipe}) as server:
+        monkeypatch.setattr(Stage, "_next", fail)
+        with server.client() as client:
+            client.send("start", prompt=RED)
+            server.wait_until(lambda: not server.health()["ready"])
+        assert server.get("/health").status == 503
+        with server.client() as client, pytest.raises(ConnectionClosed) as error:
+            client.next()
+        assert error.value.rcvd is not None and error.value.rcvd.code == 1013
+        monkeypatch.undo()
