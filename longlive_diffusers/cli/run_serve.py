@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import re
 import signal
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 from ..assets import TOY_LORA_STEPS, toy_lora_path
 from ..models.tiny_decoder import TinyVideoDecoder
@@ -47,7 +49,7 @@ def serve(args: argparse.Namespace) -> int:
         on_failure=lambda: server.stop(),
     )
     server = make_server(app)
-    token = f"/?token={args.token}" if args.token else ""
+    token = f"/?token={quote(args.token, safe='')}" if args.token else ""
     print(f"longlive: {served.name} on {served.device}: {url_of(listener)}{token} (Ctrl-C ends it)", flush=True)
     with ends_cleanly("all streams were ended"):
         server.run(sockets=[listener])
@@ -65,6 +67,11 @@ def check_access(args: argparse.Namespace) -> None:
         raise ValueError("give either --token or --no-token, not both")
     if args.token is not None and not args.token.strip():
         raise ValueError("--token is empty; --no-token lets everybody make videos")
+    if args.token is not None and not re.fullmatch(r"[!-~]+", args.token):
+        raise ValueError("--token must be of letters, digits and signs of ASCII, without spaces")
+    for origin in args.origin:
+        if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^/?#@:\[\]\s]+)(:\d{1,5})?", origin):
+            raise ValueError(f"--origin must be like https://example.com or http://localhost:3000, not {origin!r}")
     if not is_loopback(args.host) and args.token is None and not args.no_token:
         raise ValueError(
             f"--host {args.host} can be reached from other machines: give a --token, or --no-token to let everybody "
@@ -80,6 +87,7 @@ def settings_of(args: argparse.Namespace) -> ServeSettings:
         max_minutes=args.max_minutes,
         max_pixels=args.max_pixels,
         steps=args.steps,
+        max_steps=max(args.steps, args.max_steps),
         guidance_scale=args.guidance_scale,
         window_size=args.window_size,
         sink_size=args.sink_size,

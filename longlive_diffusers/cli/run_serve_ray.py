@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
+from urllib.parse import quote
 
 import ray  # pyright: ignore[reportMissingImports]
 import ray.serve  # pyright: ignore[reportMissingImports]
@@ -40,7 +41,7 @@ def serve(args: argparse.Namespace) -> int:
     listener.close()
     for note in models.notes:
         print(f"longlive: {note}", file=sys.stderr)
-    token = f"/?token={args.token}" if args.token else ""
+    token = f"/?token={quote(args.token, safe='')}" if args.token else ""
     with ray_with(replicas, host, port), ends_cleanly("all streams were ended"):  # in place of what Ray does
         ray.serve.run(application(args, replicas), name=APPLICATION, logging_config=QUIET)
         print(f"longlive: {replicas} on {models.device}: {url}{token} (Ctrl-C ends it)", flush=True)

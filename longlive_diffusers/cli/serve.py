@@ -12,7 +12,7 @@ from .arguments import (
     number,
     text,
 )
-from .choices import MAX_MINUTES, MAX_PIXELS, MAX_PORT, MAX_QUEUE, MAX_REPLICAS, MAX_SESSIONS
+from .choices import MAX_MINUTES, MAX_PIXELS, MAX_PORT, MAX_QUEUE, MAX_REPLICAS, MAX_SESSIONS, MAX_STEPS
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -68,6 +68,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         type=number(0, MAX_MINUTES, above=True),
         default=30.0,
         help="How long a stream may last (default: %(default)g).",
+    )
+    limits.add_argument(
+        "--max-steps",
+        type=integer(1, MAX_STEPS),
+        default=50,
+        help="The most solver steps that a client may ask for; --steps counts as well (default: %(default)s).",
     )
     limits.add_argument(
         "--max-pixels",

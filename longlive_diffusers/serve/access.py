@@ -44,7 +44,9 @@ class Access:
         if origin in self.origins:
             return True
         try:
-            name, is_same = urlsplit(origin).hostname or "", urlsplit(origin).netloc.lower() == host.lower()
+            page = urlsplit(origin)
+            name = page.hostname or ""
+            is_same = page.scheme in ("http", "https") and page.netloc.lower() == host.lower()
         except ValueError:
             return False
         if not is_same:

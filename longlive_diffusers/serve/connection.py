@@ -68,7 +68,7 @@ class Connection:
                     complaint = await self._handle(message)
                 if complaint:
                     await self._send(Error(complaint))
-        except WebSocketDisconnect:
+        except (WebSocketDisconnect, RuntimeError):  # starlette's, where the socket has been closed
             pass
         finally:
             self._leave()
@@ -120,7 +120,7 @@ class Connection:
     async def _start(self, start: Start) -> None:
         if self._sender is not None and not self._sender.done():
             raise ValueError("There is a stream already; stop it, and wait for its end, before another one.")
-        plan = await asyncio.to_thread(self._model.plan, start, self._stage.settings)  # a picture takes time to decode
+        plan = await self._stage.plan(self._model, start)
         self._stream = LiveStream(self._model, plan, start.video, self._stage.metrics)
         self._stage.enter(self._stream)
         self._sender = asyncio.create_task(self._send_stream(self._stream))

@@ -23,8 +23,10 @@ SHOWN = 60  # characters of what somebody sent that an answer quotes
 
 # ------------------------------------------------------------------------------------------------- client to server
 def _text(value: Any) -> str | None:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str):
         return "must be text"
+    if not value.strip():
+        return "is empty"
     if len(value) > MAX_PROMPT:
         return f"has {len(value)} characters; at most {MAX_PROMPT} are allowed"
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
@@ -53,7 +55,7 @@ def _number(least: float, most: float, *, above: bool = False) -> Callable[[Any]
 
 def _image(value: Any) -> str | None:
     if not isinstance(value, str) or not value.startswith("data:image/") or ";base64," not in value[:64]:
-        return "must be a data URL of an image in base64, data:image/...;base64,..."
+        return "must be a data URL of an image in base64, which begins with data:image/"
     most = 4 * -(-MAX_IMAGE_BYTES // 3) + 64
     return None if len(value) <= most else f"must be an image of at most {MAX_IMAGE_BYTES // 2**20} MiB"
 

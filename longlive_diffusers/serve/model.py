@@ -1,7 +1,6 @@
 """The model that a server streams from, and what a client's `start` asks of it."""
 
 import base64
-import binascii
 import copy
 import io
 import random
@@ -17,7 +16,7 @@ from ..frame_counts import chunks_to_cover, pixel_frames
 from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.inputs import resolve_size
 from ..pipelines.pipeline_longlive import LongLivePipeline
-from ..video.fit import size_like
+from ..video.fit import fit, size_like
 from ..video.images import DAMAGED, as_rgb
 from .messages import MAX_IMAGE_BYTES, Start
 from .sessions import Sessions
@@ -25,7 +24,7 @@ from .settings import FPS, ServeSettings
 
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_IMAGE_PIXELS = 50_000_000
+MAX_IMAGE_PIXELS = 25_000_000
 
 
 @dataclass(frozen=True)
@@ -103,12 +102,16 @@ class ServedModel:
             step = (sizes.patch_size[0] * sizes.spatial_scale, sizes.patch_size[1] * sizes.spatial_scale)
             height, width = size_like((image.height, image.width), self.default_size, step, height, width)
         size = resolve_size(height, width, {}, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)
-        height, width = size.latent_height * sizes.spatial_scale, size.latent_width * sizes.spatial_scale
+        height, width = size.height, size.width
+        if image is not None:
+            image = fit(image, height, width)  # as the pipeline would; a large picture is not to be kept
         most = settings.max_pixels or self.default_size[0] * self.default_size[1]
         chosen_here = start.height is None and start.width is None
         if height * width > most and not chosen_here:
             raise ValueError(f"height x width is {height} x {width} = {height * width}; at most {most} are allowed.")
         steps = settings.steps if start.steps is None else start.steps
+        if steps > settings.max_steps:
+            raise ValueError(f"steps is {steps}; at most {settings.max_steps} are allowed.")
         guidance_scale = settings.guidance_scale if start.guidance_scale is None else start.guidance_scale
         copy.deepcopy(self.pipeline.scheduler).set_timesteps(steps)  # raises where it cannot solve
         options = {
@@ -143,7 +146,7 @@ def decode_image(url: str) -> PIL.Image.Image:
     """
     try:
         data = base64.b64decode(url.partition(";base64,")[2], validate=True)
-    except binascii.Error:
+    except ValueError:  # binascii's, and that of characters beyond ASCII
         raise ValueError("image is not valid base64.") from None
     if len(data) > MAX_IMAGE_BYTES:
         raise ValueError(f"image has {len(data)} bytes; at most {MAX_IMAGE_BYTES} are allowed.")
@@ -157,7 +160,9 @@ def decode_image(url: str) -> PIL.Image.Image:
                     )
                 image.load()
                 return as_rgb(image)
+    except PIL.Image.DecompressionBombError:
+        raise ValueError(f"image has more than the {MAX_IMAGE_PIXELS} pixels that are allowed.") from None
     except PIL.UnidentifiedImageError:  # whose text names an object in memory
         raise ValueError(f"image is none of {', '.join(IMAGE_FORMATS)}.") from None
     except DAMAGED as error:
-        raise ValueError(f"image cannot be read: {error}.") from error
+        raise ValueError(f"image cannot be read: {str(error).removesuffix('.')}.") from error

@@ -1,6 +1,11 @@
 """Running the application: a socket, uvicorn, and an end at which every stream gets to know that it is over."""
 
+import asyncio
+import contextlib
+import signal
 import socket
+import threading
+from collections.abc import Generator
 
 import uvicorn
 
@@ -70,5 +75,21 @@ class LiveServer(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._app.end_streams()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._app.close(), GRACE_SECONDS)
         await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """End on a terminal that closes (SIGHUP) as on the signals that uvicorn knows, which raises them again at its
+        end."""
+        with super().capture_signals():
+            is_main = threading.current_thread() is threading.main_thread()
+            if not is_main or not hasattr(signal, "SIGHUP"):
+                yield
+                return
+            previous = signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, previous)

@@ -24,6 +24,7 @@ class ServeSettings:
         max_minutes: How long a stream may last, from its beginning.
         max_pixels: The largest picture, in pixels; None for as many as the model's own has.
         steps: The solver steps of a chunk.
+        max_steps: How many a client may ask for: while a chunk is made, all others wait.
         guidance_scale: The scale of classifier-free guidance; 1 for none.
         window_size, sink_size: The frames of the KV cache, in latent frames; None for the model's own.
         kv_cache_dtype: What keys and values are stored as; None for the network's dtype.
@@ -34,12 +35,15 @@ class ServeSettings:
     max_minutes: float = 30.0
     max_pixels: int | None = None
     steps: int = 4
+    max_steps: int = 50
     guidance_scale: float = 1.0
     window_size: int | None = None
     sink_size: int | None = None
     kv_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        check_counts(max_sessions=self.max_sessions, steps=self.steps)
+        check_counts(max_sessions=self.max_sessions, steps=self.steps, max_steps=self.max_steps)
+        if self.steps > self.max_steps:
+            raise ValueError(f"`steps` is {self.steps}, more than the {self.max_steps} of `max_steps`.")
         if not 0 < self.max_minutes < float("inf"):
             raise ValueError(f"`max_minutes` must be a positive number, got {self.max_minutes!r}.")

@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..parallel.stream_ranks import RanksParted
 from ..pipelines.memory import MemoryShortage
-from .messages import Error, Queued
+from ..wording import counted
+from .messages import Error, Queued, Start
 from .metrics import Metrics
+from .model import ServedModel, StreamPlan
 from .sessions import Sessions
 from .settings import IDLE_SECONDS, ServeSettings
 from .stream import LiveStream
@@ -39,6 +41,7 @@ class Stage:
         self.settings, self.metrics, self._on_failure = settings, Metrics(), on_failure
         self._maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="longlive-make")
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="longlive-encode")
+        self._planner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="longlive-plan")
         self._on: deque[LiveStream] = deque()  # the next one first
         self._waiting: deque[LiveStream] = deque()
         self._lacks_memory = False  # for another stream, until one of those that are on ends
@@ -61,6 +64,14 @@ class Stage:
         """How many wait for one of them to end."""
         return len(self._waiting)
 
+    async def plan(self, model: ServedModel, start: Start) -> StreamPlan:
+        """Check what a client asks for. A picture takes time and memory to decode: one is, at a time.
+
+        Raises:
+            ValueError: If it cannot be made.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._planner, model.plan, start, self.settings)
+
     def enter(self, stream: LiveStream) -> None:
         """Let a stream begin, or wait.
 
@@ -71,7 +82,7 @@ class Stage:
             raise ValueError("The server stops.")
         if len(self._on) + len(self._waiting) >= self.settings.max_sessions + self.settings.max_queue:
             raise ValueError(
-                f"{len(self._on)} streams are being made and {len(self._waiting)} wait, which is as many as this "
+                f"{counted(len(self._on), 'stream')} being made and {len(self._waiting)} waiting are as many as this "
                 "server takes. Try again later."
             )
         self._waiting.append(stream)
@@ -135,6 +146,7 @@ class Stage:
             logger.error("%s while the other ranks were let go", type(error).__name__, exc_info=error)
         self._maker.shutdown()
         self._encoder.shutdown()
+        self._planner.shutdown(wait=False)
 
     def _admit(self) -> None:
         while self._waiting and len(self._on) < self.settings.max_sessions and not self._lacks_memory:

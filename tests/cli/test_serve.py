@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from longlive_diffusers.cli import main
-from longlive_diffusers.cli.run_serve import shown_name
+from longlive_diffusers.cli.command_line import parse_arguments
+from longlive_diffusers.cli.run_serve import check_access, shown_name
 from tests.support.live_server import PATIENCE, RED, LiveClient
 from tests.support.processes import environment, free_port
 
@@ -39,10 +40,24 @@ def test_what_cannot_be_served_is_refused_in_one_line(arguments: str, capsys: py
     assert REFUSED[arguments] in printed
 
 
-@pytest.mark.parametrize("token", ["", " "])
-def test_an_empty_token_is_none(token: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("token", ["", " ", "a b", "a\nb", "schlüssel", "\t", "a\x7f"])
+def test_a_token_that_cannot_be_sent_everywhere_is_refused(token: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--token", token]) == 2
-    assert "--token is empty" in capsys.readouterr().err
+    expected = "must be of letters, digits and signs of ASCII" if token.strip() else "--token is empty"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("origin", ["", "foo", "example.com", "http://a:b", "https://a.com/path", "ftp://a.com", "*"])
+def test_an_origin_that_no_page_has_is_refused(origin: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--origin", origin]) == 2
+    assert f"--origin must be like https://example.com or http://localhost:3000, not {origin!r}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_origins_that_pages_have_are_taken() -> None:
+    for origin in ("https://example.com", "http://localhost:3000", "http://[::1]:80", "https://a-b.c_d.example"):
+        check_access(parse_arguments(["serve", "--origin", origin]))
 
 
 def test_a_port_in_use_is_known_before_models_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +105,7 @@ def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen, int]]:
 
 
 ENDS = {
+    signal.SIGHUP: (129, "longlive: ended by SIGHUP; all streams were ended"),
     signal.SIGTERM: (143, "longlive: ended by SIGTERM; all streams were ended"),
     signal.SIGINT: (130, "longlive: interrupted"),
 }

@@ -29,6 +29,7 @@ FOREIGN = [
     (Access(), "", ""),
     (Access(), "http://[::1", "[::1"),
     (Access(), "file://", "127.0.0.1:7860"),
+    (Access(), "ftp://127.0.0.1:7860", "127.0.0.1:7860"),
     (Access(host="0.0.0.0"), "https://example.com", "192.168.1.5:7860"),
     (Access(origins=("https://example.com",)), "http://example.com", "127.0.0.1:7860"),
 ]

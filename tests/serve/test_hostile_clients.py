@@ -8,6 +8,7 @@ import socket
 import string
 import struct
 
+import PIL.Image
 import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
 from longlive_diffusers.serve.settings import MESSAGE_BURST, ServeSettings
-from tests.support.live_server import BLUE, PATIENCE, RED, LiveClient, LiveServer, running_server
+from tests.support.live_server import BLUE, PATIENCE, RED, LiveClient, LiveServer, as_data_url, running_server
 
 
 def vanish(client: LiveClient) -> None:
@@ -157,6 +158,29 @@ def test_any_sequence_of_messages_leaves_a_server_that_serves(server: LiveServer
                     break
         except ConnectionClosed as error:  # not with text or JSON
             raise AssertionError(f"the connection was closed: {error}") from error
+
+
+def test_large_pictures_leave_nothing_behind(server: LiveServer) -> None:
+    """A picture of as many pixels as are allowed, in a few kilobytes: what is kept of it is as large as the video."""
+    url = as_data_url(PIL.Image.new("RGBA", (5000, 5000), (200, 30, 30, 128)))
+    used = []
+    for index in range(8):
+        clients = [server.client() for _ in range(3)]
+        for client in clients:
+            client.send("start", prompt=RED, image=url, seconds=0.1)
+        if index % 2:
+            clients[0].until("end")
+        for client in clients:
+            vanish(client)
+        server.wait_until(lambda: server.is_empty)
+        used.append(psutil.Process().memory_info().rss)
+    assert max(used[3:]) - used[2] < 60 * 2**20, [round(bytes / 2**20) for bytes in used]
+
+
+def test_steps_are_limited(server: LiveServer) -> None:
+    with server.client() as client:
+        client.send("start", prompt=RED, steps=51)
+        assert client.until("error")["message"] == "steps is 51; at most 50 are allowed."
 
 
 def test_memory_is_flat_over_200_connections(server: LiveServer) -> None:

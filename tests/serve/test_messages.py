@@ -63,7 +63,7 @@ WRONG = {
     '{"type": "Start"}': "not 'Start'.",
     '{"type": "start"}': "A message of type start needs a field prompt.",
     '{"type": "start", "prompt": null}': "A message of type start needs a field prompt.",
-    '{"type": "start", "prompt": " "}': "prompt must be text.",
+    '{"type": "start", "prompt": " "}': "prompt is empty.",
     '{"type": "start", "prompt": ["a"]}': "prompt must be text.",
     '{"type": "start", "prompt": "\\ud800"}': "prompt must be Unicode text, and has a lone surrogate.",
     json.dumps({"type": "prompt", "prompt": "a" * (MAX_PROMPT + 1)}): "has 4001 characters; at most 4000 are allowed.",

@@ -217,7 +217,7 @@ def test_others_wait_and_see_their_place(pipe: LongLivePipeline) -> None:
         assert third.until("queued")["position"] == 2
         assert (server.health()["sessions"], server.health()["queue"]) == (1, 2)
         fourth.send("start", prompt=RED)
-        assert fourth.until("error")["message"].startswith("1 streams are being made and 2 wait")
+        assert fourth.until("error")["message"].startswith("1 stream being made and 2 waiting are")
         second.send("stop")
         assert (second.until("end")["reason"], second.received.of("end")[0]["num_frames"]) == ("stopped", 0)
         assert third.until("queued")["position"] == 1

@@ -35,6 +35,7 @@ const query = new URLSearchParams(location.search);
 
 let token = query.get("token");
 let tokenRequired = false;
+let isReached = true; // whether the server has answered when it was asked last
 let connection = null;
 let stream = null; // the last one that has begun
 let playback = null; // "waiting", "playing", "held" or "ended"
@@ -139,6 +140,8 @@ const on = {
   },
 
   started(message) {
+    $("token-form").hidden = true; // it was the right one
+    if (!isReached) readHealth(); // there is a server again
     if (phase === "queued") sent = seconds(); // what is measured is the model, not the queue
     if (phase !== "stopping") phase = "running";
     stream?.close();
@@ -194,7 +197,7 @@ async function closed({ wasOpen, code, reason: said }) {
   }
   // A browser does not tell why a connection was refused; whether there is a server at all can be asked.
   const health = await readHealth();
-  if (tokenRequired) askForToken();
+  if (health && tokenRequired) askForToken();
   let why = "The server cannot be reached.";
   if (health) why = `The server refuses the connection.${tokenRequired ? " Is the token right?" : ""}`;
   notice.show(why, { action: { label: "Try again", act: start } });
@@ -221,6 +224,7 @@ function askForToken() {
 async function readHealth() {
   const health = await fetchHealth(document.baseURI, token);
   $("server").textContent = describe(health);
+  isReached = health !== null;
   if (!health) return null;
   tokenRequired = health.token_required === true;
   if (tokenRequired && !token) $("token-form").hidden = false;
