@@ -11,45 +11,37 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 
-parser = argparse.ArgumentParser(description=__doc__)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--url", default="ws://127.0.0.1:7860/ws", help="with a token: ws://HOST:PORT/ws?token=TOKEN")
 parser.add_argument("--output", default="video.mp4")
 parser.add_argument("--seconds", type=float, default=4.0)
 args = parser.parse_args()
 
-FIRST, SECOND, THIRD = (
-    "a large red circle moves right on a black background",
-    "a large blue circle moves right on a black background",
-    "a small white square stays still on a black background",
-)
-CHANGES = {  # what is said after these chunks
-    2: {"type": "prompt", "prompt": SECOND},  # same shot, new prompt
-    6: {"type": "cut", "prompt": THIRD},  # new shot
-}
+FIRST, SECOND = (f"a large {color} circle moves right on a black background" for color in ("red", "blue"))
+THIRD = "a small white square stays still on a black background"
+# What is said after these chunks: same shot, new prompt; new shot.
+CHANGES = {2: {"type": "prompt", "prompt": SECOND}, 6: {"type": "cut", "prompt": THIRD}}
 
-with connect(args.url, max_size=None) as socket, open(args.output, "wb") as file:
-    socket.send(json.dumps({"type": "start", "prompt": FIRST, "seconds": args.seconds, "seed": 0}))
-    num_frames = 0
-    while True:
-        try:
-            message = socket.recv()
-        except ConnectionClosed:  # without an end: the server's process, or the network, has failed
-            raise SystemExit(f"the connection is lost after {num_frames} frames") from None
-        if isinstance(message, bytes):  # a frame; all of them, joined, are an mp4
-            file.write(message)
-            num_frames += 1
-            # Only what is watched is made: here, everything at once.
-            socket.send(json.dumps({"type": "played", "frame": num_frames - 1}))
-            continue
-        message = json.loads(message)
-        if message["type"] == "chunk":
-            print(f"chunk {message['index']}, shot {message['shot_index']}: {message['prompt']}")
-            if message["index"] in CHANGES:
-                socket.send(json.dumps(CHANGES[message["index"]]))
-        elif message["type"] == "error":
-            print(f"error: {message['message']}")
-        elif message["type"] == "queued":
-            print(f"number {message['position']} in the queue")
-        elif message["type"] == "end":
-            print(f"{message['num_frames']} frames ({message['reason']})")
-            break
+try:
+    with connect(args.url, max_size=None) as socket, open(args.output, "wb") as file:
+        socket.send(json.dumps({"type": "start", "prompt": FIRST, "seconds": args.seconds, "seed": 0}))
+        num_frames, message = 0, {}
+        while message.get("type") != "end":
+            received = socket.recv()
+            if isinstance(received, bytes):  # a frame; all of them, joined, are an mp4
+                file.write(received)
+                num_frames += 1
+                # Only what is watched is made: here, everything at once.
+                socket.send(json.dumps({"type": "played", "frame": num_frames - 1}))
+                continue
+            message = json.loads(received)
+            if message["type"] == "chunk":
+                print(f"chunk {message['index']}, shot {message['shot_index']}: {message['prompt']}")
+                if message["index"] in CHANGES:
+                    socket.send(json.dumps(CHANGES[message["index"]]))
+            else:
+                print(", ".join(f"{name} {message[name]}" for name in message if name != "latency"))
+except ConnectionRefusedError:
+    raise SystemExit(f"there is no server at {args.url}: start one with `longlive serve`") from None
+except ConnectionClosed:  # without an end: the server's process, or the network, has failed
+    raise SystemExit(f"the connection is lost after {num_frames} frames") from None

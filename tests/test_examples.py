@@ -118,12 +118,18 @@ def test_the_first_line_says_how_to_run_it(path):
     assert len(lines) <= 50
 
 
+def test_live_client_without_a_server(tmp_path, run):
+    with pytest.raises(SystemExit, match="there is no server at ws://127.0.0.1:1/ws: start one with `longlive serve`"):
+        run("live_client.py", "--url", "ws://127.0.0.1:1/ws")
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
 def test_live_client(tmp_path, run):
     with running_server({None: embedded_pipeline()}) as server:
         printed = run("live_client.py", "--url", f"ws://{server.host}:{server.port}/ws")
-    lines = printed.splitlines()
-    assert lines[-1] == "101 frames (finished)" and len(lines) == 14
-    shots = [line.split(":")[0].split(", ")[1] for line in lines[:-1]]
+    started, *chunks, end = printed.splitlines()
+    assert started.startswith("type started, ") and end == "type end, reason finished, num_frames 101"
+    shots = [chunk.split(":")[0].split(", ")[1] for chunk in chunks]
     assert shots[0] == "shot 0" and shots[-1] == "shot 1"
     frames = frames_of(tmp_path / "video.mp4")
     assert frames.shape == (101, 64, 64, 3)

@@ -58,6 +58,8 @@ class TypedPrompts:
         elif command == "/blend" and text.strip():
             self._await(text.strip(), BLEND_CHUNKS)
             session.blend(text.strip(), BLEND_CHUNKS)
+        elif command in ("/cut", "/blend"):
+            print(f"'{command}' needs a prompt: {command} TEXT", file=sys.stderr)
         elif line.startswith("/"):
             print(f"'{line}' is not a command: {HELP}", file=sys.stderr)
         elif line:

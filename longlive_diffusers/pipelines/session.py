@@ -193,7 +193,9 @@ class StreamingSession:
         self._denoiser.set_num_inference_steps(num_inference_steps)
 
     def interrupt(self) -> None:
-        """End the stream with the chunk in progress, after its current step; callable from any thread."""
+        """End the stream with the chunk in progress, after its current step; callable from any thread. That chunk is
+        handed over as it is, noisy, as diffusers' own pipelines return what they were interrupted in; with `close()`,
+        it is not."""
         self._denoiser.run.interrupt = True
 
     @property

@@ -37,6 +37,11 @@ PAGE_HEADERS = {
     "cache-control": "no-cache",
 }
 _PACKAGE = "longlive_diffusers.serve"
+MEMORY_TEXTS = {
+    "used_bytes": "Memory that this process uses: of the GPU, or on a CPU of the machine.",
+    "free_bytes": "Memory that is free there.",
+    "total_bytes": "Memory that there is.",
+}
 TRY_AGAIN_LATER = 1013  # a close code
 
 
@@ -165,7 +170,7 @@ class LiveApp:
             "streams": (stage.num_streams, "Streams that are being made."),
             "streams_waiting": (stage.num_waiting, "Streams that wait for a place."),
             "connections": (len(self._connections), "Open WebSockets."),
-            **{f"memory_{name}": (value, f"Memory: {name}.") for name, value in used.items()},
+            **{f"memory_{name}": (value, MEMORY_TEXTS[name]) for name, value in used.items()},
         }
         return PlainTextResponse(stage.metrics.as_text(gauges), media_type="text/plain; version=0.0.4")
 

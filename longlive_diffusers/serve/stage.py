@@ -160,12 +160,9 @@ class Stage:
     def _next(self) -> LiveStream | None:
         """Return the stream whose turn it is, and put it behind the others."""
         now = time.monotonic()
-        ready = [stream for stream in self._on if stream.wants_chunk]
         for stream in self._on:
-            if stream in ready:
-                stream.idle_since = None
-            elif stream.idle_since is None:
-                stream.idle_since = now
+            stream.note_turn(now)
+        ready = [stream for stream in self._on if stream.wants_chunk]
         if not ready:
             return None
         self._on.remove(ready[0])

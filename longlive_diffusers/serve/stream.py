@@ -51,7 +51,8 @@ class LiveStream:
         self._model, self._plan, self._media, self._metrics = model, plan, media, metrics
         self._loop = asyncio.get_running_loop()
         self._began = 0.0  # when its turn came
-        self._last_chunk: float | None = None  # when it left
+        self._held_seconds = 0.0  # since then, in which its viewer wanted no chunk
+        self._last_chunk: float | None = None  # when it left, without the time that it was held
         self._played_chunk = 0
         self._next_chunk = 0
         self._changes: list[Change] = []
@@ -94,6 +95,14 @@ class LiveStream:
         """Whether its next chunk may be begun: it is not paused, and its viewer is near enough."""
         return not self.is_over and not self.paused and self._next_chunk - self._played_chunk <= LEAD_CHUNKS
 
+    def note_turn(self, now: float) -> None:
+        """Note, at a time, whether it wants a chunk: the time that its viewer holds it is not the server's."""
+        if not self.wants_chunk:
+            self.idle_since = self.idle_since or now
+        elif self.idle_since is not None:
+            self._held_seconds += now - self.idle_since
+            self.idle_since = None
+
     def send(self, message: FromServer | bytes) -> None:
         """Send a message after all that are to be sent already."""
         if isinstance(message, bytes):
@@ -123,8 +132,9 @@ class LiveStream:
         for complaint in self._apply_changes(self._session):
             self._from_thread(Error(complaint))
         chunk = self._model.sessions.advance(self.id)
-        if chunk is not None:
-            self._next_chunk = chunk.index + 1
+        if chunk is None or self.is_over:  # what was interrupted is noise still
+            return None
+        self._next_chunk = chunk.index + 1
         return chunk
 
     def encode(self, chunk: VideoChunk) -> None:
@@ -187,12 +197,13 @@ class LiveStream:
 
     def _count(self, now: float, num_frames: int) -> None:
         """Count a chunk that has left."""
-        self.latency.add(now - self._began, num_frames)
+        made = now - self._began - self._held_seconds
+        self.latency.add(made, num_frames)
         if self._last_chunk is None:
-            self._metrics.measure("first_frame", now - self._began)
+            self._metrics.measure("first_frame", made)
         else:
-            self._metrics.measure("between_chunks", now - self._last_chunk)
-        self._last_chunk = now
+            self._metrics.measure("between_chunks", made - self._last_chunk)
+        self._last_chunk = made
 
     def _send_end(self) -> None:
         assert self.end_reason is not None

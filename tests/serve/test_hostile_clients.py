@@ -7,6 +7,7 @@ import random
 import socket
 import string
 import struct
+import time
 
 import PIL.Image
 import psutil
@@ -17,7 +18,16 @@ from websockets.exceptions import ConnectionClosed
 
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
 from longlive_diffusers.serve.settings import MESSAGE_BURST, ServeSettings
-from tests.support.live_server import BLUE, PATIENCE, RED, LiveClient, LiveServer, as_data_url, running_server
+from tests.support.live_server import (
+    BLUE,
+    PATIENCE,
+    RED,
+    LiveClient,
+    LiveServer,
+    as_data_url,
+    expected_media,
+    running_server,
+)
 
 
 def vanish(client: LiveClient) -> None:
@@ -214,3 +224,18 @@ def test_memory_is_flat_over_200_connections(server: LiveServer) -> None:
     assert server.app.model.sessions.num_open == 0
     # The allocator keeps what it once had; after the first 50, nothing comes on top.
     assert max(used[2:]) - used[1] < 30 * 2**20, [round(bytes / 2**20) for bytes in used]
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.02, 0.04, 0.06, 0.08])
+def test_a_chunk_that_is_interrupted_is_not_sent(server: LiveServer, pipe: LongLivePipeline, delay: float) -> None:
+    """It is noise: what is sent is a beginning of what is sent of a stream that nobody stops."""
+    with server.client() as client:
+        client.send("start", prompt=RED, seed=9, video="jpeg")
+        client.whole_chunk()
+        client.whole_chunk()
+        client.send("played", frame=12)
+        time.sleep(delay)
+        client.send("stop")
+        end = client.until("end", plays=False)
+    assert end["num_frames"] == len(client.received.media)
+    assert client.received.media == expected_media(pipe, RED, 9, 5, "jpeg")[: len(client.received.media)]

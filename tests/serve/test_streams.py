@@ -1,6 +1,7 @@
 """Streams over a WebSocket, from a real server with the embedded model: what a client asks for is what it gets."""
 
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -410,3 +411,22 @@ def test_a_mistake_in_the_stage_is_no_silence(pipe: LongLivePipeline, monkeypatc
             client.next()
         assert error.value.rcvd is not None and error.value.rcvd.code == 1013
         monkeypatch.undo()
+
+
+def test_time_that_the_viewer_holds_the_stream_is_not_the_servers(server: LiveServer) -> None:
+    with server.client() as client:
+        client.send("start", prompt=RED, video="jpeg")
+        for _ in range(3):
+            client.whole_chunk()
+        time.sleep(3)  # nobody watches
+        client.send("played", frame=FIRST + 2 * LATER - 1)
+        client.whole_chunk()
+        client.send("pause")
+        client.until("chunk", plays=False)  # what was begun
+        time.sleep(2)
+        client.send("resume")
+        client.send("played", frame=FIRST + 4 * LATER - 1)
+        client.until("chunk", plays=False)
+        client.send("stop")
+        latency = client.until("end", plays=False)["latency"]
+    assert latency["between_chunks_p95"] < 2 and latency["stalled_seconds"] < 2

@@ -64,6 +64,7 @@ function promptOrComplaint() {
 }
 
 function start() {
+  if (!$("prompt").value.trim()) $("prompt").value = $("prompt").placeholder; // the example that is there to be seen
   const prompt = promptOrComplaint();
   if (prompt === null || !settings.check()) return;
   if (tokenRequired && !token) return askForToken();
