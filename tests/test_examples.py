@@ -119,7 +119,7 @@ def test_the_first_line_says_how_to_run_it(path):
 
 
 def test_live_client_without_a_server(tmp_path, run):
-    with pytest.raises(SystemExit, match="there is no server at ws://127.0.0.1:1/ws: start one with `longlive serve`"):
+    with pytest.raises(SystemExit, match=r"no server at ws:.*: start one with `longlive serve`"):
         run("live_client.py", "--url", "ws://127.0.0.1:1/ws")
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
