@@ -31,6 +31,7 @@ from longlive_diffusers.atomic_write import new_folder
 from longlive_diffusers.frame_counts import TEMPORAL_SCALE
 from longlive_diffusers.models.streaming_tiny_decoder import StreamingTinyDecoder
 from longlive_diffusers.models.streaming_vae import encode_video, latent_statistics
+from longlive_diffusers.pipelines.sharing import strip_local_paths
 from train_vae import draw_clips, object_weights
 from world import draw_sample
 
@@ -216,6 +217,7 @@ def main() -> None:
         torch.nn.Module.to(decoder, dtype=torch.float16)  # diffusers' own warns of layers that are none
         with new_folder(args.output, replace=True) as folder:
             decoder.save_pretrained(folder)
+            strip_local_paths(folder, ["."])  # of --start
         size = sum(file.stat().st_size for file in args.output.iterdir())
         print(
             f"{args.output}: {sum(parameter.numel() for parameter in decoder.parameters())} parameters, {size} bytes"
