@@ -65,13 +65,15 @@ class LiveStream:
         self._changes.append(change)
 
     def played(self, frame: int) -> None:
-        """Let the stream know what its viewer sees.
+        """Let the stream know what its viewer sees. The frame after the last that was sent stands for that: who counts
+        the frames says the same.
 
         Raises:
             ValueError: For a frame that was not sent.
         """
-        if frame >= self.num_frames:
+        if frame > self.num_frames:
             raise ValueError(f"frame {frame} is not there: {self.num_frames} were sent so far.")
+        frame = max(0, min(frame, self.num_frames - 1))
         sizes = self._model.pipeline.sizes
         per_chunk = sizes.chunk_size * sizes.temporal_scale
         # The first chunk lacks the frames that the first latent frame does not stand for.

@@ -430,3 +430,13 @@ def test_time_that_the_viewer_holds_the_stream_is_not_the_servers(server: LiveSe
         client.send("stop")
         latency = client.until("end", plays=False)["latency"]
     assert latency["between_chunks_p95"] < 2 and latency["stalled_seconds"] < 2
+
+
+def test_who_counts_the_frames_that_were_played_says_the_same(server: LiveServer) -> None:
+    with server.client() as client:
+        client.send("start", prompt=RED, seconds=2, video="jpeg")
+        while (message := client.next()) and not (isinstance(message, dict) and message["type"] == "end"):
+            if isinstance(message, bytes):
+                client.send("played", frame=len(client.received.media))
+    assert not client.received.of("error")
+    assert client.received.of("end")[0]["num_frames"] == FIRST + 6 * LATER
