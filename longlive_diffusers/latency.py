@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
+from .limits import FPS
 from .number_checks import check_counts, is_finite
 
 
@@ -22,7 +23,7 @@ class Latency:
         ValueError: If that is not a positive finite number.
     """
 
-    def __init__(self, fps: float = 24):
+    def __init__(self, fps: float = FPS):
         if not is_finite(fps) or fps <= 0:
             raise ValueError(f"`fps` must be a positive finite number, got {fps!r}.")
         self.fps = float(fps)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..latency import Latency
+from ..limits import FPS
 from ..wording import counted
 from .kv_cache import kv_cache_rows
 from .measure import as_size, as_time
@@ -134,7 +134,7 @@ def _whole_rows(name: str, results: dict[str, Any], how: str) -> list[Row]:
         (
             "  real time",
             f"{latency['real_time_factor']:.2f} s/s",
-            f"video made in a second, after the first chunk, at {Latency().fps:g} frames per second",
+            f"video made in a second, after the first chunk, at {FPS} frames per second",
         ),
         (
             "  stalls",

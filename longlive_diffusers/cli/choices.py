@@ -4,6 +4,10 @@ They are spelled out, because the modules that define them import torch, and par
 tests/cli/test_choices.py compares them with what they name.
 """
 
+from ..limits import FPS as FPS
+from ..limits import MAX_STEPS as MAX_STEPS
+
+
 DTYPES = ("float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = (*DTYPES, "nvfp4", "fp8")
 NVFP4_BACKENDS = ("scaled_mm", "te", "fp8", "w4a16", "emulate")
@@ -13,10 +17,8 @@ RECIPES = ("longlive", "nvidia", "nvfp4_pretrain")
 KEPT_MODULES = ("patch_embedding", "condition_embedder", "proj_out")
 BENCH_SIZES = ("toy", "cpu-reference", "5b")
 
-FPS = 24  # the frame rate of the model
 DEFAULT_SECONDS = 5.0
 
-MAX_STEPS = 1000  # the timesteps that the model was trained with
 MAX_SEED = 2**64 - 1  # torch's generators take 64 bits
 MAX_SECONDS = 1_000_000  # 11 days; beyond that, --stream
 MAX_FRAMES = MAX_SECONDS * FPS

@@ -4,6 +4,7 @@ import argparse
 import logging
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
 from urllib.parse import quote
@@ -49,11 +50,16 @@ def serve(args: argparse.Namespace) -> int:
         on_failure=lambda: server.stop(),
     )
     server = make_server(app)
-    token = f"/?token={quote(args.token, safe='')}" if args.token else ""
-    print(f"longlive: {served.name} on {served.device}: {url_of(listener)}{token} (Ctrl-C ends it)", flush=True)
+    print(f"longlive: {served.name} on {served.device}: {page_of(listener, args)} (Ctrl-C ends it)", flush=True)
     with ends_cleanly("all streams were ended"):
         server.run(sockets=[listener])
     return 1 if app.has_failed else 0
+
+
+def page_of(listener: socket.socket, args: argparse.Namespace) -> str:
+    """Return the address of the page, with the token that it needs."""
+    token = f"/?token={quote(args.token, safe='')}" if args.token else ""
+    return f"{url_of(listener)}{token}"
 
 
 def check_access(args: argparse.Namespace) -> None:

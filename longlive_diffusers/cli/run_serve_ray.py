@@ -7,7 +7,6 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from urllib.parse import quote
 
 import ray  # pyright: ignore[reportMissingImports]
 import ray.serve  # pyright: ignore[reportMissingImports]
@@ -16,12 +15,12 @@ from ..serve.access import Access
 from ..serve.model import ServedModel
 from ..serve.ray_deployment import live_application
 from ..serve.replicas import Replicas
-from ..serve.server import listen, url_of
+from ..serve.server import listen
 from .decoders import choose_decoder
 from .launched import Rank
 from .model_request import check_model
 from .replicas import replicas_here
-from .run_serve import check_access, load_served, log_to_stderr, settings_of
+from .run_serve import check_access, load_served, log_to_stderr, page_of, settings_of
 from .termination import ends_cleanly
 
 
@@ -37,14 +36,13 @@ def serve(args: argparse.Namespace) -> int:
     choose_decoder(args, models.folder.sizes)  # checks it; each replica takes its own
     replicas = replicas_here(models.device, args)
     listener = listen(args.host, args.port)  # an address in use is known before anything starts
-    (host, port), url = listener.getsockname()[:2], url_of(listener)
+    (host, port), page = listener.getsockname()[:2], page_of(listener, args)
     listener.close()
     for note in models.notes:
         print(f"longlive: {note}", file=sys.stderr)
-    token = f"/?token={quote(args.token, safe='')}" if args.token else ""
     with ray_with(replicas, host, port), ends_cleanly("all streams were ended"):  # in place of what Ray does
         ray.serve.run(application(args, replicas), name=APPLICATION, logging_config=QUIET)
-        print(f"longlive: {replicas} on {models.device}: {url}{token} (Ctrl-C ends it)", flush=True)
+        print(f"longlive: {replicas} on {models.device}: {page} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     return 0
 

@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from ..limits import MAX_BLEND_CHUNKS, MAX_GUIDANCE_SCALE, MAX_SIDE
+from ..limits import MAX_BLEND_CHUNKS, MAX_GUIDANCE_SCALE, MAX_SIDE, MAX_STEPS
 from ..number_checks import is_finite
 
 
 MAX_PROMPT = 4000  # characters; the captions that the model learned from have about 1500
-MAX_STEPS = 1000  # the timesteps that the model was trained with
 MAX_SEED = 2**63 - 1
 MAX_SECONDS = 86_400
 MAX_IMAGE_BYTES = 10 * 2**20

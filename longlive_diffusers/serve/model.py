@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 
 from ..frame_counts import chunks_to_cover, pixel_frames
+from ..limits import FPS
 from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.inputs import resolve_size
 from ..pipelines.pipeline_longlive import LongLivePipeline
@@ -20,7 +21,7 @@ from ..video.fit import fit, size_like
 from ..video.images import DAMAGED, as_rgb
 from .messages import MAX_IMAGE_BYTES, Start
 from .sessions import Sessions
-from .settings import FPS, ServeSettings
+from .settings import ServeSettings
 
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")

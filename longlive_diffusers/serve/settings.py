@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from ..number_checks import check_counts
 
 
-FPS = 24  # the frame rate of the model
 LEAD_CHUNKS = 2  # how many chunks are made beyond the one that is being watched
 IDLE_SECONDS = 60.0  # a stream that waits so long for its viewer gives its place to one that waits for a place
 SEND_SECONDS = 60.0  # a client that takes nothing for so long is not there any more

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 import numpy as np
 
 from ..latency import Latency
+from ..limits import FPS
 from ..pipelines.memory import MemoryShortage
 from ..pipelines.pipeline_output import VideoChunk
 from ..pipelines.session import StreamingSession
@@ -16,7 +17,7 @@ from .memory import memory_in_use
 from .messages import Blend, Chunk, Cut, End, Error, FromServer, Prompt, Started
 from .metrics import Metrics
 from .model import ServedModel, StreamPlan
-from .settings import FPS, LEAD_CHUNKS
+from .settings import LEAD_CHUNKS
 
 
 Change = Prompt | Cut | Blend

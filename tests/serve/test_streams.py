@@ -11,9 +11,10 @@ import torch
 from websockets.exceptions import ConnectionClosed
 
 from longlive_diffusers.assets import toy_decoder_path
+from longlive_diffusers.limits import FPS
 from longlive_diffusers.models.tiny_decoder import TinyVideoDecoder
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
-from longlive_diffusers.serve.settings import FPS, ServeSettings
+from longlive_diffusers.serve.settings import ServeSettings
 from longlive_diffusers.serve.stage import Stage
 from tests.support.live_server import (
     BLUE,

@@ -19,6 +19,7 @@ import torch
 from websockets.sync.client import ClientConnection, connect
 
 from longlive_diffusers.assets import toy_lora_path, toy_pipeline_path
+from longlive_diffusers.limits import FPS
 from longlive_diffusers.models.tiny_decoder import TinyVideoDecoder
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
 from longlive_diffusers.serve.access import Access
@@ -26,7 +27,7 @@ from longlive_diffusers.serve.app import LiveApp
 from longlive_diffusers.serve.encoders import frame_encoder
 from longlive_diffusers.serve.model import ServedModel
 from longlive_diffusers.serve.server import listen, make_server
-from longlive_diffusers.serve.settings import FPS, ServeSettings
+from longlive_diffusers.serve.settings import ServeSettings
 
 
 RED = "a large red circle moves right on a black background"

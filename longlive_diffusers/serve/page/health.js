@@ -1,11 +1,9 @@
 // What the server says about itself, at /health.
 
 /** Fetch it; null where there is no answer that is understood. */
-export async function fetchHealth(page, token) {
-  const url = new URL("health", page);
-  if (token) url.searchParams.set("token", token);
+export async function fetchHealth(page) {
   try {
-    return await (await fetch(url)).json(); // a server that is not ready answers 503, and says so
+    return await (await fetch(new URL("health", page))).json(); // a server that is not ready answers 503, and says so
   } catch (error) {
     if (error instanceof TypeError || error instanceof SyntaxError) return null; // no connection, or no JSON
     throw error;

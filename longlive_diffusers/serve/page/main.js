@@ -223,7 +223,7 @@ function askForToken() {
 }
 
 async function readHealth() {
-  const health = await fetchHealth(document.baseURI, token);
+  const health = await fetchHealth(document.baseURI);
   $("server").textContent = describe(health);
   isReached = health !== null;
   if (!health) return null;
