@@ -2,6 +2,7 @@
 
 import torch
 
+from .streaming_vae import check_next_latents
 from .tiny_decoder import Memory, TinyVideoDecoder
 
 
@@ -50,14 +51,7 @@ class StreamingTinyDecoder:
             ValueError: For latents whose shape does not fit the network or the previous chunk.
         """
         channels = self.decoder.config.latent_channels
-        if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
-            raise ValueError(f"Expected latents [B, {channels}, F >= 1, h, w], got shape {tuple(latents.shape)}.")
-        shape = (latents.shape[0], *latents.shape[-2:])
-        if self._shape not in (None, shape):
-            raise ValueError(
-                f"The video so far has (batch, h, w) = {self._shape}, this chunk {shape}: `reset()` first."
-            )
-        self._shape = shape
+        self._shape = check_next_latents(latents, channels, self._shape)
         frames = []
         for frame in latents.split(1, dim=2):
             pixels, self._memory = self.decoder(frame, self._memory)

@@ -70,14 +70,7 @@ class StreamingDecoder:
         Raises:
             ValueError: For latents whose shape does not fit the network or the previous chunk.
         """
-        channels = self.vae.config.z_dim
-        if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] < 1:
-            raise ValueError(f"Expected latents [B, {channels}, F >= 1, h, w], got shape {tuple(latents.shape)}.")
-        shape = (latents.shape[0], *latents.shape[-2:])
-        if self._shape not in (None, shape):
-            raise ValueError(
-                f"The video so far has (batch, h, w) = {self._shape}, this chunk {shape}: `reset()` first."
-            )
+        shape = check_next_latents(latents, self.vae.config.z_dim, self._shape)
         first, self._shape = self._shape is None, shape
         _bring_to_device(self.vae)
         if self.vae.use_slicing and latents.shape[0] > 1:
@@ -214,6 +207,29 @@ class StreamingEncoder:
             moments = vae.quant_conv(torch.cat(encoded, dim=2))
         self._shape = shape
         return split.gather(moments.chunk(2, dim=1)[0])
+
+
+def check_next_latents(latents: torch.Tensor, channels: int, before: tuple[int, ...] | None) -> tuple[int, ...]:
+    """
+    Check the latents that a streaming decoder is given next.
+
+    Args:
+        latents: The latents, `[B, channels, F, h, w]`.
+        channels: The number of channels that the network decodes.
+        before: What this returned for the chunk before; None at the beginning of a video.
+
+    Returns:
+        What the chunks of a video have in common, (B, h, w).
+
+    Raises:
+        ValueError: For latents whose shape does not fit the network or the chunk before.
+    """
+    if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
+        raise ValueError(f"Expected latents [B, {channels}, F >= 1, h, w], got shape {tuple(latents.shape)}.")
+    shape = (latents.shape[0], *latents.shape[-2:])
+    if before not in (None, shape):
+        raise ValueError(f"The video so far has (batch, h, w) = {before}, this chunk {shape}: `reset()` first.")
+    return shape
 
 
 def groups_of_latents(frames: torch.Tensor, opens_video: bool, temporal_scale: int) -> list[torch.Tensor]:

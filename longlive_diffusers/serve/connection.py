@@ -29,6 +29,7 @@ from .stream import LiveStream
 
 # Close codes: a client that does not keep to the rules, and a server that stops.
 TOO_MANY_MESSAGES, SERVICE_RESTART = 1008, 1012
+CLOSED = (WebSocketDisconnect, RuntimeError)  # what starlette raises where the socket has been closed
 
 
 class Connection:
@@ -68,7 +69,7 @@ class Connection:
                     complaint = await self._handle(message)
                 if complaint:
                     await self._send(Error(complaint))
-        except (WebSocketDisconnect, RuntimeError):  # starlette's, where the socket has been closed
+        except CLOSED:
             pass
         finally:
             self._leave()
@@ -77,7 +78,7 @@ class Connection:
         """Let the client go, after all that its stream has to say."""
         if self._sender is not None:
             await asyncio.wait([self._sender])
-        with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # starlette's, where the socket has been closed
+        with contextlib.suppress(*CLOSED):
             await self._websocket.close(SERVICE_RESTART)
 
     async def _receive(self) -> str | None:
@@ -130,7 +131,7 @@ class Connection:
         try:
             async for message in stream.messages():
                 await self._send(message)
-        except (WebSocketDisconnect, RuntimeError):  # starlette's, where the socket has been closed
+        except CLOSED:
             pass
         finally:
             self._stage.stop(stream, "gone")

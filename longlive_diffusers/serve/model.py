@@ -1,15 +1,11 @@
 """The model that a server streams from, and what a client's `start` asks of it."""
 
-import base64
 import copy
-import io
 import random
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import PIL.Image
 import torch
 
 from ..frame_counts import chunks_to_cover, pixel_frames
@@ -18,14 +14,10 @@ from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.inputs import resolve_size
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..video.fit import fit, size_like
-from ..video.images import DAMAGED, as_rgb
-from .messages import MAX_IMAGE_BYTES, Start
+from .data_url import decode_image
+from .messages import Start
 from .sessions import Sessions
 from .settings import ServeSettings
-
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_IMAGE_PIXELS = 25_000_000
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class StreamPlan:
     height: int
     width: int
     seed: int
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
 
 
 class ServedModel:
@@ -136,34 +128,3 @@ class ServedModel:
         sizes, frames = self.pipeline.sizes, max(1, round(seconds * FPS))
         num_chunks = chunks_to_cover(frames, sizes.chunk_size, temporal_scale=sizes.temporal_scale)
         return pixel_frames(num_chunks * sizes.chunk_size, temporal_scale=sizes.temporal_scale)
-
-
-def decode_image(url: str) -> PIL.Image.Image:
-    """
-    Decode a picture that a client sent as a data URL.
-
-    Raises:
-        ValueError: If it is no picture in one of `IMAGE_FORMATS`, is damaged, or too large.
-    """
-    try:
-        data = base64.b64decode(url.partition(";base64,")[2], validate=True)
-    except ValueError:  # binascii's, and that of characters beyond ASCII
-        raise ValueError("image is not valid base64.") from None
-    if len(data) > MAX_IMAGE_BYTES:
-        raise ValueError(f"image has {len(data)} bytes; at most {MAX_IMAGE_BYTES} are allowed.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                if image.width * image.height > MAX_IMAGE_PIXELS:
-                    raise ValueError(
-                        f"it has {image.width}x{image.height} pixels; at most {MAX_IMAGE_PIXELS} are allowed"
-                    )
-                image.load()
-                return as_rgb(image)
-    except PIL.Image.DecompressionBombError:
-        raise ValueError(f"image has more than the {MAX_IMAGE_PIXELS} pixels that are allowed.") from None
-    except PIL.UnidentifiedImageError:  # whose text names an object in memory
-        raise ValueError(f"image is none of {', '.join(IMAGE_FORMATS)}.") from None
-    except DAMAGED as error:
-        raise ValueError(f"image cannot be read: {str(error).removesuffix('.')}.") from error

@@ -116,6 +116,7 @@ class Stage:
 
     async def _run(self) -> None:
         while True:
+            self._wake.clear()  # before looking: what changes from now on is looked at once more
             for stream in [stream for stream in self._on if stream.is_over]:
                 await self._take_off(stream)
             if self._is_closing and not self._on:
@@ -178,9 +179,6 @@ class Stage:
 
     async def _sleep(self) -> None:
         """Wait until something changes; where streams wait for a place, look at times whether one idles."""
-        self._wake.clear()
-        if any(stream.is_over for stream in self._on):
-            return
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), 1.0 if self._waiting else None)
 

@@ -35,17 +35,16 @@ class LiveStream:
 
     Attributes:
         id: Its name, for the client and the log.
-        outbox: What is to be sent, in order: messages, and the bytes of a frame each.
         deadline: When it is ended for having lasted too long.
         end_reason: Why it ends, once it does; see [`messages.End`].
     """
 
     def __init__(self, model: ServedModel, plan: StreamPlan, media: str, metrics: Metrics):
         self.id = secrets.token_hex(4)
-        self.outbox: asyncio.Queue[FromServer | bytes] = asyncio.Queue()
+        self._outbox: asyncio.Queue[FromServer | bytes] = asyncio.Queue()  # what is to be sent: a frame is bytes
         self.end_reason: str | None = None
         self.paused = False
-        self.latency = Latency(fps=FPS)
+        self._latency = Latency(fps=FPS)
         self.num_frames = 0  # sent, or waiting in the outbox
         self.idle_since: float | None = None
         self.deadline: asyncio.TimerHandle | None = None
@@ -110,12 +109,12 @@ class LiveStream:
         """Send a message after all that are to be sent already."""
         if isinstance(message, bytes):
             self.num_frames += 1
-        self.outbox.put_nowait(message)
+        self._outbox.put_nowait(message)
 
     async def messages(self) -> AsyncGenerator[FromServer | bytes, None]:
         """Yield all that is to be sent, as it comes, to the end of the stream."""
         while True:
-            message = await self.outbox.get()
+            message = await self._outbox.get()
             yield message
             if isinstance(message, End):
                 return
@@ -175,7 +174,6 @@ class LiveStream:
         self._encoder = frame_encoder(self._media, height=plan.height, width=plan.width, fps=FPS)
         self._session = self._model.sessions.open(self.id, plan.pipeline, plan.seed, plan.options)
         self._check_memory(self._session)
-        self._plan = StreamPlan(plan.pipeline, plan.height, plan.width, plan.seed)  # a picture needs no keeping
         self._from_thread(Started(self.id, plan.seed, FPS, plan.height, plan.width, self._encoder.mime))
 
     def _check_memory(self, session: StreamingSession) -> None:
@@ -201,7 +199,7 @@ class LiveStream:
     def _count(self, now: float, num_frames: int) -> None:
         """Count a chunk that has left."""
         made = now - self._began - self._held_seconds
-        self.latency.add(made, num_frames)
+        self._latency.add(made, num_frames)
         if self._last_chunk is None:
             self._metrics.measure("first_frame", made)
         else:
@@ -211,7 +209,7 @@ class LiveStream:
     def _send_end(self) -> None:
         assert self.end_reason is not None
         self._metrics.count_end(self.end_reason)
-        self.send(End(self.end_reason, self.num_frames, self.latency.as_dict()))
+        self.send(End(self.end_reason, self.num_frames, self._latency.as_dict()))
 
     def _from_thread(self, message: FromServer | bytes) -> None:
         self._loop.call_soon_threadsafe(self.send, message)

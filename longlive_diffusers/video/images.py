@@ -3,6 +3,8 @@
 import io
 import os
 import warnings
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -25,15 +27,36 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     path = existing_file(path, "image")
     file = io.BytesIO(path.read_bytes()) if path.is_fifo() else path  # Pillow goes back and forth
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large but not too large, or something odd about its tags
-            with Image.open(file) as image:
-                image.load()
-                return as_rgb(image)
+        return open_as_rgb(file)
     except UnidentifiedImageError as error:
         raise ValueError(f"'{path}' cannot be read as an image: its format is not known") from error
     except DAMAGED as error:
         raise ValueError(f"'{path}' cannot be read as an image: {error}") from error
+
+
+def open_as_rgb(
+    file: BinaryIO | Path, *, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
+) -> Image.Image:
+    """
+    Open a picture as RGB, see [`as_rgb`]; of an animation, the first frame.
+
+    Args:
+        file: The file, open or by its path.
+        formats: The formats that are tried, by Pillow's names; all that it knows by default.
+        max_pixels: The most pixels that are decoded.
+
+    Raises:
+        PIL.UnidentifiedImageError: If it is in none of the formats.
+        ValueError: If it has more pixels.
+        OSError: If it is damaged, or another of the errors of `DAMAGED`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # large but not too large, or something odd about its tags
+        with Image.open(file, formats=formats) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise ValueError(f"it has {image.width}x{image.height} pixels; at most {max_pixels} are allowed")
+            image.load()
+            return as_rgb(image)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from longlive_diffusers.serve import messages
 from tests.support.live_server import RED, LiveServer
 
 
@@ -69,6 +70,20 @@ def test_the_page_may_load_nothing_from_elsewhere(server: LiveServer) -> None:
         assert not name.startswith(("http", "//")), name
         if not name.startswith(("#", "data:")):
             assert server.get("/" + name.lstrip("./")).status == 200, name
+
+
+def test_the_page_knows_the_limits_of_the_messages(server: LiveServer) -> None:
+    page, settings = server.get("/").text, server.get("/settings.js").text
+    tags = {
+        name: tag
+        for tag in re.findall(r"<(?:input|textarea) [^>]*>", page)
+        for name in re.findall(r' id="([\w-]+)"', tag)
+    }
+    assert f'maxlength="{messages.MAX_PROMPT}"' in tags["prompt"]
+    assert f'min="1" max="{messages.MAX_BLEND_CHUNKS}"' in tags["blend-chunks"]
+    assert f'max="{messages.MAX_SECONDS}"' in tags["seconds"]
+    assert f'min="1" max="{messages.MAX_STEPS}"' in tags["steps"]
+    assert f"MAX_IMAGE_BYTES = {messages.MAX_IMAGE_BYTES // 2**20} * 2 ** 20;" in settings
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/../settings.py", "/%2e%2e/app.py", "/page/index.html", "//etc/passwd"])

@@ -16,8 +16,9 @@ import psutil
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from longlive_diffusers.limits import FPS
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
-from longlive_diffusers.serve.settings import FPS, ServeSettings
+from longlive_diffusers.serve.settings import ServeSettings
 from tests.support.live_server import BLUE, PATIENCE, RED, LiveClient, expected_media
 from tests.support.processes import environment, free_port
 
