@@ -6,11 +6,11 @@ The reference's table of 1024 time positions ends every video there; these strea
 import gc
 import time
 
-import psutil
 import pytest
 import torch
 
 from longlive_diffusers import StreamingSession
+from tests.support.held_memory import held_bytes
 from tests.support.tiny_pipeline import CHUNK_SIZE, tiny_arguments, tiny_pipeline, tiny_transformer
 
 
@@ -26,16 +26,16 @@ def endless_stream(**options) -> StreamingSession:
 
 
 def memory_and_tensors() -> tuple[int, int]:
-    """Resident memory of the process, and how many tensors Python knows."""
-    gc.collect()
+    """The memory that the process holds, and how many tensors Python knows."""
+    memory = held_bytes()
     tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
-    return psutil.Process().memory_info().rss, tensors
+    return memory, tensors
 
 
 def assert_flat(first: tuple[int, int], last: tuple[int, int], seconds: list[float]) -> None:
     early, late = (1000 * sum(part) / len(part) for part in (seconds[WARM_UP : 2 * WARM_UP], seconds[-WARM_UP:]))
     print(
-        f"resident memory {first[0] / MEGABYTE:.1f} MB after {WARM_UP} chunks, {last[0] / MEGABYTE:.1f} MB after "
+        f"memory {first[0] / MEGABYTE:.1f} MB after {WARM_UP} chunks, {last[0] / MEGABYTE:.1f} MB after "
         f"{len(seconds)}; tensors {first[1]}, {last[1]}; {early:.2f} ms for a chunk at first, {late:.2f} in the end"
     )
     assert last[0] - first[0] < 4 * MEGABYTE
