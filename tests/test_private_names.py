@@ -61,6 +61,8 @@ PACKAGE = "longlive_diffusers/"
 TRANSFORMER = PACKAGE + "models/transformer_longlive.py"
 PIPELINE = PACKAGE + "pipelines/pipeline_longlive.py"
 ATTEND = PACKAGE + "models/attend.py"
+FEED_FORWARD = PACKAGE + "fused/feed_forward.py"
+FUSED_LAYERS = PACKAGE + "fused/layers.py"
 SAVED_RECIPES = PACKAGE + "models/saved_recipes.py"
 STREAMING_VAE = PACKAGE + "models/streaming_vae.py"
 QUANTIZER = PACKAGE + "nvfp4/quantizer.py"
@@ -352,6 +354,36 @@ PRIVATE_NAMES = [
         "argparse:ArgumentDefaultsHelpFormatter._get_help_string",
         ("training/run/command_line.py",),
         "Write the defaults into the help texts.",
+    ),
+    # -- torch: fused layers -----------------------------------------------------------------------------------------
+    PrivateName(
+        "torch:_addmm_activation",
+        (FEED_FORWARD,),
+        "FusedGELU.forward calls its base class on a GPU",
+    ),
+    PrivateName(
+        "_linear_pointwise of torch.ops.mkldnn",
+        (FEED_FORWARD,),
+        "FusedGELU.forward calls its base class on a CPU",
+        lambda: hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+    ),
+    PrivateName(
+        "_is_mkldnn_bf16_supported of torch.ops.mkldnn",
+        (FEED_FORWARD,),
+        "FusedGELU.forward calls its base class in bfloat16 on a CPU",
+        lambda: hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"),
+    ),
+    PrivateName(
+        "_forward_hooks of torch.nn.Module",
+        (FUSED_LAYERS,),
+        "find another way to see that a layer has hooks, or a hook would be passed by without a word",
+        lambda: hasattr(torch.nn.Identity(), "_forward_hooks"),
+    ),
+    PrivateName(
+        "_forward_pre_hooks of torch.nn.Module",
+        (FUSED_LAYERS,),
+        "find another way to see that a layer has hooks, or a hook would be passed by without a word",
+        lambda: hasattr(torch.nn.Identity(), "_forward_pre_hooks"),
     ),
 ]
 

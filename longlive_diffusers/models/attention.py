@@ -6,13 +6,14 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..fused.rotation import can_norm_rotate_and_write, norm_rotate_and_write
 from ..parallel.all_to_all import gather_heads, scatter_heads
 from ..parallel.head_exchange import HeadExchange
 from .attend import attend
 from .chunk_history import ChunkHistory
 from .chunk_mask import ChunkMask
 from .flex import flex_attend
-from .layer_kv_cache import ChunkSlots, LayerKVCache, PackedLayerKVCache
+from .layer_kv_cache import ChunkSlots, LayerCacheBase, LayerKVCache, PackedLayerKVCache
 from .rotary import apply_rotary
 
 
@@ -72,6 +73,11 @@ class LongLiveAttnProcessor:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        is_cached = isinstance(layer_cache, LayerCacheBase) and exchange is None
+        if is_cached and can_norm_rotate_and_write(attn.norm_q, attn.norm_k, query):
+            destination = layer_cache.destination(chunk)
+            query = norm_rotate_and_write(query, key, value, attn.norm_q, attn.norm_k, rotary_emb, destination)
+            return layer_cache.attend_to_visible(query, self._attention_backend)
         # Autocast normalizes in float32 on a GPU; attention takes queries, keys and values of one dtype.
         query, key = attn.norm_q(query).type_as(value), attn.norm_k(key).type_as(value)
         query, key, value = split_heads(attn, query, key, value)

@@ -20,9 +20,9 @@ from typing import Self
 import torch
 
 from ..nvfp4.format import BLOCK, in_block_scales, quantize_unchecked
-from ..nvfp4.load_kernels import uses_kernels
 from ..nvfp4.operators import read_fp8_frames, read_nvfp4_frames
 from ..nvfp4.rules import MAX_SCALE, scale_rule_named
+from ..triton_launch import uses_kernels
 
 
 Shape = tuple[int, int, int, int, int]  # batch, heads, slots, tokens of a frame, head_dim

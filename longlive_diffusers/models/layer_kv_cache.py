@@ -6,6 +6,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from ..dtypes import DTYPES
+from ..fused.rotation import Destination
 from .attend import attend
 from .frame_store import FRAME_STORES, Frames, FrameStore, NVFP4Frames, Shape, read_frames, take_frames
 from .rotary import apply_rotary
@@ -123,6 +124,16 @@ class LayerCacheBase:
         else:
             cached = [states.to(key.dtype) for states in self.visible]
         return cached[0].transpose(1, 2), cached[1].transpose(1, 2)
+
+    def attend_to_visible(self, query: torch.Tensor, backend: AttentionBackendName | None) -> torch.Tensor:
+        """Attend to everything that is cached, which the chunk's keys and values were written to."""
+        key, value = (states.to(query.dtype).transpose(1, 2) for states in self.visible)
+        return attend(query, key, value, backend, self.scratch)
+
+    def destination(self, chunk: ChunkSlots) -> Destination:
+        """Where a fused kernel writes the chunk's keys and values, in place of [`write`]."""
+        keys, values = self.visible
+        return Destination(keys, values, chunk.token_slots, self.raw_key, chunk.raw_slots)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, chunk: ChunkSlots) -> None:
         """Write the chunk's keys and values where `visible` has them; the arguments are those of [`update`]."""
@@ -259,8 +270,7 @@ class PackedLayerKVCache(LayerCacheBase):
             unpacked = states.new_empty(batch, heads, frames, *self._shape[3:])
             stored.read_packed(received, unpacked)
             self._by_slot(states)[chunk.samples, :, chunk.slots] = unpacked.transpose(1, 2)
-        key, value = (states.to(query.dtype).transpose(1, 2) for states in self.visible)
-        return attend(query, key, value, backend, self.scratch)
+        return self.attend_to_visible(query, backend)
 
     def begin_chunk(self, length: int) -> None:
         """Make the first `length` slots visible."""

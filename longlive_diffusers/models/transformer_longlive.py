@@ -22,6 +22,8 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..fused.layers import is_plain
+from ..fused.residual import add, add_and_norm, norm
 from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
 from ..number_checks import check_booleans
@@ -86,11 +88,10 @@ class LongLiveTransformerBlock(nn.Module):
         modulation = (self.scale_shift_table[:, None] + temb.float()).unsqueeze(3)  # [B, frames, 6, 1, dim]
         shift_msa, scale_msa, gate_msa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(2)
 
-        dtype = hidden_states.dtype
-        hidden_states = hidden_states.float()  # the residual stream is converted once; layers run in `dtype`
-
-        normed = modulate(self.norm1(hidden_states), shift_msa, scale_msa).to(dtype)
-        attended = self.attn1(
+        # Layers run in `dtype`; within the block, the residual stream is in float32.
+        dtype, eps = hidden_states.dtype, self.norm1.eps
+        normed = norm(hidden_states, 1 + scale_msa, shift_msa, eps=eps)
+        update = self.attn1(
             normed,
             None,
             attention_mask,
@@ -100,15 +101,16 @@ class LongLiveTransformerBlock(nn.Module):
             sp_mesh=sp_mesh,
             exchange=exchange,
         )
-        hidden_states = add_gated(hidden_states, attended, gate_msa)
+        if is_plain(self.norm2, FP32LayerNorm, hidden_states.device):
+            weight, bias = self.norm2.weight, self.norm2.bias
+            hidden_states, normed = add_and_norm(hidden_states, update, gate_msa, weight, bias, eps=self.norm2.eps)
+        else:
+            hidden_states = add(hidden_states, update, gate_msa, dtype=torch.float32)
+            normed = self.norm2(hidden_states).to(dtype)
+        update = self.attn2(normed, encoder_hidden_states, attention_mask, layer_cache=layer_cache)
 
-        normed = self.norm2(hidden_states).to(dtype)
-        hidden_states = hidden_states + self.attn2(
-            normed, encoder_hidden_states, attention_mask, layer_cache=layer_cache
-        )
-
-        normed = modulate(self.norm3(hidden_states), shift_ffn, scale_ffn).to(dtype)
-        return add_gated(hidden_states, self.ffn(normed), gate_ffn).to(dtype)
+        hidden_states, normed = add_and_norm(hidden_states, update, None, 1 + scale_ffn, shift_ffn, eps=eps)
+        return add(hidden_states, self.ffn(normed), gate_ffn, dtype=dtype)
 
 
 class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
@@ -303,7 +305,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         if has_clean:
             tokens, temb = tokens[:, tokens.shape[1] // 2 :], temb[:, frames:]
         shift, scale = (self.scale_shift_table[:, None] + temb.unsqueeze(2)).unsqueeze(3).unbind(2)
-        tokens = self.proj_out(modulate(self.norm_out(tokens.float()), shift, scale).type_as(tokens))
+        tokens = self.proj_out(norm(tokens, 1 + scale, shift, eps=self.norm_out.eps))
         sample = self._unpatchify(tokens, hidden_states.shape[2], grid)
         if exchange is not None:
             sample = exchange.all_frames(sample)
@@ -586,18 +588,6 @@ def sinusoidal_embedding(timestep: torch.Tensor, channels: int) -> torch.Tensor:
     device = torch.device("cpu") if timestep.device.type == "mps" else timestep.device  # Metal has no float64
     angles = timestep.to(device, torch.float64)[..., None] * axis_frequencies(channels, TIME_THETA, device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(timestep.device, torch.float32)
-
-
-def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return `normed * (1 + scale) + shift`, with `[B, frames, 1, dim]` applied to every token of its frame."""
-    by_frame = normed.unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift, by_frame, 1 + scale).flatten(1, 2)
-
-
-def add_gated(hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """Return `hidden_states + update * gate`, with `gate [B, frames, 1, dim]` applied to every token of its frame."""
-    by_frame, update = (states.unflatten(1, (gate.shape[1], -1)) for states in (hidden_states, update))
-    return torch.addcmul(by_frame, update, gate).flatten(1, 2)
 
 
 def per_frame(timestep: torch.Tensor, batch: int, frames: int, name: str) -> torch.Tensor:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..triton_launch import uses_kernels
 from .format import NVFP4Tensor, quantize_unchecked
-from .load_kernels import uses_kernels
 from .matmul import (
     capability_unsupported_reason,
     emulate,

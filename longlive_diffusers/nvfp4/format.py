@@ -40,9 +40,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..triton_launch import uses_kernels
 from .e2m1 import magnitudes_of, pack, round_magnitudes, unpack, unpack_values, with_signs
 from .hadamard import random_hadamard
-from .load_kernels import uses_kernels
 from .noise import draw_seed, uniform_noise
 from .operators import dequantize_matrix, hadamard_amax, quantize_matrix
 from .rules import MAX_SCALE, ScaleRule, scale_rule_named

@@ -7,10 +7,11 @@ The operators exist without Triton, which is imported when one is first run.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from .load_kernels import load_kernels
+from ..triton_launch import launch_from
 from .rules import scale_rule_named
 
 
@@ -19,22 +20,12 @@ TILE = {False: 1024, True: 128}  # columns of a program's tile, which has 1 row 
 
 ROW_TILE = 4096  # where blocks do not matter
 
+launch = partial(launch_from, f"{__package__}.kernels")
+
 
 def has_fp4_instructions(device: torch.device) -> bool:
     """Whether the device has instructions that convert to and from E2M1."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
-
-
-def launch(kernel: str, grid: tuple[int, ...], on: torch.Tensor, *arguments, **constants) -> None:
-    """
-    Run a kernel on the device of `on`. Triton by itself takes the current one, but a pipeline may be on another GPU.
-
-    A product and a sum are rounded separately, as in the reference: on this rests that results are equal bit for bit.
-    """
-    kernels = load_kernels()
-    assert kernels is not None  # by which `uses_kernels` decides
-    with torch.cuda.device_of(on):
-        getattr(kernels, kernel)[grid](*arguments, **constants, enable_fp_fusion=False)
 
 
 def parts(total: int, size: int) -> int:

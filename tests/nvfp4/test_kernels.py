@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.programs import check_operators, compare_branches, compare_kernels, compile_kernels
+from tests.programs import check_operators, compare_branches, compare_fused, compare_kernels, compile_kernels
 from tests.support.checks import needs_gpu
 
 
@@ -36,6 +36,10 @@ def test_interpreted_kernels_equal_the_reference(program):
     assert told.startswith("0 of ") and "cases differ" in told
 
 
+def test_interpreted_fused_kernels_are_near_the_functions_they_stand_for():
+    run_program(compare_fused, TRITON_INTERPRET="1")
+
+
 def test_operators_are_what_torch_takes_them_for():
     run_program(check_operators, TRITON_INTERPRET="1")
 
@@ -43,7 +47,12 @@ def test_operators_are_what_torch_takes_them_for():
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     """Ampere, Hopper, Blackwell's two kinds; to E2M1 and back by instruction where it exists, and is needed."""
     told = run_program(compile_kernels, "80", "90", "100", "120", TRITON_CACHE_DIR=str(tmp_path))
-    assert told.splitlines() == ["80 16 0", "90 16 0", "100 16 8", "120 16 8"]
+    assert told.splitlines() == ["80 22 0", "90 22 0", "100 22 8", "120 22 8"]
+
+
+@needs_gpu
+def test_fused_kernels_are_near_the_functions_they_stand_for_on_a_gpu():
+    assert compare_fused.compare(torch.device("cuda")) == []
 
 
 @needs_gpu

@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 python -m tests.programs.check_operators
 import torch
 from torch.library import opcheck
 
+from longlive_diffusers.fused import operators as fused_operators
 from longlive_diffusers.nvfp4 import operators
 
 
@@ -30,6 +31,20 @@ def check() -> None:
     for mean in (None, torch.ones(*frames, 1, 16)):
         opcheck(operators.read_nvfp4_frames, (codes, scales, amax, mean, "mse", target[:, :, :2]))
     opcheck(operators.read_fp8_frames, (codes, amax, torch.zeros(*frames, 4, 8)[:, :, :2]))
+    check_fused()
+
+
+def check_fused() -> None:
+    """The operators of `fused`: two videos of two frames, with three tokens of two heads of four channels."""
+    tokens, by_frame, row = torch.randn(2, 6, 8), torch.randn(2, 2, 1, 8), torch.randn(8)
+    opcheck(fused_operators.norm_rows, (tokens, by_frame, by_frame, 1e-6))
+    opcheck(fused_operators.add_and_norm_rows, (tokens, tokens.bfloat16(), by_frame, row, row, 1e-6))
+    opcheck(fused_operators.add_rows, (tokens, tokens, by_frame, torch.bfloat16))
+    cache, raw, rotary = torch.zeros(2, 2, 12, 4), torch.zeros(2, 2, 3, 3, 4), torch.randn(1, 6, 1, 2, 2)
+    slots = torch.arange(6).expand(2, 6)
+    projected = (tokens, tokens.clone(), tokens.clone(), row, row, 1e-6, rotary, cache, cache.clone(), slots)
+    for keeps_raw in ((None, None), (raw, torch.tensor([[0, 2], [1, 2]]))):
+        opcheck(fused_operators.norm_rotate_and_write, (*projected, *keeps_raw))
 
 
 if __name__ == "__main__":

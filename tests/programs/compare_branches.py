@@ -4,12 +4,15 @@ TRITON_INTERPRET=1 python -m tests.programs.compare_branches
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import torch
 from torch import nn
 
-from longlive_diffusers.nvfp4 import NVFP4Linear, load_kernels
+from longlive_diffusers import triton_launch
+from longlive_diffusers.fused import layers
+from longlive_diffusers.nvfp4 import NVFP4Linear
 from longlive_diffusers.nvfp4.recipes import RECIPES, NVFP4Recipe
 from longlive_diffusers.nvfp4.training import NVFP4TrainingLinear
 from tests.support.nvfp4_models import small_transformer
@@ -101,12 +104,17 @@ def cases() -> Iterator[Case]:
         yield f"training, {recipe.name} {dtype}", lambda arguments=(recipe, dtype): training_step(*arguments)
 
 
+def as_on_a_gpu() -> AbstractContextManager:
+    """Within this, Triton kernels compute what they compute on a GPU."""
+    return mock.patch.object(triton_launch, "is_for_kernels", lambda device: True)
+
+
 @torch.no_grad()
 def compare() -> tuple[list[str], int]:
     """The names of the cases that differ, with the first result that does, and the number of all."""
     differing, total = [], 0
     for name, compute in cases():
-        with mock.patch.object(load_kernels, "is_for_kernels", lambda device: True):
+        with as_on_a_gpu(), mock.patch.object(layers, "is_for_inference", lambda: False):  # no fused kernels
             found = compute()
         expected = compute()
         total += 1

@@ -9,6 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from longlive_diffusers.fused import kernels as fused_kernels
 from longlive_diffusers.nvfp4 import kernels
 
 
@@ -40,6 +41,30 @@ def variants(ptx: bool):
         yield kernels.hadamard_amax_kernel, {"x": dtype, "amax": "*fp32"} | MATRIX, {"TILE": 1024}
         rows = {"x": dtype, "codes": "*u8", "scales": "*fp32", "columns": "i32"} | strides
         yield kernels.quantize_rows_kernel, rows, {"TILE": 4096}
+    yield from fused_variants("*bf16")
+
+
+def fused_variants(bits: str):
+    """The kernels of `fused`, for a network of width 3072 in `bits`."""
+    tensors = dict.fromkeys(("hidden_states",), "*fp32") | {"update": bits} | dict.fromkeys(("gate",), "*fp32")
+    tensors |= {"weight": "*fp32", "bias": "*fp32", "added": "*fp32", "normed": bits}
+    sizes = dict.fromkeys(("rows", "rows_of_a_frame", "dim"), "i32")
+    strides = [f"{name}_{kind}stride" for name in ("gate", "weight", "bias") for kind in ("batch_", "")]
+    arguments = tensors | sizes | dict.fromkeys(strides, "i64") | {"eps": "fp32"}
+    for adds, gated, norms in ((False, False, True), (True, False, True), (True, True, True), (True, True, False)):
+        constants = {"BLOCK": 4096, "ADDS": adds, "GATED": gated, "NORMS": norms}
+        yield fused_kernels.add_and_norm_kernel, arguments, constants
+    tensors = dict.fromkeys(("query", "key", "value", "query_weight", "key_weight"), bits)
+    tensors |= {"rotary": "*fp32", "rotated": bits, "key_cache": bits, "value_cache": bits, "token_slots": "*i64"}
+    tensors |= {"raw_key_cache": bits, "raw_slots": "*i64"}
+    strides = ["rotary_batch_stride"]
+    strides += [f"{name}_{axis}_stride" for name in ("key", "value") for axis in ("batch", "head", "slot")]
+    strides += [f"raw_{axis}_stride" for axis in ("batch", "head", "frame", "token")]
+    sizes = dict.fromkeys(("tokens", "dim", "head_dim"), "i32")
+    arguments = tensors | sizes | dict.fromkeys(strides, "i64") | {"num_frames": "i32", "eps": "fp32"}
+    for keeps_raw in (False, True):
+        constants = {"HALF_BLOCK": 2048, "KEEPS_RAW": keeps_raw}
+        yield fused_kernels.norm_rotate_and_write_kernel, arguments, constants
 
 
 def compile_for(capability: int) -> tuple[int, int]:

@@ -1,0 +1,47 @@
+"""A linear layer and GELU, where the product applies it to each number before it is written: the largest activation of
+the network is then not read and written once more."""
+
+import torch
+from diffusers.models.activations import GELU
+from torch import nn
+
+from .layers import is_for_inference, is_plain
+
+
+class FusedGELU(GELU):
+    """diffusers' linear layer with GELU, in its tanh approximation, computed in one operator wherever PyTorch has one.
+
+    The result differs from that of the two by rounding: by 1e-6 of it in float32. With gradients, while compiling,
+    and where `proj` is more than a linear layer (a LoRA, few bits, offloading), the two are called.
+    """
+
+    @classmethod
+    def sharing(cls, layer: GELU) -> "FusedGELU":
+        """Return one with the linear layer of `layer`, which is shared and not copied."""
+        with torch.device("meta"):
+            fused = cls(1, 1, approximate=layer.approximate)
+        fused.proj = layer.proj
+        return fused.train(layer.training)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` -> `[..., out_features]`."""
+        proj, device = self.proj, hidden_states.device
+        is_usual = self.approximate == "tanh" and is_plain(proj, nn.Linear, device) and proj.bias is not None
+        if not is_usual or not is_for_inference() or proj.weight.dtype != hidden_states.dtype:
+            return super().forward(hidden_states)
+        if device.type == "cuda":  # an epilogue of cuBLASLt
+            rows = hidden_states.flatten(0, -2)
+            product = torch._addmm_activation(proj.bias, rows, proj.weight.t(), use_gelu=True)
+            return product.unflatten(0, hidden_states.shape[:-1])
+        if device.type == "cpu" and _has_onednn(hidden_states.dtype) and not torch.is_autocast_enabled("cpu"):
+            return torch.ops.mkldnn._linear_pointwise(hidden_states, proj.weight, proj.bias, "gelu", [], "tanh")
+        return super().forward(hidden_states)
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Whether PyTorch was built with oneDNN, and this CPU can compute in `dtype` with it."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32

@@ -1,0 +1,32 @@
+"""Whether something may be computed with a layer's weights, in place of calling the layer, and by a fused kernel."""
+
+import torch
+from torch import nn
+
+from ..triton_launch import uses_kernels
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module], device: torch.device) -> bool:
+    """
+    Whether a layer computes what its class says, and nothing around it.
+
+    Args:
+        layer: The layer.
+        kind: The class that it has to be of: a subclass, such as a layer with a LoRA or in few bits, is another.
+        device: Where its parameters have to be. Offloaded ones are brought there by the call of the layer.
+    """
+    if type(layer) is not kind or layer._forward_pre_hooks or layer._forward_hooks:
+        return False
+    if "forward" in vars(layer):  # replaced, as offloading and casting layer by layer do
+        return False
+    return all(type(own) is nn.Parameter and own.device == device for own in layer.parameters(recurse=False))
+
+
+def is_for_inference() -> bool:
+    """Whether fused kernels can be used: they have no gradients, and the compiler fuses by itself."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def uses_fused_kernels(tensor: torch.Tensor) -> bool:
+    """Whether fused Triton kernels compute what lies where `tensor` does."""
+    return is_for_inference() and uses_kernels(tensor)

@@ -1,0 +1,150 @@
+"""The fused kernels as operators of torch, which run on a GPU; without Triton they exist, and cannot be run."""
+
+from functools import partial
+
+import torch
+
+from ..triton_launch import launch_from
+
+
+launch = partial(launch_from, f"{__package__}.kernels", fuses=True)
+
+
+@torch.library.custom_op("longlive_diffusers::norm_rows", mutates_args=())
+def norm_rows(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """Compute [`residual.norm`] in one pass."""
+    normed = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    _launch_by_rows(hidden_states, None, None, weight, bias, eps, None, normed)
+    return normed
+
+
+@norm_rows.register_fake
+def _(hidden_states, weight, bias, eps) -> torch.Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("longlive_diffusers::add_and_norm_rows", mutates_args=())
+def add_and_norm_rows(
+    hidden_states: torch.Tensor,
+    update: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute [`residual.add_and_norm`] in one pass."""
+    added = torch.empty_like(hidden_states, dtype=torch.float32, memory_format=torch.contiguous_format)
+    normed = torch.empty_like(added, dtype=update.dtype)
+    _launch_by_rows(hidden_states, update, gate, weight, bias, eps, added, normed)
+    return added, normed
+
+
+@add_and_norm_rows.register_fake
+def _(hidden_states, update, gate, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    added = torch.empty_like(hidden_states, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return added, torch.empty_like(added, dtype=update.dtype)
+
+
+@torch.library.custom_op("longlive_diffusers::add_rows", mutates_args=())
+def add_rows(
+    hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Compute [`residual.add`] in one pass."""
+    added = torch.empty_like(hidden_states, dtype=dtype, memory_format=torch.contiguous_format)
+    _launch_by_rows(hidden_states, update, gate, None, None, 0.0, added, None)
+    return added
+
+
+@add_rows.register_fake
+def _(hidden_states, update, gate, dtype) -> torch.Tensor:
+    return torch.empty_like(hidden_states, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _launch_by_rows(hidden_states, update, gate, weight, bias, eps: float, added, normed) -> None:
+    """Launch the kernel of the operators above; what they do without is None."""
+    batch, rows, dim = hidden_states.shape
+    tensors, strides, frames = [], [], 1
+    for tensor in (gate, weight, bias):
+        if tensor is not None and tensor.stride(-1) != 1:
+            tensor = tensor.contiguous()
+        if tensor is None or tensor.ndim == 1:
+            strides += [0, 0]
+        else:
+            frames = tensor.shape[1]
+            strides += tensor.stride()[:2]
+        tensors.append(hidden_states if tensor is None else tensor)
+    launch(
+        "add_and_norm_kernel", (batch * rows,), hidden_states,
+        hidden_states.contiguous(), hidden_states if update is None else update.contiguous(), *tensors,
+        hidden_states if added is None else added, hidden_states if normed is None else normed,
+        rows, rows // frames, dim, *strides, eps,
+        BLOCK=next_power_of_two(dim), ADDS=update is not None, GATED=gate is not None, NORMS=normed is not None,
+        num_warps=warps_for(dim),
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "longlive_diffusers::norm_rotate_and_write", mutates_args=("key_cache", "value_cache", "raw_key_cache")
+)
+def norm_rotate_and_write(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    eps: float,
+    rotary: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    token_slots: torch.Tensor,
+    raw_key_cache: torch.Tensor | None,
+    raw_slots: torch.Tensor | None,
+) -> torch.Tensor:
+    """
+    Compute [`rotation.norm_rotate_and_write`] in one pass.
+
+    Args:
+        query, key, value: What the projections gave, `[B, tokens, dim]`.
+        query_weight, key_weight: The weights of the RMS norms, `[dim]`.
+        eps: Added to the mean of squares.
+        rotary: Cosines and sines, float32 `[B or 1, tokens, 1, head_dim / 2, 2]`.
+        key_cache, value_cache: `[B, heads, slots, head_dim]`, written at `token_slots`; the last dimension is dense.
+        token_slots: Where each token goes, int64 `[B, tokens]`.
+        raw_key_cache: Where keys go that are not rotated, `[B, heads, frames, tokens of a frame, head_dim]`, or None.
+        raw_slots: In which frame of it each frame goes, int64 `[B, num_frames]`, or None.
+
+    Returns:
+        The normalized, rotated queries, `[B, tokens, heads, head_dim]`, in the dtype of `query`.
+    """
+    batch, tokens, dim = query.shape
+    heads, head_dim = key_cache.shape[1], key_cache.shape[3]
+    rotated = torch.empty(batch, tokens, heads, head_dim, dtype=query.dtype, device=query.device)
+    raw = key_cache if raw_key_cache is None else raw_key_cache
+    raw_strides = (0, 0, 0, 0) if raw_key_cache is None else raw_key_cache.stride()[:4]
+    launch(
+        "norm_rotate_and_write_kernel", (batch * tokens, 3), query,
+        *(states.contiguous() for states in (query, key, value)), query_weight, key_weight, rotary.contiguous(),
+        rotated, key_cache, value_cache, token_slots.contiguous(),
+        raw, token_slots if raw_slots is None else raw_slots.contiguous(),
+        tokens, dim, head_dim, 0 if rotary.shape[0] == 1 else tokens * head_dim,
+        *key_cache.stride()[:3], *value_cache.stride()[:3], *raw_strides,
+        1 if raw_slots is None else raw_slots.shape[1], eps,
+        HALF_BLOCK=next_power_of_two(dim) // 2, KEEPS_RAW=raw_key_cache is not None,
+        num_warps=warps_for(dim),
+    )  # fmt: skip
+    return rotated
+
+
+@norm_rotate_and_write.register_fake
+def _(query, key, value, query_weight, key_weight, eps, rotary, key_cache, value_cache, *others) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], key_cache.shape[1], key_cache.shape[3])
+
+
+def next_power_of_two(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (number - 1).bit_length()
+
+
+def warps_for(dim: int) -> int:
+    """The number of warps of a program for a row of `dim` numbers: 16 numbers for each thread."""
+    return min(16, max(1, next_power_of_two(dim) // 512))

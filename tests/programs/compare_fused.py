@@ -1,0 +1,126 @@
+"""Compares the fused kernels, in Triton's interpreter, with the plain functions whose place they take:
+TRITON_INTERPRET=1 python -m tests.programs.compare_fused
+
+Sums are made in another order, hence results differ by rounding. Each case is printed with its largest difference, as
+a part of the largest number, and with what it may be.
+"""
+
+import itertools
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from torch import nn
+
+from longlive_diffusers.fused import layers, operators
+from longlive_diffusers.fused.residual import add, add_and_norm, norm
+from longlive_diffusers.models.rotary import apply_rotary, rotary_embedding
+from tests.programs.compare_branches import as_on_a_gpu, stream
+
+
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # the interpreter cuts bfloat16 off where a GPU rounds
+STREAM = 1e-5
+Case = tuple[str, float, list[torch.Tensor], list[torch.Tensor]]
+
+
+def norms(device: torch.device) -> Iterator[Case]:
+    """Two videos of three frames with five tokens; widths that are powers of two and not."""
+    for dim, dtype in itertools.product((8, 48, 192), ROUNDING):
+        generator = torch.Generator().manual_seed(dim)
+        hidden_states = 5 * torch.randn(2, 15, dim, generator=generator) + 3
+        update = torch.randn(2, 15, dim, generator=generator).to(dtype)
+        modulation = torch.randn(2, 3, 3, 1, dim, generator=generator)
+        gate, weight, bias = modulation.unbind(2)  # of other strides than their shapes
+        affine = torch.randn(2, dim, generator=generator)
+
+        def run(device, values=(hidden_states, update, gate, weight, bias, *affine), dtype=dtype):
+            hidden_states, update, gate, weight, bias, row, other = (value.to(device) for value in values)
+            return [
+                norm(hidden_states.to(dtype), weight, bias, eps=1e-6),
+                *add_and_norm(hidden_states, update, gate, weight, bias, eps=1e-6),
+                *add_and_norm(hidden_states.to(dtype), update, None, row, other, eps=1e-6),
+                add(hidden_states, update, gate, dtype=dtype),
+            ]
+
+        expected = run("cpu")
+        with as_on_a_gpu():
+            found = run(device)
+        yield f"norm, width {dim}, {dtype}", ROUNDING[dtype], found, expected
+
+
+def rotations(device: torch.device) -> Iterator[Case]:
+    """Two videos of two frames with six tokens, in a cache of three frames whose slots are not in order."""
+    heads, head_dim = 3, 8
+    dim = heads * head_dim
+    slots, raw_slots = torch.tensor([[2, 0], [1, 2]]), torch.tensor([[0, 1], [1, 0]])
+    token_slots = (slots[..., None] * 6 + torch.arange(6)).flatten(1)
+    for dtype, own_positions, keeps_raw in itertools.product(ROUNDING, (False, True), (False, True)):
+        generator = torch.Generator().manual_seed(1)
+        query, key, value = (torch.randn(2, 12, dim, generator=generator).to(dtype) for _ in range(3))
+        norms = [nn.RMSNorm(dim, eps=1e-6) for _ in range(2)]
+        for own in norms:
+            own.weight.data.normal_(generator=generator)
+        times = torch.tensor([[5.0, 6.0], [0.25, 90.0]])
+        rotary = rotary_embedding(times if own_positions else times[:1], 2, 3, head_dim)
+
+        cache = torch.zeros(2, 2, heads, 24, head_dim, dtype=dtype)[:, :, :, :18]  # keys and values; not all visible
+        raw = torch.zeros(2, heads, 2, 6, head_dim, dtype=dtype)
+        found_cache, found_raw = cache.to(device, copy=True), raw.to(device, copy=True)
+        rotated = operators.norm_rotate_and_write(
+            *(states.to(device) for states in (query, key, value)), *(own.weight.detach().to(device) for own in norms),
+            1e-6, rotary.to(device), found_cache[0], found_cache[1], token_slots.to(device),
+            found_raw if keeps_raw else None, raw_slots.to(device) if keeps_raw else None,
+        )  # fmt: skip
+
+        normed = [
+            own(states.float()).unflatten(-1, (heads, -1)) for own, states in zip(norms, (query, key), strict=True)
+        ]
+        samples = torch.arange(2)[:, None]
+        cache[0, samples, :, token_slots] = apply_rotary(normed[1], rotary).to(dtype)
+        cache[1, samples, :, token_slots] = value.unflatten(-1, (heads, -1))
+        if keeps_raw:
+            raw[samples, :, raw_slots] = normed[1].unflatten(1, (2, 6)).transpose(2, 3).to(dtype)
+        expected = [apply_rotary(normed[0], rotary).to(dtype), cache, raw]
+        name = (
+            f"rotation, {dtype}, {'own' if own_positions else 'shared'} positions, {'raw keys' if keeps_raw else ''}"
+        )
+        yield name, ROUNDING[dtype], [rotated, found_cache, found_raw], expected
+
+
+def streams() -> Iterator[Case]:
+    """Whole streams: two videos with other shots, evictions, a prompt that changes."""
+    for relative_rope in (False, True):
+        expected = stream(torch.float32, relative_rope)
+        with as_on_a_gpu():
+            found = stream(torch.float32, relative_rope)
+        yield f"stream, {'relative' if relative_rope else 'absolute'} RoPE", STREAM, found, expected
+
+
+@torch.no_grad()
+def compare(device: torch.device) -> list[str]:
+    """Print each case, and return the names of those that differ by more than they may."""
+    differing = []
+    cases = [*norms(device), *rotations(device), *(streams() if device.type == "cpu" else ())]
+    for name, bound, found, expected in cases:
+        pairs = zip(found, expected, strict=True)
+        error = max(((a.cpu().float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)
+        print(f"{name}: {error:.1e}, at most {bound:.1e}")
+        if not error <= bound:
+            differing.append(name)
+    return differing
+
+
+@torch.no_grad()
+def count_launches() -> int:
+    """How often a stream's forwards run a fused kernel: none, if the functions never chose one."""
+    runs = []
+    with as_on_a_gpu(), mock.patch.object(operators, "launch", lambda kernel, *rest, **constants: runs.append(kernel)):
+        stream(torch.float32, False)
+    return len(runs)
+
+
+if __name__ == "__main__":
+    assert layers.uses_fused_kernels(torch.zeros(1)) is False  # on a CPU, unless told otherwise
+    differing = compare(torch.device("cpu"))
+    assert count_launches() > 0
+    raise SystemExit(bool(differing))
