@@ -1,12 +1,17 @@
 """Whether something may be computed with a layer's weights, in place of calling the layer, and by a fused kernel."""
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import nn
 
 from ..triton_launch import uses_kernels
 
 
-def is_plain(layer: nn.Module, kind: type[nn.Module], device: torch.device) -> bool:
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def is_plain(layer: nn.Module, kind: type[Layer], device: torch.device) -> TypeGuard[Layer]:
     """
     Whether a layer computes what its class says, and nothing around it.
 

@@ -7,6 +7,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..fused.rotation import can_norm_rotate_and_write, norm_rotate_and_write
+from ..nvfp4.linear import apply_together
 from ..parallel.all_to_all import gather_heads, scatter_heads
 from ..parallel.head_exchange import HeadExchange
 from .attend import attend
@@ -72,7 +73,7 @@ class LongLiveAttnProcessor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+            query, key, value = apply_together((attn.to_q, attn.to_k, attn.to_v), hidden_states)
         is_cached = isinstance(layer_cache, LayerCacheBase) and exchange is None
         if is_cached and can_norm_rotate_and_write(attn.norm_q, attn.norm_k, query):
             destination = layer_cache.destination(chunk)
@@ -151,5 +152,5 @@ def project_text(attn: WanAttention, text: torch.Tensor) -> list[torch.Tensor]:
     if attn.fused_projections:
         key, value = attn.to_kv(text).chunk(2, dim=-1)
     else:
-        key, value = attn.to_k(text), attn.to_v(text)
+        key, value = apply_together((attn.to_k, attn.to_v), text)
     return split_heads(attn, attn.norm_k(key).type_as(value), value)

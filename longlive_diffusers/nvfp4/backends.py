@@ -137,11 +137,17 @@ class FP8Product(nn.Module):
 
     def forward(self, x: torch.Tensor, weight: NVFP4Tensor, share_amax: ShareAmax | None = None) -> torch.Tensor:
         """`[rows, in_features]` -> `[rows, out_features]`."""
-        codes, scale = rows_to_fp8(x)
+        return self.multiply(*rows_to_fp8(x), weight).to(x.dtype)
+
+    def multiply(
+        self, codes: torch.Tensor, scale: torch.Tensor, weight: NVFP4Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Multiply rows that are quantized already, by `rows_to_fp8`, and add the bias: bfloat16
+        `[rows, out_features]`."""
         weight_codes, weight_scale = self.codes, self.scale
         if weight_codes is None or weight_scale is None:
             weight_codes, weight_scale = self._in_fp8(weight)
-        return fp8_matmul(codes, scale, weight_codes, weight_scale).to(x.dtype)
+        return fp8_matmul(codes, scale, weight_codes, weight_scale, bias)
 
     @staticmethod
     def _in_fp8(weight: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,11 +1,21 @@
 """`NVFP4Linear`: a linear layer whose weight is stored in 4 bits."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from .backends import LayerShape, LinearBackend, ShareAmax, check_backend_name, choose_backend
+from ..fused.layers import is_plain
+from .backends import (
+    FP8Product,
+    LayerShape,
+    LinearBackend,
+    ShareAmax,
+    check_backend_name,
+    choose_backend,
+    rows_to_fp8,
+)
 from .format import BLOCK, NVFP4Tensor, Weights, check_buffers, quantize
 from .matmul import connected_to
 from .rules import scale_rule_named
@@ -149,7 +159,10 @@ class NVFP4Linear(nn.Linear):
         self.product_on = (device, self.backend.prepare(self.weight_nvfp4, self.activation_scale_rule))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in_features]` -> `[..., out_features]`, in the dtype of `x`; the bias is added after rounding."""
+        """`[..., in_features]` -> `[..., out_features]`, in the dtype of `x`; the bias is added after rounding, but by
+        the backend `fp8` in bfloat16, whose product adds it before."""
+        if self.takes_fp8(x):
+            return self.multiply_fp8(*rows_to_fp8(x.reshape(-1, self.in_features)), x.shape[:-1])
         rows = x.reshape(-1, self.in_features)
         if not len(rows):
             product = rows.new_zeros(0, self.out_features)
@@ -162,12 +175,27 @@ class NVFP4Linear(nn.Linear):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """`[rows, in_features]` -> `[rows, out_features]`, without bias, by the layer's backend."""
+        return self.product()(rows, self.weight_nvfp4, self.share_amax)
+
+    def product(self) -> nn.Module:
+        """Return the backend's product for the device that the weight is on."""
         if self.product_on is None or self.product_on[0] != self.weight_codes.device:
             self._select_backend_uncompiled()
         if self.product_on is None:
             raise RuntimeError("This NVFP4Linear has no weight yet: it is on the meta device.")
-        _, product = self.product_on
-        return product(rows, self.weight_nvfp4, self.share_amax)
+        return self.product_on[1]
+
+    def takes_fp8(self, x: torch.Tensor) -> bool:
+        """Whether [`multiply_fp8`] can compute the product with `x`, in bfloat16 and without gradients."""
+        is_bf16 = x.dtype == torch.bfloat16 and x.numel() > 0 and not torch.is_grad_enabled()
+        return is_bf16 and isinstance(self.product(), FP8Product)
+
+    def multiply_fp8(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Multiply rows that `rows_to_fp8` gave, and add the bias: bfloat16 `[*shape, out_features]`."""
+        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        product = self.product()
+        assert isinstance(product, FP8Product)  # see `takes_fp8`
+        return product.multiply(codes, scale, self.weight_nvfp4, bias).unflatten(0, shape)
 
     @torch.compiler.disable()
     def _select_backend_uncompiled(self) -> None:
@@ -215,6 +243,15 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         return gradient @ ctx.linear.dequantize(gradient.dtype), None
+
+
+def apply_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """Apply several layers to one input, which is quantized once for all of them where they take it in FP8."""
+    in_fp8 = [layer for layer in layers if is_plain(layer, NVFP4Linear, x.device) and layer.takes_fp8(x)]
+    if len(in_fp8) == len(layers):
+        codes, scale = rows_to_fp8(x.flatten(0, -2))
+        return [layer.multiply_fp8(codes, scale, x.shape[:-1]) for layer in in_fp8]
+    return [layer(x) for layer in layers]
 
 
 def weights_of(model: nn.Module) -> Weights:

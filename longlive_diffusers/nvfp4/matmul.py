@@ -92,7 +92,11 @@ def _(codes, scales, tensor_scale, other_codes, other_scales, other_tensor_scale
 
 @torch.library.custom_op("longlive_diffusers::fp8_matmul", mutates_args=())
 def fp8_matmul(
-    codes: torch.Tensor, scales: torch.Tensor, other_codes: torch.Tensor, other_scales: torch.Tensor
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    other_codes: torch.Tensor,
+    other_scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Compute the product `A B^T` of two matrices in FP8, with one scale for each row of either: on a GPU by torch's own
@@ -102,12 +106,14 @@ def fp8_matmul(
     Args:
         codes, other_codes: float8_e4m3fn `[M, K]` and `[N, K]`; K and N are multiples of 16.
         scales, other_scales: float32 `[M, 1]` and `[N, 1]`.
+        bias: Added before the result is rounded, bfloat16 `[N]`, or None.
 
     Returns:
         bfloat16 `[M, N]`.
     """
     if not codes.is_cuda:
-        return ((codes.float() @ other_codes.float().t()) * scales * other_scales.t()).to(torch.bfloat16)
+        product = (codes.float() @ other_codes.float().t()) * scales * other_scales.t()
+        return (product if bias is None else product + bias).to(torch.bfloat16)
     row_wise = F.ScalingType.RowWise
     return F.scaled_mm(
         codes,
@@ -116,6 +122,7 @@ def fp8_matmul(
         row_wise,
         other_scales.t(),
         row_wise,
+        bias=bias,
         output_dtype=torch.bfloat16,
         # Hopper's tensor cores then sum in fewer bits than float32 has, as is usual in inference.
         use_fast_accum=True,
@@ -123,7 +130,7 @@ def fp8_matmul(
 
 
 @fp8_matmul.register_fake
-def _(codes, scales, other_codes, other_scales) -> torch.Tensor:
+def _(codes, scales, other_codes, other_scales, bias=None) -> torch.Tensor:
     return codes.new_empty((codes.shape[0], other_codes.shape[0]), dtype=torch.bfloat16)
 
 
