@@ -4,6 +4,7 @@ from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..triton_launch import uses_kernels
 
@@ -24,7 +25,9 @@ def is_plain(layer: nn.Module, kind: type[Layer], device: torch.device) -> TypeG
         return False
     if "forward" in vars(layer):  # replaced, as offloading and casting layer by layer do
         return False
-    return all(type(own) is nn.Parameter and own.device == device for own in layer.parameters(recurse=False))
+    # The class of a tensor, too, may compute something else: one in few bits, or in parts on several devices.
+    parameters = list(layer.parameters(recurse=False))
+    return all(own.device == device and not is_traceable_wrapper_subclass(own) for own in parameters)
 
 
 def is_for_inference() -> bool:

@@ -30,6 +30,7 @@ from itertools import groupby
 
 import torch
 
+from ..host_copies import to_device
 from ..number_checks import check_booleans, check_counts, is_count
 from ..wording import counted
 from .attend import allocate_scratch
@@ -390,7 +391,7 @@ class KVCache:
             len(slots[0]),
             self._indices(range(self.batch_size))[:, None],
             self._indices(slots),
-            self._on_device(token_slots.flatten(1)),
+            to_device(token_slots.flatten(1), self.device),
             self.num_cached_frames,
             self._rotary(positions[:1] if same_positions else positions),
             raw_slots,
@@ -399,16 +400,10 @@ class KVCache:
     def _rotary(self, positions: list[list[float]]) -> torch.Tensor:
         time = torch.tensor(positions, dtype=torch.float64)
         rotary = rotary_embedding(time, self.grid_height, self.grid_width, self.head_dim, theta=self.theta)
-        return self._on_device(rotary)
+        return to_device(rotary, self.device)
 
     def _indices(self, values) -> torch.Tensor:
-        return self._on_device(torch.tensor(list(values), dtype=torch.long))
-
-    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy from the host without waiting for a GPU, which is possible from pinned memory only."""
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return to_device(torch.tensor(list(values), dtype=torch.long), self.device)
 
     def _for_each_sample(self, value, name: str) -> list:
         if not isinstance(value, Sequence) or isinstance(value, str):

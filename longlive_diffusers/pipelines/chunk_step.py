@@ -116,7 +116,8 @@ def solve(
 ) -> torch.Tensor:
     """Denoise a chunk from noise to clean latents, float32; the arguments are those of [`chunk_step`]. Each forward
     writes the chunk's keys and values into the caches and attends to them."""
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    # On the CPU, where the solver looks at them: asking a GPU for a number would wait for it.
+    scheduler.set_timesteps(num_inference_steps, device=torch.device("cpu"))
     latents = noise
     for step, timestep in enumerate(iterate(scheduler.timesteps)):
         latents = with_first_frame(latents, conditioning.first_frame)
@@ -143,7 +144,11 @@ def predict_velocity(
         timestep: The timestep, a scalar; a first frame that is given has timestep 0 instead.
         transformer, kv_caches, conditioning: See [`chunk_step`].
     """
-    per_frame = timestep.to(latents.device, torch.float32).expand(latents.shape[0], latents.shape[2]).clone()
+    shape = (latents.shape[0], latents.shape[2])
+    if timestep.device.type == "cpu":
+        per_frame = torch.full(shape, float(timestep), dtype=torch.float32, device=latents.device)
+    else:
+        per_frame = timestep.to(torch.float32).expand(shape).clone()
     if conditioning.first_frame is not None:
         per_frame[:, 0] = 0
     branches = _branches(kv_caches, conditioning)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..host_copies import to_device
 from ..limits import MAX_GUIDANCE_SCALE
 from ..models.attention_kwargs import check_attention_kwargs
 from ..models.kv_cache import KVCache
@@ -386,9 +387,14 @@ class ChunkDenoiser:
     def _own_noise(self, new_index: int) -> torch.Tensor:
         shape = self.request.latent_shape
         if self.request.noise is None:
-            return randn_tensor(shape, generator=self._generator, device=self.device, dtype=torch.float32)
+            generators = self._generator if isinstance(self._generator, list) else [self._generator]
+            on_host = all(generator.device.type == "cpu" for generator in generators)
+            drawn_on = torch.device("cpu") if on_host else self.device
+            noise = randn_tensor(shape, generator=self._generator, device=drawn_on, dtype=torch.float32)
+            return to_device(noise, self.device)
         start = new_index * shape[2]
-        return self.request.noise[:, :, start : start + shape[2]].to(self.device, torch.float32).contiguous()
+        given = self.request.noise[:, :, start : start + shape[2]].to(torch.float32).contiguous()
+        return to_device(given, self.device)
 
 
 def check_loras(own: tuple, first: tuple) -> None:

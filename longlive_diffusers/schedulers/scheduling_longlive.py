@@ -11,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from ..number_checks import check_booleans, is_count, is_finite
+from .coordinates import step_by_coordinates
 
 
 class LongLiveScheduler(UniPCMultistepScheduler):
@@ -107,8 +108,11 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple:
         """Take one step of the solver, in the precision of `sample`, also under autocast: from order 3 on, sums over
-        previous steps are matrix products."""
+        previous steps are matrix products. A GPU is given the sums to make, and not the coefficients to compute."""
         check_booleans(return_dict=return_dict)
+        if sample.device.type != "cpu":
+            previous = step_by_coordinates(self, super().step, model_output, timestep, sample)
+            return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
         with torch.autocast(sample.device.type, enabled=False):
             return super().step(model_output, timestep, sample, return_dict)
 

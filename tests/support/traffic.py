@@ -81,6 +81,10 @@ def moved_tensors(func, args: tuple, kwargs: dict, result) -> list[torch.Tensor]
             read[0] = written[0]
     elif name == "index_put_":
         written = read[-1:]  # the new values
+    elif name == "norm_rotate_and_write":
+        # Of the caches, the slots of the keys and values; queries, keys, values and rotation are read in full.
+        key, value, rotary, raw_keys = args[1], args[2], args[6], args[10]
+        read, written = [args[0], key, value, rotary], [result, key, value] + [key] * (raw_keys is not None)
     elif name.endswith("_") and name not in OVERWRITING:
         read += written
     return read + written
