@@ -33,12 +33,12 @@ class FusedGELU(GELU):
             rows = hidden_states.flatten(0, -2)
             product = torch._addmm_activation(proj.bias, rows, proj.weight.t(), use_gelu=True)
             return product.unflatten(0, hidden_states.shape[:-1])
-        if device.type == "cpu" and _has_onednn(hidden_states.dtype) and not torch.is_autocast_enabled("cpu"):
+        if device.type == "cpu" and has_onednn(hidden_states.dtype) and not torch.is_autocast_enabled("cpu"):
             return torch.ops.mkldnn._linear_pointwise(hidden_states, proj.weight, proj.bias, "gelu", [], "tanh")
         return super().forward(hidden_states)
 
 
-def _has_onednn(dtype: torch.dtype) -> bool:
+def has_onednn(dtype: torch.dtype) -> bool:
     """Whether PyTorch was built with oneDNN, and this CPU can compute in `dtype` with it."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False

@@ -13,7 +13,7 @@ from .saved_recipes import Recipe, in_plain_autograd, save_recipes
 from .sdpa_kernels import kernel_named
 
 
-_SCORE_BYTES = 16 * 2**20  # per block of scores; larger allocations go back to the system each time, which is slower
+_SCORE_BYTES = 3 * 2**20  # of a block of scores, which so stays in the cache between the products
 
 
 def attend(
@@ -26,8 +26,9 @@ def attend(
     """Compute unmasked attention, `[B, tokens, heads, head_dim]`, with `backend` (None: diffusers' active one);
     `scratch` is one from [`allocate_scratch`]."""
     if backend is None and _prefers_matmul(query):
-        # The compiler would copy a buffer that an operator writes to, for each call.
-        return _matmul_attention(query, key, value, None if torch.compiler.is_compiling() else scratch)
+        if torch.compiler.is_compiling():  # it would copy a buffer that an operator writes to, for each call
+            return _uncompiled_matmul_attention(query, key, value)
+        return _matmul_attention(query, key, value, scratch)
     # A member of the enum already: making one of its value stops the compiler (seen on Python 3.12 with torch 2.11).
     name = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
     if name == AttentionBackendName.FLEX:
@@ -105,16 +106,11 @@ def allocate_scratch(dtype: torch.dtype, device: torch.device) -> torch.Tensor |
     return torch.empty(_SCORE_BYTES // dtype.itemsize, dtype=dtype)
 
 
-@torch.library.custom_op("longlive_diffusers::matmul_attention", mutates_args=("scratch",))
 def _matmul_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor | None
 ) -> torch.Tensor:
     """Compute attention in blocks of heads and queries, whose scores share one buffer (`scratch`, or one of this
-    call's), small enough to be reused.
-
-    It is a custom operator so that `torch.compile` leaves it as it is: the compiler cannot trace the shared buffer,
-    and the code it generated from the same products without one was slower, measured alone at the benchmark's shape.
-    """
+    call's), small enough to be reused."""
     batch, num_queries, heads, head_dim = query.shape
     scaled = query * head_dim**-0.5
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (scaled, key, value))  # [B * heads, ...]
@@ -135,6 +131,14 @@ def _matmul_attention(
     return output.unflatten(0, (batch, heads)).transpose(1, 2).contiguous()
 
 
-@_matmul_attention.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
+@torch.library.custom_op("longlive_diffusers::matmul_attention", mutates_args=())
+def _uncompiled_matmul_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """[`_matmul_attention`] as an operator, which `torch.compile` leaves as it is: the compiler cannot trace the
+    shared buffer, and the code it generated from the same products without one was slower, measured alone at the
+    benchmark's shape. It has no argument that is written to: the compiler fails on one that is None (torch 2.13)."""
+    return _matmul_attention(query, key, value, None)
+
+
+@_uncompiled_matmul_attention.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return query.new_empty(query.shape)

@@ -7,7 +7,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..fused.rotation import can_norm_rotate_and_write, norm_rotate_and_write
-from ..nvfp4.linear import apply_together
+from ..nvfp4.together import apply_together
 from ..parallel.all_to_all import gather_heads, scatter_heads
 from ..parallel.head_exchange import HeadExchange
 from .attend import attend

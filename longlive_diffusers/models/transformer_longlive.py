@@ -27,6 +27,7 @@ from ..fused.residual import add, add_and_norm, norm
 from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
 from ..number_checks import check_booleans
+from ..nvfp4.fp8_linear import check_not_in_fp8
 from ..nvfp4.linear import nvfp4_layers
 from ..nvfp4.lora import adopt_lora_layers
 from ..parallel.head_exchange import HeadExchange
@@ -434,6 +435,15 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             ValueError: If the file is truncated, or of another model; the message says which.
         """
         return load_original_transformer(path_or_state_dict, cls, device=device, torch_dtype=torch_dtype, **config)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Like diffusers' own `save_pretrained`.
+
+        Raises:
+            ValueError: If layers are in FP8 (see `LongLivePipeline.optimize`), of which there is no file format.
+        """
+        check_not_in_fp8(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def fuse_lora(self, *args, **kwargs) -> None:
         """Fuse LoRA like diffusers does, also into NVFP4 weights, which are rounded again and cannot be unfused."""

@@ -1,12 +1,10 @@
 """`NVFP4Linear`: a linear layer whose weight is stored in 4 bits."""
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from ..fused.layers import is_plain
 from .backends import (
     FP8Product,
     LayerShape,
@@ -243,15 +241,6 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         return gradient @ ctx.linear.dequantize(gradient.dtype), None
-
-
-def apply_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
-    """Apply several layers to one input, which is quantized once for all of them where they take it in FP8."""
-    in_fp8 = [layer for layer in layers if is_plain(layer, NVFP4Linear, x.device) and layer.takes_fp8(x)]
-    if len(in_fp8) == len(layers):
-        codes, scale = rows_to_fp8(x.flatten(0, -2))
-        return [layer.multiply_fp8(codes, scale, x.shape[:-1]) for layer in in_fp8]
-    return [layer(x) for layer in layers]
 
 
 def weights_of(model: nn.Module) -> Weights:

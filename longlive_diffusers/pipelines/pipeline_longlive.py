@@ -34,6 +34,7 @@ from ..models.streaming_vae import encode_video
 from ..models.tiny_decoder import TinyVideoDecoder
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_booleans, check_counts
+from ..nvfp4.fp8_linear import check_not_in_fp8
 from ..nvfp4.linear import nvfp4_layers, weights_of
 from ..parallel.agreement import Agreement
 from ..parallel.stream_ranks import StreamRanks
@@ -62,6 +63,7 @@ from .prompt_source import PromptSource
 from .run_state import RunView
 from .session import StreamingSession
 from .sharing import load_model_card, render_model_card, strip_local_paths
+from .speed import SpeedPlan, check_speed, optimize
 
 
 logger = logging.get_logger(__name__)
@@ -693,6 +695,30 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(f"`negative_prompt` has {counted(len(prompts), 'prompt')} for a batch of {batch}.")
         return self._embed_prompts(prompts, max_sequence_length, device, dtype)
 
+    # -- speed -------------------------------------------------------------------------------------------------------
+
+    def optimize(self, speed: str = "exact") -> SpeedPlan:
+        """
+        Change the models in place, for inference, to what is fastest on their device; it cannot be undone, but for
+        loading them again. Call it last: after `.to(device)`, after LoRAs are loaded or fused, and after quantizing.
+
+        Args:
+            speed: "exact": the same video, to within rounding. "fast": fewer bits, where the device is faster in them:
+                linear layers in FP8 on Hopper, Ada and Blackwell; bfloat16 on a CPU that has instructions for it.
+                "fastest": also less work, by `arguments` of the returned plan.
+
+        Returns:
+            What was chosen, and what it costs: `print` it. Pass its `arguments` on, `pipe(prompt, **plan.arguments)`.
+
+        Raises:
+            ValueError: For an unknown speed; without a transformer; for another speed than "exact", if there is a LoRA
+                that is not fused.
+        """
+        check_speed(speed)
+        if self.transformer is None:
+            raise ValueError("This pipeline has no transformer to optimize.")
+        return optimize(self.transformer, self.vae, speed, self._execution_device)
+
     # -- sharing -----------------------------------------------------------------------------------------------------
 
     def model_card(self, repo_id: str, **details) -> ModelCard:
@@ -709,7 +735,13 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Like diffusers' own `save_pretrained`, except that nothing written names a folder of this machine, and that
-        a folder without a README.md gets one, which says which package loads the pipeline."""
+        a folder without a README.md gets one, which says which package loads the pipeline.
+
+        Raises:
+            ValueError: If layers are in FP8, by [`optimize`], of which there is no file format.
+        """
+        if self.transformer is not None:
+            check_not_in_fp8(self.transformer)
         super().save_pretrained(save_directory, *args, **kwargs)
         strip_local_paths(save_directory, self.components)
         readme = Path(save_directory) / "README.md"

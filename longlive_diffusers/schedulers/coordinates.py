@@ -6,6 +6,7 @@ are. On a GPU, the step by itself has a hundred kernels, and waits for the devic
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import UniPCMultistepScheduler
@@ -13,7 +14,7 @@ from diffusers import UniPCMultistepScheduler
 
 def step_by_coordinates(
     scheduler: UniPCMultistepScheduler,
-    step: Callable[..., tuple],
+    step: Callable[..., Any],
     model_output: torch.Tensor,
     timestep: int | torch.Tensor,
     sample: torch.Tensor,
@@ -38,8 +39,10 @@ def step_by_coordinates(
         scheduler.model_outputs = [None if tensor is None else next(next_unit) for tensor in outputs]
         scheduler.last_sample = None if last_sample is None else next(next_unit)
         (coordinates,) = step(output_unit, timestep, sample_unit, return_dict=False)
-        outputs = [*outputs[1:], weighted_sum(terms, scheduler.model_outputs[-1])]
-        last_sample = weighted_sum(terms, scheduler.last_sample)
+        newest, corrected = scheduler.model_outputs[-1], scheduler.last_sample
+        assert newest is not None and corrected is not None  # the step has just set both
+        outputs = [*outputs[1:], weighted_sum(terms, newest)]
+        last_sample = weighted_sum(terms, corrected)
     finally:
         scheduler.model_outputs, scheduler.last_sample = outputs, last_sample
     return weighted_sum(terms, coordinates)

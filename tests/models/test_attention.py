@@ -1,5 +1,7 @@
 """Who sees whom, and that the ways of computing attention agree."""
 
+import shutil
+
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
@@ -334,3 +336,13 @@ def test_the_layer_cache_stands_in_for_the_text(cross_attention):
         second = cross_attention(hidden_states, None, layer_cache=cache)
     torch.testing.assert_close(first, expected, atol=1e-6, rtol=0)
     assert torch.equal(second, first)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_attention_in_bfloat16_on_a_cpu_compiles_to_machine_code():
+    """Up to torch 2.13, Inductor fails on a custom operator that may write to an argument, where it is None."""
+    torch._dynamo.reset()
+    query, key, value = (torch.randn(1, tokens, 2, 8).bfloat16() for tokens in (6, 10, 10))
+    with torch.no_grad():
+        compiled = torch.compile(attend, fullgraph=True)(2 * query, key, value)
+        assert torch.equal(compiled, attend(2 * query, key, value))

@@ -8,8 +8,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longlive_diffusers.nvfp4 import NVFP4Linear, quantize
-from longlive_diffusers.nvfp4.backends import BACKENDS, LayerShape, choose_backend, rows_to_fp8
-from longlive_diffusers.nvfp4.linear import apply_together, weights_of
+from longlive_diffusers.nvfp4.backends import BACKENDS, LayerShape, choose_backend
+from longlive_diffusers.nvfp4.linear import weights_of
 from longlive_diffusers.nvfp4.matmul import nvfp4_matmul
 
 
@@ -211,47 +211,3 @@ def test_compiled_in_one_graph():
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(inputs()), layer(inputs()))
-
-
-def fp8_layers(count: int) -> list[NVFP4Linear]:
-    torch.manual_seed(0)
-    return [NVFP4Linear.from_linear(nn.Linear(32, 48), backend="fp8").bfloat16() for _ in range(count)]
-
-
-def test_an_input_of_several_fp8_layers_is_quantized_once(monkeypatch):
-    layers, x, calls = fp8_layers(3), torch.randn(2, 5, 32).bfloat16(), []
-
-    def counted(rows):
-        calls.append(rows.shape)
-        return rows_to_fp8(rows)
-
-    with torch.no_grad():
-        expected = [layer(x) for layer in layers]
-        monkeypatch.setattr("longlive_diffusers.nvfp4.linear.rows_to_fp8", counted)
-        found = apply_together(layers, x)
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-    assert calls == [(10, 32)]
-
-
-def test_the_bias_of_an_fp8_product_is_added_before_it_is_rounded():
-    (layer,), x = fp8_layers(1), torch.randn(7, 32).bfloat16()
-    layer.bias.data.fill_(100.0)
-    with torch.no_grad():
-        found = layer(x)
-        without = layer.float()(x.float()) - 100  # in float32, the product is rounded to bfloat16 before
-    assert (found.double() - without.double() - 100).abs().max() <= 0.25 + 2**-6  # half of what bfloat16 has there
-
-
-@pytest.mark.parametrize("other", ["plain", "hooked", "emulated", "float32"])
-def test_layers_that_are_not_all_in_fp8_are_called(other):
-    layers, x = fp8_layers(2), torch.randn(5, 32).bfloat16()
-    if other == "plain":
-        layers[1] = nn.Linear(32, 48).bfloat16()
-    elif other == "hooked":
-        layers[1].register_forward_hook(lambda layer, args, output: 2 * output)
-    elif other == "emulated":
-        layers[1].set_backend("emulate")
-    else:
-        layers, x = [layer.float() for layer in layers], x.float()
-    with torch.no_grad():
-        assert all(torch.equal(own, layer(x)) for own, layer in zip(apply_together(layers, x), layers, strict=True))

@@ -1,0 +1,131 @@
+"""How fast, at what price: what `LongLivePipeline.optimize` changes on a device, and says of it.
+
+There are three speeds. "exact" gives the same video to within rounding; "fast" computes in fewer bits where the device
+is faster in them; "fastest" leaves out what costs most and is seen least. `benchmark/SPEED.md` has what each gains and
+costs, measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.activations import GELU
+from torch import nn
+
+from ..fused.feed_forward import FusedGELU, has_onednn
+from ..models.transformer_longlive import LongLiveTransformer3DModel
+from ..nvfp4.fp8_linear import FP8Linear, fp8_unsupported_reason
+from ..nvfp4.linear import nvfp4_layers
+
+
+SPEEDS = ("exact", "fast", "fastest")
+
+FASTEST_ARGUMENTS: Mapping[str, Any] = MappingProxyType({"clean_pass": "last", "attention_density": 0.5})
+"""What "fastest" has chunks made with."""
+
+
+@dataclass(frozen=True)
+class SpeedPlan:
+    """
+    What was chosen.
+
+    Args:
+        speed: "exact", "fast" or "fastest".
+        device: The device it was chosen for.
+        choices: What was changed, each with its price, in a sentence.
+        arguments: What is to be passed to the pipeline and to `stream`, besides.
+    """
+
+    speed: str
+    device: torch.device
+    choices: tuple[str, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"Speed '{self.speed}' on '{self.device}':", *(f"- {choice}" for choice in self.choices)]
+        return "\n".join(lines if self.choices else [*lines, "- there is nothing to change"])
+
+
+def check_speed(speed: object) -> None:
+    """Raise a ValueError unless there is such a speed."""
+    if not isinstance(speed, str) or speed not in SPEEDS:
+        raise ValueError(f"A speed is {', '.join(map(repr, SPEEDS))}, got {speed!r}.")
+
+
+def optimize(
+    transformer: LongLiveTransformer3DModel, vae: nn.Module | None, speed: str, device: torch.device
+) -> SpeedPlan:
+    """
+    Change models in place for speed; see [`~longlive_diffusers.LongLivePipeline.optimize`].
+
+    Raises:
+        ValueError: For an unknown speed; for another than "exact", if the transformer has a LoRA that is not fused.
+    """
+    check_speed(speed)
+    has_lora = any(hasattr(module, "lora_A") for module in transformer.modules())
+    if speed != "exact" and has_lora:
+        raise ValueError(
+            f"Speed {speed!r} changes weights, and the transformer has a LoRA beside them: fuse it before, by "
+            "`pipe.fuse_lora()` and `pipe.unload_lora_weights()`."
+        )
+    choices = _fuse_layers(transformer, device)
+    arguments = {}
+    if speed != "exact":
+        choices += _use_fewer_bits(transformer, vae, device)
+    if speed == "fastest":
+        arguments = dict(FASTEST_ARGUMENTS)
+        choices.append("The history remembers a chunk by its last solver step: a forward less for each chunk.")
+        choices.append("Chunks attend to half of the history, to what matters most in it.")
+    return SpeedPlan(speed, device, tuple(choices), arguments)
+
+
+def _fuse_layers(transformer: LongLiveTransformer3DModel, device: torch.device) -> list[str]:
+    """Exchange feed-forward layers for those whose product ends in GELU."""
+    if device.type != "cuda" and not (device.type == "cpu" and has_onednn(transformer.dtype)):
+        return []
+    for module in list(transformer.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is GELU:
+                setattr(module, name, FusedGELU.sharing(child))
+    return ["Products of feed-forward layers end in GELU: results differ by rounding."]
+
+
+def _use_fewer_bits(transformer: LongLiveTransformer3DModel, vae: nn.Module | None, device: torch.device) -> list[str]:
+    if device.type == "cpu":
+        return _to_bfloat16(transformer, vae)
+    if device.type != "cuda":
+        return []
+    reason = fp8_unsupported_reason(device)
+    if reason is not None:
+        return [f"Linear layers stay as they are: FP8 {reason}."]
+    if layers := nvfp4_layers(transformer):
+        if torch.cuda.get_device_capability(device) >= (10, 0):
+            return ["Weights in NVFP4 stay as they are: the device multiplies in 4 bits."]
+        for layer in layers.values():
+            layer.set_backend("fp8")
+        return ["Weights in NVFP4 are multiplied in FP8, of which a second copy is kept."]
+    for block in transformer.blocks:
+        for module in list(block.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear and child.in_features % 16 == 0 and child.out_features % 16 == 0:
+                    setattr(module, name, FP8Linear(child))
+    return ["Linear layers of the blocks multiply in FP8: about 4 % of relative error in each product."]
+
+
+def _to_bfloat16(transformer: LongLiveTransformer3DModel, vae: nn.Module | None) -> list[str]:
+    """Convert what is in float32, where the CPU has instructions for bfloat16."""
+    if not has_onednn(torch.bfloat16):
+        return ["The networks stay in float32: this CPU has no instructions for bfloat16."]
+    models = [transformer, vae] if isinstance(vae, AutoencoderKLWan) else [transformer]
+    if all(model.dtype == torch.bfloat16 for model in models):
+        return []
+    kept = set(LongLiveTransformer3DModel._keep_in_fp32_modules)
+    for model in models:
+        for name, parameter in model.named_parameters():
+            is_kept = model is transformer and kept.intersection(name.split("."))
+            if parameter.dtype == torch.float32 and not is_kept:
+                parameter.data = parameter.data.bfloat16()
+    return ["The networks compute in bfloat16: about 1 % of relative error in a forward."]

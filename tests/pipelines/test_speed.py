@@ -1,0 +1,125 @@
+"""`pipe.optimize`: what it changes, on which device, and that nothing else is lost."""
+
+import pytest
+import torch
+from diffusers.models.activations import GELU
+from peft import LoraConfig
+from torch import nn
+
+from longlive_diffusers import NVFP4Config
+from longlive_diffusers.fused.feed_forward import FusedGELU, has_onednn
+from longlive_diffusers.nvfp4.fp8_linear import FP8Linear
+from longlive_diffusers.nvfp4.linear import nvfp4_layers
+from longlive_diffusers.nvfp4.quantizer import quantize_model
+from longlive_diffusers.pipelines.speed import SPEEDS, optimize
+from tests.support.nvfp4_models import small_pipeline
+from tests.support.tiny_pipeline import tiny_arguments, tiny_pipeline
+
+
+CPU = torch.device("cpu")
+needs_bf16 = pytest.mark.skipif(not has_onednn(torch.bfloat16), reason="needs a CPU with instructions for bfloat16")
+
+
+def kinds(model: nn.Module) -> set[type]:
+    return {type(module) for module in model.modules()}
+
+
+def video(pipe, **options) -> torch.Tensor:
+    return pipe(**tiny_arguments(**options)).frames
+
+
+def test_the_exact_video_is_the_same_to_within_rounding():
+    expected, pipe = video(tiny_pipeline()), tiny_pipeline()
+    names = set(pipe.transformer.state_dict())
+    plan = pipe.optimize()
+    assert plan.speed == "exact" and plan.device == CPU and plan.arguments == {}
+    assert FusedGELU in kinds(pipe.transformer) and GELU not in kinds(pipe.transformer)
+    assert set(pipe.transformer.state_dict()) == names
+    assert (video(pipe) - expected).abs().max() <= 5e-6 * expected.abs().max()
+
+
+def test_it_may_be_called_again():
+    pipe = tiny_pipeline()
+    assert pipe.optimize().choices == pipe.optimize().choices
+
+
+def test_bad_speeds_are_refused_before_anything_is_changed():
+    pipe = tiny_pipeline()
+    for wrong in ("faster", None, 2, ["fast"]):
+        with pytest.raises(ValueError, match="A speed is 'exact', 'fast', 'fastest', got "):
+            pipe.optimize(wrong)
+    with pytest.raises(ValueError, match="no transformer"):
+        tiny_pipeline(transformer=None).optimize()
+    assert GELU in kinds(pipe.transformer)
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_a_lora_beside_the_weights_counts_or_is_refused(speed):
+    pipe = tiny_pipeline()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "net.0.proj"], init_lora_weights=False))
+    if speed == "exact":
+        expected = video(pipe)
+        pipe.optimize(speed)
+        assert (video(pipe) - expected).abs().max() <= 5e-6 * expected.abs().max()
+        return
+    with pytest.raises(ValueError, match="LoRA beside them: fuse it before"):
+        pipe.optimize(speed)
+    assert GELU in kinds(pipe.transformer)
+
+
+@needs_bf16
+@pytest.mark.parametrize("speed", ["fast", "fastest"])
+def test_on_a_cpu_fewer_bits_are_bfloat16(speed):
+    expected, pipe = video(tiny_pipeline()), tiny_pipeline()
+    plan = pipe.optimize(speed)
+    assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
+    kept = {name.split(".")[-1] for name, own in pipe.transformer.named_parameters() if own.dtype == torch.float32}
+    assert "scale_shift_table" in kept and pipe.transformer.blocks[0].norm2.weight.dtype == torch.float32
+    error = (video(pipe) - expected).norm() / expected.norm()
+    assert 0 < error < 0.1
+    assert any("bfloat16" in choice for choice in plan.choices) and str(plan).count("\n") == len(plan.choices)
+    assert (speed == "fastest") == bool(plan.arguments)
+    assert video(pipe, **plan.arguments).isfinite().all()
+
+
+@pytest.fixture
+def hopper(monkeypatch) -> torch.device:
+    """What is chosen for a Hopper, and then runs here: products in FP8 give the same numbers on a CPU."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: (9, 0))
+    return torch.device("cuda")
+
+
+def test_on_a_hopper_fewer_bits_are_fp8(hopper):
+    pipe = small_pipeline()
+    expected = video(pipe)
+    plan = optimize(pipe.transformer, pipe.vae, "fast", hopper)
+    blocks, rest = pipe.transformer.blocks, pipe.transformer.condition_embedder
+    assert nn.Linear not in kinds(blocks) and FP8Linear in kinds(blocks) and FP8Linear not in kinds(rest)
+    assert any("FP8" in choice for choice in plan.choices)
+    error = (video(pipe) - expected).norm() / expected.norm()
+    assert 0 < error < 0.2
+
+
+def test_a_card_before_ada_has_no_fp8(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: (8, 0))
+    pipe = small_pipeline()
+    plan = optimize(pipe.transformer, pipe.vae, "fast", torch.device("cuda"))
+    assert FP8Linear not in kinds(pipe.transformer)
+    assert any("needs a GPU of compute capability 8.9" in choice and "8.0" in choice for choice in plan.choices)
+
+
+def test_weights_in_nvfp4_are_multiplied_in_fp8_on_a_hopper(hopper):
+    pipe = small_pipeline()
+    quantize_model(pipe.transformer, NVFP4Config())
+    optimize(pipe.transformer, pipe.vae, "fast", hopper)
+    layers = nvfp4_layers(pipe.transformer).values()
+    assert layers and {layer.requested_backend for layer in layers} == {"fp8"}
+    assert video(pipe).isfinite().all()
+
+
+def test_what_is_in_fp8_cannot_be_saved(hopper, tmp_path):
+    pipe = small_pipeline()
+    optimize(pipe.transformer, pipe.vae, "fast", hopper)
+    with pytest.raises(ValueError, match=r"FP8 .* cannot be saved"):
+        pipe.save_pretrained(tmp_path / "pipeline")
+    assert not list((tmp_path / "pipeline").rglob("*.safetensors"))
