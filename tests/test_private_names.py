@@ -61,6 +61,8 @@ PACKAGE = "longlive_diffusers/"
 TRANSFORMER = PACKAGE + "models/transformer_longlive.py"
 PIPELINE = PACKAGE + "pipelines/pipeline_longlive.py"
 ATTEND = PACKAGE + "models/attend.py"
+FP8_LINEAR = PACKAGE + "nvfp4/fp8_linear.py"
+PACKED_LINEAR = PACKAGE + "fused/packed_linear.py"
 FEED_FORWARD = PACKAGE + "fused/feed_forward.py"
 FUSED_LAYERS = PACKAGE + "fused/layers.py"
 SAVED_RECIPES = PACKAGE + "models/saved_recipes.py"
@@ -152,7 +154,12 @@ PRIVATE_NAMES = [
             ("_no_split_modules", ("training/objectives/distillation_networks.py",)),
             (
                 "_keep_in_fp32_modules",
-                (PACKAGE + "benchmark/models.py", PACKAGE + "loaders/original.py", BENCH_DMD_MEMORY),
+                (
+                    PACKAGE + "benchmark/models.py",
+                    PACKAGE + "loaders/original.py",
+                    PACKAGE + "pipelines/speed.py",
+                    BENCH_DMD_MEMORY,
+                ),
             ),
             ("_repeated_blocks", ()),
             ("_skip_keys", ()),
@@ -297,17 +304,17 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "torch.nn:Module._apply",
-        (LINEAR,),
+        (LINEAR, FP8_LINEAR, PACKED_LINEAR),
         "Override `to`, `cuda` and `half`: `.to(dtype)` must leave packed weights as they are.",
     ),
     PrivateName(
         "torch.nn:Module._load_from_state_dict",
-        (LINEAR,),
-        "Register a load_state_dict pre-hook that gives `weight_amax` its dimension.",
+        (LINEAR, PACKED_LINEAR),
+        "Register a load_state_dict pre-hook that gives `weight_amax` its dimension, and one that packs the weight.",
     ),
     PrivateName(
         "_buffers of a module",
-        (LINEAR,),
+        (LINEAR, FP8_LINEAR),
         "Write the buffer back with setattr.",
         lambda: "_buffers" in vars(torch.nn.Module()),
     ),
@@ -361,17 +368,29 @@ PRIVATE_NAMES = [
         (FEED_FORWARD,),
         "FusedGELU.forward calls its base class on a GPU",
     ),
-    PrivateName(
-        "_linear_pointwise of torch.ops.mkldnn",
-        (FEED_FORWARD,),
-        "FusedGELU.forward calls its base class on a CPU",
-        lambda: hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+    *(
+        PrivateName(
+            f"{name} of torch.ops.mkldnn",
+            users,
+            "`has_onednn` returns False: layers on a CPU are then not packed, and GELU is an operator of its own.",
+            lambda name=name: hasattr(torch.ops.mkldnn, name),
+        )
+        for name, users in (
+            ("_linear_pointwise", (FEED_FORWARD, PACKED_LINEAR)),
+            ("_is_mkldnn_bf16_supported", (PACKED_LINEAR,)),
+            ("_reorder_linear_weight", (PACKED_LINEAR,)),
+        )
     ),
     PrivateName(
-        "_is_mkldnn_bf16_supported of torch.ops.mkldnn",
-        (FEED_FORWARD,),
-        "FusedGELU.forward calls its base class in bfloat16 on a CPU",
-        lambda: hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"),
+        "torch.nn:Module._save_to_state_dict",
+        (PACKED_LINEAR,),
+        "Register a state_dict hook that adds the weight in the usual layout.",
+    ),
+    PrivateName(
+        "_compiled_call_impl of torch.nn.Module",
+        (PACKAGE + "pipelines/speed.py",),
+        "Find another way to see that a module was compiled.",
+        lambda: hasattr(torch.nn.Identity(), "_compiled_call_impl"),
     ),
     PrivateName(
         "_forward_hooks of torch.nn.Module",

@@ -6,6 +6,7 @@ from diffusers.models.activations import GELU
 from torch import nn
 
 from .layers import is_for_inference, is_plain
+from .packed_linear import PackedLinear, has_onednn
 
 
 class FusedGELU(GELU):
@@ -26,9 +27,12 @@ class FusedGELU(GELU):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` -> `[..., out_features]`."""
         proj, device = self.proj, hidden_states.device
+        if is_plain(proj, PackedLinear, device) and self.approximate == "tanh":
+            return proj.multiply(hidden_states, "gelu")
         is_usual = self.approximate == "tanh" and is_plain(proj, nn.Linear, device) and proj.bias is not None
         if not is_usual or not is_for_inference() or proj.weight.dtype != hidden_states.dtype:
             return super().forward(hidden_states)
+        assert proj.bias is not None  # see `is_usual`
         if device.type == "cuda":  # an epilogue of cuBLASLt
             rows = hidden_states.flatten(0, -2)
             product = torch._addmm_activation(proj.bias, rows, proj.weight.t(), use_gelu=True)
@@ -36,12 +40,3 @@ class FusedGELU(GELU):
         if device.type == "cpu" and has_onednn(hidden_states.dtype) and not torch.is_autocast_enabled("cpu"):
             return torch.ops.mkldnn._linear_pointwise(hidden_states, proj.weight, proj.bias, "gelu", [], "tanh")
         return super().forward(hidden_states)
-
-
-def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether PyTorch was built with oneDNN, and this CPU can compute in `dtype` with it."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32

@@ -63,7 +63,7 @@ from .prompt_source import PromptSource
 from .run_state import RunView
 from .session import StreamingSession
 from .sharing import load_model_card, render_model_card, strip_local_paths
-from .speed import SpeedPlan, check_speed, optimize
+from .speed import SpeedPlan, check_can_take_lora, check_speed, optimize
 
 
 logger = logging.get_logger(__name__)
@@ -811,9 +811,11 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         missing, to chance.
 
         Raises:
-            ValueError: If the LoRA cannot be found or read, or does not fit the transformer.
+            ValueError: If the LoRA cannot be found or read, or does not fit the transformer, or the transformer was
+                optimized, see [`optimize`].
         """
         check_booleans(hotswap=hotswap)
+        check_can_take_lora(self.transformer)
         kwargs["return_lora_metadata"] = True
         state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
         check_lora_fits(state_dict, weights_of(self.transformer))

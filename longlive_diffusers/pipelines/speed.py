@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.activations import GELU
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 
-from ..fused.feed_forward import FusedGELU, has_onednn
+from ..fused.feed_forward import FusedGELU
+from ..fused.layers import is_plain
+from ..fused.packed_linear import PackedLinear, has_onednn
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..nvfp4.fp8_linear import FP8Linear, fp8_unsupported_reason
 from ..nvfp4.linear import nvfp4_layers
@@ -71,10 +74,10 @@ def optimize(
             f"Speed {speed!r} changes weights, and the transformer has a LoRA beside them: fuse it before, by "
             "`pipe.fuse_lora()` and `pipe.unload_lora_weights()`."
         )
-    choices = _fuse_layers(transformer, device)
-    arguments = {}
+    choices, arguments = [], {}
     if speed != "exact":
         choices += _use_fewer_bits(transformer, vae, device)
+    choices += _fuse_layers(transformer, device)
     if speed == "fastest":
         arguments = dict(FASTEST_ARGUMENTS)
         choices.append("The history remembers a chunk by its last solver step: a forward less for each chunk.")
@@ -82,15 +85,37 @@ def optimize(
     return SpeedPlan(speed, device, tuple(choices), arguments)
 
 
+def check_can_take_lora(transformer: nn.Module) -> None:
+    """Raise a ValueError if layers were exchanged for some that no LoRA can be put beside."""
+    kinds = (FP8Linear, PackedLinear)
+    if optimized := [name for name, layer in transformer.named_modules() if isinstance(layer, kinds)]:
+        raise ValueError(
+            f"The transformer was optimized: {len(optimized)} layers, for instance {optimized[0]}, cannot have a "
+            "LoRA. Load the pipeline again, then its LoRAs, and call `optimize` last."
+        )
+
+
 def _fuse_layers(transformer: LongLiveTransformer3DModel, device: torch.device) -> list[str]:
-    """Exchange feed-forward layers for those whose product ends in GELU."""
-    if device.type != "cuda" and not (device.type == "cpu" and has_onednn(transformer.dtype)):
+    """Exchange layers for those whose products are faster and give the same to within rounding."""
+    on_cpu = device.type == "cpu"
+    if device.type != "cuda" and not (on_cpu and has_onednn(get_parameter_dtype(transformer.patch_embedding))):
         return []
-    for module in list(transformer.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is GELU:
-                setattr(module, name, FusedGELU.sharing(child))
-    return ["Products of feed-forward layers end in GELU: results differ by rounding."]
+    is_compiled = any(module._compiled_call_impl is not None for module in transformer.modules())
+    config = transformer.config
+    rows = config.chunk_size * (config.sample_height // config.patch_size[1]) * config.sample_width
+    rows //= config.patch_size[2]
+    packs = on_cpu and not is_compiled  # the compiler cannot look into a layout of another library
+    for block in transformer.blocks:
+        for module in list(block.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is GELU:
+                    setattr(module, name, FusedGELU.sharing(child))
+                elif packs and is_plain(child, nn.Linear, device):
+                    setattr(module, name, PackedLinear(child, rows))
+    choices = ["Products of feed-forward layers end in GELU: results differ by rounding."]
+    if packs:
+        choices.append("Weights lie as the CPU multiplies them: results differ by rounding.")
+    return choices
 
 
 def _use_fewer_bits(transformer: LongLiveTransformer3DModel, vae: nn.Module | None, device: torch.device) -> list[str]:

@@ -6,8 +6,9 @@ from diffusers.models.activations import GELU
 from peft import LoraConfig
 from torch import nn
 
-from longlive_diffusers import NVFP4Config
-from longlive_diffusers.fused.feed_forward import FusedGELU, has_onednn
+from longlive_diffusers import LongLivePipeline, NVFP4Config
+from longlive_diffusers.fused.feed_forward import FusedGELU
+from longlive_diffusers.fused.packed_linear import PackedLinear, has_onednn
 from longlive_diffusers.nvfp4.fp8_linear import FP8Linear
 from longlive_diffusers.nvfp4.linear import nvfp4_layers
 from longlive_diffusers.nvfp4.quantizer import quantize_model
@@ -123,3 +124,28 @@ def test_what_is_in_fp8_cannot_be_saved(hopper, tmp_path):
     with pytest.raises(ValueError, match=r"FP8 .* cannot be saved"):
         pipe.save_pretrained(tmp_path / "pipeline")
     assert not list((tmp_path / "pipeline").rglob("*.safetensors"))
+
+
+def test_an_optimized_pipeline_is_saved_as_what_it_was(tmp_path):
+    pipe = tiny_pipeline()
+    weights = {name: own.clone() for name, own in pipe.transformer.state_dict().items()}
+    pipe.optimize()
+    pipe.save_pretrained(tmp_path)
+    loaded = LongLivePipeline.from_pretrained(tmp_path).transformer.state_dict()
+    assert weights.keys() == loaded.keys() and all(torch.equal(own, loaded[name]) for name, own in weights.items())
+
+
+def test_a_lora_after_it_is_refused(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.optimize()
+    with pytest.raises(ValueError, match=r"The transformer was optimized: \d+ layers, .* call `optimize` last"):
+        pipe.load_lora_weights({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 16)})
+
+
+def test_compiled_blocks_are_not_packed():
+    pipe = tiny_pipeline()
+    expected = video(pipe)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    plan = pipe.optimize()
+    assert PackedLinear not in kinds(pipe.transformer) and len(plan.choices) == 1
+    torch.testing.assert_close(video(pipe), expected)
