@@ -484,6 +484,7 @@ def test_no_other_private_name_is_used():
     for path in source_files():
         used = {name for name in names_used(path) if name.isidentifier() and is_private(name)}
         suffixes = {node.args[0].value for node in nodes_of(path) if ends_with_a_word(node)}
+        suffixes |= {part.value for node in nodes_of(path) for part in constant_ends(node)}
         assert used - own - listed - suffixes - WRITTEN_IN_FILES == set(), path
 
 
@@ -493,6 +494,12 @@ def ends_with_a_word(node: ast.AST) -> bool:
         case ast.Call(func=ast.Attribute(attr="endswith"), args=[ast.Constant(value=str())]):
             return True
     return False
+
+
+def constant_ends(node: ast.AST) -> list[ast.Constant]:
+    """`f"{name}_seconds"`: what is put behind something else."""
+    parts = node.values[1:] if isinstance(node, ast.JoinedStr) else []
+    return [part for part in parts if isinstance(part, ast.Constant)]
 
 
 def our_classes() -> Iterator[type]:

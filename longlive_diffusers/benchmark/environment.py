@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,22 @@ def versions() -> dict[str, str]:
         "diffusers": importlib.metadata.version("diffusers"),
         "python": platform.python_version(),
     }
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that this package is run from, with "+" where files differ from it; None where
+    it is installed, or there is no git."""
+    root, git = Path(__file__).parents[2], shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return None
+    answers = [
+        subprocess.run([git, "-C", str(root), *words], capture_output=True, text=True)
+        for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+    ]
+    if any(answer.returncode for answer in answers):  # such as a checkout of another user, which git refuses to read
+        return None
+    name, changes = (answer.stdout.strip() for answer in answers)
+    return name + ("+" if changes else "")
 
 
 def device_name(device: torch.device) -> str:

@@ -1,29 +1,21 @@
 """The measurements of `longlive bench`. Every timer waits for the device before it starts and before it stops."""
 
-import math
-import os
-import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd.profiler_util import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from ..latency import Latency
 from ..pipelines.decoder import ChunkDecoder
-from ..pipelines.pipeline_longlive import LongLivePipeline
-from ..pipelines.session import StreamingSession
 from .measure import synchronize
-from .sizes import BenchSize
+from .setup import Setup
 
 
-# These match the names of PyTorch's operators. Where attention is not fused, only it has batched products.
-_ATTENTION = re.compile(r"attention|attn|flash|fmha|sage|aten::(bmm|baddbmm|_softmax|softmax)$", re.IGNORECASE)
-_LINEAR = re.compile(r"aten::(mm|addmm|linear|_scaled_mm|_addmm_activation|mkldnn_linear)$|mkldnn::|mkl::")
+Forward = Callable[[], object]
 
 
 def matmul_side(device_type: str) -> int:
@@ -46,141 +38,124 @@ def _matmul_rate(side: int, device: torch.device, dtype: torch.dtype, *, seconds
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < seconds:
-        best = min(best, _seconds(lambda: left @ right, device))
+        best = min(best, timed(lambda: left @ right, device))
     return 2 * side**3 / best
 
 
-@torch.no_grad()
-def measure_forward(
-    pipe: LongLivePipeline, size: BenchSize, embeds: torch.Tensor, device: torch.device
-) -> dict[str, float]:
-    """Measure one forward of the transformer at the full window: its seconds, and how they divide (from a separate,
-    profiled run).
+@contextmanager
+def full_window_forward(setup: Setup) -> Iterator[Forward]:
+    """Make a video until the KV cache is full, and give a function that repeats the transformer's last forward, that
+    of the last solver step, with all that the pipeline passed to it; its result is the same each time."""
+    call: dict[str, Any] = {}
 
-    Returns:
-        `seconds` and its parts `attention`, `linear` and `rest`, which are the profile's shares applied to `seconds`;
-        NaN where the profiler could not see the device at work.
-    """
-    transformer = pipe.transformer
-    cache = transformer.create_kv_cache(
-        1, size.height, size.width, window_size=size.window_size, sink_size=size.sink_size, multi_shot_sink=True
-    )
-    for _ in range(size.chunks_to_fill):
-        cache.begin_chunk(size.chunk_size)
-    shape = (1, size.transformer["in_channels"], size.chunk_size, size.height, size.width)
-    latents = torch.randn(shape, device=device, dtype=transformer.dtype)
-    timestep = torch.full((1, size.chunk_size), 500.0, device=device)
-    forward = lambda: transformer(latents, timestep, embeds, kv_cache=cache, return_dict=False)  # noqa: E731
+    def remember(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        call.update(args=args, kwargs=kwargs)
+
+    transformer = setup.pipe.transformer
+    with setup.stream(setup.size.chunks_to_fill, output_type="latent") as session:
+        hook = transformer.register_forward_pre_hook(remember, with_kwargs=True)
+        try:
+            for _ in range(setup.size.chunks_to_fill):
+                next(session)
+        finally:
+            hook.remove()
+        yield torch.no_grad()(lambda: transformer(*call["args"], **call["kwargs"]))
+
+
+def measure_forward(forward: Forward, setup: Setup) -> tuple[float, float | None]:
+    """Measure the seconds of one forward at the full window, and how long the host was busy with it before it waited,
+    each the median of 5 to 50. On a CPU, which is its own host, the latter is None."""
     for _ in range(3):
         forward()
     times: list[float] = []
-    while _agreed(pipe, len(times) < 5 or (sum(times) < 2.0 and len(times) < 50)):
-        times.append(_seconds(forward, device))
-    seconds = statistics.median(times)
-
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    # Kineto, which is under the profiler, logs to stderr when it starts and stops. It asks nothing but this variable.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with profile(activities=activities, acc_events=True) as profiler:
+    busy: list[float] = []
+    while _agreed(setup, len(times) < 5 or (sum(times) < 2.0 and len(times) < 50)):
+        synchronize(setup.device)
+        began = time.perf_counter()
         forward()
-        synchronize(device)
-    parts: dict[str, float] = {"attention": 0.0, "linear": 0.0, "rest": 0.0}
-    for event in profiler.key_averages():
-        # Kernels are counted with the operator that launched them.
-        if event.device_type == DeviceType.CPU:
-            on_device = device.type == "cuda"
-            parts[kind_of(event.key)] += event.self_device_time_total if on_device else event.self_cpu_time_total
-    total = sum(parts.values()) or math.nan
-    return {"seconds": seconds, **{name: seconds * value / total for name, value in parts.items()}}
+        busy.append(time.perf_counter() - began)
+        synchronize(setup.device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times), None if setup.device.type == "cpu" else statistics.median(busy)
 
 
-def kind_of(operator: str) -> str:
-    """Whether an operator of the profile belongs to attention, to the linear layers, or to the rest."""
-    if _ATTENTION.search(operator):
-        return "attention"
-    return "linear" if _LINEAR.match(operator) else "rest"
-
-
-def measure_denoise(
-    pipe: LongLivePipeline,
-    size: BenchSize,
-    embeds: torch.Tensor,
-    device: torch.device,
-    num_chunks: int,
-    kv_cache_dtype: torch.dtype | str | None = None,
-) -> tuple[list[float], list[torch.Tensor], int]:
-    """Measure the seconds of each chunk (steps, clean pass, solver and noise), and return them with the chunks'
-    latents and the bytes of the KV cache. Nothing is decoded."""
-    seconds, latents, kv_cache_bytes = [], [], 0
-    options = {"output_type": "latent", "kv_cache_dtype": kv_cache_dtype}
-    with _stream(pipe, size, embeds, num_chunks, **options) as session:
-        while len(seconds) < num_chunks:
-            synchronize(device)
+def denoised_chunks(setup: Setup, num_chunks: int) -> Generator[tuple[float, torch.Tensor, int], None, None]:
+    """Make a video without decoding it; yield the seconds of each chunk (steps, solver and noise, and the clean pass
+    of the chunk before), its latents, and the bytes of the KV cache."""
+    with setup.stream(num_chunks, output_type="latent") as session:
+        for _ in range(num_chunks):
+            synchronize(setup.device)
             began = time.perf_counter()
-            latents.append(next(session).latents)
-            synchronize(device)
-            seconds.append(time.perf_counter() - began)
-            kv_cache_bytes = session.kv_cache_bytes
-    return seconds, latents, kv_cache_bytes
+            latents = next(session).latents
+            synchronize(setup.device)
+            yield time.perf_counter() - began, latents, session.kv_cache_bytes
 
 
-def measure_decode(pipe: LongLivePipeline, latents: list[torch.Tensor], device: torch.device) -> list[float]:
-    """Measure the seconds to decode each chunk, alone on the device."""
-    decoder = ChunkDecoder(pipe.vae, pipe.video_processor, "pt", pipe.vae_device, group=pipe.vae_group)
-    return [_seconds(lambda chunk=chunk: decoder.decode(chunk), device) for chunk in latents]
+def kv_cache_bytes(setup: Setup) -> int:
+    """Return the memory of the KV cache, with what is unpacked of it, in bytes."""
+    with closing(denoised_chunks(setup, 1)) as chunks:
+        return next(chunks)[2]
 
 
-def measure_whole(
-    pipe: LongLivePipeline, size: BenchSize, embeds: torch.Tensor, device: torch.device, *, async_decode: bool
-) -> dict[str, Any]:
+def measure_denoise(setup: Setup, num_chunks: int) -> tuple[list[float], list[torch.Tensor]]:
+    """Measure the seconds of each chunk, and return them with the chunks' latents. Nothing is decoded."""
+    chunks = list(denoised_chunks(setup, num_chunks))
+    return [seconds for seconds, _, _ in chunks], [latents for _, latents, _ in chunks]
+
+
+def decoded_chunks(setup: Setup, latents: Iterable[torch.Tensor]) -> Iterator[float]:
+    """Decode a video's chunks in order, alone on the device; yield the seconds of each."""
+    pipe = setup.pipe
+    network = pipe.vae if setup.decoder is None else setup.decoder
+    decoder = ChunkDecoder(network, pipe.video_processor, "pt", pipe.vae_device, group=pipe.vae_group)
+    for chunk in latents:
+        yield timed(lambda chunk=chunk: decoder.decode(chunk), setup.device)
+
+
+def measure_whole(setup: Setup, *, async_decode: bool) -> dict[str, Any]:
     """Measure a whole video, denoised and decoded; its frames are brought to the host, as bytes.
 
     Returns:
-        `seconds`, `first_frame` (seconds until the first chunk's frames are there), `frames_per_second`,
-        `kv_cache_bytes`, and the `latency` of the chunks, as [`Latency`] has it.
+        `seconds`, `frames_per_second`, `kv_cache_bytes`, and the `latency` of the chunks, as [`Latency`] has it.
     """
-    latency, kv_cache_bytes = Latency(), 0
-    synchronize(device)
+    latency, kv_cache_bytes, size = Latency(), 0, setup.size
+    synchronize(setup.device)
     began = time.perf_counter()
-    with _stream(pipe, size, embeds, size.num_chunks, output_type="uint8", async_decode=async_decode) as session:
+    options = {"output_type": "uint8", "async_decode": async_decode, "decoder": setup.decoder}
+    with setup.stream(size.num_chunks, **options) as session:
         for _ in range(size.num_chunks):
             frames = next(session).frames
             assert isinstance(frames, np.ndarray)
             latency.add(time.perf_counter() - began, frames.shape[1])
             kv_cache_bytes = max(kv_cache_bytes, session.kv_cache_bytes)  # freed before the last chunk is fetched
-        synchronize(device)
+        synchronize(setup.device)
         seconds = time.perf_counter() - began
     return {
         "seconds": seconds,
-        "first_frame": latency.first_frame,
         "frames_per_second": size.num_frames(size.num_chunks) / seconds,
         "kv_cache_bytes": kv_cache_bytes,
         "latency": latency.as_dict(),
     }
 
 
-def _stream(
-    pipe: LongLivePipeline, size: BenchSize, embeds: torch.Tensor, num_chunks: int, **options
-) -> StreamingSession:
-    return pipe.stream(
-        prompt_embeds=embeds,
-        height=size.height * pipe.vae_scale_factor_spatial,
-        width=size.width * pipe.vae_scale_factor_spatial,
-        num_frames=size.num_frames(num_chunks),
-        num_inference_steps=size.num_inference_steps,
-        generator=torch.Generator().manual_seed(0),
-        **options,
-    )
+def warm_up(setup: Setup, *, is_compiled: bool) -> None:
+    """Run everything once. To a compiler and to a GPU's libraries, each length of the cache is a new shape."""
+    is_by_shape = is_compiled or setup.device.type == "cuda"
+    _, latents = measure_denoise(setup, setup.size.chunks_to_fill + 1 if is_by_shape else 2)
+    for _ in decoded_chunks(setup, latents[:2]):
+        pass
 
 
-def _agreed(pipe: LongLivePipeline, goes_on: bool) -> bool:
-    """Whether to measure once more; processes that share the work follow the first one's clock."""
-    return goes_on if pipe.stream_ranks is None else pipe.stream_ranks.tell("orders", goes_on)
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that some work takes."""
     synchronize(device)
     began = time.perf_counter()
     work()
     synchronize(device)
     return time.perf_counter() - began
+
+
+def _agreed(setup: Setup, goes_on: bool) -> bool:
+    """Whether to measure once more; processes that share the work follow the first one's clock."""
+    ranks = setup.pipe.stream_ranks
+    return goes_on if ranks is None else ranks.tell("orders", goes_on)

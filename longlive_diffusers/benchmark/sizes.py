@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..assets import toy_pipeline_path
+from ..assets import toy_decoder_path, toy_pipeline_path
 from ..conversion.pipeline_folder import PipelineFolder
 from ..frame_counts import pixel_frames
+from ..models.tiny_decoder import TinyVideoDecoder
 
 
 # Wan2.2's VAE, 16 times smaller in space and 4 times in time.
@@ -37,7 +38,7 @@ class BenchSize:
     The networks and the video that are measured. Sizes are in latents and latent frames.
 
     Args:
-        transformer, vae: The configurations of networks with random weights.
+        transformer, vae, tiny_decoder: The configurations of networks with random weights.
         height, width: The size of the latents.
         window_size, sink_size: How many latent frames the KV cache holds, and how many it never forgets.
         num_chunks: The length of the video that is made.
@@ -48,6 +49,7 @@ class BenchSize:
 
     transformer: Mapping[str, Any]
     vae: Mapping[str, Any]
+    tiny_decoder: Mapping[str, Any]
     height: int
     width: int
     window_size: int
@@ -86,6 +88,7 @@ def _toy() -> BenchSize:
     return BenchSize(
         transformer,
         folder.vae,
+        TinyVideoDecoder.load_config(toy_decoder_path()),
         height=transformer["sample_height"],
         width=transformer["sample_width"],
         window_size=window_size,
@@ -109,7 +112,8 @@ def _five_b() -> BenchSize:
         "chunk_size": 8,
     }
     vae = _with_latent_statistics(_WAN22_VAE, 48)
-    return BenchSize(transformer, vae, height=44, width=80, window_size=32, sink_size=8, num_chunks=8)
+    decoder = {"latent_channels": 48}
+    return BenchSize(transformer, vae, decoder, height=44, width=80, window_size=32, sink_size=8, num_chunks=8)
 
 
 def _cpu_reference() -> BenchSize:
@@ -127,18 +131,24 @@ def _cpu_reference() -> BenchSize:
         "chunk_size": 4,
     }
     vae = _with_latent_statistics(_SMALL_VAE, 16)
-    return BenchSize(transformer, vae, height=16, width=24, window_size=16, sink_size=4, num_chunks=10, threads=2)
+    decoder = {"latent_channels": 16}
+    return BenchSize(
+        transformer, vae, decoder, height=16, width=24, window_size=16, sink_size=4, num_chunks=10, threads=2
+    )
 
 
 SIZES = {"toy": _toy, "cpu-reference": _cpu_reference, "5b": _five_b}
 
 
-def forward_flops(size: BenchSize, num_devices: int = 1) -> int:
+def forward_flops(size: BenchSize, num_devices: int = 1) -> dict[str, int]:
     """Count the floating point operations of one forward of the transformer on a chunk, at the full window, for each
     of the devices that share it.
 
     Only matrix products count, with a multiplication and an addition as two operations. The text's keys and values are
     not included: they are cached, and computed once for each prompt.
+
+    Returns:
+        The operations of `attention`, self and cross, and of the `linear` layers.
     """
     config = size.transformer
     dim = config["num_attention_heads"] * config["attention_head_dim"]
@@ -149,22 +159,21 @@ def forward_flops(size: BenchSize, num_devices: int = 1) -> int:
 
     projections = 2 * tokens * dim * dim * (4 + 2)  # query, key, value, output; query and output of cross-attention
     feed_forward = 2 * tokens * dim * config["ffn_dim"] * 2
-    self_attention, cross_attention = 4 * tokens * dim * keys, 4 * tokens * dim * size.text_tokens
+    self_attention = config["num_layers"] * 4 * tokens * dim * keys
+    cross_attention = config["num_layers"] * 4 * tokens * dim * size.text_tokens
     ends = 2 * tokens * dim * patch * (config["in_channels"] + config["out_channels"])
     time_embedding = 2 * size.chunk_size * dim * (config["freq_dim"] + dim + 6 * dim)
-    by_frame = config["num_layers"] * (projections + feed_forward + cross_attention) + ends + time_embedding
-    if size.chunk_size % num_devices == 0:  # else, every device computes all frames
-        by_frame //= num_devices
-    return by_frame + config["num_layers"] * self_attention // num_devices
+    linear = config["num_layers"] * (projections + feed_forward) + ends + time_embedding
+    # By whole frames; if these cannot be divided, every device computes all. Self-attention is divided by heads.
+    frame_devices = num_devices if size.chunk_size % num_devices == 0 else 1
+    return {
+        "attention": self_attention // num_devices + cross_attention // frame_devices,
+        "linear": linear // frame_devices,
+    }
 
 
-def check_bench_size(size: BenchSize, *, compares_caches: bool = False) -> None:
-    """Check that the window is filled, and that enough is left to measure.
-
-    Args:
-        size: What is to be measured.
-        compares_caches: Whether kinds of KV cache are compared, by the first and the second half of the chunks at the
-            full window.
+def check_bench_size(size: BenchSize) -> None:
+    """Check that the window is filled, so that there is a steady state to measure.
 
     Raises:
         ValueError: If there are too few chunks, or the window is no whole number of them; it states the numbers.
@@ -174,10 +183,9 @@ def check_bench_size(size: BenchSize, *, compares_caches: bool = False) -> None:
             f"the window of {size.window_size} latent frames is not filled by whole chunks of {size.chunk_size}, so "
             "there is no steady state to measure"
         )
-    needed = size.chunks_to_fill + 2 if compares_caches else size.chunks_to_fill
+    needed = max(size.chunks_to_fill, 2)
     if size.num_chunks < needed:
-        also = ", and two more to compare kinds of KV cache over" if compares_caches else ""
         raise ValueError(
             f"--chunks {size.num_chunks} is too few: at least {needed} are needed, to fill the window of "
-            f"{size.window_size} latent frames by chunks of {size.chunk_size}{also}"
+            f"{size.window_size} latent frames by chunks of {size.chunk_size}, and to see the time between two"
         )

@@ -7,7 +7,7 @@ once.
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from ..limits import MAX_GUIDANCE_SCALE
@@ -60,6 +60,18 @@ def text(argument: str) -> str:
         return os.fsencode(argument).decode()
     except UnicodeError as error:  # of a lone surrogate that stands for no byte, too
         raise argparse.ArgumentTypeError(f"is not UTF-8 text: {_quoted(argument)}") from error
+
+
+def with_values_joined(words: Sequence[str], options: Collection[str]) -> list[str]:
+    """Join some options and their values by "=", because argparse takes a value that begins with a dash for an
+    option."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in options:
+            joined[-1] = f"{joined[-1]}={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def add_device_option(parser: argparse._ActionsContainer, what: str = "The device to run on") -> None:
@@ -116,13 +128,8 @@ def add_compile_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--compile", action="store_true", help="Compile the transformer's blocks.")
 
 
-def add_cache_options(parser: argparse._ActionsContainer, *, compares_dtypes: bool = False) -> None:
-    """Add `--window-size`, `--sink-size` and `--kv-cache-dtype`, which every command calls alike.
-
-    Args:
-        parser: A parser, or a group of one.
-        compares_dtypes: Whether `--kv-cache-dtype` takes several dtypes, to compare them.
-    """
+def add_cache_options(parser: argparse._ActionsContainer) -> None:
+    """Add `--window-size`, `--sink-size` and `--kv-cache-dtype`, which every command calls alike."""
     parser.add_argument(
         "--window-size",
         type=integer(1, MAX_CACHED_FRAMES),
@@ -133,22 +140,12 @@ def add_cache_options(parser: argparse._ActionsContainer, *, compares_dtypes: bo
         type=integer(0, MAX_CACHED_FRAMES),
         help="How many of the video's first latent frames are never forgotten (default: the model's).",
     )
-    choices = ("auto", *KV_CACHE_DTYPES)
-    if compares_dtypes:
-        parser.add_argument(
-            "--kv-cache-dtype",
-            nargs="+",
-            choices=choices,
-            default=[],
-            help="Compare ways to store keys and values; auto is the network's dtype.",
-        )
-    else:
-        parser.add_argument(
-            "--kv-cache-dtype",
-            choices=choices,
-            default="auto",
-            help="What keys and values are stored as: nvfp4 takes 4 bits, fp8 takes 8 (default: the network's dtype).",
-        )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", *KV_CACHE_DTYPES),
+        default="auto",
+        help="What keys and values are stored as: nvfp4 takes 4 bits, fp8 takes 8 (default: the network's dtype).",
+    )
 
 
 def add_solver_options(parser: argparse._ActionsContainer) -> None:

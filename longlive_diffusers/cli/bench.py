@@ -1,6 +1,7 @@
 """`longlive bench`: how fast this device makes video, with every number saying what it counts."""
 
 import argparse
+from functools import partial
 
 from ..limits import MAX_SIDE
 from .arguments import (
@@ -13,7 +14,7 @@ from .arguments import (
     add_renamed,
     integer,
 )
-from .choices import BENCH_SIZES, DTYPES, MAX_CHUNKS, MAX_STEPS, MAX_THREADS
+from .choices import BENCH_DECODERS, BENCH_SIZES, DTYPES, MAX_CHUNKS, MAX_ROUNDS, MAX_STEPS, MAX_THREADS
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -25,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "without guidance; text embeddings are random, so no text encoder runs. No LoRA is loaded: one that is fused, "
         "like that of the embedded model in generate, takes no time.",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, parser))
     parser.add_argument(
         "--size", choices=BENCH_SIZES, default="toy", help="The sizes of the networks (default: %(default)s)."
     )
@@ -41,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--chunks", type=integer(1, MAX_CHUNKS), help="The length of the video in chunks (default: the size's)."
     )
-    add_cache_options(parser, compares_dtypes=True)
+    add_cache_options(parser)
     add_renamed(parser, "--kv-caches", "--kv-cache-dtype")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="The dtype of the networks (default: bfloat16 on a GPU, float32 on a CPU)."
@@ -52,13 +53,35 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_nvfp4_option(parser)
     add_compile_option(parser)
     parser.add_argument(
+        "--decoder", choices=BENCH_DECODERS, default="vae", help="What makes the frames (default: %(default)s)."
+    )
+    parser.add_argument(
         "--threads", type=integer(1, MAX_THREADS), help="Threads of the CPU (default: the size's, or torch's)."
     )
     parser.add_argument("--json", metavar="FILE", help="Also write the numbers to this file.")
+    parser.add_argument(
+        "--results",
+        metavar="FOLDER",
+        help="Also write numbers and table to new files in this folder, DATE_SIZE_DEVICE_SETTING.json and .md.",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="OPTIONS",
+        help="Measure two settings in turns, this one and the same with these options changed, and print the ratio of "
+        'their times with its spread: --compare "--dtype bfloat16". All options can be compared that one process can '
+        'change; --compare "" compares the setting with itself, which shows how far ratios stray. The networks of '
+        "both are in memory.",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=integer(2, MAX_ROUNDS),
+        default=4,
+        help="With --compare, how often each setting is measured (default: %(default)s).",
+    )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Measure, and print the report."""
     from .run_bench import bench
 
-    return bench(args)
+    return bench(parser, args)

@@ -16,6 +16,7 @@ WEIGHT_BLOCKS = {"1x16": (1, 16), "16x16": (16, 16)}
 RECIPES = ("longlive", "nvidia", "nvfp4_pretrain")
 KEPT_MODULES = ("patch_embedding", "condition_embedder", "proj_out")
 BENCH_SIZES = ("toy", "cpu-reference", "5b")
+BENCH_DECODERS = ("vae", "tiny")
 
 DEFAULT_SECONDS = 5.0
 
@@ -25,6 +26,7 @@ MAX_FRAMES = MAX_SECONDS * FPS
 MAX_CHUNKS = 10_000_000
 MAX_CACHED_FRAMES = 100_000
 MAX_THREADS = 1024
+MAX_ROUNDS = 1000
 MAX_DEVICES = 1024
 MAX_LORA_SCALE = 100
 MAX_SESSIONS = 1000

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from ..version import __version__
+from .arguments import with_values_joined
 from .bench import add_parser as add_bench
 from .console import flush, show_any_character, warnings_in_one_line
 from .convert import add_parser as add_convert
@@ -51,7 +52,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser, commands = _build_parsers()
     if argv and argv[0] in commands:
-        command, rest = commands[argv[0]], argv[1:]
+        command, rest = commands[argv[0]], with_values_joined(argv[1:], ("--compare",))
         # Parsing intermixed forgets that what follows "--" is no option.
         args = command.parse_args(rest) if "--" in rest else command.parse_intermixed_args(rest)
         args.argv = list(argv)

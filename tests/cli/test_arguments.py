@@ -14,11 +14,10 @@ def parse(*words: str):
 
 @pytest.mark.parametrize("command", [("generate", "a fox"), ("bench",)], ids=["generate", "bench"])
 def test_the_cache_has_the_same_options_everywhere(command):
-    several = command[0] == "bench"  # which compares dtypes
     for dtype in ("auto", *KV_CACHE_DTYPES):
         args = parse(*command, "--window-size", "12", "--sink-size", "4", "--kv-cache-dtype", dtype)
         assert (args.window_size, args.sink_size) == (12, 4)
-        assert args.kv_cache_dtype == ([dtype] if several else dtype)
+        assert args.kv_cache_dtype == dtype
 
 
 def test_every_dtype_that_can_be_chosen_is_one_that_a_cache_takes():
@@ -102,3 +101,23 @@ def test_other_seeds_are_refused_in_one_line(value, capsys):
     assert exit_.value.code == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "--seed" in told and value[:60] in told
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--compare", "--compile"], "--compile"),
+        (["--compare=--compile"], "--compile"),
+        (["--compare", "--dtype bfloat16", "--rounds", "3"], "--dtype bfloat16"),
+        (["--compare", ""], ""),
+        ([], None),
+    ],
+)
+def test_options_to_compare_may_be_one_word(words, value):
+    assert parse("bench", *words).compare == value
+
+
+def test_options_to_compare_are_needed(capsys):
+    with pytest.raises(SystemExit):
+        parse("bench", "--compare")
+    assert "argument --compare: expected one argument" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,10 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.benchmark.measure import as_time
 from longlive_diffusers.benchmark.models import random_model, random_pipeline
-from longlive_diffusers.benchmark.runs import kind_of, measure_denoise, measure_whole
+from longlive_diffusers.benchmark.options import BenchOptions
+from longlive_diffusers.benchmark.runs import measure_denoise, measure_whole
+from longlive_diffusers.benchmark.setup import build
 from longlive_diffusers.benchmark.sizes import SIZES, BenchSize, forward_flops
 from longlive_diffusers.cli import main
+from longlive_diffusers.cli.choices import BENCH_DECODERS
 from longlive_diffusers.latency import Latency
+from longlive_diffusers.models.tiny_decoder import TinyVideoDecoder
 
 
 CPU = torch.device("cpu")
@@ -52,15 +57,17 @@ def test_the_formula_counts_what_pytorch_counts(changes):
         transformer(latents, timestep, embeds, kv_cache=cache)  # caches the text
         with FlopCounterMode(display=False) as counter:
             transformer(latents, timestep, embeds, kv_cache=cache)
-    assert forward_flops(size) == counter.get_total_flops()
+    assert sum(forward_flops(size).values()) == counter.get_total_flops()
 
 
 def test_devices_divide_the_work_of_whole_frames_and_of_heads():
     size = SIZES["5b"]()  # chunks of 8 frames, 24 heads
     whole = forward_flops(size)
-    assert [round(whole / forward_flops(size, n), 3) for n in (2, 4, 8)] == [2, 4, 8]
+    for n in (2, 4, 8):
+        assert forward_flops(size, n) == {part: flops // n for part, flops in whole.items()}
     attention = 4 * 7040 * 30 * 3072 * (4 * 7040)  # to the frames in the cache
-    assert forward_flops(size, 3) == whole - attention + attention // 3  # three share no frames of eight
+    by_three = forward_flops(size, 3)  # which share no frames of eight
+    assert by_three == {"attention": whole["attention"] - attention + attention // 3, "linear": whole["linear"]}
 
 
 def test_the_5b_size_is_wan22s():
@@ -76,13 +83,17 @@ def test_the_5b_size_is_wan22s():
     # Twice the weights of the blocks for each token, less those of the text's keys and values; and attention.
     linear = 2 * tokens * 30 * (6 * 3072**2 + 2 * 3072 * 14336)
     attention = 4 * tokens * 30 * 3072 * (4 * tokens + 512)
-    assert forward_flops(size) == pytest.approx(linear + attention, rel=1e-3)
+    assert forward_flops(size) == pytest.approx({"linear": linear, "attention": attention}, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_named_size_fits_together(name):
     size = SIZES[name]()
-    assert size.transformer["in_channels"] == size.vae["z_dim"]
+    assert size.transformer["in_channels"] == size.vae["z_dim"] == size.tiny_decoder["latent_channels"]
+    with init_empty_weights():
+        decoder = TinyVideoDecoder(**{key: v for key, v in size.tiny_decoder.items() if not key.startswith("_")})
+    assert decoder.spatial_scale == size.vae["scale_factor_spatial"]
+    assert decoder.temporal_scale == size.vae["scale_factor_temporal"]
     assert size.window_size % size.chunk_size == 0
     assert size.num_chunks > size.chunks_to_fill
     assert size.vae["scale_factor_spatial"] == (8 if name == "toy" else 16)
@@ -97,47 +108,28 @@ def test_half_precision_is_that_of_from_pretrained():
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_runs_make_the_video_they_time():
+@pytest.mark.parametrize("decoder", BENCH_DECODERS)
+def test_runs_make_the_video_they_time(decoder):
     size = replace(SIZES["toy"](), height=8, width=8, window_size=8, sink_size=2, num_chunks=5, text_tokens=4)
     size = replace(size, num_inference_steps=1)
-    pipe, embeds = random_pipeline(size, CPU, torch.float32), random_embeds(size)
-    seconds, latents, _ = measure_denoise(pipe, size, embeds, CPU, 5)
+    setup = build(BenchOptions("toy", size, CPU, torch.float32, decoder=decoder))
+    seconds, latents = measure_denoise(setup, 5)
     assert len(seconds) == 5 and min(seconds) > 0
+    pipe = setup.pipe
     assert all(chunk.shape == (1, pipe.vae.config.z_dim, 2, 8, 8) for chunk in latents)
     assert all(torch.isfinite(chunk).all() for chunk in latents)
     for async_decode in (False, True):
-        result = measure_whole(pipe, size, embeds, CPU, async_decode=async_decode)
-        assert 0 < result["first_frame"] < result["seconds"]
+        result = measure_whole(setup, async_decode=async_decode)
         assert result["frames_per_second"] == pytest.approx(37 / result["seconds"])
         latency = result["latency"]
-        assert latency["first_frame"] == result["first_frame"]
+        assert 0 < latency["first_frame"] < result["seconds"]
         assert 0 < latency["between_chunks_median"] <= latency["between_chunks_p95"]
-        later = result["seconds"] - result["first_frame"]  # and what ends the session
+        later = result["seconds"] - latency["first_frame"]  # and what ends the session
         assert latency["frames_per_second"] >= 32 / later and latency["stalls"] in range(5)
         # float32 keys and values of 8 frames of 16 tokens in every layer
         config = pipe.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
         assert result["kv_cache_bytes"] == 4 * 2 * 8 * 16 * config.num_layers * width
-
-
-@pytest.mark.parametrize(
-    ("operator", "kind"),
-    [
-        ("aten::addmm", "linear"),
-        ("aten::mm", "linear"),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
-        ("aten::_flash_attention_forward", "attention"),
-        ("flash_attn_3::fwd", "attention"),
-        ("aten::bmm", "attention"),
-        ("aten::_softmax", "attention"),
-        ("aten::mul", "rest"),
-        ("aten::mm_like", "rest"),
-        ("aten::native_layer_norm", "rest"),
-        ("aten::copy_", "rest"),
-    ],
-)
-def test_operators_are_told_apart(operator, kind):
-    assert kind_of(operator) == kind
 
 
 def test_the_table_and_the_file_say_the_same(tmp_path, capfd):
@@ -155,8 +147,15 @@ def test_the_table_and_the_file_say_the_same(tmp_path, capfd):
     forward = results["forward"]
     assert forward["attention"] + forward["linear"] + forward["rest"] == pytest.approx(forward["seconds"])
     assert min(forward.values()) > 0
+    assert sum(results["part_flops"].values()) == results["forward_flops"]
+    work, rate = results["part_flops"]["linear"], results["matmul_flops_per_second"]["float32"]
+    assert results["part_to_matmul"]["linear"] == pytest.approx(work / forward["linear"] / rate)
+    assert next(iter(results["attention_kernels"])) == "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert results["forward_host_seconds"] is results["forward_kernels"] is results["host_waits_per_chunk"] is None
+    both = results["denoise_chunk"] + results["decode_chunk"]
+    assert results["denoise_and_decode_chunk"] == both and setting["frames_per_chunk"] == 8
     size = replace(SIZES["toy"](), width=16, window_size=6)
-    assert results["forward_flops"] == forward_flops(size)
+    assert results["part_flops"] == forward_flops(size)
     assert size.num_frames(5) == 37
     assert results["forward_to_matmul"] == pytest.approx(
         results["forward_flops"] / forward["seconds"] / results["matmul_flops_per_second"]["float32"]
@@ -165,10 +164,24 @@ def test_the_table_and_the_file_say_the_same(tmp_path, capfd):
         parameter.numel() for parameter in random_pipeline(size, CPU, torch.float32).transformer.parameters()
     )
 
+    assert list(results["synchronous"]) == ["seconds", "frames_per_second", "kv_cache_bytes", "latency"]
+
     for text in (setting["device"], torch.__version__, "37 frames of 64x128", "window of 6", "2 steps", "float32"):
         assert text in table
-    for row in ("matmul bfloat16", "forward", "denoise", "decode", "synchronous", "asynchronous", "first frame"):
+    for row in (
+        "matmul bfloat16",
+        "forward",
+        "denoise",
+        "decode",
+        "both",
+        "synchronous",
+        "asynchronous",
+        "first frame",
+    ):
         assert any(line.strip().startswith(row) for line in table.splitlines()), row
+    for row in ("host waits", "host", "kernels"):
+        (line,) = (line for line in table.splitlines() if line.split("  -  ")[0].strip() == row)
+        assert "not applicable" in line
     for row in ("between chunks", "real time", "stalls"):
         assert sum(line.strip().startswith(row) for line in table.splitlines()) == 2, row
     for how in ("synchronous", "asynchronous"):
@@ -196,10 +209,15 @@ def test_what_was_measured_before_a_failure_is_reported(monkeypatch, tmp_path, c
     report = "longlive_diffusers.benchmark.report."
     monkeypatch.setattr(report + "measure_matmul", lambda device, dtype: 2e9)
     parts = {"seconds": 4.0, "attention": 1.0, "linear": 2.0, "rest": 1.0}
-    monkeypatch.setattr(report + "measure_forward", lambda *args: parts)
-    monkeypatch.setattr(report + "measure_denoise", lambda *args: ([0.5] * 12, [], 0))
+    shares = {"attention": 0.25, "linear": 0.5, "rest": 0.25}
+    profiled = {"shares": shares, "attention_kernels": {"aten::bmm": 1.0}, "kernels": None}
+    monkeypatch.setattr(report + "warm_up", lambda *args, **options: None)
+    monkeypatch.setattr(report + "full_window_forward", nullcontext)
+    monkeypatch.setattr(report + "measure_forward", lambda *args: (4.0, None))
+    monkeypatch.setattr(report + "profile_forward", lambda *args: profiled)
+    monkeypatch.setattr(report + "measure_denoise", lambda *args: ([0.5] * 12, []))
     monkeypatch.setattr(report + "measure_whole", fail)
-    monkeypatch.setattr(report + "measure_decode", lambda *args: [0.25] * 12)
+    monkeypatch.setattr(report + "decoded_chunks", lambda *args: iter([0.25] * 12))
     path = tmp_path / "bench.json"
     assert main(["bench", "--json", str(path)]) == status
     table, err = capsys.readouterr()
@@ -230,8 +248,9 @@ def test_backend_and_compilation_reach_the_transformer(monkeypatch, tmp_path):
         LongLiveTransformer3DModel, "compile_repeated_blocks", lambda self, **options: asked.append(options)
     )
     monkeypatch.setattr(LongLiveTransformer3DModel, "set_attention_backend", lambda self, name: asked.append(name))
+    monkeypatch.setattr("longlive_diffusers.benchmark.report.measure_matmul", lambda device, dtype: 2e9)
     path = tmp_path / "bench.json"
-    options = ["--window", "4", "--sink", "0", "--chunks", "3", "--steps", "1", "--height", "32", "--width", "32"]
+    options = ["--window", "4", "--sink", "0", "--chunks", "2", "--steps", "1", "--height", "32", "--width", "32"]
     assert main(["bench", *options, "--compile", "--attention-backend", "native", "--json", str(path)]) == 0
     assert asked == ["native", {"fullgraph": True}]
     setting = json.loads(path.read_text())["setting"]
@@ -245,23 +264,35 @@ def test_backend_and_compilation_reach_the_transformer(monkeypatch, tmp_path):
         (["--window", "9"], "the window of 9 latent frames is not filled by whole chunks of 2"),
         (["--window", "4"], "--window-size 4 is too small"),
         (["--chunks", "3"], "--chunks 3 is too few: at least 8 are needed"),
-        (["--chunks", "9", "--kv-cache-dtype", "fp8"], "--chunks 9 is too few: at least 10 are needed"),
         (["--json", "missing/bench.json"], "the folder 'missing' does not exist"),
         (["--json", "."], "it is a folder"),
         (["--device", "cuda:9"], "there is no device 'cuda:9' here"),
         (["--nvfp4", "te"], "--nvfp4 te needs TransformerEngine"),
         (["--attention-backend", "flash"], "--attention-backend flash cannot be used"),
-        (["--kv-cache-dtype", "fp8", "nvfp4", "fp8"], "names one twice: fp8 nvfp4 fp8"),
+        (["--window", "2", "--sink", "0", "--chunks", "1"], "--chunks 1 is too few: at least 2 are needed"),
+        (["--results", "missing"], "the folder 'missing' does not exist"),
+        (["--results", "a_file"], "Cannot write into 'a_file': it is not a folder"),
+        (["--compare", "--threads 2"], "--compare cannot change --threads"),
+        (["--compare", "--devices 2"], "--compare cannot change --devices"),
+        (["--compare", "--json other.json"], "--compare cannot change --json"),
+        (["--compare", "--compare '--compile'"], "--compare cannot change --compare"),
+        (["--compare", "--dtype 'float32"], "--compare '--dtype 'float32': No closing quotation"),
+        (["--compare", "--chunks 3"], "--compare '--chunks 3': --chunks 3 is too few: at least 8 are needed"),
+        (["--compare", "--attention-backend flash"], "--attention-backend flash cannot be used"),
+        (["--compare", "--nvfp4 te"], "--compare '--nvfp4 te': --nvfp4 te needs TransformerEngine"),
+        (["--compare", "--size cpu-reference"], "would change the number of threads (torch's number of and 2)"),
         (["--attention-backend", "abacus"], "no attention backend 'abacus': there are "),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("")
 
     def must_not_measure(*args, **kwargs):
         raise AssertionError("something was measured")
 
     monkeypatch.setattr("longlive_diffusers.cli.run_bench.measurements", must_not_measure)
+    monkeypatch.setattr("longlive_diffusers.cli.run_bench.compare", must_not_measure)
     assert main(["bench", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("longlive: error: ") and message in line
