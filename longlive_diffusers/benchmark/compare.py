@@ -49,7 +49,7 @@ def compare(
     matmul = matmul_rates(first, second)
     yield {"matmul_flops_per_second": matmul}
     log_stage("building the networks, twice")
-    setups = [build(options) for options in (first, second)]
+    setups = build(first), build(second)
     for setup in setups:
         share(setup.pipe)
     once: list[dict[str, Any]] = []
@@ -88,24 +88,25 @@ def _forwards(first: Setup, second: Setup, rounds: int) -> Iterator[Pair]:
 
 def _denoised(first: Setup, second: Setup, rounds: int) -> Iterator[Pair]:
     with ExitStack() as stack:
-        turns: list[Turn] = []
-        for setup in (first, second):
+
+        def next_chunks(setup: Setup) -> Turn:
             filling = setup.size.chunks_to_fill - 1
             chunks = stack.enter_context(closing(denoised_chunks(setup, filling + rounds)))
             for _ in range(filling):
                 next(chunks)
-            turns.append(lambda chunks=chunks: {"denoise": next(chunks)[0]})
-        yield from in_turns(*turns, rounds)
+            return lambda: {"denoise": next(chunks)[0]}
+
+        yield from in_turns(next_chunks(first), next_chunks(second), rounds)
 
 
 def _decoded(first: Setup, second: Setup, rounds: int) -> Iterator[Pair]:
-    turns: list[Turn] = []
-    for setup in (first, second):
+    def next_chunks(setup: Setup) -> Turn:
         _, (latents,) = measure_denoise(setup, 1)
         chunks = decoded_chunks(setup, repeat(latents))
         next(chunks)  # the first has fewer frames
-        turns.append(lambda chunks=chunks: {"decode": next(chunks)})
-    yield from in_turns(*turns, rounds)
+        return lambda: {"decode": next(chunks)}
+
+    yield from in_turns(next_chunks(first), next_chunks(second), rounds)
 
 
 def _whole(first: Setup, second: Setup, rounds: int, *, async_decode: bool) -> Iterator[Pair]:

@@ -6,7 +6,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,31 +59,31 @@ def profile_forward(forward: Callable[[], object], device: torch.device) -> dict
         that it calls), by its name, the largest first; `kernels`: the number of kernels, copies and fills that were
         launched, None on a CPU.
     """
-    with _profiler(device) as profiler:
-        forward()
-        synchronize(device)
-    work = list(work_on_gpu(profiler.events()) if device.type == "cuda" else work_on_cpu(profiler.events()))
+    events = _profile(forward, device)
+    work = list(work_on_gpu(events) if device.type == "cuda" else work_on_cpu(events))
     total = sum(item.time for item in work) or math.nan
-    times = Counter({part: 0.0 for part in PARTS})
-    kernels: Counter[str] = Counter()
+    times: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
+    kernels: dict[str, float] = {}
     for item in work:
         times[item.part] += item.time
         if item.part == "attention":
-            kernels[item.name] += item.time
+            kernels[item.name] = kernels.get(item.name, 0.0) + item.time
+    largest_first = sorted(kernels.items(), key=lambda kernel: -kernel[1])
     return {
-        "shares": {part: times[part] / total for part in PARTS},
-        "attention_kernels": {name: time / times["attention"] for name, time in kernels.most_common() if time},
+        "shares": {part: time / total for part, time in times.items()},
+        "attention_kernels": {name: time / times["attention"] for name, time in largest_first if time},
         "kernels": len(work) if device.type == "cuda" else None,
     }
 
 
 def count_waits(make_chunk: Callable[[], object], device: torch.device) -> int:
     """Return how often the host waits for the GPU while a chunk is made."""
-    with _profiler(device) as profiler:
+
+    def marked() -> None:
         with record_function(_CHUNK):
             make_chunk()
-        synchronize(device)
-    return waits_in_chunk(profiler.events())
+
+    return waits_in_chunk(_profile(marked, device))
 
 
 def work_on_cpu(events: Iterable[FunctionEvent]) -> Iterator[Work]:
@@ -133,10 +132,11 @@ def _caller_of(event: FunctionEvent) -> FunctionEvent:
     return next((caller for caller in reversed(callers) if kind_of(caller.name) != "rest"), event)
 
 
-@contextmanager
-def _profiler(device: torch.device) -> Iterator[profile]:
+def _profile(work: Callable[[], object], device: torch.device) -> list[FunctionEvent]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     # Kineto, which is under the profiler, logs to stderr when it starts and stops. It asks nothing but this variable.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=activities, acc_events=True) as profiler:
-        yield profiler
+        work()
+        synchronize(device)
+    return list(profiler.events() or ())

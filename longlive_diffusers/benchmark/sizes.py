@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..assets import toy_decoder_path, toy_pipeline_path
+from ..conversion.config_file import read_config
 from ..conversion.pipeline_folder import PipelineFolder
 from ..frame_counts import pixel_frames
-from ..models.tiny_decoder import TinyVideoDecoder
 
 
 # Wan2.2's VAE, 16 times smaller in space and 4 times in time.
@@ -88,7 +88,7 @@ def _toy() -> BenchSize:
     return BenchSize(
         transformer,
         folder.vae,
-        TinyVideoDecoder.load_config(toy_decoder_path()),
+        read_config(toy_decoder_path(), "config.json", toy_decoder_path()),
         height=transformer["sample_height"],
         width=transformer["sample_width"],
         window_size=window_size,
