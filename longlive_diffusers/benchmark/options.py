@@ -26,6 +26,7 @@ class BenchOptions:
         attention_backend: An attention backend of diffusers, or None for its default.
         nvfp4_backend: How products with weights in 4 bits are computed; None if weights are not quantized.
         compile: Whether the transformer's blocks are compiled.
+        speed: What the models are optimized for, see `LongLivePipeline.optimize`.
         decoder: What makes the frames: "vae" or "tiny".
         stream: Further arguments of `LongLivePipeline.stream` that every video is made with, by name.
     """
@@ -37,6 +38,7 @@ class BenchOptions:
     attention_backend: str | None = None
     nvfp4_backend: str | None = None
     compile: bool = False
+    speed: str = "exact"
     decoder: str = "vae"
     stream: Mapping[str, Any] = field(default_factory=dict)
     num_devices: int = 1
@@ -62,6 +64,7 @@ def describe_setting(options: BenchOptions) -> dict[str, Any]:
         "attention_backend": options.attention_backend or "default",
         "compiled": options.compile,
         "nvfp4_backend": options.nvfp4_backend,
+        "speed": options.speed,
         "decoder": options.decoder,
         "stream": dict(options.stream),
         "size": options.size_name,

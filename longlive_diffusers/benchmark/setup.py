@@ -61,6 +61,7 @@ def build(options: BenchOptions) -> Setup:
         pipe.transformer.set_attention_backend(options.attention_backend)
     if options.compile:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    pipe.optimize(options.speed)
     decoder = None
     if options.decoder == "tiny":
         dtype = torch.float16 if device.type == "cuda" else torch.float32  # as in `longlive generate`

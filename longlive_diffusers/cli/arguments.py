@@ -19,6 +19,7 @@ from .choices import (
     MAX_LORA_SCALE,
     MAX_STEPS,
     NVFP4_BACKENDS,
+    SPEEDS,
 )
 
 
@@ -128,6 +129,17 @@ def add_compile_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--compile", action="store_true", help="Compile the transformer's blocks.")
 
 
+def add_speed_option(parser: argparse._ActionsContainer) -> None:
+    """Add `--speed`, which every command calls alike."""
+    parser.add_argument(
+        "--speed",
+        choices=SPEEDS,
+        default="exact",
+        help="exact: the same video, to within rounding. fast: fewer bits, where the device is faster in them. "
+        "fastest: also less work, which can be seen (default: %(default)s).",
+    )
+
+
 def add_cache_options(parser: argparse._ActionsContainer) -> None:
     """Add `--window-size`, `--sink-size` and `--kv-cache-dtype`, which every command calls alike."""
     parser.add_argument(
@@ -198,6 +210,7 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
     add_attention_backend_option(parser)
     add_nvfp4_option(parser)
     add_compile_option(parser)
+    add_speed_option(parser)
 
 
 def add_renamed(parser: argparse._ActionsContainer, old: str, new: str) -> None:

@@ -12,6 +12,7 @@ from .arguments import (
     add_devices_option,
     add_nvfp4_option,
     add_renamed,
+    add_speed_option,
     integer,
 )
 from .choices import BENCH_DECODERS, BENCH_SIZES, DTYPES, MAX_CHUNKS, MAX_ROUNDS, MAX_STEPS, MAX_THREADS
@@ -52,6 +53,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_attention_backend_option(parser)
     add_nvfp4_option(parser)
     add_compile_option(parser)
+    add_speed_option(parser)
     parser.add_argument(
         "--decoder", choices=BENCH_DECODERS, default="vae", help="What makes the frames (default: %(default)s)."
     )

@@ -15,6 +15,7 @@ SCALE_RULES = ("static_6", "static_4", "mse", "mae", "abs_max", "unbiased")
 WEIGHT_BLOCKS = {"1x16": (1, 16), "16x16": (16, 16)}
 RECIPES = ("longlive", "nvidia", "nvfp4_pretrain")
 KEPT_MODULES = ("patch_embedding", "condition_embedder", "proj_out")
+SPEEDS = ("exact", "fast", "fastest")
 BENCH_SIZES = ("toy", "cpu-reference", "5b")
 BENCH_DECODERS = ("vae", "tiny")
 

@@ -12,6 +12,7 @@ from ..frame_counts import chunks_to_cover, pixel_frames, whole_chunks
 from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.chunk_step import is_guided
 from ..pipelines.inputs import ModelSizes, resolve_size
+from ..pipelines.speed import arguments_of
 from ..video.input_file import existing_file
 from ..video.writer import check_output
 from ..wording import counted
@@ -65,6 +66,7 @@ class GenerationRequest:
             "output_type": "uint8",
             "decoder": self.decoder,
             "async_decode": args.stream,
+            **arguments_of(args.speed),
         }
 
 

@@ -1,6 +1,7 @@
 """The models that a command was asked to use, checked before anything large is loaded."""
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def check_model(args: argparse.Namespace) -> ModelRequest:
         resolve_kv_cache_dtype(args.kv_cache_dtype, sizes.head_dim)
     if args.attention_backend:
         check_attention_backend(args.attention_backend, device)
+    if args.speed != "exact" and loras and (args.nvfp4 or folder.transformer.get("quantization_config")):
+        raise ValueError(
+            f"--speed {args.speed} adds the LoRA to the weights, and those in NVFP4 would be rounded again: add it "
+            "before they are quantized, or give --speed exact"
+        )
     if args.nvfp4:
         check_nvfp4_backend("--nvfp4", args.nvfp4, folder.transformer, device)
     return ModelRequest(folder, device, loras, num_devices, notes_on_speed(device, args.dtype, args.nvfp4))
@@ -72,6 +78,7 @@ def load_model(
     fused_lora: Path | None,
     offload: str = "none",
     show_progress: bool,
+    announces: bool,
 ) -> LongLivePipeline:
     """Load the models that were asked for, on this process's device.
 
@@ -81,6 +88,7 @@ def load_model(
         fused_lora: A LoRA to add for good.
         offload: What is kept on the GPU only while it is needed, as `PipelineFolder.load` takes it.
         show_progress: Whether to show progress bars.
+        announces: Whether to say what `--speed` has changed.
     """
     device = device_of(rank, models.device)
     prepare(rank, device)
@@ -93,8 +101,12 @@ def load_model(
         nvfp4_backend=args.nvfp4,
         attention_backend=args.attention_backend,
         compile=args.compile,
+        fuse_loras=args.speed != "exact",
         show_progress=show_progress,
     )
+    plan = pipe.optimize(args.speed)
+    if announces and args.speed != "exact":
+        print(f"longlive: {plan}", file=sys.stderr)
     share(pipe, rank, device)
     return pipe
 

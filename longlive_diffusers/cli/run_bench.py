@@ -21,6 +21,7 @@ from ..dtypes import DTYPES, dtype_name
 from ..models.kv_cache import check_window
 from ..models.layer_kv_cache import resolve_kv_cache_dtype
 from ..pipelines.inputs import resolve_size
+from ..pipelines.speed import arguments_of
 from .arguments import with_values_joined
 from .backends import check_attention_backend, check_nvfp4_backend
 from .device import choose_device
@@ -145,7 +146,8 @@ def requested_options(args: argparse.Namespace) -> BenchOptions:
         nvfp4_backend=args.nvfp4,
         compile=args.compile,
         decoder=args.decoder,
-        stream={"kv_cache_dtype": kv_cache_dtype},
+        speed=args.speed,
+        stream={"kv_cache_dtype": kv_cache_dtype, **arguments_of(args.speed)},
     )
 
 

@@ -103,7 +103,9 @@ def load(
 ) -> LongLivePipeline:
     """Load the models that were asked for."""
     fused_lora, offload = request.embedded_lora, args.offload
-    pipe = load_model(models, args, rank, fused_lora=fused_lora, offload=offload, show_progress=show_progress)
+    pipe = load_model(
+        models, args, rank, fused_lora=fused_lora, offload=offload, show_progress=show_progress, announces=rank.leads
+    )
     if request.decoder is not None:
         place_decoder(request.decoder, device_of(rank, models.device))
     return pipe

@@ -109,7 +109,9 @@ def load_served(
     pipelines: dict[str | None, LongLivePipeline] = {}
     loras = {f"{steps} steps": toy_lora_path(steps) for steps in TOY_LORA_STEPS} if uses_embedded_lora(args) else {}
     for name, lora in {None: None, **loras}.items():
-        pipelines[name] = load_model(models, args, rank, fused_lora=lora, show_progress=False)
+        pipelines[name] = load_model(
+            models, args, rank, fused_lora=lora, show_progress=False, announces=name is None and rank.leads
+        )
     for pipe in pipelines.values():
         pipe.vae, pipe.text_encoder = pipelines[None].vae, pipelines[None].text_encoder  # all the same
 

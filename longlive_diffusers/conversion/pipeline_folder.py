@@ -103,6 +103,7 @@ class PipelineFolder:
         nvfp4_backend: str | None = None,
         attention_backend: str | None = None,
         compile: bool = False,
+        fuse_loras: bool = False,
         show_progress: bool = True,
     ) -> LongLivePipeline:
         """Load the models and bring them to the device.
@@ -119,6 +120,7 @@ class PipelineFolder:
                 where they are not yet. None to leave them as they are.
             attention_backend: An attention backend of diffusers; None for its default.
             compile: Whether to compile the transformer's blocks.
+            fuse_loras: Whether to add the LoRAs to the weights for good.
             show_progress: Whether to show progress bars while loading and generating.
         """
         if not show_progress:
@@ -140,6 +142,8 @@ class PipelineFolder:
                 pipe.transformer.to(device)
             use_nvfp4(pipe, nvfp4_backend)
         self._load_loras(pipe, loras)
+        if loras and fuse_loras:
+            fuse_lora(pipe)
         if attention_backend is not None:
             pipe.transformer.set_attention_backend(attention_backend)
         if compile:

@@ -1,8 +1,11 @@
 """`FP8Linear`: a linear layer that multiplies in 8 bits, with a scale for each row of its input and its weight."""
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
+from ..fused.layers import is_plain
 from .backends import rows_to_fp8
 from .matmul import capability_unsupported_reason, fp8_matmul
 
@@ -68,6 +71,13 @@ def fp8_unsupported_reason(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"needs a GPU, this is '{device.type}'"
     return capability_unsupported_reason(device, (8, 9), " (Ada, Hopper, Blackwell)")
+
+
+def can_be_fp8(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is a linear one of fitting sizes, whose weight is here and not offloaded."""
+    if not isinstance(layer, nn.Linear) or layer.in_features % 16 or layer.out_features % 16:
+        return False
+    return not layer.weight.is_meta and is_plain(layer, nn.Linear, layer.weight.device)
 
 
 def check_not_in_fp8(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from ..fused.feed_forward import FusedGELU
 from ..fused.layers import is_plain
 from ..fused.packed_linear import PackedLinear, has_onednn
 from ..models.transformer_longlive import LongLiveTransformer3DModel
-from ..nvfp4.fp8_linear import FP8Linear, fp8_unsupported_reason
+from ..nvfp4.fp8_linear import FP8Linear, can_be_fp8, fp8_unsupported_reason
 from ..nvfp4.linear import nvfp4_layers
 
 
@@ -52,6 +52,11 @@ class SpeedPlan:
         return "\n".join(lines if self.choices else [*lines, "- there is nothing to change"])
 
 
+def arguments_of(speed: str) -> dict[str, Any]:
+    """Return what chunks are made with at a speed, beside the changed models."""
+    return dict(FASTEST_ARGUMENTS) if speed == "fastest" else {}
+
+
 def check_speed(speed: object) -> None:
     """Raise a ValueError unless there is such a speed."""
     if not isinstance(speed, str) or speed not in SPEEDS:
@@ -74,15 +79,14 @@ def optimize(
             f"Speed {speed!r} changes weights, and the transformer has a LoRA beside them: fuse it before, by "
             "`pipe.fuse_lora()` and `pipe.unload_lora_weights()`."
         )
-    choices, arguments = [], {}
+    choices = []
     if speed != "exact":
         choices += _use_fewer_bits(transformer, vae, device)
     choices += _fuse_layers(transformer, device)
     if speed == "fastest":
-        arguments = dict(FASTEST_ARGUMENTS)
         choices.append("The history remembers a chunk by its last solver step: a forward less for each chunk.")
         choices.append("Chunks attend to half of the history, to what matters most in it.")
-    return SpeedPlan(speed, device, tuple(choices), arguments)
+    return SpeedPlan(speed, device, tuple(choices), arguments_of(speed))
 
 
 def check_can_take_lora(transformer: nn.Module) -> None:
@@ -110,7 +114,7 @@ def _fuse_layers(transformer: LongLiveTransformer3DModel, device: torch.device) 
             for name, child in list(module.named_children()):
                 if type(child) is GELU:
                     setattr(module, name, FusedGELU.sharing(child))
-                elif packs and is_plain(child, nn.Linear, device):
+                elif packs and not hasattr(module, "lora_A") and is_plain(child, nn.Linear, device):
                     setattr(module, name, PackedLinear(child, rows))
     choices = ["Products of feed-forward layers end in GELU: results differ by rounding."]
     if packs:
@@ -135,7 +139,7 @@ def _use_fewer_bits(transformer: LongLiveTransformer3DModel, vae: nn.Module | No
     for block in transformer.blocks:
         for module in list(block.modules()):
             for name, child in list(module.named_children()):
-                if type(child) is nn.Linear and child.in_features % 16 == 0 and child.out_features % 16 == 0:
+                if can_be_fp8(child):
                     setattr(module, name, FP8Linear(child))
     return ["Linear layers of the blocks multiply in FP8: about 4 % of relative error in each product."]
 

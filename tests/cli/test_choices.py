@@ -11,6 +11,7 @@ from longlive_diffusers.nvfp4.format import BLOCKS
 from longlive_diffusers.nvfp4.quantizer import DEFAULT_MODULES_TO_NOT_CONVERT
 from longlive_diffusers.nvfp4.recipes import RECIPES
 from longlive_diffusers.nvfp4.rules import RULES
+from longlive_diffusers.pipelines import speed
 
 
 def test_they_are_the_names_that_there_are():
@@ -23,6 +24,7 @@ def test_they_are_the_names_that_there_are():
     assert all(name == "x".join(map(str, block)) for name, block in choices.WEIGHT_BLOCKS.items())
     assert choices.KEPT_MODULES == DEFAULT_MODULES_TO_NOT_CONVERT
     assert tuple(SIZES) == choices.BENCH_SIZES
+    assert choices.SPEEDS == speed.SPEEDS
 
 
 def test_the_largest_seed_is_the_largest_that_torch_takes():
