@@ -129,14 +129,15 @@ def add_compile_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--compile", action="store_true", help="Compile the transformer's blocks.")
 
 
-def add_speed_option(parser: argparse._ActionsContainer) -> None:
+def add_speed_option(parser: argparse._ActionsContainer, default: str | None = None) -> None:
     """Add `--speed`, which every command calls alike."""
     parser.add_argument(
         "--speed",
         choices=SPEEDS,
-        default="exact",
-        help="exact: the same video, to within rounding. fast: fewer bits, where the device is faster in them. "
-        "fastest: also less work, which can be seen (default: %(default)s).",
+        default=default,
+        help="Change the models to what is fastest here. exact: the same video, to within rounding. fast: fewer bits, "
+        "where the device is faster in them. fastest: also less work, which can be seen (default: "
+        f"{default or 'the models stay as they are, and videos the same to the bit'}).",
     )
 
 

@@ -53,7 +53,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_attention_backend_option(parser)
     add_nvfp4_option(parser)
     add_compile_option(parser)
-    add_speed_option(parser)
+    add_speed_option(parser, default="exact")
     parser.add_argument(
         "--decoder", choices=BENCH_DECODERS, default="vae", help="What makes the frames (default: %(default)s)."
     )

@@ -12,6 +12,7 @@ from ..conversion.pipeline_folder import PipelineFolder, check_lora_file
 from ..models.kv_cache import check_window
 from ..models.layer_kv_cache import resolve_kv_cache_dtype
 from ..pipelines.pipeline_longlive import LongLivePipeline
+from ..pipelines.speed import CHANGE_WEIGHTS
 from .backends import check_attention_backend, check_nvfp4_backend, notes_on_speed
 from .device import choose_device
 from .devices import check_devices, device_of, prepare, share
@@ -60,7 +61,7 @@ def check_model(args: argparse.Namespace) -> ModelRequest:
         resolve_kv_cache_dtype(args.kv_cache_dtype, sizes.head_dim)
     if args.attention_backend:
         check_attention_backend(args.attention_backend, device)
-    if args.speed != "exact" and loras and (args.nvfp4 or folder.transformer.get("quantization_config")):
+    if args.speed in CHANGE_WEIGHTS and loras and (args.nvfp4 or folder.transformer.get("quantization_config")):
         raise ValueError(
             f"--speed {args.speed} adds the LoRA to the weights, and those in NVFP4 would be rounded again: add it "
             "before they are quantized, or give --speed exact"
@@ -101,12 +102,13 @@ def load_model(
         nvfp4_backend=args.nvfp4,
         attention_backend=args.attention_backend,
         compile=args.compile,
-        fuse_loras=args.speed != "exact",
+        fuse_loras=args.speed in CHANGE_WEIGHTS,
         show_progress=show_progress,
     )
-    plan = pipe.optimize(args.speed)
-    if announces and args.speed != "exact":
-        print(f"longlive: {plan}", file=sys.stderr)
+    if args.speed is not None:
+        plan = pipe.optimize(args.speed)
+        if announces:
+            print(f"longlive: {plan}", file=sys.stderr)
     share(pipe, rank, device)
     return pipe
 

@@ -25,6 +25,8 @@ from ..nvfp4.linear import nvfp4_layers
 
 
 SPEEDS = ("exact", "fast", "fastest")
+CHANGE_WEIGHTS = ("fast", "fastest")
+"""Speeds for which LoRAs have to be added to the weights before."""
 
 FASTEST_ARGUMENTS: Mapping[str, Any] = MappingProxyType({"clean_pass": "last", "attention_density": 0.5})
 """What "fastest" has chunks made with."""
@@ -52,8 +54,8 @@ class SpeedPlan:
         return "\n".join(lines if self.choices else [*lines, "- there is nothing to change"])
 
 
-def arguments_of(speed: str) -> dict[str, Any]:
-    """Return what chunks are made with at a speed, beside the changed models."""
+def arguments_of(speed: str | None) -> dict[str, Any]:
+    """Return what chunks are made with at a speed, beside the changed models; nothing else where it is None."""
     return dict(FASTEST_ARGUMENTS) if speed == "fastest" else {}
 
 
@@ -74,13 +76,13 @@ def optimize(
     """
     check_speed(speed)
     has_lora = any(hasattr(module, "lora_A") for module in transformer.modules())
-    if speed != "exact" and has_lora:
+    if speed in CHANGE_WEIGHTS and has_lora:
         raise ValueError(
             f"Speed {speed!r} changes weights, and the transformer has a LoRA beside them: fuse it before, by "
             "`pipe.fuse_lora()` and `pipe.unload_lora_weights()`."
         )
     choices = []
-    if speed != "exact":
+    if speed in CHANGE_WEIGHTS:
         choices += _use_fewer_bits(transformer, vae, device)
     choices += _fuse_layers(transformer, device)
     if speed == "fastest":

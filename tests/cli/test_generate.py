@@ -140,6 +140,22 @@ def test_backends_and_compilation_reach_the_transformer(output, monkeypatch):
     assert asked == [(LongLiveTransformer3DModel, "w4a16"), "_native_math", {"fullgraph": True}]
 
 
+def test_a_speed_changes_the_models_and_says_so(output, tmp_path, capsys):
+    options = ["a red circle", "--num-frames", 5, "--steps", 1]
+    plain = make(output, *options)
+    assert "Speed" not in capsys.readouterr().err
+    exact = make(output, *options, "--speed", "exact")
+    assert "longlive: Speed 'exact' on 'cpu':\n- " in capsys.readouterr().err
+    assert difference(exact, plain) < 1e-4
+
+    lora = save_original_lora(tmp_path / "lora.pt")  # which is added to the weights, for bfloat16 to be
+    fast = make(output, *options, "--lora", lora, "--speed", "fast")
+    assert "Speed 'fast' on 'cpu'" in capsys.readouterr().err
+    assert difference(fast, make(output, *options, "--lora", lora)) < 0.02
+    assert main(["generate", "x", "--speed", "fast", "--nvfp4", "--lora", str(lora), "--output", str(output)]) == 2
+    assert "--speed fast adds the LoRA to the weights, and those in NVFP4 would be rounded" in capsys.readouterr().err
+
+
 def test_a_pipeline_in_four_bits_keeps_its_weights_and_changes_its_backend():
     pipe = PipelineFolder.find(toy_pipeline_path()).load(device=torch.device("cpu"), nvfp4_backend="emulate")
     layers = nvfp4_layers(pipe.transformer)
