@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longlive_diffusers.models.streaming_vae import StreamingDecoder
 from longlive_diffusers.nvfp4.recipes import RECIPES
+from longlive_diffusers.pipelines.speed import optimize
 from tests.support.fake_backward import backward
 from tests.support.fake_cuda import Host, on_gpu
 from tests.support.fake_cuda_checks import (
@@ -58,15 +59,21 @@ def product_flops() -> dict:
     def in_nvfp4(codes, scales, tensor_scale, other_codes, *args, out_shape=None, **kwargs) -> int:
         return 2 * codes[0] * 2 * codes[1] * other_codes[0]
 
+    def with_gelu(bias, rows, weight, *args, out_shape=None, **kwargs) -> int:
+        return 2 * rows[0] * rows[1] * weight[1]
+
     return {
+        torch.ops.aten._addmm_activation: with_gelu,
         torch.ops.longlive_diffusers.fp8_matmul: in_fp8,
         torch.ops.longlive_diffusers.nvfp4_matmul: in_nvfp4,
     }
 
 
-def full_window_forward(kv_cache_dtype: torch.dtype | str | None) -> Callable[[], object]:
-    """Return a forward of a chunk that attends to a full window."""
+def full_window_forward(kv_cache_dtype: torch.dtype | str | None, speed: str | None = None) -> Callable[[], object]:
+    """Return a forward of a chunk that attends to a full window, of a model that is optimized for `speed`."""
     model = fake_transformer()
+    if speed is not None:
+        optimize(model, None, speed, torch.device("cuda"))
     cache = model.create_kv_cache(
         1,
         SIZE.height,
@@ -133,6 +140,9 @@ def all_work() -> Iterator[tuple[str, tuple[int, int], Callable[[], Callable[[],
     yield "text encoder, a prompt", HOPPER, text_of_a_prompt
     for name, dtype in (("bfloat16", torch.bfloat16), ("FP8", "fp8"), ("NVFP4", "nvfp4")):
         yield f"forward, full window, cache in {name}", HOPPER, lambda dtype=dtype: full_window_forward(dtype)
+    for speed in ("exact", "fast"):
+        name = f"the same, cache in bfloat16, speed '{speed}'"
+        yield name, HOPPER, lambda speed=speed: full_window_forward(torch.bfloat16, speed)
     yield "chunk: 4 steps, solver, clean pass", HOPPER, lambda: next_chunk(num_frames=SIZE.num_frames(8))
     yield "the same, relative RoPE", HOPPER, next_chunk
     yield "decode a chunk", HOPPER, decoded_chunk
