@@ -69,8 +69,8 @@ class KVCache:
     """Sliding-window cache with attention sinks and shot pins; `cache[i]` is the `LayerKVCache` of layer i.
 
     Usage: `begin_chunk(...)`, then any number of forwards with `kv_cache=cache` (each overwrites the chunk's own
-    keys and values), then `finish_chunk()` and a last forward on the finished chunk at timestep 0, which is the one
-    that stays; then the next `begin_chunk`.
+    keys and values), then `finish_chunk()` and a last forward, which is the one that stays, usually on the finished
+    chunk at timestep 0; then the next `begin_chunk`.
 
     Args:
         num_layers, num_heads, head_dim: The sizes of the network.
@@ -250,8 +250,12 @@ class KVCache:
         return self._chunk
 
     def finish_chunk(self) -> None:
-        """Mark the chunk as finished, so that the next forward, on its clean latents, computes what is remembered."""
+        """Mark the chunk as finished, so that the next forward computes what is remembered."""
         self._chunk = replace(self.chunk, finished=True)
+
+    def reopen_chunk(self) -> None:
+        """Mark the chunk as not finished: what was to be remembered is not true any more."""
+        self._chunk = replace(self.chunk, finished=False)
 
     def histories(self) -> list[ChunkHistory]:
         """What the layers' caches hold now, for a forward with gradients of the open chunk: each stands in for the
@@ -292,12 +296,12 @@ class KVCache:
         if self._text_source is None:
             return False
         source, version = self._text_source
-        return source is encoder_hidden_states and version == _version_of(source)
+        return source is encoder_hidden_states and version == version_of(source)
 
     def cache_text(self, encoder_hidden_states: torch.Tensor) -> None:
         """Register this tensor as the source of the text keys and values that the next forward computes."""
         self.clear_text()
-        self._text_source = (encoder_hidden_states, _version_of(encoder_hidden_states))
+        self._text_source = (encoder_hidden_states, version_of(encoder_hidden_states))
 
     def clear_text(self) -> None:
         """Make the layers compute their text keys and values again in the next forward."""
@@ -413,7 +417,7 @@ class KVCache:
         return list(value)
 
 
-def _version_of(tensor: torch.Tensor) -> int | None:
+def version_of(tensor: torch.Tensor) -> int | None:
     """How often `tensor` was changed in place; None where PyTorch does not count (in inference mode) or cannot tell
     (while compiling). There, only a different tensor is recognized as a different text."""
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

@@ -49,7 +49,7 @@ class ChunkSlots:
     tokens to `token_slots[b]`, `[B, num_frames * tokens]`, where all slots' tokens are counted through.
     `length` is the number of slots that are filled then. `raw_slots`, in the shape of `slots`, are those of the
     unrotated keys (None where no layer keeps any). `rotary` is the rotation of the chunk's queries and keys.
-    `finished` tells whether the latents are the clean ones, so that what the forward computes is what is remembered.
+    `finished` tells whether what the forward computes is what is remembered.
     """
 
     num_frames: int
@@ -226,7 +226,7 @@ class DequantBuffers:
 class PackedLayerKVCache(LayerCacheBase):
     """A [`LayerKVCache`] in NVFP4 or FP8.
 
-    A chunk is quantized once, in the forward on its clean latents (`chunk.finished`); in the forwards before, it is
+    A chunk is quantized once, in the forward that is remembered (`chunk.finished`); in the forwards before, it is
     attended to unquantized and not stored. The unrotated keys of sinks and pins that relative RoPE keeps are not
     quantized, so that a key that is rotated again is still quantized only once.
     """

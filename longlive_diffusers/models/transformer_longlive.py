@@ -76,12 +76,14 @@ class LongLiveTransformerBlock(nn.Module):
         chunk: ChunkSlots | None = None,
         sp_mesh: DeviceMesh | None = None,
         exchange: HeadExchange | None = None,
+        attends_to_text: bool = True,
     ) -> torch.Tensor:
         """
         Args:
             hidden_states: The hidden states of the tokens, `[B, frames * tokens, dim]`.
             encoder_hidden_states: The projected prompt embeddings; None where `layer_cache` already holds their keys
                 and values.
+            attends_to_text: Whether there is cross-attention.
             temb: The projected timestep embeddings, `[B, frames, 6, dim]`; the modulation is computed once for each
                 frame, never for each token.
             rotary_emb, attention_mask, layer_cache, chunk, sp_mesh, exchange: See [`LongLiveAttnProcessor`].
@@ -102,16 +104,23 @@ class LongLiveTransformerBlock(nn.Module):
             sp_mesh=sp_mesh,
             exchange=exchange,
         )
-        if is_plain(self.norm2, FP32LayerNorm, hidden_states.device):
-            weight, bias = self.norm2.weight, self.norm2.bias
-            hidden_states, normed = add_and_norm(hidden_states, update, gate_msa, weight, bias, eps=self.norm2.eps)
-        else:
-            hidden_states = add(hidden_states, update, gate_msa, dtype=torch.float32)
-            normed = self.norm2(hidden_states).to(dtype)
-        update = self.attn2(normed, encoder_hidden_states, attention_mask, layer_cache=layer_cache)
+        gate: torch.Tensor | None = gate_msa
+        if attends_to_text:
+            hidden_states, normed = self._add_and_norm2(hidden_states, update, gate)
+            update, gate = self.attn2(normed, encoder_hidden_states, attention_mask, layer_cache=layer_cache), None
 
-        hidden_states, normed = add_and_norm(hidden_states, update, None, 1 + scale_ffn, shift_ffn, eps=eps)
+        hidden_states, normed = add_and_norm(hidden_states, update, gate, 1 + scale_ffn, shift_ffn, eps=eps)
         return add(hidden_states, self.ffn(normed), gate_ffn, dtype=dtype)
+
+    def _add_and_norm2(
+        self, hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[`add_and_norm`] with the norm before cross-attention, which is a module with weights, or none at all."""
+        norm2 = self.norm2
+        if is_plain(norm2, FP32LayerNorm, hidden_states.device):
+            return add_and_norm(hidden_states, update, gate, norm2.weight, norm2.bias, eps=norm2.eps)
+        hidden_states = add(hidden_states, update, gate, dtype=torch.float32)
+        return hidden_states, norm2(hidden_states).to(update.dtype)
 
 
 class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
@@ -192,7 +201,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
         kv_cache: KVCache | None = None,
         clean_hidden_states: torch.Tensor | None = None,
         clean_timestep: torch.Tensor | None = None,
@@ -209,7 +218,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             hidden_states: The noisy latents, `[B, C, F, h, w]`.
             timestep: The timestep in [0, 1000], `[B]`, or one for each latent frame, `[B, F]`.
             encoder_hidden_states: The prompt embeddings, `[B, L, text_dim]`, or one prompt for each chunk,
-                `[B, F / chunk_size, L, text_dim]`.
+                `[B, F / chunk_size, L, text_dim]`. With `kv_cache`, None leaves cross-attention out.
             kv_cache: A cache from [`create_kv_cache`], after its `begin_chunk(F)`. Text keys and values are kept in it
                 for as long as `encoder_hidden_states` is the same, unmodified tensor. With gradients enabled, these
                 flow through the chunk itself; what is cached is detached, and may be overwritten before the backward.
@@ -279,7 +288,9 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         temb, modulation = self._embed_time(timestep, tokens.dtype)
         # Cached text has no graph, or one that an earlier backward has used up: with gradients, it is projected again.
         text_cache = kv_cache if not torch.is_grad_enabled() else None
-        if text_cache is None or not text_cache.has_text(encoder_hidden_states):
+        if encoder_hidden_states is not None and (
+            text_cache is None or not text_cache.has_text(encoder_hidden_states)
+        ):
             text = self.condition_embedder.text_embedder(encoder_hidden_states.to(dtype))
             if text_cache is not None:
                 text_cache.cache_text(encoder_hidden_states)
@@ -288,13 +299,14 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         # where the whole network is compiled: it reads copies, and a block that ran twice would write twice.
         is_remembered = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         layer_caches = kv_cache.histories() if kv_cache is not None and is_remembered else kv_cache
+        has_text = encoder_hidden_states is not None
         for index, block in enumerate(self.blocks):
             layer_cache = None if layer_caches is None else layer_caches[index]
             if layer_cache is not None:
                 layer_cache.load()
             has_history = isinstance(layer_cache, ChunkHistory)
             run = partial(layer_cache.run, block) if has_history else block
-            arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, chunk, sp_mesh, exchange)
+            arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, chunk, sp_mesh, exchange, has_text)
             is_repeatable = layer_cache is None or has_history
             if self.gradient_checkpointing and torch.is_grad_enabled() and is_repeatable:
                 tokens = self._gradient_checkpointing_func(run, *arguments)  # pyright: ignore[reportOptionalCall]
@@ -538,7 +550,13 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             )
         return latents.shape
 
-    def _check_text(self, text: torch.Tensor, batch: int, frames: int, kv_cache: KVCache | None) -> torch.Tensor:
+    def _check_text(
+        self, text: torch.Tensor | None, batch: int, frames: int, kv_cache: KVCache | None
+    ) -> torch.Tensor | None:
+        if text is None:
+            if kv_cache is None:
+                raise ValueError("`encoder_hidden_states` may be None only with a `kv_cache`.")
+            return None
         chunks = -(-frames // self.config.chunk_size)
         shapes = [(batch,), (batch, chunks)]
         if text.ndim not in (3, 4) or tuple(text.shape[:-2]) not in shapes or text.shape[-1] != self.config.text_dim:

@@ -6,6 +6,14 @@ state.
 
     chunk_step = solve (noise -> clean latents), then write_clean (clean latents -> the cache)
 
+That second part, the *clean pass*, is one forward in five with four steps, and one in three with two. `clean_pass` says
+what becomes of it:
+
+- "full": the chunk's clean latents go through the network, at timestep 0 and with the prompt.
+- "text_free": the same without cross-attention. The history then carries no prompt but what is seen of it, and a change
+  of the prompt leaves nothing in it to be rewritten.
+- "last": there is none. The cache keeps what the last step computed, of latents that were a little noisy still.
+
 LongLive-2.0 (arXiv 2605.18739), streaming inference.
 """
 
@@ -16,7 +24,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from ..models.kv_cache import KVCache
+from ..models.kv_cache import KVCache, version_of
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..parallel.all_to_all import gather_parts
 
@@ -32,6 +40,9 @@ class Solver(Protocol):
         self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, *, return_dict: bool
     ) -> tuple: ...
 
+
+CLEAN_PASSES = ("full", "text_free", "last")
+"""What the cache remembers a chunk by, see above."""
 
 OnStepEnd = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """Called with a step's index, its timestep and the latents after it; returns the latents to continue with."""
@@ -50,6 +61,7 @@ class Conditioning:
         branch_group: The two ranks that compute one branch of guidance each, where they share the work; or None.
         first_frame: The latents `[B, C, 1, h, w]` that the chunk begins with (image to video), or None.
         attention_kwargs: Passed to the transformer: `{"scale": s}` scales its LoRA.
+        clean_pass: What the cache remembers the chunk by, one of `CLEAN_PASSES`.
     """
 
     prompt_embeds: torch.Tensor
@@ -58,6 +70,13 @@ class Conditioning:
     first_frame: torch.Tensor | None = None
     attention_kwargs: dict[str, Any] | None = None
     branch_group: dist.ProcessGroup | None = None
+    clean_pass: str = "full"
+
+
+def check_clean_pass(clean_pass: object) -> None:
+    """Raise a ValueError unless it is one of `CLEAN_PASSES`."""
+    if clean_pass not in CLEAN_PASSES:
+        raise ValueError(f"`clean_pass` must be one of {CLEAN_PASSES}, got {clean_pass!r}.")
 
 
 def chunk_step(
@@ -99,7 +118,7 @@ def chunk_step(
         iterate=iterate,
         on_step_end=on_step_end,
     )
-    write_clean(transformer, latents, kv_caches, conditioning)
+    finish(transformer, latents, kv_caches, conditioning)
     return latents
 
 
@@ -115,18 +134,36 @@ def solve(
     on_step_end: OnStepEnd | None = None,
 ) -> torch.Tensor:
     """Denoise a chunk from noise to clean latents, float32; the arguments are those of [`chunk_step`]. Each forward
-    writes the chunk's keys and values into the caches and attends to them."""
+    writes the chunk's keys and values into the caches and attends to them; without a clean pass, the last one finishes
+    the chunk there, unless `on_step_end` changes the latents after it."""
     # On the CPU, where the solver looks at them: asking a GPU for a number would wait for it.
     scheduler.set_timesteps(num_inference_steps, device=torch.device("cpu"))
-    latents = noise
+    latents, last_step = noise, len(scheduler.timesteps) - 1
     for step, timestep in enumerate(iterate(scheduler.timesteps)):
         latents = with_first_frame(latents, conditioning.first_frame)
-        velocity = predict_velocity(transformer, latents, timestep, kv_caches, conditioning)
+        finishes = step == last_step and conditioning.clean_pass == "last"
+        velocity = predict_velocity(transformer, latents, timestep, kv_caches, conditioning, finishes=finishes)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         latents = with_first_frame(latents, conditioning.first_frame)
         if on_step_end is not None:
+            before, version = latents, version_of(latents)
             latents = on_step_end(step, timestep, latents)
+            if finishes and (latents is not before or version is None or version != version_of(latents)):
+                for _, kv_cache in _branches(kv_caches, conditioning):
+                    kv_cache.reopen_chunk()
     return latents
+
+
+def finish(
+    transformer: LongLiveTransformer3DModel,
+    latents: torch.Tensor,
+    kv_caches: Sequence[KVCache | None],
+    conditioning: Conditioning,
+) -> None:
+    """Run the clean pass of the caches in which the chunk is not finished yet. Without clean passes, too: a chunk may
+    have had no last step, because it was given or interrupted, or not in the cache of the negative prompt."""
+    unfinished = [None if cache is None or cache.chunk.finished else cache for cache in kv_caches]
+    write_clean(transformer, latents, unfinished, conditioning)
 
 
 def predict_velocity(
@@ -135,6 +172,8 @@ def predict_velocity(
     timestep: torch.Tensor,
     kv_caches: Sequence[KVCache | None],
     conditioning: Conditioning,
+    *,
+    finishes: bool = False,
 ) -> torch.Tensor:
     """
     Predict the velocity of a chunk, float32; with guidance, it is `v_neg + s (v_pos - v_neg)`.
@@ -142,6 +181,7 @@ def predict_velocity(
     Args:
         latents: The noisy latents, `[B, C, F, h, w]`.
         timestep: The timestep, a scalar; a first frame that is given has timestep 0 instead.
+        finishes: Whether the caches are to keep what this forward computes.
         transformer, kv_caches, conditioning: See [`chunk_step`].
     """
     shape = (latents.shape[0], latents.shape[2])
@@ -156,6 +196,9 @@ def predict_velocity(
     guided = len(kv_caches) > 1 and is_guided(conditioning.guidance_scale)
     if conditioning.branch_group is None:
         branches = branches[: 2 if guided else 1]
+    if finishes:
+        for _, kv_cache in branches:
+            kv_cache.finish_chunk()
     velocities = [
         _forward(transformer, latents, per_frame, prompt_embeds, kv_cache, conditioning)
         for prompt_embeds, kv_cache in branches
@@ -180,7 +223,8 @@ def write_clean(
     timestep = torch.zeros(latents.shape[0], latents.shape[2], device=latents.device)
     for prompt_embeds, kv_cache in _branches(kv_caches, conditioning):
         kv_cache.finish_chunk()
-        _forward(transformer, latents, timestep, prompt_embeds, kv_cache, conditioning)
+        text = None if conditioning.clean_pass == "text_free" else prompt_embeds
+        _forward(transformer, latents, timestep, text, kv_cache, conditioning)
 
 
 def rewrite_history(

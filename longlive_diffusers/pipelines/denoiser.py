@@ -26,7 +26,7 @@ from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_counts, check_non_negative
 from ..parallel.agreement import ALONE, Agreement
 from .callbacks import check_returned
-from .chunk_step import Conditioning, Solver, is_guided, rewrite_history, solve, write_clean
+from .chunk_step import Conditioning, Solver, finish, is_guided, rewrite_history, solve
 from .inputs import Request
 from .memory import cache_bytes
 from .prompt_source import PromptSource, Redirection
@@ -230,8 +230,10 @@ class ChunkDenoiser:
             self._image_latents if index == 0 else None,
             self.run.attention_kwargs,
             self._agreement.branch_group,
+            self.request.clean_pass,
         )
-        if switched and self.kv_caches[0] is not None:
+        carries_prompt = self.request.clean_pass != "text_free"
+        if switched and carries_prompt and self.kv_caches[0] is not None:
             rewrite_history(self.transformer, self.kv_caches[0], self._clean_latents, conditioning)
         for kv_cache in self.own_caches:
             kv_cache.begin_chunk(
@@ -287,14 +289,12 @@ class ChunkDenoiser:
             conditioning,
             num_inference_steps=num_inference_steps,
             iterate=iterate,
-            on_step_end=on_step_end,
+            on_step_end=on_step_end if self._calls_back else None,
         )
 
     def _call_back(
         self, step: int, timestep: torch.Tensor, latents: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        if not self._calls_back:
-            return latents
         tensors = {
             "latents": latents,
             "prompt_embeds": conditioning.prompt_embeds,
@@ -326,7 +326,10 @@ class ChunkDenoiser:
         if not self._agreement.leads:
             run.guidance_scale, run.attention_kwargs = guidance_scale, attention_kwargs
             check_loras(loras, first_loras)
-        return {name: self._agreement.tensor(lambda name=name: changed[name]) for name in names}
+        tensors = {name: self._agreement.tensor(lambda name=name: changed[name]) for name in names}
+        if "latents" in tensors:  # to no rank the same tensor: all take them for changed, or none
+            tensors["latents"] = tensors["latents"].clone()
+        return tensors
 
     @property
     def _is_ending(self) -> bool:
@@ -347,7 +350,7 @@ class ChunkDenoiser:
 
     def _write_clean(self, index: int, latents: torch.Tensor, conditioning: Conditioning) -> None:
         """Write a chunk to the caches, and remember its latents, should they have to be written again."""
-        write_clean(self.transformer, latents, self.kv_caches, conditioning)
+        finish(self.transformer, latents, self.kv_caches, conditioning)
         self._clean_latents[index] = latents
         cached = self.own_caches[0].cached_chunks
         self._clean_latents = {chunk: self._clean_latents[chunk] for chunk in cached}

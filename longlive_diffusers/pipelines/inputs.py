@@ -18,6 +18,7 @@ from ..number_checks import check_booleans, check_counts, check_non_negative, is
 from ..tensor_checks import check_finite, check_floats
 from ..wording import alternatives, counted
 from .callbacks import resolve_callback_inputs
+from .chunk_step import check_clean_pass
 from .conditions import check_conditions, image_to_pixels, video_to_pixels
 from .prompt_cleaning import shortened
 from .shots import ShotPlan
@@ -155,6 +156,7 @@ class Request:
     multi_shot_rope_offset: float
     relative_rope: bool
     kv_cache_dtype: torch.dtype | str | None
+    clean_pass: str
     attention_kwargs: dict[str, Any] | None
     callback: Callable | PipelineCallback | MultiPipelineCallbacks | None
     callback_tensor_inputs: tuple[str, ...]
@@ -209,6 +211,7 @@ def resolve_request(
     multi_shot_rope_offset,
     relative_rope,
     kv_cache_dtype,
+    clean_pass,
     output_type,
     attention_kwargs,
     callback_on_step_end,
@@ -254,6 +257,7 @@ def resolve_request(
     check_output_type(output_type)
     check_decoder(decoder, sizes)
     check_attention_kwargs(attention_kwargs)
+    check_clean_pass(clean_pass)
     if kv_cache_dtype is not None:
         kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, sizes.head_dim)
     check_window(window_size, sink_size, sizes.chunk_size, multi_shot_sink)
@@ -317,6 +321,7 @@ def resolve_request(
         multi_shot_rope_offset=multi_shot_rope_offset,
         relative_rope=num_chunks is None if relative_rope is None else relative_rope,
         kv_cache_dtype=kv_cache_dtype,
+        clean_pass=clean_pass,
         attention_kwargs=attention_kwargs,
         callback=callback_on_step_end,
         callback_tensor_inputs=callback_tensor_inputs,

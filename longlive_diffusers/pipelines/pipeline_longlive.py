@@ -239,6 +239,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         multi_shot_rope_offset: float | None = None,
         relative_rope: bool = False,
         kv_cache_dtype: torch.dtype | str | None = None,
+        clean_pass: str = "full",
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -281,6 +282,11 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             relative_rope: Whether time positions are counted from the cached frames.
             kv_cache_dtype: What keys and values are stored as: a dtype, "nvfp4" or "fp8"; the transformer's dtype by
                 default.
+            clean_pass: What the history remembers a chunk by: "full", a forward on its clean latents; "text_free", the
+                same without cross-attention, after which a prompt switch has no history to rewrite; or "last", the
+                last solver step, without a further forward. A chunk that has no last step (of `video`, or interrupted)
+                and one whose latents a callback changes after it have a full one. `benchmark/SPEED.md` has what each
+                saves and costs.
             output_type: The layout of the result: "np" (floats in [0, 1]), "uint8" (an array like it, of bytes, made
                 on the device: a quarter of the memory and of the copy to the host), "pt", "pil", or "latent"
                 (normalized latents).
@@ -356,6 +362,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         multi_shot_rope_offset: float | None = None,
         relative_rope: bool | None = None,
         kv_cache_dtype: torch.dtype | str | None = None,
+        clean_pass: str = "full",
         output_type: str = "np",
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
