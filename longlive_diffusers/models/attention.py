@@ -78,7 +78,7 @@ class LongLiveAttnProcessor:
         if is_cached and can_norm_rotate_and_write(attn.norm_q, attn.norm_k, query):
             destination = layer_cache.destination(chunk)
             query = norm_rotate_and_write(query, key, value, attn.norm_q, attn.norm_k, rotary_emb, destination)
-            return layer_cache.attend_to_visible(query, self._attention_backend)
+            return layer_cache.attend_to_visible(query, chunk, self._attention_backend)
         # Autocast normalizes in float32 on a GPU; attention takes queries, keys and values of one dtype.
         query, key = attn.norm_q(query).type_as(value), attn.norm_k(key).type_as(value)
         query, key, value = split_heads(attn, query, key, value)

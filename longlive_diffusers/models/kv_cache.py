@@ -45,6 +45,7 @@ from .layer_kv_cache import (
     resolve_kv_cache_dtype,
 )
 from .rotary import rotary_embedding
+from .sparse_attention import AttendedBlocks, check_density, plan_blocks
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class KVCache:
             unpacked to, and of the unrotated keys of sinks and pins that relative RoPE keeps.
         device: The device that keys and values are stored on.
         theta: The base of the rotary frequencies.
+        attention_density: The part of the history, besides sinks and pins, that a forward without gradients attends
+            to; see `sparse_attention.py`.
 
     Raises:
         ValueError: For sizes that leave no room for a chunk, or a `sink_size` that is not a multiple of `chunk_size`
@@ -115,11 +118,13 @@ class KVCache:
         compute_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         theta: float = 10000.0,
+        attention_density: float = 1.0,
     ):
         dtype = resolve_kv_cache_dtype(dtype, head_dim)
         check_window(window_size, sink_size, chunk_size, multi_shot_sink)
         check_booleans(relative_rope=relative_rope)
         check_counts(batch_size=batch_size)
+        check_density(attention_density)
         if num_frames is not None:
             check_counts(num_frames=num_frames)
         self.batch_size, self.grid_height, self.grid_width = batch_size, grid_height, grid_width
@@ -129,6 +134,7 @@ class KVCache:
         self.relative_rope = relative_rope
         self.device, self.theta = torch.device(device), theta
         self.num_frames = num_frames
+        self.attention_density = attention_density
         num_slots = window_size if num_frames is None else min(window_size, num_frames)
         is_evicting = num_frames is None or num_frames > window_size
         # Unrotated keys are kept for sinks, the current pin, and the frames that are about to become the next one;
@@ -399,7 +405,23 @@ class KVCache:
             self.num_cached_frames,
             self._rotary(positions[:1] if same_positions else positions),
             raw_slots,
+            blocks=self._attended_blocks(slots),
         )
+
+    def _attended_blocks(self, own_slots: list[list[int]]) -> AttendedBlocks | None:
+        """Plan what a chunk in `own_slots` attends to; None for everything."""
+        if self.attention_density == 1:
+            return None
+        always_seen = [
+            [slot in own or self._is_anchor(sample, frame) for slot, frame in enumerate(sample.slots)]
+            for sample, own in zip(self._samples, own_slots, strict=True)
+        ]
+        blocks = plan_blocks(always_seen, self.grid_height * self.grid_width, self.attention_density)
+        return blocks and replace(blocks, is_always_seen=to_device(blocks.is_always_seen, self.device))
+
+    def _is_anchor(self, sample: _Sample, frame: CachedFrame) -> bool:
+        """Whether a frame is a sink, or one of those that opened the current shot."""
+        return frame.index < self.sink_size or (not sample.opening and frame.index in sample.pinned)
 
     def _rotary(self, positions: list[list[float]]) -> torch.Tensor:
         time = torch.tensor(positions, dtype=torch.float64)

@@ -10,6 +10,7 @@ from ..fused.rotation import Destination
 from .attend import attend
 from .frame_store import FRAME_STORES, Frames, FrameStore, NVFP4Frames, Shape, read_frames, take_frames
 from .rotary import apply_rotary
+from .sparse_attention import AttendedBlocks, attend_to_blocks
 
 
 KV_CACHE_DTYPES = (*DTYPES, *FRAME_STORES)
@@ -49,7 +50,8 @@ class ChunkSlots:
     tokens to `token_slots[b]`, `[B, num_frames * tokens]`, where all slots' tokens are counted through.
     `length` is the number of slots that are filled then. `raw_slots`, in the shape of `slots`, are those of the
     unrotated keys (None where no layer keeps any). `rotary` is the rotation of the chunk's queries and keys.
-    `finished` tells whether what the forward computes is what is remembered.
+    `finished` tells whether what the forward computes is what is remembered. `blocks` says how much is attended to;
+    None: everything.
     """
 
     num_frames: int
@@ -60,6 +62,7 @@ class ChunkSlots:
     rotary: torch.Tensor
     raw_slots: torch.Tensor | None = None
     finished: bool = False
+    blocks: AttendedBlocks | None = None
 
 
 class LayerCacheBase:
@@ -100,7 +103,19 @@ class LayerCacheBase:
         """Write the chunk's keys and values and attend to everything that is cached; see [`update`] and
         [`attend.attend`]."""
         key, value = self.update(key, value, raw_key, chunk)
-        return attend(query, key, value, backend, self.scratch)
+        return self._attend(query, key, value, chunk, backend)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        chunk: ChunkSlots,
+        backend: AttentionBackendName | None,
+    ) -> torch.Tensor:
+        if chunk.blocks is None or torch.is_grad_enabled():
+            return attend(query, key, value, backend, self.scratch)
+        return attend_to_blocks(query, key, value, chunk.blocks, backend, self.scratch)
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, raw_key: torch.Tensor, chunk: ChunkSlots
@@ -125,10 +140,12 @@ class LayerCacheBase:
             cached = [states.to(key.dtype) for states in self.visible]
         return cached[0].transpose(1, 2), cached[1].transpose(1, 2)
 
-    def attend_to_visible(self, query: torch.Tensor, backend: AttentionBackendName | None) -> torch.Tensor:
-        """Attend to everything that is cached, which the chunk's keys and values were written to."""
+    def attend_to_visible(
+        self, query: torch.Tensor, chunk: ChunkSlots, backend: AttentionBackendName | None
+    ) -> torch.Tensor:
+        """Attend to what is cached, which the chunk's keys and values were written to."""
         key, value = (states.to(query.dtype).transpose(1, 2) for states in self.visible)
-        return attend(query, key, value, backend, self.scratch)
+        return self._attend(query, key, value, chunk, backend)
 
     def destination(self, chunk: ChunkSlots) -> Destination:
         """Where a fused kernel writes the chunk's keys and values, in place of [`write`]."""
@@ -270,7 +287,7 @@ class PackedLayerKVCache(LayerCacheBase):
             unpacked = states.new_empty(batch, heads, frames, *self._shape[3:])
             stored.read_packed(received, unpacked)
             self._by_slot(states)[chunk.samples, :, chunk.slots] = unpacked.transpose(1, 2)
-        return self.attend_to_visible(query, backend)
+        return self.attend_to_visible(query, chunk, backend)
 
     def begin_chunk(self, length: int) -> None:
         """Make the first `length` slots visible."""

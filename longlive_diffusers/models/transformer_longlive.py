@@ -337,6 +337,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         num_frames: int | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        attention_density: float = 1.0,
     ) -> KVCache:
         """
         Create a cache for streaming one batch of videos; the caller owns it.
@@ -353,6 +354,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             dtype: What keys and values are stored as: `torch.float32`, `torch.bfloat16`, `torch.float16`, "nvfp4" or
                 "fp8"; by default the dtype of the network.
             device: The device they are stored on; by default that of the network.
+            attention_density: The part of the history, besides sinks and pins, that is attended to.
         """
         grid_height, grid_width = self._token_grid(height, width)
         return KVCache(
@@ -372,6 +374,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             compute_dtype=self.dtype,
             device=device or self.device,
             theta=ROPE_THETA,
+            attention_density=attention_density,
         )
 
     @classmethod

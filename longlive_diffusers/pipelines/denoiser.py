@@ -373,6 +373,7 @@ class ChunkDenoiser:
                 num_frames=None if request.num_chunks is None else request.num_chunks * request.chunk_size,
                 dtype=request.kv_cache_dtype,
                 device=self.device,
+                attention_density=request.attention_density,
             )
             for branch in branches
         ]

@@ -13,6 +13,7 @@ from ..limits import MAX_GUIDANCE_SCALE, MAX_SIDE
 from ..models.attention_kwargs import check_attention_kwargs
 from ..models.kv_cache import check_window
 from ..models.layer_kv_cache import resolve_kv_cache_dtype
+from ..models.sparse_attention import check_density
 from ..models.tiny_decoder import TinyVideoDecoder
 from ..number_checks import check_booleans, check_counts, check_non_negative, is_count
 from ..tensor_checks import check_finite, check_floats
@@ -157,6 +158,7 @@ class Request:
     relative_rope: bool
     kv_cache_dtype: torch.dtype | str | None
     clean_pass: str
+    attention_density: float
     attention_kwargs: dict[str, Any] | None
     callback: Callable | PipelineCallback | MultiPipelineCallbacks | None
     callback_tensor_inputs: tuple[str, ...]
@@ -212,6 +214,7 @@ def resolve_request(
     relative_rope,
     kv_cache_dtype,
     clean_pass,
+    attention_density,
     output_type,
     attention_kwargs,
     callback_on_step_end,
@@ -258,6 +261,7 @@ def resolve_request(
     check_decoder(decoder, sizes)
     check_attention_kwargs(attention_kwargs)
     check_clean_pass(clean_pass)
+    check_density(attention_density)
     if kv_cache_dtype is not None:
         kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, sizes.head_dim)
     check_window(window_size, sink_size, sizes.chunk_size, multi_shot_sink)
@@ -322,6 +326,7 @@ def resolve_request(
         relative_rope=num_chunks is None if relative_rope is None else relative_rope,
         kv_cache_dtype=kv_cache_dtype,
         clean_pass=clean_pass,
+        attention_density=attention_density,
         attention_kwargs=attention_kwargs,
         callback=callback_on_step_end,
         callback_tensor_inputs=callback_tensor_inputs,

@@ -240,6 +240,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         relative_rope: bool = False,
         kv_cache_dtype: torch.dtype | str | None = None,
         clean_pass: str = "full",
+        attention_density: float = 1.0,
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -287,6 +288,9 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 last solver step, without a further forward. A chunk that has no last step (of `video`, or interrupted)
                 and one whose latents a callback changes after it have a full one. `benchmark/SPEED.md` has what each
                 saves and costs.
+            attention_density: The part of the history that chunks attend to, above 0 and at most 1: of the blocks of
+                tokens that are neither their own, nor sinks, nor of the frames that opened the shot, those that matter
+                most to each head (`models/sparse_attention.py`). 1 is everything, exactly.
             output_type: The layout of the result: "np" (floats in [0, 1]), "uint8" (an array like it, of bytes, made
                 on the device: a quarter of the memory and of the copy to the host), "pt", "pil", or "latent"
                 (normalized latents).
@@ -363,6 +367,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         relative_rope: bool | None = None,
         kv_cache_dtype: torch.dtype | str | None = None,
         clean_pass: str = "full",
+        attention_density: float = 1.0,
         output_type: str = "np",
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,

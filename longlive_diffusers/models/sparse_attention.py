@@ -1,0 +1,144 @@
+"""Block-sparse attention over the cache: each head looks at the part of the history that matters to it.
+
+Attention to a full window takes more than half of a forward's time at 704x1280, and most of its weight lies on few of
+the keys. So the window is divided into blocks of neighboring tokens, and a chunk attends to
+
+- all of its own tokens, all sinks, and the frames that opened the current shot, and
+- of the rest of the history, the *density*-th part of the blocks: those that its queries point to most.
+
+Which these are is estimated by means, for each head and for each strip of the picture by itself (a token mostly looks
+at its own surroundings, in all frames): the mean query of a strip against the mean key of every block, each of a frame.
+What is chosen is copied together, and attended to like anything else, by whatever kernel does that elsewhere: on every
+device, for every kind of cache, with one call for all strips and heads. With all blocks, it is the dense attention
+itself.
+
+Means as estimates of blocks: Quest (arXiv 2406.10774), MoBA (2502.13189), VSA (2505.13389).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
+
+from ..number_checks import is_finite
+from .attend import attend
+
+
+MOST_BLOCK_TOKENS = 64  # and at most a quarter of a frame
+MOST_STRIPS = 2  # each copies what it chooses; a second one halves the error at low densities, more gain little
+
+
+def check_density(attention_density: object) -> None:
+    """Raise a ValueError unless it is a number above 0 and at most 1."""
+    if not is_finite(attention_density) or not 0 < attention_density <= 1:
+        raise ValueError(f"`attention_density` must be a number above 0 and at most 1, got {attention_density!r}.")
+
+
+@dataclass(frozen=True)
+class AttendedBlocks:
+    """
+    How much of the window a chunk attends to; the same for all layers.
+
+    Args:
+        is_always_seen: Which blocks are attended to in any case, boolean `[B, blocks]`.
+        count: The number of blocks that are attended to, of each sample.
+        size: The number of tokens of a block.
+        strips: The number of strips of the picture that choose blocks by themselves.
+        tokens: The number of tokens of a frame.
+    """
+
+    is_always_seen: torch.Tensor
+    count: int
+    size: int
+    strips: int
+    tokens: int
+
+
+def plan_blocks(always_seen: Sequence[Sequence[bool]], tokens: int, density: float) -> AttendedBlocks | None:
+    """
+    Decide how many blocks a chunk attends to.
+
+    Args:
+        always_seen: Of each sample, for each filled slot, whether its frame is attended to in any case.
+        tokens: The number of tokens of a frame.
+        density: The part of all other blocks that is attended to; rounded up.
+
+    Returns:
+        The plan, on the CPU; None where every block is attended to. Samples may differ in how many frames they always
+        see: all attend to as many blocks as the one that needs the most.
+    """
+    size = largest_divisor(tokens, min(MOST_BLOCK_TOKENS, max(1, tokens // 4)))
+    per_frame = tokens // size
+    counts = [per_frame * sum(seen) + math.ceil(density * per_frame * (len(seen) - sum(seen))) for seen in always_seen]
+    count = max(counts)
+    if count >= per_frame * len(always_seen[0]):
+        return None
+    is_always_seen = torch.tensor(always_seen).repeat_interleave(per_frame, dim=1)
+    return AttendedBlocks(is_always_seen, count, size, largest_divisor(tokens, MOST_STRIPS), tokens)
+
+
+def attend_to_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: AttendedBlocks,
+    backend: AttentionBackendName | None = None,
+    scratch: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Compute attention to the blocks that matter most to each head and strip.
+
+    Args:
+        query: The queries of whole frames, `[B, frames * tokens, heads, head_dim]`.
+        key, value: What is cached, `[B, slots * tokens, heads, head_dim]`.
+        blocks: How much of it is attended to.
+        backend, scratch: See [`attend`].
+    """
+    chosen = choose_blocks(query, key, blocks)
+    key, value = (take_blocks(states, chosen, blocks.size) for states in (key, value))
+    attended = attend(in_strips(query, blocks), key, value, backend, scratch)
+    return from_strips(attended, blocks, query.shape)
+
+
+def choose_blocks(query: torch.Tensor, key: torch.Tensor, blocks: AttendedBlocks) -> torch.Tensor:
+    """Return the indices of the chosen blocks, in ascending order, int64 `[B, strips, heads, count]`."""
+    by_strip = in_strips(query, blocks).unflatten(0, (-1, blocks.strips))
+    mean_query = by_strip.mean(dim=2, dtype=torch.float32)  # [B, strips, heads, head_dim]
+    mean_key = in_blocks(key, blocks.size).mean(dim=3, dtype=torch.float32)  # [B, heads, blocks, head_dim]
+    scores = torch.einsum("bshd,bhkd->bshk", mean_query, mean_key)
+    scores = scores.masked_fill(blocks.is_always_seen[:, None, None], math.inf)
+    return scores.topk(blocks.count, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def take_blocks(states: torch.Tensor, chosen: torch.Tensor, size: int) -> torch.Tensor:
+    """Copy chosen blocks of `[B, slots * tokens, heads, head_dim]` to `[B * strips, count * size, heads, head_dim]`,
+    where what one head reads is contiguous."""
+    batch, _, heads, _ = states.shape
+    samples = torch.arange(batch, device=states.device)[:, None, None, None]
+    own_heads = torch.arange(heads, device=states.device)[None, None, :, None]
+    taken = in_blocks(states, size)[samples, own_heads, chosen]  # [B, strips, heads, count, size, head_dim]
+    return taken.flatten(0, 1).flatten(2, 3).transpose(1, 2)
+
+
+def in_blocks(states: torch.Tensor, size: int) -> torch.Tensor:
+    """View `[B, slots * tokens, heads, head_dim]` as `[B, heads, blocks, size, head_dim]`."""
+    return states.transpose(1, 2).unflatten(2, (-1, size))
+
+
+def in_strips(query: torch.Tensor, blocks: AttendedBlocks) -> torch.Tensor:
+    """`[B, frames * tokens, heads, head_dim]` -> `[B * strips, frames * tokens / strips, heads, head_dim]`."""
+    by_frame = query.unflatten(1, (-1, blocks.strips, blocks.tokens // blocks.strips))
+    return by_frame.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def from_strips(attended: torch.Tensor, blocks: AttendedBlocks, shape: torch.Size) -> torch.Tensor:
+    """The inverse of [`in_strips`]."""
+    by_strip = attended.unflatten(0, (-1, blocks.strips)).unflatten(2, (-1, blocks.tokens // blocks.strips))
+    return by_strip.transpose(1, 2).reshape(shape)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor of a number that is at most `most`."""
+    return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
