@@ -22,6 +22,7 @@ from ..limits import MAX_GUIDANCE_SCALE
 from ..models.attention_kwargs import check_attention_kwargs
 from ..models.kv_cache import KVCache
 from ..models.lora_scales import lora_scales
+from ..models.text_fingerprint import text_fingerprint
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_counts, check_non_negative
 from ..parallel.agreement import ALONE, Agreement
@@ -110,6 +111,7 @@ class ChunkDenoiser:
         self._progress_bar, self._show_run, self._callback = progress_bar, show_run, callback
         self._clean_latents: dict[int, torch.Tensor] = {}  # by chunk, for as long as one of its frames is cached
         self._clean_pass: Callable[[], None] | None = None  # of the chunk that was yielded last, if it is still to run
+        self._text_made_with: tuple | None = None  # what the cached keys and values of the text were computed with
         self._thread: int | None = None  # the one that makes a chunk
         self._agreement, self._is_ended = agreement, False  # whether the others know of the end
         self.failure: BaseException | None = None  # what has ended the stream
@@ -221,7 +223,7 @@ class ChunkDenoiser:
             self.num_inference_steps = orders.num_inference_steps
             self.run.guidance_scale, self.run.attention_kwargs = orders.guidance_scale, orders.attention_kwargs
         stopwatch = Stopwatch(self.device)
-        self._forget_text()  # between two chunks, another LoRA may have been chosen
+        self._check_text()
         prompts, prompt_embeds, switched = self.prompts.advance(new_index, orders.redirection)
         conditioning = Conditioning(
             prompt_embeds,
@@ -303,7 +305,7 @@ class ChunkDenoiser:
         given = {name: tensors[name] for name in self.request.callback_tensor_inputs}
         returned = None if self._callback is None else self._callback(step, timestep, given)
         changed = self._agree_on_changes(check_returned(returned, tensors), given)
-        self._forget_text()
+        self._check_text()
         if changed.get("prompt_embeds", conditioning.prompt_embeds) is not conditioning.prompt_embeds:
             conditioning.prompt_embeds = changed["prompt_embeds"]
             self.prompts.replace_embeds(conditioning.prompt_embeds)
@@ -337,11 +339,15 @@ class ChunkDenoiser:
         callback, after whose calls they agree, it is made to its end."""
         return self.run.is_ending if self._agreement.is_alone else self._ends_early
 
-    def _forget_text(self) -> None:
-        """Have the text's keys and values computed again, wherever others' code has run: it may have chosen another
-        LoRA, or another scale of it, and nothing tells. They are a small part of a chunk."""
-        for kv_cache in self.own_caches:
-            kv_cache.clear_text()
+    def _check_text(self) -> None:
+        """Have the text's keys and values computed again if they would come out differently now. To be called wherever
+        others' code has run: it may have changed weights, or chosen another LoRA or another scale of it."""
+        fingerprint = text_fingerprint(self.transformer)
+        made_with = None if fingerprint is None else (fingerprint, dict(self.run.attention_kwargs or {}))
+        if made_with is None or made_with != self._text_made_with:
+            for kv_cache in self.own_caches:
+                kv_cache.clear_text()
+        self._text_made_with = made_with
 
     def _run_clean_pass(self) -> None:
         if self._clean_pass is not None:
