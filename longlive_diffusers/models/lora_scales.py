@@ -7,9 +7,7 @@ from torch import nn
 def lora_scales(model: nn.Module) -> tuple:
     """Return what has been chosen for every layer with LoRAs: which are active or merged, and their scales. Networks
     of the same weights and choices compute the same."""
-    return tuple(
-        (name, *scales_of(layer)) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
-    )
+    return tuple((name, *scales_of(layer)) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
 
 
 def scales_of(layer: LoraLayer) -> tuple:
