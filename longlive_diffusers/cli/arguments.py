@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from ..limits import MAX_GUIDANCE_SCALE
 from .choices import (
+    CLEAN_PASSES,
     DTYPES,
     KV_CACHE_DTYPES,
     MAX_CACHED_FRAMES,
@@ -158,6 +159,32 @@ def add_cache_options(parser: argparse._ActionsContainer) -> None:
         choices=("auto", *KV_CACHE_DTYPES),
         default="auto",
         help="What keys and values are stored as: nvfp4 takes 4 bits, fp8 takes 8 (default: the network's dtype).",
+    )
+
+
+def add_shortcut_options(parser: argparse._ActionsContainer) -> None:
+    """Add `--clean-pass`, `--attention-density` and `--split-first-chunk`: what is faster and, but for the last, not
+    exact."""
+    parser.add_argument(
+        "--clean-pass",
+        choices=CLEAN_PASSES,
+        default="full",
+        help="What the history remembers a chunk by: full, a forward on its clean latents; text_free, one without the "
+        "prompt, so that a new prompt leaves no history to be rewritten; last, the last solver step (default: "
+        "%(default)s).",
+    )
+    parser.add_argument(
+        "--attention-density",
+        type=number(0, 1, above=True),
+        default=1.0,
+        metavar="PART",
+        help="The part of the history, besides sinks and the beginning of the shot, that is attended to: what matters "
+        "most to each head (default: %(default)g, everything).",
+    )
+    parser.add_argument(
+        "--split-first-chunk",
+        action="store_true",
+        help="Hand over the first chunk's frames while they are decoded, not all at once: the first comes sooner.",
     )
 
 

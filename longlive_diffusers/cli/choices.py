@@ -10,6 +10,7 @@ from ..limits import MAX_STEPS as MAX_STEPS
 
 DTYPES = ("float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = (*DTYPES, "nvfp4", "fp8")
+CLEAN_PASSES = ("full", "text_free", "last")
 NVFP4_BACKENDS = ("scaled_mm", "te", "fp8", "w4a16", "emulate")
 SCALE_RULES = ("static_6", "static_4", "mse", "mae", "abs_max", "unbiased")
 WEIGHT_BLOCKS = {"1x16": (1, 16), "16x16": (16, 16)}

@@ -7,6 +7,7 @@ from .arguments import (
     add_cache_options,
     add_decoder_option,
     add_model_options,
+    add_shortcut_options,
     add_solver_options,
     integer,
     number,
@@ -93,6 +94,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="The same seed gives the same video (default: one is drawn, and printed).",
     )
     add_cache_options(sampling)
+    add_shortcut_options(sampling)
     sampling.add_argument(
         "--relative-rope",
         action="store_true",

@@ -42,16 +42,16 @@ class Progress:
     last_frame: float = 0.0
     latency: Latency = field(default_factory=lambda: Latency(FPS))
 
-    def add(self, num_frames: int) -> None:
-        """Count a chunk of frames."""
+    def add(self, num_frames: int, *, completes_chunk: bool = True) -> None:
+        """Count frames: those of a chunk, or of a part of one."""
         self.last_frame = time.perf_counter() - self.began
         self.latency.add(self.last_frame, num_frames)
-        self.chunks += 1
+        self.chunks += completes_chunk
         self.frames += num_frames
 
     @property
     def first_frame(self) -> float | None:
-        """When the first chunk was written; None before."""
+        """When the first frames were written; None before."""
         return self.latency.first_frame
 
 
@@ -93,7 +93,7 @@ def generate(args: argparse.Namespace) -> int:
         if interrupted:
             print_interruption(request, progress)
         if progress.first_frame is not None:
-            print_summary(request, progress, loading)
+            print_summary(request, progress, loading, split=args.split_first_chunk)
             print(f"output:              {writer.written_to}{fate_of_the_old(writer, replaces)}")
     return 130 if interrupted else 0
 
@@ -145,10 +145,10 @@ def write_video(
             frames = chunk.frames[0]
             assert isinstance(frames, np.ndarray) and isinstance(chunk.prompt, str)  # as a single video in NumPy has
             writer.write(frames)
-            progress.add(len(frames))
+            progress.add(len(frames), completes_chunk=chunk.is_complete)
             if args.stream:
                 status.show(describe_chunk(chunk, progress), repr(shortened(chunk.prompt)))
-            if typed is not None and not typed.apply_next(session, chunk):
+            if typed is not None and chunk.is_complete and not typed.apply_next(session, chunk):
                 break
     return bool(interrupted)
 
@@ -204,7 +204,7 @@ def print_interruption(request: GenerationRequest, progress: Progress) -> None:
     print(f"interrupted:         after {counted(progress.frames, 'frame')}{asked}")
 
 
-def print_summary(request: GenerationRequest, progress: Progress, loading: float) -> None:
+def print_summary(request: GenerationRequest, progress: Progress, loading: float, *, split: bool) -> None:
     """Print what was made, how fast, and what these numbers count."""
     assert progress.first_frame is not None
     made = max(0, progress.frames - request.condition_frames)
@@ -213,8 +213,8 @@ def print_summary(request: GenerationRequest, progress: Progress, loading: float
     print(f"frames:              {progress.frames}{continued} ({counted(progress.chunks, 'chunk')})")
     print(f"duration:            {progress.frames / FPS:.2f} s at {FPS} frames per second, seed {request.seed}")
     print(
-        f"time to first frame: {progress.first_frame:.2f} s (to encode the inputs, denoise, decode and write the "
-        f"first chunk; after {loading:.1f} s of loading)"
+        f"time to first frame: {progress.first_frame:.2f} s (to encode the inputs, denoise the first chunk, decode "
+        f"and write {'its first frame' if split else 'it'}; after {loading:.1f} s of loading)"
     )
     print(
         f"frames per second:   {made / progress.last_frame:.2f} (new frames; encoding, denoising, decoding and "

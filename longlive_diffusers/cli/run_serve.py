@@ -98,6 +98,9 @@ def settings_of(args: argparse.Namespace) -> ServeSettings:
         window_size=args.window_size,
         sink_size=args.sink_size,
         kv_cache_dtype=None if args.kv_cache_dtype == "auto" else args.kv_cache_dtype,
+        clean_pass=args.clean_pass,
+        attention_density=args.attention_density,
+        split_first_chunk=args.split_first_chunk,
     )
 
 

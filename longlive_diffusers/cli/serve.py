@@ -7,6 +7,7 @@ from .arguments import (
     add_cache_options,
     add_decoder_option,
     add_model_options,
+    add_shortcut_options,
     add_solver_options,
     integer,
     number,
@@ -83,6 +84,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     sampling = parser.add_argument_group("sampling, where a client does not ask for something else")
     add_solver_options(sampling)
     add_cache_options(sampling)
+    add_shortcut_options(sampling)
     models = parser.add_argument_group("models")
     add_model_options(models)
     add_decoder_option(models)

@@ -7,10 +7,10 @@ the keys. So the window is divided into blocks of neighboring tokens, and a chun
 - of the rest of the history, the *density*-th part of the blocks: those that its queries point to most.
 
 Which these are is estimated by means, for each head and for each strip of the picture by itself (a token mostly looks
-at its own surroundings, in all frames): the mean query of a strip against the mean key of every block, each of a frame.
-What is chosen is copied together, and attended to like anything else, by whatever kernel does that elsewhere: on every
-device, for every kind of cache, with one call for all strips and heads. With all blocks, it is the dense attention
-itself.
+at its own surroundings, in all frames): the mean query of a strip, over all frames of the chunk, against the mean key
+of every block. What is chosen is copied together, and attended to like anything else, by whatever kernel does that
+elsewhere: on every device, for every kind of cache, with one call for all strips and heads. With all blocks, it is the
+dense attention itself.
 
 Means as estimates of blocks: Quest (arXiv 2406.10774), MoBA (2502.13189), VSA (2505.13389).
 """

@@ -23,9 +23,9 @@ def text_fingerprint(transformer: nn.Module) -> tuple | None:
     """
     Describe the layers that make keys and values of the text, to be compared (`==`) with an earlier description.
 
-    Which tensors they have, in which memory, how often PyTorch has seen them change, and which LoRAs act how much. What
-    is written to a tensor through its `.data` is not counted by PyTorch, and found by a few numbers of each tensor: so
-    not if it is few numbers that change.
+    Which tensors they have, in which memory, how often PyTorch has seen them change, and which LoRAs act how much.
+    What is written to a tensor through its `.data` is not counted by PyTorch, and found by a few numbers of each
+    tensor: so not if it is few numbers that change.
 
     Returns:
         The description; None where nothing is known for certain: away from the CPU, where to look at numbers would be

@@ -6,12 +6,12 @@ state.
 
     chunk_step = solve (noise -> clean latents), then write_clean (clean latents -> the cache)
 
-That second part, the *clean pass*, is one forward in five with four steps, and one in three with two. `clean_pass` says
-what becomes of it:
+That second part, the *clean pass*, is one forward in five with four steps, and one in three with two. `clean_pass`
+says what becomes of it:
 
 - "full": the chunk's clean latents go through the network, at timestep 0 and with the prompt.
-- "text_free": the same without cross-attention. The history then carries no prompt but what is seen of it, and a change
-  of the prompt leaves nothing in it to be rewritten.
+- "text_free": the same without cross-attention. The history then carries no prompt but what is seen of it, and a
+  change of the prompt leaves nothing in it to be rewritten.
 - "last": there is none. The cache keeps what the last step computed, of latents that were a little noisy still.
 
 LongLive-2.0 (arXiv 2605.18739), streaming inference.

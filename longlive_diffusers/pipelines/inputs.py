@@ -165,6 +165,7 @@ class Request:
     output_type: str
     decoder: TinyVideoDecoder | None
     async_decode: bool
+    split_first_chunk: bool
 
     @property
     def batch_size(self) -> int:
@@ -222,6 +223,7 @@ def resolve_request(
     max_sequence_length,
     decoder,
     async_decode,
+    split_first_chunk,
 ) -> Request:
     """
     Check the arguments of `LongLivePipeline.stream`, and complete them with the pipeline's settings.
@@ -252,7 +254,7 @@ def resolve_request(
         num_videos_per_prompt=num_videos_per_prompt,
         max_sequence_length=max_sequence_length,
     )
-    check_booleans(multi_shot_sink=multi_shot_sink, async_decode=async_decode)
+    check_booleans(multi_shot_sink=multi_shot_sink, async_decode=async_decode, split_first_chunk=split_first_chunk)
     if relative_rope is not None:
         check_booleans(relative_rope=relative_rope)
     check_non_negative(at_most=MAX_GUIDANCE_SCALE, guidance_scale=guidance_scale)
@@ -333,6 +335,7 @@ def resolve_request(
         output_type=output_type,
         decoder=decoder,
         async_decode=async_decode,
+        split_first_chunk=split_first_chunk,
     )
 
 

@@ -327,7 +327,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             options["output_type"] = "latent"
 
         def check() -> Request:
-            request = self._resolve(async_decode=False, **options)
+            request = self._resolve(async_decode=False, split_first_chunk=False, **options)
             held_on = torch.device("cpu") if output_type in ("np", "uint8", "pil") else self._execution_device
             check_result_fits(request, self.sizes, output_type, held_on)
             return request
@@ -375,6 +375,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
         decoder: TinyVideoDecoder | None = None,
         async_decode: bool = False,
+        split_first_chunk: bool = False,
     ) -> StreamingSession:
         r"""
         Begin a video that is handed over chunk by chunk, as it is made. Arguments are those of `__call__`, except for:
@@ -385,6 +386,9 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             async_decode: Whether the next chunk is denoised in a separate thread while this one is decoded (on a GPU,
                 on a separate stream, or on the device that the VAE was moved to). The frames are the same; prompt
                 switches take effect a chunk or two later.
+            split_first_chunk: Whether the first chunk is handed over in parts, each a latent frame (one frame, then
+                four at a time), so that the first frame does not wait until all of them are decoded. Not for
+                `output_type="latent"`.
 
         Returns:
             A [`StreamingSession`]: iterate it, change its `prompt`, `cut()` to a new shot, and close it.
@@ -470,6 +474,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             agreement=agreement,
             worker=self._workers.denoise_worker(device) if request.async_decode else None,
             takes_turns=self.is_offloaded,
+            splits_first_chunk=request.split_first_chunk,
             temporal_scale=self.vae_scale_factor_temporal,
             on_close=self.maybe_free_model_hooks,
         )

@@ -42,6 +42,8 @@ class VideoChunk:
         prompt: The shot's prompt, without the scene-cut prefix; a list where a batch is streamed. None where
             embeddings were passed.
         start_frame: The index of its first frame in the video, from 0.
+        part, num_parts: Which part of the chunk this is, of how many; a chunk is one part, except for the first one
+            with `split_first_chunk`. Frames and latents are those of the part.
         denoise_stopwatch, decode_stopwatch: What `denoise_seconds` and `decode_seconds` are read from; None is 0.
     """
 
@@ -51,14 +53,22 @@ class VideoChunk:
     shot_index: int | list[int]
     prompt: str | list[str | None] | None
     start_frame: int
+    part: int = 0
+    num_parts: int = 1
     denoise_stopwatch: Stopwatch | None = field(default=None, repr=False, compare=False)
     decode_stopwatch: Stopwatch | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of the chunk's frames have been handed over, with this."""
+        return self.part == self.num_parts - 1
 
     @property
     def denoise_seconds(self) -> float:
         """How long the device worked from the beginning of the chunk to its latents: encoding a prompt that is new,
         rewriting the history under it, the solver's steps and the callbacks between them. Not in it is the clean pass,
-        which comes after the latents. Of a video that is continued, the chunks are there, and take next to nothing.
+        which comes after the latents; and of a chunk in parts, the first part has all of it. Of a video that is
+        continued, the chunks are there, and take next to nothing.
         On a GPU, this waits until the chunk's latents are there."""
         return 0.0 if self.denoise_stopwatch is None else self.denoise_stopwatch.seconds
 

@@ -35,6 +35,9 @@ class StreamingSession:
     the next chunk. Each replaces what was planned after it. With
     asynchronous decoding, denoising is ahead of what has been yielded: the next chunk is then the next to be denoised.
 
+    With `split_first_chunk`, the first chunk comes in parts: [`VideoChunk`]s of the same index, one for each latent
+    frame. What is said here of chunks holds for it when its last part is there (`chunk.is_complete`).
+
     Between two chunks, `session.num_inference_steps` and the pipeline's LoRAs (`pipe.set_adapters`) may be changed as
     well. With asynchronous decoding, LoRAs are better changed by a callback: it runs in the thread that denoises.
 
@@ -45,6 +48,8 @@ class StreamingSession:
         worker: Denoises in its own thread (and stream), ahead of decoding; None to denoise and decode in turn.
         takes_turns: Whether there is only one model on the device at a time (offloading): a chunk is then finished
             before it is decoded, and the network is not fetched again in between.
+        splits_first_chunk: Whether the first chunk is handed over in parts of a latent frame, each as soon as it is
+            decoded. Where there is a decoder.
         agreement: What the ranks that share the stream agree by; its first rank decides when the stream ends, and
             closing it on another waits for that.
         temporal_scale: The number of pixel frames that a latent frame stands for.
@@ -60,6 +65,7 @@ class StreamingSession:
         agreement: Agreement = ALONE,
         worker: DenoiseWorker | None = None,
         takes_turns: bool = False,
+        splits_first_chunk: bool = False,
         temporal_scale: int = TEMPORAL_SCALE,
         on_close: Callable[[], object] | None = None,
     ):
@@ -67,6 +73,10 @@ class StreamingSession:
         self._agreement, self._is_over = agreement, False  # whether all ranks know that no chunk is handed over now
         self._denoiser, self._decoder, self._is_single = denoiser, decoder, is_single
         self._temporal_scale, self._on_close = temporal_scale, on_close
+        self._splits_first_chunk = splits_first_chunk and decoder is not None
+        self._chunk: DenoisedChunk | None = None  # whose parts are being handed over
+        self._parts: tuple[torch.Tensor, ...] = ()  # its latents, divided
+        self._next_part = 0
         self._turn = threading.Lock()  # held while a chunk is made and decoded, and while all is freed
         self._consumer: int | None = None  # the thread that holds it to get a chunk
         chunks = denoiser.chunks()
@@ -105,38 +115,55 @@ class StreamingSession:
         return chunk
 
     def _advance(self) -> VideoChunk | None:
-        """Make and decode the next chunk; None at the end of the stream, as the first rank decides.
+        """Make and decode the next chunk, or the next part of one; None at the end of the stream, as the first rank
+        decides.
 
         The chunk is finished, written to the cache, after it was decoded: on a GPU that is still under way when the
         caller has the frames. It must have begun by then, because between two chunks the caller may change LoRAs.
         """
-        chunk = next(self._source, None)
-        if chunk is None and not self._denoiser.run.is_ending:
-            self._denoiser.prompts.warn_of_unused()
+        begins = self._next_part == len(self._parts)
+        if begins:
+            self._chunk = next(self._source, None)
+            if self._chunk is None and not self._denoiser.run.is_ending:
+                self._denoiser.prompts.warn_of_unused()
+        chunk = self._chunk
         self._is_over = self._agreement.turn(chunk is None or self._closed)
         if self._is_over or chunk is None:
             return None
+        if begins:
+            self._begin_parts(chunk)
+        part, self._next_part = self._next_part, self._next_part + 1
+        latents = self._parts[part]
+        if self._decoder is None:
+            frames = latents
+            check_numbers(frames)
+        else:
+            frames = self._decoder.decode(latents, chunk.ready)
+        if self._worker is None and self._next_part == len(self._parts):  # a worker does so in its own thread
+            self._denoiser.finish_chunk()
+        first_frame = chunk.index * chunk.latents.shape[2] + sum(part.shape[2] for part in self._parts[:part])
+        return VideoChunk(
+            frames=frames,
+            latents=latents,
+            index=chunk.index,
+            shot_index=self._one_or_all([prompt.shot_index for prompt in chunk.prompts]),
+            prompt=self._one_or_all([prompt.prompt for prompt in chunk.prompts]),
+            start_frame=pixel_frames(first_frame, temporal_scale=self._temporal_scale),
+            part=part,
+            num_parts=len(self._parts),
+            denoise_stopwatch=chunk.stopwatch if part == 0 else None,
+            decode_stopwatch=None if self._decoder is None else self._decoder.stopwatch,
+        )
+
+    def _begin_parts(self, chunk: DenoisedChunk) -> None:
+        """Prepare to hand over a chunk that has just been made."""
         if chunk.ready is not None:
             _hand_over(chunk.latents, chunk.ready)
         if self._takes_turns:
             self._denoiser.finish_chunk()
-        if self._decoder is None:
-            frames = chunk.latents
-            check_numbers(frames)
-        else:
-            frames = self._decoder.decode(chunk.latents, chunk.ready)
-        if self._worker is None:  # which finishes its chunks in its own thread
-            self._denoiser.finish_chunk()
-        return VideoChunk(
-            frames=frames,
-            latents=chunk.latents,
-            index=chunk.index,
-            shot_index=self._one_or_all([prompt.shot_index for prompt in chunk.prompts]),
-            prompt=self._one_or_all([prompt.prompt for prompt in chunk.prompts]),
-            start_frame=pixel_frames(chunk.index * chunk.latents.shape[2], temporal_scale=self._temporal_scale),
-            denoise_stopwatch=chunk.stopwatch,
-            decode_stopwatch=None if self._decoder is None else self._decoder.stopwatch,
-        )
+        is_split = self._splits_first_chunk and chunk.index == 0
+        self._parts = chunk.latents.split(1, dim=2) if is_split else (chunk.latents,)
+        self._next_part = 0
 
     @property
     def prompt(self) -> str | list[str | None] | None:

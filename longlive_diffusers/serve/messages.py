@@ -211,7 +211,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk is there; as many binary messages follow as it has frames."""
+    """A chunk is there, or a part of the first one; as many binary messages follow as it has frames."""
 
     type: ClassVar = "chunk"
     index: int

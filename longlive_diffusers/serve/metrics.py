@@ -40,16 +40,18 @@ class Metrics:
         self._summaries = {
             "denoise": (Summary(), "To denoise a chunk."),
             "decode": (Summary(), "To decode a chunk."),
-            "first_frame": (Summary(), "From a stream's start to its first chunk, encoded; waiting is not in it."),
+            "first_frame": (Summary(), "From a stream's start to its first frames, encoded; waiting is not in it."),
             "between_chunks": (Summary(), "Between two chunks of a stream, as they leave."),
         }
 
     def count_chunk(self, chunk: VideoChunk) -> None:
-        """Count a chunk that was made."""
-        self._chunks += 1
+        """Count a chunk that was made, or a part of one; how long a part takes to decode says nothing of chunks."""
+        self._chunks += chunk.is_complete
         self._frames += len(chunk.frames[0])
-        self.measure("denoise", chunk.denoise_seconds)
-        self.measure("decode", chunk.decode_seconds)
+        if chunk.part == 0:
+            self.measure("denoise", chunk.denoise_seconds)
+        if chunk.num_parts == 1:
+            self.measure("decode", chunk.decode_seconds)
 
     def count_end(self, reason: str) -> None:
         """Count a stream that is over."""

@@ -118,6 +118,9 @@ class ServedModel:
             "window_size": settings.window_size,
             "sink_size": settings.sink_size,
             "kv_cache_dtype": settings.kv_cache_dtype,
+            "clean_pass": settings.clean_pass,
+            "attention_density": settings.attention_density,
+            "split_first_chunk": settings.split_first_chunk,
             "output_type": "uint8",
         }
         seed = random.randrange(2**31) if start.seed is None else start.seed

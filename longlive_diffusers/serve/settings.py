@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from ..number_checks import check_counts
+from ..models.sparse_attention import check_density
+from ..number_checks import check_booleans, check_counts
+from ..pipelines.chunk_step import check_clean_pass
 
 
 LEAD_CHUNKS = 2  # how many chunks are made beyond the one that is being watched
@@ -27,6 +29,7 @@ class ServeSettings:
         guidance_scale: The scale of classifier-free guidance; 1 for none.
         window_size, sink_size: The frames of the KV cache, in latent frames; None for the model's own.
         kv_cache_dtype: What keys and values are stored as; None for the network's dtype.
+        clean_pass, attention_density, split_first_chunk: As `LongLivePipeline.stream` takes them.
     """
 
     max_sessions: int = 2
@@ -39,10 +42,16 @@ class ServeSettings:
     window_size: int | None = None
     sink_size: int | None = None
     kv_cache_dtype: str | None = None
+    clean_pass: str = "full"
+    attention_density: float = 1.0
+    split_first_chunk: bool = False
 
     def __post_init__(self) -> None:
         check_counts(max_sessions=self.max_sessions, steps=self.steps, max_steps=self.max_steps)
         if self.steps > self.max_steps:
             raise ValueError(f"`steps` is {self.steps}, more than the {self.max_steps} of `max_steps`.")
+        check_clean_pass(self.clean_pass)
+        check_density(self.attention_density)
+        check_booleans(split_first_chunk=self.split_first_chunk)
         if not 0 < self.max_minutes < float("inf"):
             raise ValueError(f"`max_minutes` must be a positive number, got {self.max_minutes!r}.")

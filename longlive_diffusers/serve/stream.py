@@ -157,8 +157,8 @@ class LiveStream:
         for index, frame in enumerate(frames):
             if self.end_reason == "gone":  # and nobody is there to see it
                 return
-            self._from_thread(self._encoder.encode(frame, is_key_frame=index == 0))
-        self._loop.call_soon_threadsafe(self._count, time.monotonic(), len(frames))
+            self._from_thread(self._encoder.encode(frame, is_key_frame=index == 0 and chunk.part == 0))
+        self._loop.call_soon_threadsafe(self._count, time.monotonic(), len(frames), chunk.part == 0)
 
     def send_end(self) -> None:
         """Say that it is over. Called in the thread that encodes, after all that was made."""
@@ -196,13 +196,13 @@ class LiveStream:
                 complaints.append(str(error))
         return complaints
 
-    def _count(self, now: float, num_frames: int) -> None:
-        """Count a chunk that has left."""
+    def _count(self, now: float, num_frames: int, begins_chunk: bool) -> None:
+        """Count a chunk that has left, or a part of one."""
         made = now - self._began - self._held_seconds
         self._latency.add(made, num_frames)
         if self._last_chunk is None:
             self._metrics.measure("first_frame", made)
-        else:
+        elif begins_chunk:
             self._metrics.measure("between_chunks", made - self._last_chunk)
         self._last_chunk = made
 
