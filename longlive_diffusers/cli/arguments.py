@@ -163,24 +163,25 @@ def add_cache_options(parser: argparse._ActionsContainer) -> None:
 
 
 def add_shortcut_options(parser: argparse._ActionsContainer) -> None:
-    """Add `--clean-pass`, `--attention-density` and `--split-first-chunk`: what is faster and, but for the last, not
-    exact."""
+    """Add `--clean-pass` and `--attention-density`: what is faster and not exact, and called alike everywhere."""
     parser.add_argument(
         "--clean-pass",
         choices=CLEAN_PASSES,
-        default="full",
         help="What the history remembers a chunk by: full, a forward on its clean latents; text_free, one without the "
-        "prompt, so that a new prompt leaves no history to be rewritten; last, the last solver step (default: "
-        "%(default)s).",
+        "prompt, so that a new prompt leaves no history to be rewritten; last, the last solver step (default: full, "
+        "or what --speed fastest chooses).",
     )
     parser.add_argument(
         "--attention-density",
         type=number(0, 1, above=True),
-        default=1.0,
         metavar="PART",
         help="The part of the history, besides sinks and the beginning of the shot, that is attended to: what matters "
-        "most to each head (default: %(default)g, everything).",
+        "most to each head (default: 1, everything, or what --speed fastest chooses).",
     )
+
+
+def add_split_option(parser: argparse._ActionsContainer) -> None:
+    """Add `--split-first-chunk`."""
     parser.add_argument(
         "--split-first-chunk",
         action="store_true",

@@ -12,6 +12,7 @@ from .arguments import (
     add_devices_option,
     add_nvfp4_option,
     add_renamed,
+    add_shortcut_options,
     add_speed_option,
     integer,
 )
@@ -54,6 +55,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_nvfp4_option(parser)
     add_compile_option(parser)
     add_speed_option(parser, default="exact")
+    add_shortcut_options(parser)
     parser.add_argument(
         "--decoder", choices=BENCH_DECODERS, default="vae", help="What makes the frames (default: %(default)s)."
     )

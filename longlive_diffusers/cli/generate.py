@@ -9,6 +9,7 @@ from .arguments import (
     add_model_options,
     add_shortcut_options,
     add_solver_options,
+    add_split_option,
     integer,
     number,
     text,
@@ -95,6 +96,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     add_cache_options(sampling)
     add_shortcut_options(sampling)
+    add_split_option(sampling)
     sampling.add_argument(
         "--relative-rope",
         action="store_true",

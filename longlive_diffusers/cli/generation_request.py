@@ -12,7 +12,6 @@ from ..frame_counts import chunks_to_cover, pixel_frames, whole_chunks
 from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.chunk_step import is_guided
 from ..pipelines.inputs import ModelSizes, resolve_size
-from ..pipelines.speed import arguments_of
 from ..video.input_file import existing_file
 from ..video.writer import check_output
 from ..wording import counted
@@ -22,6 +21,7 @@ from .decoders import choose_decoder
 from .device import choose_device
 from .embedded_lora import choose_embedded_lora
 from .model_request import ModelRequest, check_model
+from .shortcuts import shortcuts
 from .shots_file import RequestedShot, read_shots
 
 
@@ -62,14 +62,12 @@ class GenerationRequest:
             "sink_size": args.sink_size,
             "relative_rope": True if args.relative_rope else None,
             "kv_cache_dtype": None if args.kv_cache_dtype == "auto" else args.kv_cache_dtype,
-            "clean_pass": args.clean_pass,
-            "attention_density": args.attention_density,
             "split_first_chunk": args.split_first_chunk,
             "generator": torch.Generator().manual_seed(self.seed),
             "output_type": "uint8",
             "decoder": self.decoder,
             "async_decode": args.stream,
-            **arguments_of(args.speed),
+            **shortcuts(args),
         }
 
 

@@ -21,12 +21,12 @@ from ..dtypes import DTYPES, dtype_name
 from ..models.kv_cache import check_window
 from ..models.layer_kv_cache import resolve_kv_cache_dtype
 from ..pipelines.inputs import resolve_size
-from ..pipelines.speed import arguments_of
 from .arguments import with_values_joined
 from .backends import check_attention_backend, check_nvfp4_backend
 from .device import choose_device
 from .devices import check_devices, device_of, prepare, share, start_ranks
 from .launched import own_rank
+from .shortcuts import shortcuts
 
 
 # What one process cannot change from one moment to the next, and what is of the whole command.
@@ -147,7 +147,7 @@ def requested_options(args: argparse.Namespace) -> BenchOptions:
         compile=args.compile,
         decoder=args.decoder,
         speed=args.speed,
-        stream={"kv_cache_dtype": kv_cache_dtype, **arguments_of(args.speed)},
+        stream={"kv_cache_dtype": kv_cache_dtype, **shortcuts(args)},
     )
 
 

@@ -23,6 +23,7 @@ from .devices import start_ranks
 from .embedded_lora import uses_embedded_lora
 from .launched import Rank, own_rank
 from .model_request import ModelRequest, check_model, load_model
+from .shortcuts import shortcuts
 from .termination import ends_cleanly
 
 
@@ -98,8 +99,7 @@ def settings_of(args: argparse.Namespace) -> ServeSettings:
         window_size=args.window_size,
         sink_size=args.sink_size,
         kv_cache_dtype=None if args.kv_cache_dtype == "auto" else args.kv_cache_dtype,
-        clean_pass=args.clean_pass,
-        attention_density=args.attention_density,
+        **shortcuts(args),
         split_first_chunk=args.split_first_chunk,
     )
 

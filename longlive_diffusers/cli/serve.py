@@ -9,6 +9,7 @@ from .arguments import (
     add_model_options,
     add_shortcut_options,
     add_solver_options,
+    add_split_option,
     integer,
     number,
     text,
@@ -85,6 +86,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_solver_options(sampling)
     add_cache_options(sampling)
     add_shortcut_options(sampling)
+    add_split_option(sampling)
     models = parser.add_argument_group("models")
     add_model_options(models)
     add_decoder_option(models)

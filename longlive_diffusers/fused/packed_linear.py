@@ -21,16 +21,17 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.rows = linear.in_features, linear.out_features, rows
         self.bias = linear.bias
+        self.times_kept = 0
         self.keep(linear.weight.detach())
         self.train(linear.training)
 
     def keep(self, weight: torch.Tensor) -> None:
         """Replace the weight, by one in the usual layout. On other devices, and in dtypes that oneDNN does not know,
-        it is kept as it is."""
+        it is kept as it is. `times_kept` counts the weights so far."""
         self.is_packed = weight.device.type == "cpu" and has_onednn(weight.dtype)
         # In a tuple, so that nothing that goes through parameters and buffers finds a tensor without storage.
         kept = torch.ops.mkldnn._reorder_linear_weight(weight, self.rows) if self.is_packed else weight
-        self.kept = (kept,)
+        self.kept, self.times_kept = (kept,), self.times_kept + 1
 
     @property
     def weight(self) -> torch.Tensor:

@@ -6,6 +6,7 @@ tells. So what the layers are made of is compared, which costs a fraction of com
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -13,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..fused.packed_linear import PackedLinear
 from .lora_scales import scales_of
 
 
@@ -40,11 +42,12 @@ def text_fingerprint(transformer: nn.Module) -> tuple | None:
             if _does_more(module) or any(map(_is_uncounted, tensors)):
                 return None
             scales = scales_of(module) if isinstance(module, LoraLayer) else ()
-            described.append((id(module), scales, [_describe(tensor) for tensor in tensors]))
+            packed = module.times_kept if isinstance(module, PackedLinear) else 0
+            described.append((id(module), scales, packed, [_describe(tensor) for tensor in tensors]))
     return tuple(described)
 
 
-def text_layers(transformer: nn.Module) -> Iterator[nn.Module]:
+def text_layers(transformer: Any) -> Iterator[nn.Module]:
     """Yield the layers that make keys and values of the text."""
     yield transformer.condition_embedder.text_embedder
     for block in transformer.blocks:
