@@ -20,8 +20,13 @@ from ..frame_counts import latent_frames, pixel_frames
 from ..parallel.columns import ColumnSplit, check_group
 from ..parallel.halo import exchanging_halos
 from ..tensor_checks import check_floats
+from .wan_decoder.cached_convolutions import frames_at_once
+from .wan_decoder.decode_frames import decode_frames
+from .wan_decoder.history import from_feature_cache, into_feature_cache
+from .wan_decoder.published_modules import is_as_published
 
 
+FRAMES_AT_ONCE = 4  # latent frames that are decoded in one call: more fill a GPU no better, and memory grows with them
 ROUNDING = 1e-2  # what pixels may be beyond [-1, 1]: two steps of bfloat16 there
 
 
@@ -88,20 +93,39 @@ class StreamingDecoder:
         else:
             own = split.part(latents)
             with exchanging_halos(split):
-                pixels = self._decode_tile(vae.post_quant_conv(own), (slice_index, 0, 0), first)
+                pixels = self._decode_tile(vae.post_quant_conv(own), (slice_index, 0, 0), first, split)
         if vae.config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
         return split.gather(torch.clamp(pixels, min=-1.0, max=1.0))
 
-    def _decode_tile(self, latents: torch.Tensor, key: tuple[int, int, int], first: bool) -> torch.Tensor:
-        """Decode frame by frame, with the feature cache of this slice and tile."""
-        vae = self.vae
-        cache = self._caches.setdefault(key, [None] * vae._cached_conv_counts["decoder"])
-        frames = [
-            vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=first and index == 0)
+    def _decode_tile(
+        self, latents: torch.Tensor, key: tuple[int, int, int], first: bool, split: ColumnSplit | None = None
+    ) -> torch.Tensor:
+        """Decode with the feature cache of this slice and tile."""
+        cache = self._caches.setdefault(key, [None] * self.vae._cached_conv_counts["decoder"])
+        decode = self._call_decoder if (split is not None and not split.is_whole) or not is_as_published(self.vae.decoder) else self._compute
+        parts = decode(latents, cache, first)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _call_decoder(self, latents: torch.Tensor, cache: list, first: bool) -> list[torch.Tensor]:
+        """Call the module frame by frame."""
+        return [
+            self.vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=first and index == 0)
             for index, frame in enumerate(latents.split(1, dim=2))
         ]
-        return torch.cat(frames, dim=2)
+
+    def _compute(self, latents: torch.Tensor, cache: list, first: bool) -> list[torch.Tensor]:
+        """Compute what the module would, several frames at once."""
+        decoder, (batch, _, _, height, width) = self.vae.decoder, latents.shape
+        most = frames_at_once(decoder, batch, height, width, FRAMES_AT_ONCE)
+        kept, decoded = from_feature_cache(decoder, cache, latents), []
+        groups = [latents[:, :, :1], *latents[:, :, 1:].split(most, dim=2)] if first else latents.split(most, dim=2)
+        for frames in groups:
+            if frames.shape[2]:
+                result, kept = decode_frames(decoder, frames, kept, first and not decoded)
+                decoded.append(result)
+        into_feature_cache(kept, cache)
+        return decoded
 
     def _decode_tiles(self, latents, slice_index: int, first: bool, tile_height: int, tile_width: int) -> torch.Tensor:
         """Decode overlapping tiles and blend their seams, with the sizes and blending of `vae.tiled_decode`."""

@@ -1,0 +1,38 @@
+"""Convolutions of features `[B, T, H, W, C]`."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def convolve(module: nn.Conv3d, frames: torch.Tensor) -> torch.Tensor:
+    """
+    Convolve, with zeros around every frame, and none before the first or after the last.
+
+    Args:
+        module: Has the weights, `[C', C, t, h, w]`; height and width of the kernel are odd.
+        frames: `[B, T, H, W, C]`.
+
+    Returns:
+        `[B, T - t + 1, H, W, C']`.
+    """
+    weight, bias = module.weight, module.bias
+    padding = (0, *(size // 2 for size in weight.shape[-2:]))
+    channels_first = frames.movedim(-1, 1)
+    if _is_for_onednn(frames):
+        settings = (padding, (1, 1, 1), (1, 1, 1), 1, "none", [], "")  # no stride, dilation, groups or activation
+        result = torch.ops.mkldnn._convolution_pointwise(channels_first, weight, bias, *settings)
+    else:
+        result = F.conv3d(channels_first, weight, bias, padding=padding)
+    return result.movedim(1, -1).contiguous()  # which it is, where there is a kernel for this layout
+
+
+def _is_for_onednn(frames: torch.Tensor) -> bool:
+    """Whether oneDNN is to be asked for by name: `F.conv3d` has it do 16 bits, but float32 only in large frames, and the
+    others by a kernel that is ten times slower (torch 2.13)."""
+    return frames.device.type == "cpu" and frames.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def pointwise(module: nn.Conv2d | nn.Conv3d, frames: torch.Tensor) -> torch.Tensor:
+    """Apply a convolution whose kernel is a single pixel."""
+    return F.linear(frames, module.weight.flatten(1), module.bias)

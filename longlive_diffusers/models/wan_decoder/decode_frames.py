@@ -1,0 +1,84 @@
+"""The decoder's blocks, in their order."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanAttentionBlock,
+    WanDecoder3d,
+    WanResidualBlock,
+    WanResidualUpBlock,
+    WanUpBlock,
+)
+from torch import nn
+
+from .cached_convolutions import upsampler_of
+from .convolve import convolve, pointwise
+from .history import History
+from .norm_silu import rms_norm
+from .upsample import add_repeated, upsample
+
+
+Tensor = torch.Tensor
+
+
+def decode_frames(
+    decoder: WanDecoder3d, latents: Tensor, kept: Sequence[Tensor], first: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """
+    Compute what calling the decoder gives for these latent frames one by one.
+
+    Args:
+        decoder: Has the parameters.
+        latents: The next latent frames `[B, z_dim, T, h, w]`, after `post_quant_conv`.
+        kept: What the convolutions keep of the frames before, as [`History`] takes it.
+        first: Whether this is the first latent frame of a video; it has to come alone.
+
+    Returns:
+        The output `[B, out_channels, frames, H, W]`, and what the convolutions keep of these frames.
+    """
+    history = History(kept)
+    frames = convolve(decoder.conv_in, history.put_before(latents.movedim(1, -1)))
+    blocks = decoder.mid_block.resnets
+    frames = _residual(blocks[0], frames, history)
+    for attention, block in zip(decoder.mid_block.attentions, blocks[1:], strict=True):
+        if attention is not None:
+            frames = _attend(attention, frames)
+        frames = _residual(block, frames, history)
+    for block in decoder.up_blocks:
+        frames = _up(block, frames, history, first)
+    frames = _convolve_normalized(decoder.conv_out, decoder.norm_out, frames, history)
+    return frames.movedim(-1, 1), history.after
+
+
+def _convolve_normalized(module: nn.Conv3d, norm: nn.Module, frames: Tensor, history: History) -> Tensor:
+    return convolve(module, history.put_before_normalized(frames, norm.gamma))
+
+
+def _residual(block: WanResidualBlock, frames: Tensor, history: History) -> Tensor:
+    update = _convolve_normalized(block.conv1, block.norm1, frames, history)
+    update = _convolve_normalized(block.conv2, block.norm2, update, history)
+    is_same = isinstance(block.conv_shortcut, nn.Identity)
+    return update.add_(frames if is_same else pointwise(block.conv_shortcut, frames))
+
+
+def _attend(block: WanAttentionBlock, frames: Tensor) -> Tensor:
+    """Attention of each frame's pixels to one another, with a single head."""
+    normalized = rms_norm(frames, block.norm.gamma).to(frames.dtype)
+    pixels = pointwise(block.to_qkv, normalized).flatten(2, 3).flatten(0, 1).unsqueeze(1)
+    attended = F.scaled_dot_product_attention(*pixels.chunk(3, dim=-1))
+    return pointwise(block.proj, attended.reshape(frames.shape)).add_(frames)
+
+
+def _up(block: WanUpBlock | WanResidualUpBlock, frames: Tensor, history: History, first: bool) -> Tensor:
+    """Residual blocks, and twice the resolution where the block has it."""
+    result = frames
+    for residual in block.resnets:
+        result = _residual(residual, result, history)
+    upsampler = upsampler_of(block)
+    if upsampler is not None:
+        result = upsample(upsampler, result, history, first)
+    if isinstance(block, WanResidualUpBlock) and block.avg_shortcut is not None:
+        result = add_repeated(result, block.avg_shortcut, frames, first)
+    return result

@@ -1,0 +1,75 @@
+"""What a decoder's causal convolutions keep of the frames before, to see it with the next ones."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d
+
+from .cached_convolutions import KEPT, CachedConvolution, cached_convolutions
+from .norm_silu import norm_silu_after
+
+
+Tensor = torch.Tensor
+
+
+class History:
+    """
+    The kept frames of all convolutions, while the decoder runs once. Convolutions take them in their order.
+
+    Args:
+        before: For each convolution the last two frames of its input so far, `[B, 2, H, W, C]`; zeros for those before
+            the video.
+
+    `after` has the same for the next call.
+    """
+
+    def __init__(self, before: Sequence[Tensor]):
+        self._before, self.after = before, []
+
+    def put_before(self, frames: Tensor) -> Tensor:
+        """Return a convolution's input `[B, 2 + T, H, W, C]`: the kept frames, and these."""
+        return self._keep(torch.cat([self._before[len(self.after)], frames], dim=1))
+
+    def put_before_normalized(self, frames: Tensor, gamma: Tensor) -> Tensor:
+        """The same after RMS norm and SiLU of these frames."""
+        return self._keep(norm_silu_after(self._before[len(self.after)], frames, gamma))
+
+    def pass_by(self) -> None:
+        """Leave out a convolution: it keeps what it has."""
+        self.after.append(self._before[len(self.after)])
+
+    def _keep(self, frames: Tensor) -> Tensor:
+        self.after.append(frames[:, -KEPT:].clone())  # a view would hold all of them
+        return frames
+
+
+def from_feature_cache(decoder: WanDecoder3d, cache: list, latents: Tensor) -> list[Tensor]:
+    """
+    Take what a convolution keeps from a feature cache, as diffusers' modules or `into_feature_cache` leave it.
+
+    Args:
+        decoder: The decoder.
+        cache: An entry for each convolution: the last frames of its input, `[B, C, 1 or 2, H, W]`; None or "Rep" for a
+            convolution that has not run yet.
+        latents: The next latents, `[B, C, T, H, W]`.
+    """
+
+    def kept(convolution: CachedConvolution, entry) -> Tensor:
+        (batch, _, _, height, width), scale = latents.shape, convolution.scale
+        frames = entry.movedim(1, -1) if isinstance(entry, Tensor) else latents.new_empty(0)
+        if isinstance(entry, Tensor) and entry.shape[2] == KEPT:
+            return frames
+        shape = (batch, KEPT, scale * height, scale * width, convolution.module.in_channels)
+        filled = latents.new_zeros(shape)
+        if isinstance(entry, Tensor):
+            filled[:, -entry.shape[2] :] = frames
+        return filled
+
+    convolutions = cached_convolutions(decoder)
+    return [kept(convolution, entry) for convolution, entry in zip(convolutions, cache, strict=False)]
+
+
+def into_feature_cache(history: Sequence[Tensor], cache: list) -> None:
+    """Leave what convolutions keep in a feature cache, where diffusers' modules find it, too."""
+    for index, frames in enumerate(history):
+        cache[index] = frames.movedim(-1, 1)

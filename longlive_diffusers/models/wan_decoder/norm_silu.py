@@ -1,0 +1,44 @@
+"""RMS norm over channels, and SiLU. Both are computed in float32, and rounded once."""
+
+import torch
+import torch.nn.functional as F
+
+from .cached_convolutions import KEPT
+
+
+SMALLEST_NORM = 1e-12  # that of `F.normalize`
+
+
+def rms_norm(frames: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """
+    Divide each pixel by the root mean square of its channels.
+
+    Args:
+        frames: `[..., C]`.
+        gamma: A factor for each channel, in any shape of C elements.
+
+    Returns:
+        The result in float32.
+    """
+    channels = frames.shape[-1]
+    norm = torch.linalg.vector_norm(frames, dim=-1, keepdim=True, dtype=torch.float32).clamp_min_(SMALLEST_NORM)
+    return (frames / norm).mul_(gamma.flatten().float() * channels**0.5)
+
+
+def norm_silu_after(kept: torch.Tensor, frames: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """
+    Put what is kept of earlier frames before these ones, which are normalized and activated.
+
+    Args:
+        kept: `[B, 2, H, W, C]`, normalized already.
+        frames: `[B, T, H, W, C]`.
+        gamma: The norm's factor for each channel.
+
+    Returns:
+        `[B, 2 + T, H, W, C]`, of the dtype of `frames`.
+    """
+    batch, count, *shape = frames.shape
+    joined = frames.new_empty(batch, KEPT + count, *shape)
+    joined[:, :KEPT].copy_(kept)
+    joined[:, KEPT:].copy_(F.silu(rms_norm(frames, gamma), inplace=True))
+    return joined

@@ -1,0 +1,48 @@
+"""Which decoders consist of diffusers' modules and nothing else, so that their parameters say all that they do."""
+
+from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+from torch import nn
+
+
+_PUBLISHED = {
+    nn.Conv2d,
+    nn.Dropout,
+    nn.Identity,
+    nn.ModuleList,
+    nn.Sequential,
+    nn.SiLU,
+    wan.DupUp3D,
+    wan.WanAttentionBlock,
+    wan.WanCausalConv3d,
+    wan.WanDecoder3d,
+    wan.WanMidBlock,
+    wan.WanResample,
+    wan.WanResidualBlock,
+    wan.WanResidualUpBlock,
+    wan.WanRMS_norm,
+    wan.WanUpBlock,
+    wan.WanUpsample,
+}
+
+
+def is_as_published(decoder: nn.Module) -> bool:
+    """
+    Whether all that calling the decoder would do is what diffusers' modules do with plain parameters.
+
+    It is not, if a module is of another class (a subclass, a LoRA layer, what `torch.compile` returns), is compiled,
+    has hooks, or has another `forward` (as offloading by layers or groups gives it), if a parameter is a tensor of a
+    kind of its own (quantized or sharded), or if dropout is active. Such a decoder has to be called.
+    """
+    return all(_is_plain(module) for module in decoder.modules())
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return (
+        type(module) in _PUBLISHED
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and module._compiled_call_impl is None
+        and all(type(parameter) is nn.Parameter for parameter in module.parameters(recurse=False))
+        and not (isinstance(module, nn.Dropout) and module.training and module.p)
+    )
