@@ -6,7 +6,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d
 
 from .cached_convolutions import KEPT, CachedConvolution, cached_convolutions
-from .norm_silu import norm_silu_after
+from .norm_silu import last_frames, norm_silu_after
 
 
 Tensor = torch.Tensor
@@ -28,19 +28,19 @@ class History:
 
     def put_before(self, frames: Tensor) -> Tensor:
         """Return a convolution's input `[B, 2 + T, H, W, C]`: the kept frames, and these."""
-        return self._keep(torch.cat([self._before[len(self.after)], frames], dim=1))
+        joined = torch.cat([self._before[len(self.after)], frames], dim=1)
+        self.after.append(last_frames(joined))
+        return joined
 
     def put_before_normalized(self, frames: Tensor, gamma: Tensor) -> Tensor:
         """The same after RMS norm and SiLU of these frames."""
-        return self._keep(norm_silu_after(self._before[len(self.after)], frames, gamma))
+        joined, kept = norm_silu_after(self._before[len(self.after)], frames, gamma)
+        self.after.append(kept)
+        return joined
 
     def pass_by(self) -> None:
         """Leave out a convolution: it keeps what it has."""
         self.after.append(self._before[len(self.after)])
-
-    def _keep(self, frames: Tensor) -> Tensor:
-        self.after.append(frames[:, -KEPT:].clone())  # a view would hold all of them
-        return frames
 
 
 def from_feature_cache(decoder: WanDecoder3d, cache: list, latents: Tensor) -> list[Tensor]:

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from ...triton_launch import uses_kernels
+from . import operators
 from .cached_convolutions import KEPT
 
 
@@ -25,7 +27,9 @@ def rms_norm(frames: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     return (frames / norm).mul_(gamma.flatten().float() * channels**0.5)
 
 
-def norm_silu_after(kept: torch.Tensor, frames: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+def norm_silu_after(
+    kept: torch.Tensor, frames: torch.Tensor, gamma: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Put what is kept of earlier frames before these ones, which are normalized and activated.
 
@@ -35,10 +39,17 @@ def norm_silu_after(kept: torch.Tensor, frames: torch.Tensor, gamma: torch.Tenso
         gamma: The norm's factor for each channel.
 
     Returns:
-        `[B, 2 + T, H, W, C]`, of the dtype of `frames`.
+        Both together, `[B, 2 + T, H, W, C]`, of the dtype of `frames`; and a copy of the last two.
     """
+    if uses_kernels(frames) and not torch.compiler.is_compiling():  # a compiler makes such a kernel itself
+        return operators.norm_silu_after(kept, frames, gamma)
     batch, count, *shape = frames.shape
     joined = frames.new_empty(batch, KEPT + count, *shape)
     joined[:, :KEPT].copy_(kept)
     joined[:, KEPT:].copy_(F.silu(rms_norm(frames, gamma), inplace=True))
-    return joined
+    return joined, last_frames(joined)
+
+
+def last_frames(frames: torch.Tensor) -> torch.Tensor:
+    """Return what a convolution keeps of its input: a copy, as a view would hold all of it."""
+    return frames[:, -KEPT:].clone()

@@ -30,8 +30,8 @@ def is_as_published(decoder: nn.Module) -> bool:
     Whether all that calling the decoder would do is what diffusers' modules do with plain parameters.
 
     It is not, if a module is of another class (a subclass, a LoRA layer, what `torch.compile` returns), is compiled,
-    has hooks, or has another `forward` (as offloading by layers or groups gives it), if a parameter is a tensor of a
-    kind of its own (quantized or sharded), or if dropout is active. Such a decoder has to be called.
+    has hooks, or has another `forward` (as offloading by layers or groups gives it), if a parameter is a tensor made of
+    others (quantized or sharded), or if dropout is active. Such a decoder has to be called.
     """
     return all(_is_plain(module) for module in decoder.modules())
 
@@ -43,6 +43,6 @@ def _is_plain(module: nn.Module) -> bool:
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and module._compiled_call_impl is None
-        and all(type(parameter) is nn.Parameter for parameter in module.parameters(recurse=False))
+        and not any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters(recurse=False))
         and not (isinstance(module, nn.Dropout) and module.training and module.p)
     )

@@ -60,8 +60,8 @@ def add_repeated(doubled: torch.Tensor, module: DupUp3D, frames: torch.Tensor, f
         first: Whether this is the first frame of a video, of which only the last repetition is there.
     """
     factors = (module.factor_t, module.factor_s, module.factor_s)
-    repeated = frames.unsqueeze(-1).expand(*frames.shape, module.repeats).flatten(-2)
-    repeated = repeated.unflatten(-1, (module.out_channels, *factors))  # [B, T, H, W, C', frames, rows, columns]
+    repeated = frames.unsqueeze(-1).expand(*frames.shape, module.repeats)
+    repeated = repeated.reshape(*frames.shape[:-1], module.out_channels, *factors)  # mostly a view
     if first:
         repeated = repeated[..., -1:, :, :]
     times, rows, columns = repeated.shape[-3:]

@@ -1,0 +1,37 @@
+"""The Triton kernel as an operator of torch, which exists without Triton: that is imported when it is first run."""
+
+import importlib
+
+import torch
+
+from .cached_convolutions import KEPT
+
+
+TILE = 4096  # numbers that a program normalizes
+
+
+@torch.library.custom_op("longlive_diffusers::wan_norm_silu_after", mutates_args=())
+def norm_silu_after(
+    kept: torch.Tensor, frames: torch.Tensor, gamma: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `norm_silu.norm_silu_after` says, which has no other bounds than those of float32's last bits."""
+    kept, frames, gamma = kept.contiguous(), frames.contiguous(), gamma.contiguous()
+    batch, count, height, width, channels = frames.shape
+    joined = frames.new_empty(batch, KEPT + count, height, width, channels)
+    kept_after = torch.empty_like(kept)
+    wide = 1 << (channels - 1).bit_length()
+    pixels = max(1, TILE // wide)
+    grid = (-(-height * width // pixels), KEPT + count, batch)
+    kernels = importlib.import_module(".kernels", __package__)
+    with torch.cuda.device_of(frames):  # Triton by itself takes the current one
+        kernels.norm_silu_after_kernel[grid](
+            kept, frames, gamma, joined, kept_after, height * width, count, channels**0.5,
+            CHANNELS=channels, WIDE=wide, PIXELS=pixels,
+        )  # fmt: skip
+    return joined, kept_after
+
+
+@norm_silu_after.register_fake
+def _(kept, frames, gamma) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, count, *shape = frames.shape
+    return frames.new_empty(batch, KEPT + count, *shape), frames.new_empty(batch, KEPT, *shape)
