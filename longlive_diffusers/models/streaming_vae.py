@@ -8,7 +8,8 @@ With a group of ranks, each works on its own columns of the picture, and keeps t
 (`parallel/halo.py`).
 """
 
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from ..tensor_checks import check_floats
 from .wan_decoder.cached_convolutions import frames_at_once
 from .wan_decoder.decode_frames import decode_frames
 from .wan_decoder.history import from_feature_cache, into_feature_cache
-from .wan_decoder.published_modules import is_as_published
+from .wan_decoder.published_modules import is_as_published, is_compiled_in_place
 
 
 FRAMES_AT_ONCE = 4  # latent frames that are decoded in one call: more fill a GPU no better, and memory grows with them
@@ -93,39 +94,47 @@ class StreamingDecoder:
         else:
             own = split.part(latents)
             with exchanging_halos(split):
-                pixels = self._decode_tile(vae.post_quant_conv(own), (slice_index, 0, 0), first, split)
+                pixels = self._decode_tile(vae.post_quant_conv(own), (slice_index, 0, 0), first, not split.is_whole)
         if vae.config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
         return split.gather(torch.clamp(pixels, min=-1.0, max=1.0))
 
-    def _decode_tile(
-        self, latents: torch.Tensor, key: tuple[int, int, int], first: bool, split: ColumnSplit | None = None
-    ) -> torch.Tensor:
+    def _decode_tile(self, latents: torch.Tensor, key: tuple[int, int, int], first: bool, is_part: bool) -> torch.Tensor:
         """Decode with the feature cache of this slice and tile."""
         cache = self._caches.setdefault(key, [None] * self.vae._cached_conv_counts["decoder"])
-        decode = self._call_decoder if (split is not None and not split.is_whole) or not is_as_published(self.vae.decoder) else self._compute
-        parts = decode(latents, cache, first)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if is_part or not is_as_published(self.vae.decoder):
+            frames = self._call_decoder(latents, cache, first)
+        else:
+            frames = self._compute(latents, cache, first)
+        return frames[0] if len(frames) == 1 else torch.cat(frames, dim=2)
 
     def _call_decoder(self, latents: torch.Tensor, cache: list, first: bool) -> list[torch.Tensor]:
-        """Call the module frame by frame."""
+        """Call the module, with one latent frame after the other."""
         return [
             self.vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=first and index == 0)
             for index, frame in enumerate(latents.split(1, dim=2))
         ]
 
     def _compute(self, latents: torch.Tensor, cache: list, first: bool) -> list[torch.Tensor]:
-        """Compute what the module would, several frames at once."""
-        decoder, (batch, _, _, height, width) = self.vae.decoder, latents.shape
+        """Compute what the module would, several latent frames at once but for the first of a video."""
+        decoder, (batch, _, count, height, width) = self.vae.decoder, latents.shape
+        decode = self._compiled_decode if is_compiled_in_place(decoder) else decode_frames
         most = frames_at_once(decoder, batch, height, width, FRAMES_AT_ONCE)
+        lengths = [1] * first + [most] * ((count - first) // most)
         kept, decoded = from_feature_cache(decoder, cache, latents), []
-        groups = [latents[:, :, :1], *latents[:, :, 1:].split(most, dim=2)] if first else latents.split(most, dim=2)
-        for frames in groups:
+        for frames in latents.tensor_split(list(accumulate(lengths)), dim=2):
             if frames.shape[2]:
-                result, kept = decode_frames(decoder, frames, kept, first and not decoded)
+                # With strides that do not tell the chunk's length, which would be others to a compiler.
+                frames = frames.clone(memory_format=torch.contiguous_format)
+                result, kept = decode(decoder, frames, kept, first and not decoded)
                 decoded.append(result)
         into_feature_cache(kept, cache)
         return decoded
+
+    @cached_property
+    def _compiled_decode(self):
+        """A graph for the first latent frame of a video, and one for each number of frames at once."""
+        return torch.compile(decode_frames, dynamic=False)
 
     def _decode_tiles(self, latents, slice_index: int, first: bool, tile_height: int, tile_width: int) -> torch.Tensor:
         """Decode overlapping tiles and blend their seams, with the sizes and blending of `vae.tiled_decode`."""
@@ -146,7 +155,7 @@ class StreamingDecoder:
                 tile = latents[..., top : top + tile_height, left : left + tile_width]
                 # Frame by frame, like `tiled_decode`: the last bit can depend on the number of frames.
                 tile = torch.cat([vae.post_quant_conv(frame) for frame in tile.split(1, dim=2)], dim=2)
-                row.append(self._decode_tile(tile, (slice_index, top, left), first))
+                row.append(self._decode_tile(tile, (slice_index, top, left), first, False))
             rows.append(row)
         blended = []
         for i, row in enumerate(rows):

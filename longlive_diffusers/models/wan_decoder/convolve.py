@@ -30,7 +30,12 @@ def convolve(module: nn.Conv3d, frames: torch.Tensor) -> torch.Tensor:
 def _is_for_onednn(frames: torch.Tensor) -> bool:
     """Whether oneDNN is to be asked for by name: `F.conv3d` has it do 16 bits, but float32 only in large frames, and the
     others by a kernel that is ten times slower (torch 2.13)."""
-    return frames.device.type == "cpu" and frames.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return frames.device.type == "cpu" and frames.dtype == torch.float32 and _has_onednn()
+
+
+@torch.compiler.assume_constant_result  # `torch.compile` does not look into this module of torch's
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available()
 
 
 def pointwise(module: nn.Conv2d | nn.Conv3d, frames: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def norm_silu_after(
     Returns:
         Both together, `[B, 2 + T, H, W, C]`, of the dtype of `frames`; and a copy of the last two.
     """
-    if uses_kernels(frames) and not torch.compiler.is_compiling():  # a compiler makes such a kernel itself
+    if not torch.compiler.is_compiling() and uses_kernels(frames):  # a compiler makes such a kernel itself
         return operators.norm_silu_after(kept, frames, gamma)
     batch, count, *shape = frames.shape
     joined = frames.new_empty(batch, KEPT + count, *shape)
@@ -52,4 +52,4 @@ def norm_silu_after(
 
 def last_frames(frames: torch.Tensor) -> torch.Tensor:
     """Return what a convolution keeps of its input: a copy, as a view would hold all of it."""
-    return frames[:, -KEPT:].clone()
+    return frames[:, -KEPT:].clone(memory_format=torch.contiguous_format)

@@ -29,11 +29,18 @@ def is_as_published(decoder: nn.Module) -> bool:
     """
     Whether all that calling the decoder would do is what diffusers' modules do with plain parameters.
 
-    It is not, if a module is of another class (a subclass, a LoRA layer, what `torch.compile` returns), is compiled,
-    has hooks, or has another `forward` (as offloading by layers or groups gives it), if a parameter is a tensor made of
-    others (quantized or sharded), or if dropout is active. Such a decoder has to be called.
+    It is not, if a module is of another class (a subclass, a LoRA layer, what `torch.compile` returns), has hooks, or has
+    another `forward` (as offloading by layers or groups gives it), if a part of the decoder is compiled by itself, if a
+    parameter is a tensor made of others (quantized or sharded), or if dropout is active. Such a decoder has to be called.
     """
-    return all(_is_plain(module) for module in decoder.modules())
+    return all(
+        _is_plain(module) and (module is decoder or not is_compiled_in_place(module)) for module in decoder.modules()
+    )
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return module._compiled_call_impl is not None
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -42,7 +49,6 @@ def _is_plain(module: nn.Module) -> bool:
         and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and module._compiled_call_impl is None
         and not any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters(recurse=False))
         and not (isinstance(module, nn.Dropout) and module.training and module.p)
     )
