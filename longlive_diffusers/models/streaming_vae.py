@@ -90,22 +90,26 @@ class StreamingDecoder:
         tiled = vae.use_tiling and (width > tile_width or height > tile_height)
         split = ColumnSplit.of_latents(height, width, None if tiled else self._group)
         if tiled:
-            pixels = self._decode_tiles(latents, slice_index, first, tile_height, tile_width)
+            pixels = self._decode_tiles(latents, slice_index, first, tile_height, tile_width, split)
         else:
             own = split.part(latents)
             with exchanging_halos(split):
-                pixels = self._decode_tile(vae.post_quant_conv(own), (slice_index, 0, 0), first, not split.is_whole)
+                own = vae.post_quant_conv(own)
+            pixels = self._decode_tile(own, (slice_index, 0, 0), first, split)
         if vae.config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
         return split.gather(torch.clamp(pixels, min=-1.0, max=1.0))
 
-    def _decode_tile(self, latents: torch.Tensor, key: tuple[int, int, int], first: bool, is_part: bool) -> torch.Tensor:
+    def _decode_tile(
+        self, latents: torch.Tensor, key: tuple[int, int, int], first: bool, split: ColumnSplit
+    ) -> torch.Tensor:
         """Decode with the feature cache of this slice and tile."""
         cache = self._caches.setdefault(key, [None] * self.vae._cached_conv_counts["decoder"])
-        if is_part or not is_as_published(self.vae.decoder):
-            frames = self._call_decoder(latents, cache, first)
+        if is_as_published(self.vae.decoder):
+            frames = self._compute(latents, cache, first, None if split.is_whole else split)
         else:
-            frames = self._compute(latents, cache, first)
+            with exchanging_halos(split):
+                frames = self._call_decoder(latents, cache, first)
         return frames[0] if len(frames) == 1 else torch.cat(frames, dim=2)
 
     def _call_decoder(self, latents: torch.Tensor, cache: list, first: bool) -> list[torch.Tensor]:
@@ -115,10 +119,13 @@ class StreamingDecoder:
             for index, frame in enumerate(latents.split(1, dim=2))
         ]
 
-    def _compute(self, latents: torch.Tensor, cache: list, first: bool) -> list[torch.Tensor]:
+    def _compute(
+        self, latents: torch.Tensor, cache: list, first: bool, split: ColumnSplit | None
+    ) -> list[torch.Tensor]:
         """Compute what the module would, several latent frames at once but for the first of a video."""
         decoder, (batch, _, count, height, width) = self.vae.decoder, latents.shape
-        decode = self._compiled_decode if is_compiled_in_place(decoder) else decode_frames
+        is_compiled = is_compiled_in_place(decoder) and split is None  # a compiler does not follow what ranks exchange
+        decode = self._compiled_decode if is_compiled else decode_frames
         most = frames_at_once(decoder, batch, height, width, FRAMES_AT_ONCE)
         lengths = [1] * first + [most] * ((count - first) // most)
         kept, decoded = from_feature_cache(decoder, cache, latents), []
@@ -126,7 +133,7 @@ class StreamingDecoder:
             if frames.shape[2]:
                 # With strides that do not tell the chunk's length, which would be others to a compiler.
                 frames = frames.clone(memory_format=torch.contiguous_format)
-                result, kept = decode(decoder, frames, kept, first and not decoded)
+                result, kept = decode(decoder, frames, kept, first and not decoded, split)
                 decoded.append(result)
         into_feature_cache(kept, cache)
         return decoded
@@ -136,7 +143,9 @@ class StreamingDecoder:
         """A graph for the first latent frame of a video, and one for each number of frames at once."""
         return torch.compile(decode_frames, dynamic=False)
 
-    def _decode_tiles(self, latents, slice_index: int, first: bool, tile_height: int, tile_width: int) -> torch.Tensor:
+    def _decode_tiles(
+        self, latents, slice_index: int, first: bool, tile_height: int, tile_width: int, undivided: ColumnSplit
+    ) -> torch.Tensor:
         """Decode overlapping tiles and blend their seams, with the sizes and blending of `vae.tiled_decode`."""
         vae, (height, width) = self.vae, latents.shape[-2:]
         ratio, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
@@ -155,7 +164,7 @@ class StreamingDecoder:
                 tile = latents[..., top : top + tile_height, left : left + tile_width]
                 # Frame by frame, like `tiled_decode`: the last bit can depend on the number of frames.
                 tile = torch.cat([vae.post_quant_conv(frame) for frame in tile.split(1, dim=2)], dim=2)
-                row.append(self._decode_tile(tile, (slice_index, top, left), first, False))
+                row.append(self._decode_tile(tile, (slice_index, top, left), first, undivided))
             rows.append(row)
         blended = []
         for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Decoding and encoding chunk by chunk: the bits of doing it whole, in memory that does not grow."""
+"""Decoding and encoding chunk by chunk: the same as doing it whole, in memory that does not grow."""
 
 import pytest
 import torch
@@ -17,30 +17,7 @@ from tests.support.tiny_vae import tiny_vae, wan_2_1_vae
 Z_DIM = 8
 
 
-def with_exact_end_convolutions(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """
-    `vae.decode` applies one convolution, 1x1x1, to all frames in one call, and `vae.encode` another. The last bit of
-    its float32 sums depends, in PyTorch on a CPU, on how many frames those are: a video of one frame is not quite the
-    first frame of a video of two, whoever decodes it. With a single term in each sum there is nothing to round.
-    """
-    for convolution in (vae.post_quant_conv, vae.quant_conv):
-        channels = convolution.weight.shape[0]
-        signs = torch.ones(channels)
-        signs[::2] = -1
-        permutation = torch.eye(channels).roll(1, dims=0) * signs
-        convolution.weight.data.copy_(permutation.view_as(convolution.weight))
-    return vae
-
-
-def exact_wan_2_2_vae() -> AutoencoderKLWan:
-    return with_exact_end_convolutions(tiny_vae())
-
-
-def exact_wan_2_1_vae() -> AutoencoderKLWan:
-    return with_exact_end_convolutions(wan_2_1_vae())
-
-
-VAES = {"wan 2.2": exact_wan_2_2_vae, "wan 2.1": exact_wan_2_1_vae}
+VAES = {"wan 2.2": tiny_vae, "wan 2.1": wan_2_1_vae}
 every_vae = pytest.mark.parametrize("make_vae", VAES.values(), ids=VAES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -78,6 +55,17 @@ def enable_small_tiles(vae: AutoencoderKLWan) -> None:
 
 # -- decoding --------------------------------------------------------------------------------------------------------
 
+ROUNDING_OF_16_BITS = 1e-2  # root mean square, of pixels in [-1, 1], to what `vae.decode` makes
+
+
+def assert_same_pixels(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    if found.dtype == torch.float32:
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    else:
+        assert (found.float() - expected.float()).square().mean().sqrt() < ROUNDING_OF_16_BITS
+
+
 CHUNKINGS = [[6], [1, 5], [5, 1], [2, 2, 2], [1] * 6, [1, 2, 3], [4, 2]]
 every_chunking = pytest.mark.parametrize("lengths", CHUNKINGS, ids=lambda lengths: "+".join(map(str, lengths)))
 
@@ -85,34 +73,18 @@ every_chunking = pytest.mark.parametrize("lengths", CHUNKINGS, ids=lambda length
 @every_vae
 @every_dtype
 @every_chunking
-def test_chunks_decode_to_the_bits_of_the_whole(make_vae, dtype, lengths):
+def test_chunks_decode_to_the_whole(make_vae, dtype, lengths):
     vae, latents = make_vae().to(dtype), random_latents(6).to(dtype)
     whole = decode_whole(vae, latents)
     assert whole.shape[2] == 1 + 4 * (6 - 1)
-    assert torch.equal(decode_in_chunks(vae, latents, lengths), whole)
+    assert_same_pixels(decode_in_chunks(vae, latents, lengths), whole)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=st.integers(0, 9))
-def test_any_chunking_decodes_to_the_bits_of_the_whole(lengths, seed):
-    vae, latents = exact_wan_2_2_vae(), random_latents(sum(lengths), 1, 2, seed=seed)
-    assert torch.equal(decode_in_chunks(vae, latents, lengths), decode_whole(vae, latents))
-
-
-@pytest.mark.parametrize("make_vae", [tiny_vae, wan_2_1_vae])
-@every_chunking
-def test_with_a_sum_that_rounds_chunks_decode_to_the_whole_but_for_its_last_bit(make_vae, lengths):
-    vae, latents = make_vae(), random_latents(6)
-    torch.testing.assert_close(decode_in_chunks(vae, latents, lengths), decode_whole(vae, latents), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("make_vae", [tiny_vae, wan_2_1_vae])
-def test_with_a_sum_that_rounds_tiling_decodes_to_the_very_bits(make_vae):
-    """Tiles are decoded frame by frame from the beginning."""
-    vae, latents = make_vae(), random_latents(6, 5, 4)
-    enable_small_tiles(vae)
-    for lengths in CHUNKINGS:
-        assert torch.equal(decode_in_chunks(vae, latents, lengths), decode_whole(vae, latents))
+def test_any_chunking_decodes_to_the_whole(lengths, seed):
+    vae, latents = tiny_vae(), random_latents(sum(lengths), 1, 2, seed=seed)
+    assert_same_pixels(decode_in_chunks(vae, latents, lengths), decode_whole(vae, latents))
 
 
 @every_vae
@@ -124,12 +96,12 @@ def test_the_first_chunk_gives_one_frame_less_than_four_for_each_latent(make_vae
 
 @every_vae
 @every_dtype
-def test_slicing_decodes_to_the_same_bits(make_vae, dtype):
+def test_slicing_decodes_to_the_same(make_vae, dtype):
     """Each video of the batch by itself, with a feature cache of its own."""
     vae, latents = make_vae().to(dtype), random_latents(4, batch=3).to(dtype)
     vae.enable_slicing()
     sliced = decode_in_chunks(vae, latents, [1, 2, 1])
-    assert torch.equal(sliced, decode_whole(vae, latents))
+    assert_same_pixels(sliced, decode_whole(vae, latents))
     for row in range(3):
         assert torch.equal(sliced[row : row + 1], decode_in_chunks(vae, latents[row : row + 1], [1, 2, 1]))
 
@@ -137,14 +109,14 @@ def test_slicing_decodes_to_the_same_bits(make_vae, dtype):
 @every_vae
 @every_dtype
 @pytest.mark.parametrize("height, width", [(5, 7), (4, 3), (2, 6), (7, 2), (4, 4)])
-def test_tiling_decodes_to_the_same_bits(make_vae, dtype, height, width):
+def test_tiling_decodes_to_the_same(make_vae, dtype, height, width):
     """Also where the last tiles are narrower than the others, and where one axis needs no tiles."""
     vae, latents = make_vae().to(dtype), random_latents(4, height, width).to(dtype)
     enable_small_tiles(vae)
     whole = decode_whole(vae, latents)
     scale = vae.spatial_compression_ratio
     assert whole.shape[-2:] == (height * scale, width * scale)
-    assert torch.equal(decode_in_chunks(vae, latents, [2, 1, 1]), whole)
+    assert_same_pixels(decode_in_chunks(vae, latents, [2, 1, 1]), whole)
 
 
 @every_vae
@@ -152,24 +124,24 @@ def test_tiling_is_not_used_for_what_one_tile_holds(make_vae):
     vae, latents = make_vae(), random_latents(3, 3, 3)
     untiled = decode_whole(vae, latents)
     enable_small_tiles(vae)
-    assert torch.equal(decode_in_chunks(vae, latents, [1, 2]), untiled)
+    assert_same_pixels(decode_in_chunks(vae, latents, [1, 2]), untiled)
 
 
 @every_vae
-def test_uneven_tiles_decode_to_the_same_bits(make_vae):
+def test_uneven_tiles_decode_to_the_same(make_vae):
     """Tiles of other sizes in height and width, which are no multiples of a latent."""
     vae, latents = make_vae(), random_latents(3, 6, 7)
     scale = vae.spatial_compression_ratio
     vae.enable_tiling(4 * scale, 3 * scale, 2 * scale + scale // 2, 2 * scale)
-    assert torch.equal(decode_in_chunks(vae, latents, [2, 1]), decode_whole(vae, latents))
+    assert_same_pixels(decode_in_chunks(vae, latents, [2, 1]), decode_whole(vae, latents))
 
 
 @every_vae
-def test_slicing_and_tiling_together_decode_to_the_same_bits(make_vae):
+def test_slicing_and_tiling_together_decode_to_the_same(make_vae):
     vae, latents = make_vae(), random_latents(3, 5, 4, batch=2)
     vae.enable_slicing()
     enable_small_tiles(vae)
-    assert torch.equal(decode_in_chunks(vae, latents, [1, 2]), decode_whole(vae, latents))
+    assert_same_pixels(decode_in_chunks(vae, latents, [1, 2]), decode_whole(vae, latents))
 
 
 def test_pixels_are_clamped():
@@ -184,7 +156,7 @@ def test_a_reset_begins_another_video(make_vae):
     decoder = StreamingDecoder(vae)
     decoder.decode(first)
     decoder.reset()
-    assert torch.equal(decoder.decode(second), decode_whole(vae, second))
+    assert_same_pixels(decoder.decode(second), decode_whole(vae, second))
 
 
 @every_vae
@@ -196,7 +168,7 @@ def test_two_videos_can_be_decoded_in_turns(make_vae):
         for decoder, video, parts in zip(decoders, videos, decoded, strict=True):
             parts.append(decoder.decode(video[:, :, start : start + 2]))
     for video, parts in zip(videos, decoded, strict=True):
-        assert torch.equal(torch.cat(parts, dim=2), decode_whole(vae, video))
+        assert_same_pixels(torch.cat(parts, dim=2), decode_whole(vae, video))
 
 
 @every_vae
@@ -210,7 +182,7 @@ def test_the_vae_is_free_for_other_uses_between_chunks(make_vae):
         other = random_latents(2, seed=5)
         assert torch.equal(decode_whole(vae, other), make_vae().decode(other).sample)
         encode_whole(vae, random_pixels(5))
-    assert torch.equal(torch.cat(parts, dim=2), expected)
+    assert_same_pixels(torch.cat(parts, dim=2), expected)
 
 
 def test_decoding_needs_no_gradient():
@@ -243,12 +215,38 @@ def test_another_vae_raises(streaming):
 # -- encoding --------------------------------------------------------------------------------------------------------
 
 
+def with_exact_end_convolution(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """
+    `vae.encode` applies one convolution, 1x1x1, to all frames in one call. The last bit of its float32 sums depends, in
+    PyTorch on a CPU, on how many frames those are: a video of one frame is not quite the first frame of a video of two,
+    whoever encodes it. With a single term in each sum there is nothing to round.
+    """
+    channels = vae.quant_conv.weight.shape[0]
+    signs = torch.ones(channels)
+    signs[::2] = -1
+    permutation = torch.eye(channels).roll(1, dims=0) * signs
+    vae.quant_conv.weight.data.copy_(permutation.view_as(vae.quant_conv.weight))
+    return vae
+
+
+def exact_wan_2_2_vae() -> AutoencoderKLWan:
+    return with_exact_end_convolution(tiny_vae())
+
+
+def exact_wan_2_1_vae() -> AutoencoderKLWan:
+    return with_exact_end_convolution(wan_2_1_vae())
+
+
+EXACT_VAES = {"wan 2.2": exact_wan_2_2_vae, "wan 2.1": exact_wan_2_1_vae}
+every_exact_vae = pytest.mark.parametrize("make_vae", EXACT_VAES.values(), ids=EXACT_VAES)
+
+
 def encode_in_chunks(vae: AutoencoderKLWan, pixels: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     encoder = StreamingEncoder(vae)
     return torch.cat([encoder.encode(chunk) for chunk in pixels.split(lengths, dim=2)], dim=2)
 
 
-@every_vae
+@every_exact_vae
 @every_dtype
 @pytest.mark.parametrize("lengths", [[17], [1, 16], [1, 4, 4, 4, 4], [5, 12], [9, 4, 4]], ids=str)
 def test_chunks_encode_to_the_bits_of_the_whole(make_vae, dtype, lengths):
@@ -258,13 +256,13 @@ def test_chunks_encode_to_the_bits_of_the_whole(make_vae, dtype, lengths):
     assert torch.equal(encode_in_chunks(vae, pixels, lengths), whole)
 
 
-@every_vae
+@every_exact_vae
 def test_an_image_is_a_video_of_one_frame(make_vae):
     vae, image = make_vae(), random_pixels(1)
     assert torch.equal(StreamingEncoder(vae).encode(image), encode_whole(vae, image))
 
 
-@every_vae
+@every_exact_vae
 def test_a_batch_encodes_to_the_same_bits_with_and_without_slicing(make_vae):
     vae, pixels = make_vae(), random_pixels(5, batch=2)
     assert torch.equal(encode_in_chunks(vae, pixels, [1, 4]), encode_whole(vae, pixels))
@@ -273,7 +271,7 @@ def test_a_batch_encodes_to_the_same_bits_with_and_without_slicing(make_vae):
     torch.testing.assert_close(encode_whole(vae, pixels), whole, atol=1e-6, rtol=0)
 
 
-@every_vae
+@every_exact_vae
 def test_a_reset_begins_encoding_another_video(make_vae):
     vae, second = make_vae(), random_pixels(5, 16, 16, seed=2)
     encoder = StreamingEncoder(vae)
@@ -282,7 +280,7 @@ def test_a_reset_begins_encoding_another_video(make_vae):
     assert torch.equal(encoder.encode(second), encode_whole(vae, second))
 
 
-@every_vae
+@every_exact_vae
 def test_the_vae_is_free_for_other_uses_between_encoded_chunks(make_vae):
     vae, pixels = make_vae(), random_pixels(9)
     encoder, parts = StreamingEncoder(vae), []
@@ -392,11 +390,12 @@ def test_the_whole_at_once_needs_more_the_longer_it_is(peak):
 
 
 def test_a_reset_frees_the_memory_of_a_video():
-    decoder = StreamingDecoder(tiny_vae())
+    vae = tiny_vae()
+    decoder, weights = StreamingDecoder(vae), {parameter.data_ptr() for parameter in vae.parameters()}
     with LiveBytes() as memory:
         decoder.decode(random_latents(2))
-        before = sum(memory._sizes.values())
+        before = [storage for storage in memory._sizes if storage.data_ptr() not in weights]
         decoder.reset()
-        after = sum(memory._sizes.values())
-    assert before > 0
-    assert after == 0
+        assert len(before) > 10
+        del before
+    assert [size for storage, size in memory._sizes.items() if storage.data_ptr() not in weights] == []

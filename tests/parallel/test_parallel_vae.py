@@ -74,7 +74,7 @@ def test_a_rank_keeps_the_features_of_its_own_columns_only(found, name):
     "name, calls", [("thread", 3), ("turns", 5), ("chunk decoder", 1), ("encode_video", 3), ("odd pixels", 1)]
 )
 def test_two_ranks_share_the_work_of(found, name, calls):
-    """Each call enters the exchange of halos once."""
+    """Each call takes its part of the picture once."""
     assert error_of(found[name], 2) <= 1e-5
     assert [rank["times shared"] for rank in found[name]] == [calls, calls]
 

@@ -4,20 +4,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...parallel.columns import ColumnSplit
+from .beside import put_beside
 
-def convolve(module: nn.Conv3d, frames: torch.Tensor) -> torch.Tensor:
+
+def convolve(module: nn.Conv3d, frames: torch.Tensor, split: ColumnSplit | None) -> torch.Tensor:
     """
     Convolve, with zeros around every frame, and none before the first or after the last.
 
     Args:
-        module: Has the weights, `[C', C, t, h, w]`; height and width of the kernel are odd.
+        module: Has the weights, `[C', C, t, h, w]`; height and width of the kernel are 1 or 3.
         frames: `[B, T, H, W, C]`.
+        split: Who has which columns, where others than this rank have some.
 
     Returns:
         `[B, T - t + 1, H, W, C']`.
     """
     weight, bias = module.weight, module.bias
-    padding = (0, *(size // 2 for size in weight.shape[-2:]))
+    padding = [0, *(size // 2 for size in weight.shape[-2:])]
+    if split is not None and padding[split.axis]:
+        frames, padding[split.axis] = put_beside(frames, split), 0
     channels_first = frames.movedim(-1, 1)
     if _is_for_onednn(frames):
         settings = (padding, (1, 1, 1), (1, 1, 1), 1, "none", [], "")  # no stride, dilation, groups or activation

@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import nn
 
+from ...parallel.columns import ColumnSplit
 from .cached_convolutions import upsampler_of
 from .convolve import convolve, pointwise
 from .history import History
@@ -24,7 +25,7 @@ Tensor = torch.Tensor
 
 
 def decode_frames(
-    decoder: WanDecoder3d, latents: Tensor, kept: Sequence[Tensor], first: bool
+    decoder: WanDecoder3d, latents: Tensor, kept: Sequence[Tensor], first: bool, split: ColumnSplit | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """
     Compute what calling the decoder gives for these latent frames one by one.
@@ -34,51 +35,60 @@ def decode_frames(
         latents: The next latent frames `[B, z_dim, T, h, w]`, after `post_quant_conv`.
         kept: What the convolutions keep of the frames before, as [`History`] takes it.
         first: Whether this is the first latent frame of a video; it has to come alone.
+        split: Who has which columns, where latents and kept frames are a part of the picture, and other ranks call
+            this with the others. By default they are all of it.
 
     Returns:
         The output `[B, out_channels, frames, H, W]`, and what the convolutions keep of these frames.
     """
     history = History(kept)
-    frames = convolve(decoder.conv_in, history.put_before(latents.movedim(1, -1)))
+    frames = convolve(decoder.conv_in, history.put_before(latents.movedim(1, -1)), split)
     blocks = decoder.mid_block.resnets
-    frames = _residual(blocks[0], frames, history)
+    frames = _residual(blocks[0], frames, history, split)
     for attention, block in zip(decoder.mid_block.attentions, blocks[1:], strict=True):
         if attention is not None:
-            frames = _attend(attention, frames)
-        frames = _residual(block, frames, history)
+            frames = _attend(attention, frames, split)
+        frames = _residual(block, frames, history, split)
     for block in decoder.up_blocks:
-        frames = _up(block, frames, history, first)
-    frames = _convolve_normalized(decoder.conv_out, decoder.norm_out, frames, history)
+        frames = _up(block, frames, history, first, split)
+    frames = _convolve_normalized(decoder.conv_out, decoder.norm_out, frames, history, split)
     return frames.movedim(-1, 1), history.after
 
 
-def _convolve_normalized(module: nn.Conv3d, norm: nn.Module, frames: Tensor, history: History) -> Tensor:
-    return convolve(module, history.put_before_normalized(frames, norm.gamma))
+def _convolve_normalized(
+    module: nn.Conv3d, norm: nn.Module, frames: Tensor, history: History, split: ColumnSplit | None
+) -> Tensor:
+    return convolve(module, history.put_before_normalized(frames, norm.gamma), split)
 
 
-def _residual(block: WanResidualBlock, frames: Tensor, history: History) -> Tensor:
-    update = _convolve_normalized(block.conv1, block.norm1, frames, history)
-    update = _convolve_normalized(block.conv2, block.norm2, update, history)
+def _residual(block: WanResidualBlock, frames: Tensor, history: History, split: ColumnSplit | None) -> Tensor:
+    update = _convolve_normalized(block.conv1, block.norm1, frames, history, split)
+    update = _convolve_normalized(block.conv2, block.norm2, update, history, split)
     is_same = isinstance(block.conv_shortcut, nn.Identity)
     return update.add_(frames if is_same else pointwise(block.conv_shortcut, frames))
 
 
-def _attend(block: WanAttentionBlock, frames: Tensor) -> Tensor:
+def _attend(block: WanAttentionBlock, frames: Tensor, split: ColumnSplit | None) -> Tensor:
     """Attention of each frame's pixels to one another, with a single head."""
     normalized = rms_norm(frames, block.norm.gamma).to(frames.dtype)
     pixels = pointwise(block.to_qkv, normalized).flatten(2, 3).flatten(0, 1).unsqueeze(1)
-    attended = F.scaled_dot_product_attention(*pixels.chunk(3, dim=-1))
+    query, key, value = pixels.chunk(3, dim=-1)
+    if split is not None:  # in whatever order: nothing tells pixels apart but what they hold
+        key, value = split.gather(torch.stack([key, value]), axis=-2).unbind()
+    attended = F.scaled_dot_product_attention(query, key, value)
     return pointwise(block.proj, attended.reshape(frames.shape)).add_(frames)
 
 
-def _up(block: WanUpBlock | WanResidualUpBlock, frames: Tensor, history: History, first: bool) -> Tensor:
+def _up(
+    block: WanUpBlock | WanResidualUpBlock, frames: Tensor, history: History, first: bool, split: ColumnSplit | None
+) -> Tensor:
     """Residual blocks, and twice the resolution where the block has it."""
     result = frames
     for residual in block.resnets:
-        result = _residual(residual, result, history)
+        result = _residual(residual, result, history, split)
     upsampler = upsampler_of(block)
     if upsampler is not None:
-        result = upsample(upsampler, result, history, first)
+        result = upsample(upsampler, result, history, first, split)
     if isinstance(block, WanResidualUpBlock) and block.avg_shortcut is not None:
         result = add_repeated(result, block.avg_shortcut, frames, first)
     return result

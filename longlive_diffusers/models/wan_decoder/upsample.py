@@ -5,11 +5,15 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D, WanResample
 from torch import nn
 
+from ...parallel.columns import ColumnSplit
+from .beside import put_beside
 from .convolve import convolve
 from .history import History
 
 
-def upsample(module: WanResample, frames: torch.Tensor, history: History, first: bool) -> torch.Tensor:
+def upsample(
+    module: WanResample, frames: torch.Tensor, history: History, first: bool, split: ColumnSplit | None
+) -> torch.Tensor:
     """
     Double height and width, and for some modules the number of frames.
 
@@ -18,22 +22,23 @@ def upsample(module: WanResample, frames: torch.Tensor, history: History, first:
         frames: `[B, T, H, W, C]`.
         history: Has the frames before.
         first: Whether this is the first frame of a video, which is not doubled.
+        split: Who has which columns, where others than this rank have some.
     """
     if module.mode == "upsample3d":
         if first:
             history.pass_by()
         else:
             frames = _double_frames(module.time_conv, frames, history)
-    return double_and_convolve(module.resample[1], frames)
+    return double_and_convolve(module.resample[1], frames, split)
 
 
 def _double_frames(module: nn.Conv3d, frames: torch.Tensor, history: History) -> torch.Tensor:
-    """Make two frames of each: one of the first half of the channels, and one of the second."""
-    pairs = convolve(module, history.put_before(frames)).unflatten(-1, (2, -1))
+    """Make two frames of each, of one half of the channels that a convolution over time makes, and of the other."""
+    pairs = convolve(module, history.put_before(frames), None).unflatten(-1, (2, -1))
     return pairs.movedim(-2, 2).flatten(1, 2)
 
 
-def double_and_convolve(module: nn.Conv2d, frames: torch.Tensor) -> torch.Tensor:
+def double_and_convolve(module: nn.Conv2d, frames: torch.Tensor, split: ColumnSplit | None) -> torch.Tensor:
     """
     Repeat every row and column, then convolve by 3x3 with zeros around.
 
@@ -41,10 +46,14 @@ def double_and_convolve(module: nn.Conv2d, frames: torch.Tensor) -> torch.Tensor
     the same pixel leaves a transposed convolution of 4x4 by a stride of 2.
     """
     batch, count = frames.shape[:2]
+    padding = [1, 1]
+    if split is not None:
+        # What is made of the neighbors' columns is cut off again.
+        frames, padding[split.axis] = put_beside(frames, split), 1 + 2
     # Of the 4x4, each has the sum of those of the 3x3 that meet its pixel or that pixel's repetitions.
     kernel = F.avg_pool2d(module.weight.flip(-2, -1), 2, stride=1, padding=1, divisor_override=1).transpose(0, 1)
     pictures = frames.flatten(0, 1).movedim(-1, 1)
-    doubled = F.conv_transpose2d(pictures, kernel, module.bias, stride=2, padding=1)
+    doubled = F.conv_transpose2d(pictures, kernel, module.bias, stride=2, padding=padding)
     return doubled.movedim(1, -1).contiguous().unflatten(0, (batch, count))
 
 
