@@ -67,7 +67,7 @@ class Host(TorchDispatchMode):
             result = inputs[0].new_zeros((1, inputs[0].ndim), dtype=torch.long)
             self._note("its answer decides a shape", inputs)
         self._look(func, name, args, kwargs, inputs, result)
-        return result
+        return as_cudnn_returns(result, inputs[0]) if name == "convolution" else result
 
     def _look(self, func, name: str, args: tuple, kwargs: dict, inputs: list[torch.Tensor], result) -> None:
         if name == "_local_scalar_dense":
@@ -86,6 +86,12 @@ class Host(TorchDispatchMode):
     def _note(self, what: str, tensors: list[torch.Tensor]) -> None:
         if any(tensor.device.type == "cuda" for tensor in tensors):
             self.waits[f"{place()}: {what}"] += 1
+
+
+def as_cudnn_returns(result: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The result of a convolution in the memory format of its input, which a fake one forgets where there is no GPU."""
+    last = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
+    return result.contiguous(memory_format=last) if images.is_contiguous(memory_format=last) else result
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""RMS norm over channels, and SiLU. Both are computed in float32, and rounded once."""
+"""RMS norm over channels, and SiLU. Both are computed in float32 (at least), and rounded once."""
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,11 @@ def rms_norm(frames: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         gamma: A factor for each channel, in any shape of C elements.
 
     Returns:
-        The result in float32.
+        The result in float32, or in float64 if the frames are.
     """
-    channels = frames.shape[-1]
-    norm = torch.linalg.vector_norm(frames, dim=-1, keepdim=True, dtype=torch.float32).clamp_min_(SMALLEST_NORM)
-    return (frames / norm).mul_(gamma.flatten().float() * channels**0.5)
+    dtype, channels = torch.promote_types(frames.dtype, torch.float32), frames.shape[-1]
+    norm = torch.linalg.vector_norm(frames, dim=-1, keepdim=True, dtype=dtype).clamp_min_(SMALLEST_NORM)
+    return (frames / norm).mul_(gamma.flatten().to(dtype) * channels**0.5)
 
 
 def norm_silu_after(
@@ -41,7 +41,8 @@ def norm_silu_after(
     Returns:
         Both together, `[B, 2 + T, H, W, C]`, of the dtype of `frames`; and a copy of the last two.
     """
-    if not torch.compiler.is_compiling() and uses_kernels(frames):  # a compiler makes such a kernel itself
+    # A compiler makes such a kernel itself.
+    if not torch.compiler.is_compiling() and frames.dtype != torch.float64 and uses_kernels(frames):
         return operators.norm_silu_after(kept, frames, gamma)
     batch, count, *shape = frames.shape
     joined = frames.new_empty(batch, KEPT + count, *shape)

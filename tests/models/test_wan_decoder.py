@@ -1,0 +1,405 @@
+"""The own forward of the VAE's decoder: its parts against diffusers' modules, and which decoders it is for."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D, WanDecoder3d, WanResample, WanRMS_norm
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from longlive_diffusers import StreamingDecoder
+from longlive_diffusers.assets import toy_pipeline_path
+from longlive_diffusers.models.wan_decoder import cached_convolutions, decode_frames
+from longlive_diffusers.models.wan_decoder.norm_silu import norm_silu_after
+from longlive_diffusers.models.wan_decoder.published_modules import is_as_published
+from longlive_diffusers.models.wan_decoder.upsample import add_repeated, double_and_convolve
+from tests.programs import wan_decoder_kernel
+from tests.support.tiny_vae import tiny_vae, wan_2_1_vae
+from tests.support.traffic import Traffic
+
+
+def toy_vae() -> AutoencoderKLWan:
+    return AutoencoderKLWan.from_pretrained(toy_pipeline_path() / "vae").eval()
+
+
+VAES = {"wan 2.2": tiny_vae, "wan 2.1": wan_2_1_vae, "embedded": toy_vae}
+every_vae = pytest.mark.parametrize("make_vae", VAES.values(), ids=VAES)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def latents_for(vae: AutoencoderKLWan, frames: int, height: int = 2, width: int = 3, batch: int = 1) -> torch.Tensor:
+    return random(batch, vae.config.z_dim, frames, height, width).to(vae.dtype)
+
+
+def stream(vae: AutoencoderKLWan, latents: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+    decoder = StreamingDecoder(vae)
+    return torch.cat([decoder.decode(chunk) for chunk in latents.split(lengths, dim=2)], dim=2)
+
+
+@torch.no_grad()
+def whole(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    return vae.decode(latents).sample
+
+
+assert_close = partial(torch.testing.assert_close, atol=1e-5, rtol=0)
+
+
+def rms(errors: torch.Tensor) -> float:
+    return errors.double().square().mean().sqrt().item()
+
+
+# -- the whole -------------------------------------------------------------------------------------------------------
+
+
+@every_vae
+@pytest.mark.parametrize("height, width, batch", [(1, 1, 1), (3, 5, 2), (7, 2, 1)])
+def test_chunks_of_five_frames_are_decoded_in_several_calls(make_vae, height, width, batch):
+    vae = make_vae()
+    latents = latents_for(vae, 9, height, width, batch)
+    assert_close(stream(vae, latents, (5, 1, 3)), whole(vae, latents))
+
+
+@every_vae
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_16_bits_pixels_are_no_further_from_those_of_float32_than_those_of_the_modules(make_vae, dtype):
+    vae = make_vae()
+    latents = latents_for(vae, 4, 4, 4)
+    exact = whole(vae, latents)
+    vae.to(dtype)
+    latents = latents.to(dtype)
+    of_modules, found = (rms(pixels.float() - exact) for pixels in (whole(vae, latents), stream(vae, latents, (1, 3))))
+    assert found < 1.1 * of_modules
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last_3d),
+    "frames first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "part of a larger tensor": lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
+    "every second row": lambda x: x.repeat_interleave(2, dim=-2)[..., ::2, :],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_latents_may_have_any_memory_layout(layout):
+    vae = tiny_vae()
+    latents = latents_for(vae, 5, batch=2)
+    assert_close(stream(vae, LAYOUTS[layout](latents), (2, 3)), whole(vae, latents))
+
+
+def test_it_takes_a_fraction_of_the_operators_and_bytes_of_the_modules():
+    vae, counts = tiny_vae(), []
+    latents = latents_for(vae, 4, 4, 4)
+    for called in (True, False):
+        if called:
+            vae.decoder.register_forward_hook(lambda *arguments: None)
+        else:
+            vae.decoder._forward_hooks.clear()
+        decoder = StreamingDecoder(vae)
+        decoder.decode(latents)
+        with Traffic("cpu") as traffic:
+            decoder.decode(latents)
+        counts.append((traffic.totals.kernels, traffic.totals.num_bytes))
+    (kernels, num_bytes), (own_kernels, own_bytes) = counts
+    assert own_kernels < 0.2 * kernels
+    assert own_bytes < 0.45 * num_bytes
+
+
+# -- several frames at once ------------------------------------------------------------------------------------------
+
+WAN_2_2 = {
+    "dim": 256,
+    "z_dim": 48,
+    "dim_mult": [1, 2, 4, 4],
+    "temperal_upsample": [True, True, False],
+    "out_channels": 12,
+    "is_residual": True,
+}
+
+
+@pytest.mark.parametrize(
+    "batch, height, width, expected", [(1, 44, 80, 4), (2, 44, 80, 1), (1, 22, 40, 4), (1, 68, 120, 1), (1, 50, 90, 3)]
+)
+def test_a_convolution_gets_fewer_numbers_than_cudnn_counts(batch, height, width, expected):
+    """A frame of Wan2.2's decoder has at most 64 h w pixels of 512 channels, four for each latent frame."""
+    with torch.device("meta"):
+        decoder = WanDecoder3d(**WAN_2_2)
+    assert cached_convolutions.frames_at_once(decoder, batch, height, width, 4) == expected
+    numbers = [batch * (4 * frames + 2) * 64 * height * width * 512 for frames in (expected, expected + 1)]
+    assert numbers[0] < 2**31
+    assert expected == 4 or numbers[1] >= 2**31
+
+
+@every_vae
+def test_the_convolutions_are_those_of_the_feature_cache(make_vae):
+    """Their order, and the sizes of their inputs."""
+    vae = make_vae()
+    cache, latents = [None] * vae._cached_conv_counts["decoder"], latents_for(vae, 2)
+    with torch.no_grad():
+        for index, frame in enumerate(latents.split(1, dim=2)):
+            vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
+    shapes = [tuple(entry.shape[1:2] + entry.shape[3:]) for entry in cache if entry is not None]
+    assert shapes == [
+        (convolution.module.in_channels, 2 * convolution.scale, 3 * convolution.scale)
+        for convolution in cached_convolutions.cached_convolutions(vae.decoder)
+    ]
+
+
+@pytest.mark.parametrize("most, calls", [(4, [1, 4, 1, 3]), (2, [1, 2, 2, 1, 2, 1]), (1, [1] * 9)])
+def test_frames_are_decoded_together_as_memory_allows(monkeypatch, most, calls):
+    vae, counts = tiny_vae(), []
+
+    def counting(decoder, latents, *arguments):
+        counts.append(latents.shape[2])
+        return decode_frames.decode_frames(decoder, latents, *arguments)
+
+    monkeypatch.setattr("longlive_diffusers.models.streaming_vae.decode_frames", counting)
+    monkeypatch.setattr(cached_convolutions, "MOST_ELEMENTS", (4 * most + 2) * 64 * 2 * 3 * 8)
+    latents = latents_for(vae, 9)
+    assert_close(stream(vae, latents, (6, 3)), whole(vae, latents))
+    assert counts == calls
+
+
+# -- parts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 5), (7, 4)])
+def test_a_transposed_convolution_doubles_and_convolves(height, width, dtype):
+    torch.manual_seed(0)
+    module = WanResample(12, "upsample2d").to(dtype)
+    frames = random(2, 3, height, width, 12).to(dtype)
+    with torch.no_grad():
+        found = double_and_convolve(module.resample[1], frames, None)
+        expected = module(frames.movedim(-1, 1)).movedim(1, -1)
+    torch.testing.assert_close(found, expected, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("channels", [(8, 8), (16, 8), (8, 16), (12, 6), (32, 8)], ids=str)
+@pytest.mark.parametrize("factor_t", [1, 2])
+def test_repetitions_are_those_of_the_module(channels, factor_t, first):
+    module = DupUp3D(*channels, factor_t, factor_s=2)
+    frames = random(2, 1 if first else 3, 2, 5, channels[0])
+    expected = module(frames.movedim(-1, 1), first_chunk=first).movedim(1, -1)
+    before = random(*expected.shape, seed=1)
+    assert torch.equal(add_repeated(before.clone(), module, frames, first), before + expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e3])
+def test_norm_and_activation_are_those_of_the_modules(dtype, size):
+    norm = WanRMS_norm(12, images=False)
+    norm.gamma.data = random(12, 1, 1, 1, seed=1)
+    norm.to(dtype)
+    kept, frames = random(2, 2, 3, 2, 12, seed=2).to(dtype), (size * random(2, 3, 3, 2, 12)).to(dtype)
+    frames[0, 1, 2, 1] = 0
+    with torch.no_grad():
+        joined, after = norm_silu_after(kept, frames, norm.gamma)
+        expected = F.silu(norm(frames.movedim(-1, 1))).movedim(1, -1)
+    assert torch.equal(joined[:, :2], kept)
+    assert torch.equal(after, joined[:, -2:])
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    torch.testing.assert_close(joined[:, 2:], expected, atol=tolerance, rtol=tolerance)
+
+
+# -- whose parameters, and when --------------------------------------------------------------------------------------
+
+
+def double_in_place(vae: AutoencoderKLWan) -> None:
+    for parameter in vae.decoder.parameters():
+        parameter.data.mul_(1.5)
+
+
+def load_others(vae: AutoencoderKLWan) -> None:
+    vae.load_state_dict(tiny_vae(seed=1).state_dict())
+
+
+def replace_weights(vae: AutoencoderKLWan) -> None:
+    upsampler = vae.decoder.up_blocks[0].upsampler.resample[1]
+    upsampler.weight = nn.Parameter(upsampler.weight.flip(0))
+
+
+def in_double(vae: AutoencoderKLWan) -> None:
+    vae.to(torch.float64)
+
+
+@pytest.mark.parametrize("change", [double_in_place, load_others, replace_weights, in_double])
+def test_parameters_are_those_at_the_time_of_the_call(change):
+    vae = tiny_vae()
+    decoder = StreamingDecoder(vae)
+    decoder.decode(latents_for(vae, 2))
+    change(vae)
+    decoder.reset()
+    latents = latents_for(vae, 3)
+    assert_close(decoder.decode(latents), whole(vae, latents))
+
+
+class OtherBlock(type(tiny_vae().decoder.mid_block.attentions[0])):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_a_subclass(decoder: WanDecoder3d) -> None:
+    decoder.mid_block.attentions[0].__class__ = OtherBlock
+
+
+def with_a_hook(decoder: WanDecoder3d) -> None:
+    decoder.up_blocks[1].resnets[0].norm1.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def with_a_hook_before(decoder: WanDecoder3d) -> None:
+    decoder.conv_out.register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
+
+
+def with_another_forward(decoder: WanDecoder3d) -> None:
+    convolution = decoder.mid_block.resnets[0].conv2
+    forward = convolution.forward
+    convolution.forward = lambda *args: forward(*args) * 1.5
+
+
+def with_another_activation(decoder: WanDecoder3d) -> None:
+    decoder.up_blocks[0].resnets[0].nonlinearity = nn.GELU()
+
+
+def with_a_layer_around_one(decoder: WanDecoder3d) -> None:
+    decoder.mid_block.attentions[0].proj = nn.Sequential(decoder.mid_block.attentions[0].proj, nn.Tanh())
+
+
+CHANGED = [
+    with_a_subclass,
+    with_a_hook,
+    with_a_hook_before,
+    with_another_forward,
+    with_another_activation,
+    with_a_layer_around_one,
+]
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_decoder_that_was_changed_is_called(change):
+    vae = tiny_vae()
+    latents = latents_for(vae, 4)
+    before = whole(vae, latents)
+    change(vae.decoder)
+    changed = whole(vae, latents)
+    assert (changed - before).abs().max() > 1e-3
+    assert_close(stream(vae, latents, (1, 2, 1)), changed)
+
+
+def test_a_decoder_that_the_user_compiled_is_called():
+    vae, counter = tiny_vae(), CompileCounter()
+    latents = latents_for(vae, 1)
+    expected = whole(vae, latents)
+    vae.decoder = torch.compile(vae.decoder, backend=counter)
+    assert_close(StreamingDecoder(vae).decode(latents), expected)
+    assert counter.frame_count > 0
+
+
+def offload_leaves(vae: AutoencoderKLWan) -> None:
+    vae.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    )
+
+
+def cast_by_layer(vae: AutoencoderKLWan) -> None:
+    vae.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+def drop_out(vae: AutoencoderKLWan) -> None:
+    vae.decoder.mid_block.resnets[0].dropout.p = 0.5
+    vae.decoder.train()
+
+
+def compile_a_part(vae: AutoencoderKLWan) -> None:
+    vae.decoder.mid_block.compile()
+
+
+@pytest.mark.parametrize("prepare", [offload_leaves, cast_by_layer, drop_out, compile_a_part])
+def test_modules_that_do_more_than_their_class_are_called(prepare):
+    vae = tiny_vae()
+    assert is_as_published(vae.decoder)
+    prepare(vae)
+    assert not is_as_published(vae.decoder)
+
+
+@every_vae
+@pytest.mark.parametrize("calls", [(True, False, True), (False, True, False)], ids=["own second", "own first and last"])
+def test_one_may_go_on_where_the_other_left_off(make_vae, calls):
+    """Hooks may come and go within a video."""
+    vae = make_vae()
+    latents = latents_for(vae, 4)
+    expected, decoder, pixels = whole(vae, latents), StreamingDecoder(vae), []
+    for called, chunk in zip(calls, latents.split((1, 1, 2), dim=2), strict=True):
+        handle = vae.decoder.register_forward_hook(lambda *arguments: None) if called else None
+        assert is_as_published(vae.decoder) != called
+        pixels.append(decoder.decode(chunk))
+        if handle is not None:
+            handle.remove()
+    assert_close(torch.cat(pixels, dim=2), expected)
+
+
+def test_a_video_may_go_on_outside_of_inference_mode():
+    vae = tiny_vae()
+    latents = latents_for(vae, 4)
+    decoder = StreamingDecoder(vae)
+    with torch.inference_mode():
+        first = decoder.decode(latents[:, :, :2]).clone()
+    assert_close(torch.cat([first, decoder.decode(latents[:, :, 2:])], dim=2), whole(vae, latents))
+
+
+# -- compiled --------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_decoder_has_a_graph_for_the_first_frame_and_one_for_each_number_of_frames(monkeypatch):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=0, temperal_downsample=[True], is_residual=True
+    ).eval()
+    compiled = copy.deepcopy(vae)
+    compiled.decoder.compile()
+    lengths = (1, 4, 3, 4, 2, 1, 1, 6, 4)
+    for _ in range(2):  # another video has the graphs already
+        latents = latents_for(vae, sum(lengths))
+        assert_close(stream(compiled, latents, lengths), stream(vae, latents, lengths))
+        assert counter.frame_count == 1 + 4
+
+
+# -- the Triton kernel -----------------------------------------------------------------------------------------------
+
+
+def run_kernel_program(*arguments: str, **environment: str) -> str:
+    """What the program prints. Whether Triton interprets is decided when it is imported, hence a process of its own."""
+    run = subprocess.run(
+        [sys.executable, "-m", wan_decoder_kernel.__name__, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
+    return run.stdout
+
+
+def test_the_interpreted_kernel_does_what_plain_pytorch_does():
+    """By itself, and in a stream of chunks."""
+    assert run_kernel_program(TRITON_INTERPRET="1").splitlines() == ["0 differ"]
+
+
+def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
+    told = run_kernel_program("90", "100", "120", TRITON_CACHE_DIR=str(tmp_path))
+    assert told.splitlines() == ["90 4", "100 4", "120 4"]
