@@ -71,6 +71,7 @@ QUANTIZER = PACKAGE + "nvfp4/quantizer.py"
 LINEAR = PACKAGE + "nvfp4/linear.py"
 TRAIN_VAE = "training/toy/train_vae.py"
 BENCH_DMD_MEMORY = "training/benchmarks/bench_dmd_memory.py"
+WAN_DECODER = "longlive_diffusers/models/wan_decoder/"
 MEMORY_LEDGER = "training/benchmarks/memory_ledger.py"
 MODEL_MIXIN = "diffusers.models.modeling_utils:ModelMixin."
 WAN_VAE = "diffusers.models.autoencoders.autoencoder_kl_wan:"
@@ -253,9 +254,39 @@ PRIVATE_NAMES = [
         )
         for name in ("feat_cache", "feat_idx", "first_chunk")
     ),
-    PrivateName(WAN_VAE + "WanCausalConv3d", (TRAIN_VAE,), "Find the causal convolutions by their new class."),
     PrivateName(
-        WAN_VAE + "WanResample", (TRAIN_VAE,), "Find the layers that change the frame rate by their new class."
+        WAN_VAE + "WanCausalConv3d",
+        (TRAIN_VAE, WAN_DECODER + "cached_convolutions.py", WAN_DECODER + "published_modules.py"),
+        "Find the causal convolutions by their new class.",
+    ),
+    PrivateName(
+        WAN_VAE + "WanResample",
+        (
+            TRAIN_VAE,
+            WAN_DECODER + "cached_convolutions.py",
+            WAN_DECODER + "published_modules.py",
+            WAN_DECODER + "upsample.py",
+        ),
+        "Find the layers that change the frame rate by their new class.",
+    ),
+    *(
+        PrivateName(
+            WAN_VAE + name,
+            tuple(f"{WAN_DECODER}{user}.py" for user in users),
+            "Compute in models/wan_decoder what the decoder's modules compute then, or call them by leaving their new "
+            "classes out of published_modules.py.",
+        )
+        for name, users in {
+            "DupUp3D": ("published_modules", "upsample"),
+            "WanAttentionBlock": ("decode_frames", "published_modules"),
+            "WanDecoder3d": ("cached_convolutions", "decode_frames", "history", "published_modules"),
+            "WanMidBlock": ("published_modules",),
+            "WanResidualBlock": ("cached_convolutions", "decode_frames", "published_modules"),
+            "WanResidualUpBlock": ("cached_convolutions", "decode_frames", "published_modules"),
+            "WanRMS_norm": ("published_modules",),
+            "WanUpBlock": ("cached_convolutions", "decode_frames", "published_modules"),
+            "WanUpsample": ("published_modules",),
+        }.items()
     ),
     PrivateName(
         "_padding of WanCausalConv3d",
@@ -264,6 +295,21 @@ PRIVATE_NAMES = [
         lambda: any("_padding" in vars(module) for module in tiny_vae().modules()),
     ),
     # -- torch -------------------------------------------------------------------------------------------------------
+    PrivateName(
+        "_convolution_pointwise of torch.ops.mkldnn",
+        (WAN_DECODER + "convolve.py",),
+        "Call F.conv3d, if it has oneDNN convolve small frames in float32 by then; else aten.mkldnn_convolution.",
+        lambda: hasattr(torch.ops.mkldnn, "_convolution_pointwise"),
+    ),
+    *(
+        PrivateName(
+            f"{name} of a module",
+            (WAN_DECODER + "published_modules.py",),
+            "Find another sign that calling a module does more than its class says.",
+            lambda name=name: name in dir(torch.nn.Identity()),
+        )
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl")
+    ),
     *(
         PrivateName(
             f"{name} of torch.ops.aten",

@@ -30,8 +30,8 @@ back-propagates is its part of the summed loss, times N, over the loss-bearing f
 `training/train_ar.py`).
 
 The VAE is split in another way, along the width: to decode or encode one video together, each rank has some columns of
-every picture and is handed its neighbors' at the borders (`columns.py`, `halo.py`). This is what a group given to
-`StreamingDecoder`, `StreamingEncoder` or `encode_video` does.
+every picture and is handed its neighbors' at the borders (`columns.py`; `halo.py`, where modules are called). This is
+what a group given to `StreamingDecoder`, `StreamingEncoder` or `encode_video` does.
 """
 
 from .all_to_all import gather_heads, scatter_heads

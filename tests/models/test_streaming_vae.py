@@ -217,9 +217,9 @@ def test_another_vae_raises(streaming):
 
 def with_exact_end_convolution(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     """
-    `vae.encode` applies one convolution, 1x1x1, to all frames in one call. The last bit of its float32 sums depends, in
-    PyTorch on a CPU, on how many frames those are: a video of one frame is not quite the first frame of a video of two,
-    whoever encodes it. With a single term in each sum there is nothing to round.
+    `vae.encode` applies one convolution, 1x1x1, to all frames in one call. The last bit of its float32 sums depends,
+    in PyTorch on a CPU, on how many frames those are: a video of one frame is not quite the first frame of a video of
+    two, whoever encodes it. With a single term in each sum there is nothing to round.
     """
     channels = vae.quant_conv.weight.shape[0]
     signs = torch.ones(channels)

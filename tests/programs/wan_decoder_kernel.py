@@ -64,7 +64,9 @@ def compare() -> list[str]:
     found = {f"{shape} {dtype}": largest_error(shape, dtype) for shape, dtype in itertools.product(SHAPES, STEPS)}
     for make_vae, batch in ((tiny_vae, 1), (wan_2_1_vae, 2)):
         found[f"stream of {make_vae.__name__}"] = error_of_a_stream(make_vae, batch) / 1e-5
-    opcheck(operators.norm_silu_after, (torch.randn(1, 2, 2, 2, 8), torch.randn(1, 3, 2, 2, 8), torch.ones(8, 1, 1, 1)))
+    opcheck(
+        operators.norm_silu_after, (torch.randn(1, 2, 2, 2, 8), torch.randn(1, 3, 2, 2, 8), torch.ones(8, 1, 1, 1))
+    )
     return [f"{name}: {error} of what is allowed" for name, error in found.items() if not error <= 1]
 
 

@@ -89,7 +89,7 @@ class Host(TorchDispatchMode):
 
 
 def as_cudnn_returns(result: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """The result of a convolution in the memory format of its input, which a fake one forgets where there is no GPU."""
+    """The result of a convolution in the memory format of its input; without a GPU, a fake one forgets it."""
     last = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
     return result.contiguous(memory_format=last) if images.is_contiguous(memory_format=last) else result
 

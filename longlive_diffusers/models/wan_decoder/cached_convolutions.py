@@ -41,8 +41,8 @@ def upsampler_of(block: WanUpBlock | WanResidualUpBlock) -> WanResample | None:
 
 
 def cached_convolutions(decoder: WanDecoder3d) -> Iterator[CachedConvolution]:
-    """The convolutions that see earlier frames, in the order in which they run, which is also that of diffusers' feature
-    cache."""
+    """The convolutions that see earlier frames, in the order in which they run. It is also the order of diffusers'
+    feature cache."""
 
     def in_blocks(blocks: list[WanResidualBlock]) -> Iterator[CachedConvolution]:
         for block in blocks:

@@ -34,8 +34,8 @@ def convolve(module: nn.Conv3d, frames: torch.Tensor, split: ColumnSplit | None)
 
 
 def _is_for_onednn(frames: torch.Tensor) -> bool:
-    """Whether oneDNN is to be asked for by name: `F.conv3d` has it do 16 bits, but float32 only in large frames, and the
-    others by a kernel that is ten times slower (torch 2.13)."""
+    """Whether oneDNN is to be asked for by name: `F.conv3d` has it do 16 bits, but float32 only in large frames, and
+    the others by a kernel that is ten times slower (torch 2.13)."""
     return frames.device.type == "cpu" and frames.dtype == torch.float32 and _has_onednn()
 
 

@@ -29,9 +29,10 @@ def is_as_published(decoder: nn.Module) -> bool:
     """
     Whether all that calling the decoder would do is what diffusers' modules do with plain parameters.
 
-    It is not, if a module is of another class (a subclass, a LoRA layer, what `torch.compile` returns), has hooks, or has
-    another `forward` (as offloading by layers or groups gives it), if a part of the decoder is compiled by itself, if a
-    parameter is a tensor made of others (quantized or sharded), or if dropout is active. Such a decoder has to be called.
+    It is not, if a module is of another class (a subclass, a LoRA layer, what `torch.compile` returns), has hooks, or
+    has another `forward` (as offloading by layers or groups gives it), if a part of the decoder is compiled by itself,
+    if a parameter is a tensor made of others (quantized or sharded), or if dropout is active. Such a decoder has to be
+    called.
     """
     return all(
         _is_plain(module) and (module is decoder or not is_compiled_in_place(module)) for module in decoder.modules()
