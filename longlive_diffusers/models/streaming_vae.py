@@ -42,9 +42,9 @@ class StreamingDecoder:
 
     The parameters of `vae.decoder` are read at every call. It is called, frame by frame, if it does more than its
     parameters say: if a module in it has hooks (as offloading by layers or groups has) or was replaced, subclassed or
-    wrapped, by LoRA or `torch.compile` for example. `vae.decoder.compile()` has what is computed here compiled instead,
-    with torch's default settings: for each size, one graph for the first frame, and one for each number of latent
-    frames at once (1 to 4).
+    wrapped, by LoRA or `torch.compile` for example. `vae.decoder.compile()` has what is computed here compiled
+    instead, with torch's default settings: for each size, one graph for the first frame, and one for each number of
+    latent frames at once (1 to 4).
 
     Args:
         vae: An `AutoencoderKLWan`; not changed, and free for other uses between calls.

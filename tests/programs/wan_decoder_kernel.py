@@ -15,9 +15,8 @@ from torch.library import opcheck
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from longlive_diffusers import StreamingDecoder
+from longlive_diffusers import StreamingDecoder, triton_launch
 from longlive_diffusers.models.wan_decoder import kernels, norm_silu, operators
-from longlive_diffusers.nvfp4 import load_kernels
 from tests.support.tiny_vae import tiny_vae, wan_2_1_vae
 
 
@@ -53,7 +52,7 @@ def error_of_a_stream(make_vae, batch: int) -> float:
     vae, pixels = make_vae(), []
     latents = torch.randn(batch, 8, 4, 1, 2, generator=torch.Generator().manual_seed(0))
     for runs_kernels in (True, False):
-        with mock.patch.object(load_kernels, "is_for_kernels", lambda device, answer=runs_kernels: answer):
+        with mock.patch.object(triton_launch, "is_for_kernels", lambda device, answer=runs_kernels: answer):
             decoder = StreamingDecoder(vae)
             pixels.append(torch.cat([decoder.decode(chunk) for chunk in latents.split([1, 1, 2], dim=2)], dim=2))
     return (pixels[0] - pixels[1]).abs().max().item()

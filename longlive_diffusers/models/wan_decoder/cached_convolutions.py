@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanCausalConv3d,
@@ -37,14 +38,16 @@ def upsampler_of(block: WanUpBlock | WanResidualUpBlock) -> WanResample | None:
     """What doubles the resolution at the end of a block, if anything does."""
     if isinstance(block, WanResidualUpBlock):
         return block.upsampler
-    return None if block.upsamplers is None else block.upsamplers[0]
+    upsamplers: Any = block.upsamplers  # a list of modules does not say of which
+    return None if upsamplers is None else upsamplers[0]
 
 
 def cached_convolutions(decoder: WanDecoder3d) -> Iterator[CachedConvolution]:
     """The convolutions that see earlier frames, in the order in which they run. It is also the order of diffusers'
     feature cache."""
 
-    def in_blocks(blocks: list[WanResidualBlock]) -> Iterator[CachedConvolution]:
+    def in_blocks(blocks: Any) -> Iterator[CachedConvolution]:
+        block: WanResidualBlock
         for block in blocks:
             yield CachedConvolution(block.conv1, scale, frames)
             yield CachedConvolution(block.conv2, scale, frames)
@@ -52,7 +55,8 @@ def cached_convolutions(decoder: WanDecoder3d) -> Iterator[CachedConvolution]:
     scale, frames = 1, 1
     yield CachedConvolution(decoder.conv_in, scale, frames)
     yield from in_blocks(decoder.mid_block.resnets)
-    for block in decoder.up_blocks:
+    up_blocks: Any = decoder.up_blocks
+    for block in up_blocks:
         yield from in_blocks(block.resnets)
         upsampler = upsampler_of(block)
         if upsampler is None:

@@ -1,6 +1,7 @@
 """The decoder's blocks, in their order."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanDecoder3d,
     WanResidualBlock,
     WanResidualUpBlock,
+    WanRMS_norm,
     WanUpBlock,
 )
 from torch import nn
@@ -43,20 +45,21 @@ def decode_frames(
     """
     history = History(kept)
     frames = convolve(decoder.conv_in, history.put_before(latents.movedim(1, -1)), split)
-    blocks = decoder.mid_block.resnets
-    frames = _residual(blocks[0], frames, history, split)
-    for attention, block in zip(decoder.mid_block.attentions, blocks[1:], strict=True):
+    middle: Any = decoder.mid_block  # lists of modules do not say of which
+    frames = _residual(middle.resnets[0], frames, history, split)
+    for attention, block in zip(middle.attentions, middle.resnets[1:], strict=True):
         if attention is not None:
             frames = _attend(attention, frames, split)
         frames = _residual(block, frames, history, split)
-    for block in decoder.up_blocks:
+    up_blocks: Any = decoder.up_blocks
+    for block in up_blocks:
         frames = _up(block, frames, history, first, split)
     frames = _convolve_normalized(decoder.conv_out, decoder.norm_out, frames, history, split)
     return frames.movedim(-1, 1), history.after
 
 
 def _convolve_normalized(
-    module: nn.Conv3d, norm: nn.Module, frames: Tensor, history: History, split: ColumnSplit | None
+    module: nn.Conv3d, norm: WanRMS_norm, frames: Tensor, history: History, split: ColumnSplit | None
 ) -> Tensor:
     return convolve(module, history.put_before_normalized(frames, norm.gamma), split)
 
@@ -64,8 +67,8 @@ def _convolve_normalized(
 def _residual(block: WanResidualBlock, frames: Tensor, history: History, split: ColumnSplit | None) -> Tensor:
     update = _convolve_normalized(block.conv1, block.norm1, frames, history, split)
     update = _convolve_normalized(block.conv2, block.norm2, update, history, split)
-    is_same = isinstance(block.conv_shortcut, nn.Identity)
-    return update.add_(frames if is_same else pointwise(block.conv_shortcut, frames))
+    shortcut = block.conv_shortcut
+    return update.add_(frames if isinstance(shortcut, nn.Identity) else pointwise(shortcut, frames))
 
 
 def _attend(block: WanAttentionBlock, frames: Tensor, split: ColumnSplit | None) -> Tensor:
@@ -83,8 +86,8 @@ def _up(
     block: WanUpBlock | WanResidualUpBlock, frames: Tensor, history: History, first: bool, split: ColumnSplit | None
 ) -> Tensor:
     """Residual blocks, and twice the resolution where the block has it."""
-    result = frames
-    for residual in block.resnets:
+    result, blocks = frames, cast(Any, block.resnets)
+    for residual in blocks:
         result = _residual(residual, result, history, split)
     upsampler = upsampler_of(block)
     if upsampler is not None:

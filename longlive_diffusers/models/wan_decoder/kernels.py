@@ -9,7 +9,7 @@ from .norm_silu import SMALLEST_NORM
 _SMALLEST_NORM = tl.constexpr(SMALLEST_NORM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "count"])  # a single one would be no tensor
 def norm_silu_after_kernel(
     kept, frames, gamma, joined, kept_after, pixels, count, scale,
     CHANNELS: tl.constexpr, WIDE: tl.constexpr, PIXELS: tl.constexpr,

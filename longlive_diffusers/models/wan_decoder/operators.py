@@ -1,12 +1,12 @@
 """The Triton kernel as an operator of torch, which exists without Triton: that is imported when it is first run."""
 
-import importlib
-
 import torch
 
+from ...triton_launch import launch_from
 from .cached_convolutions import KEPT
 
 
+KERNELS = f"{__package__}.kernels"
 TILE = 4096  # numbers that a program normalizes
 
 
@@ -22,12 +22,11 @@ def norm_silu_after(
     wide = 1 << (channels - 1).bit_length()
     pixels = max(1, TILE // wide)
     grid = (-(-height * width // pixels), KEPT + count, batch)
-    kernels = importlib.import_module(".kernels", __package__)
-    with torch.cuda.device_of(frames):  # Triton by itself takes the current one
-        kernels.norm_silu_after_kernel[grid](
-            kept, frames, gamma, joined, kept_after, height * width, count, channels**0.5,
-            CHANNELS=channels, WIDE=wide, PIXELS=pixels,
-        )  # fmt: skip
+    launch_from(
+        KERNELS, "norm_silu_after_kernel", grid, frames,
+        kept, frames, gamma, joined, kept_after, height * width, count, channels**0.5,
+        fuses=True, CHANNELS=channels, WIDE=wide, PIXELS=pixels,
+    )  # fmt: skip
     return joined, kept_after
 
 

@@ -1,5 +1,7 @@
 """Doubling the resolution of features `[B, T, H, W, C]`, in space and time."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D, WanResample
@@ -29,7 +31,8 @@ def upsample(
             history.pass_by()
         else:
             frames = _double_frames(module.time_conv, frames, history)
-    return double_and_convolve(module.resample[1], frames, split)
+    _, convolution = cast(nn.Sequential, module.resample)
+    return double_and_convolve(cast(nn.Conv2d, convolution), frames, split)
 
 
 def _double_frames(module: nn.Conv3d, frames: torch.Tensor, history: History) -> torch.Tensor:
