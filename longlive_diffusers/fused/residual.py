@@ -27,7 +27,7 @@ def norm(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, 
     """
     if uses_fused_kernels(hidden_states):
         return norm_rows(hidden_states, weight, bias, eps)
-    return _plain_norm(hidden_states.float(), weight, bias, eps).to(hidden_states.dtype)
+    return _plain_norm(wide(hidden_states), weight, bias, eps).to(hidden_states.dtype)
 
 
 def add_and_norm(
@@ -55,7 +55,7 @@ def add_and_norm(
     """
     if uses_fused_kernels(hidden_states):
         return add_and_norm_rows(hidden_states, update, gate, weight, bias, eps)
-    hidden_states = add(hidden_states, update, gate, dtype=torch.float32)
+    hidden_states = add(hidden_states, update, gate, dtype=wide(hidden_states).dtype)
     return hidden_states, _plain_norm(hidden_states, weight, bias, eps).to(update.dtype)
 
 
@@ -65,11 +65,16 @@ def add(
     """Return `hidden_states + gate * update`, computed in float32, in `dtype`; see [`add_and_norm`]."""
     if gate is not None and uses_fused_kernels(hidden_states):
         return add_rows(hidden_states, update, gate, dtype)
-    hidden_states = hidden_states.float()
+    hidden_states = wide(hidden_states)
     if gate is None:
         return (hidden_states + update).to(dtype)
     by_frame, update = (states.unflatten(1, (gate.shape[1], -1)) for states in (hidden_states, update))
     return torch.addcmul(by_frame, update, gate).flatten(1, 2).to(dtype)
+
+
+def wide(states: torch.Tensor) -> torch.Tensor:
+    """Return numbers as the residual stream has them, in float32; float64 stays as it is."""
+    return states if states.dtype == torch.float64 else states.float()
 
 
 def modulate(normed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -80,5 +85,5 @@ def modulate(normed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
 def _plain_norm(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     dim = hidden_states.shape[-1:]
     if weight.ndim == 1:
-        return F.layer_norm(hidden_states, dim, weight.float(), bias.float(), eps)
+        return F.layer_norm(hidden_states, dim, weight.to(hidden_states), bias.to(hidden_states), eps)
     return modulate(F.layer_norm(hidden_states, dim, eps=eps), weight, bias)

@@ -15,6 +15,7 @@ from .chunk_history import ChunkHistory
 from .chunk_mask import ChunkMask
 from .flex import flex_attend
 from .layer_kv_cache import ChunkSlots, LayerCacheBase, LayerKVCache, PackedLayerKVCache
+from .lean_norms import rms_norm
 from .rotary import apply_rotary
 
 
@@ -79,8 +80,7 @@ class LongLiveAttnProcessor:
             destination = layer_cache.destination(chunk)
             query = norm_rotate_and_write(query, key, value, attn.norm_q, attn.norm_k, rotary_emb, destination)
             return layer_cache.attend_to_visible(query, chunk, self._attention_backend)
-        # Autocast normalizes in float32 on a GPU; attention takes queries, keys and values of one dtype.
-        query, key = attn.norm_q(query).type_as(value), attn.norm_k(key).type_as(value)
+        query, key = rms_norm(attn.norm_q, query), rms_norm(attn.norm_k, key)
         query, key, value = split_heads(attn, query, key, value)
         if exchange is not None and exchange.sends_codes and is_stored_as_sent(layer_cache, chunk):
             return self._attend_to_codes(query, key, value, rotary_emb, layer_cache, chunk, exchange)
@@ -114,7 +114,7 @@ class LongLiveAttnProcessor:
 
     def _attend_to_text(self, attn, hidden_states, encoder_hidden_states, attention_mask, layer_cache):
         query = attn.to_q(hidden_states)
-        (query,) = split_heads(attn, attn.norm_q(query).type_as(query))
+        (query,) = split_heads(attn, rms_norm(attn.norm_q, query))
         if layer_cache is not None and not torch.is_grad_enabled():
             if layer_cache.text is None:
                 text = project_text(attn, encoder_hidden_states)
@@ -153,4 +153,4 @@ def project_text(attn: WanAttention, text: torch.Tensor) -> list[torch.Tensor]:
         key, value = attn.to_kv(text).chunk(2, dim=-1)
     else:
         key, value = apply_together((attn.to_k, attn.to_v), text)
-    return split_heads(attn, attn.norm_k(key).type_as(value), value)
+    return split_heads(attn, rms_norm(attn.norm_k, key), value)

@@ -6,7 +6,7 @@ the backward needs them: the bits are the same, and no attention is computed twi
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,16 @@ def save_recipes(*made: tuple[torch.Tensor, Recipe]) -> Iterator[None]:
             yield
     finally:
         recipes.clear()  # the graph may keep `pack` alive, which must not keep the parts alive
+
+
+def saved_as_recipe(
+    tensor: torch.Tensor, make: Callable[..., torch.Tensor], *parts: torch.Tensor
+) -> AbstractContextManager[None]:
+    """Within this, save the parts of which `make(*parts)` makes a tensor again, in place of the tensor; see
+    [`save_recipes`]. Where eager autograd saves nothing, nothing changes."""
+    if not in_plain_autograd():
+        return nullcontext()
+    return save_recipes((tensor, Recipe(lambda saved: make(*saved), list(parts))))
 
 
 def in_plain_autograd() -> bool:

@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..fused.layers import is_plain
-from ..fused.residual import add, add_and_norm, norm
 from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
 from ..number_checks import check_booleans
@@ -41,6 +41,8 @@ from .chunk_history import ChunkHistory
 from .chunk_mask import ChunkMask
 from .kv_cache import KVCache
 from .layer_kv_cache import ChunkSlots, LayerKVCache, PackedLayerKVCache
+from .lean_feed_forward import feed_forward
+from .lean_norms import add, add_and_norm, norm, remade_in_backward
 from .rotary import axis_frequencies, rotary_embedding
 
 
@@ -93,34 +95,44 @@ class LongLiveTransformerBlock(nn.Module):
 
         # Layers run in `dtype`; within the block, the residual stream is in float32.
         dtype, eps = hidden_states.dtype, self.norm1.eps
-        normed = norm(hidden_states, 1 + scale_msa, shift_msa, eps=eps)
-        update = self.attn1(
-            normed,
-            None,
-            attention_mask,
-            rotary_emb,
-            layer_cache=layer_cache,
-            chunk=chunk,
-            sp_mesh=sp_mesh,
-            exchange=exchange,
-        )
+        weight, bias = 1 + scale_msa, shift_msa
+        normed = norm(hidden_states, weight, bias, eps=eps)
+        with remade_in_backward(normed, hidden_states, weight, bias, eps=eps):
+            update = self.attn1(
+                normed,
+                None,
+                attention_mask,
+                rotary_emb,
+                layer_cache=layer_cache,
+                chunk=chunk,
+                sp_mesh=sp_mesh,
+                exchange=exchange,
+            )
         gate: torch.Tensor | None = gate_msa
         if attends_to_text:
-            hidden_states, normed = self._add_and_norm2(hidden_states, update, gate)
-            update, gate = self.attn2(normed, encoder_hidden_states, attention_mask, layer_cache=layer_cache), None
+            hidden_states, normed, remade = self._add_and_norm2(hidden_states, update, gate)
+            with remade:
+                update = self.attn2(normed, encoder_hidden_states, attention_mask, layer_cache=layer_cache)
+            gate = None
 
-        hidden_states, normed = add_and_norm(hidden_states, update, gate, 1 + scale_ffn, shift_ffn, eps=eps)
-        return add(hidden_states, self.ffn(normed), gate_ffn, dtype=dtype)
+        weight, bias = 1 + scale_ffn, shift_ffn
+        hidden_states, normed = add_and_norm(hidden_states, update, gate, weight, bias, eps=eps)
+        with remade_in_backward(normed, hidden_states, weight, bias, eps=eps):
+            update = feed_forward(self.ffn, normed)
+        return add(hidden_states, update, gate_ffn, dtype=dtype)
 
     def _add_and_norm2(
         self, hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[`add_and_norm`] with the norm before cross-attention, which is a module with weights, or none at all."""
+    ) -> tuple[torch.Tensor, torch.Tensor, AbstractContextManager[None]]:
+        """[`add_and_norm`] with the norm before cross-attention, which is a module with weights, or none at all; and
+        what is to be entered while its result is used."""
         norm2 = self.norm2
         if is_plain(norm2, FP32LayerNorm, hidden_states.device):
-            return add_and_norm(hidden_states, update, gate, norm2.weight, norm2.bias, eps=norm2.eps)
+            parts = hidden_states, update, gate, norm2.weight, norm2.bias
+            hidden_states, normed = add_and_norm(*parts, eps=norm2.eps)
+            return hidden_states, normed, remade_in_backward(normed, *parts, eps=norm2.eps)
         hidden_states = add(hidden_states, update, gate, dtype=torch.float32)
-        return hidden_states, norm2(hidden_states).to(update.dtype)
+        return hidden_states, norm2(hidden_states).to(update.dtype), nullcontext()
 
 
 class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
