@@ -12,12 +12,14 @@ from longlive_diffusers.nvfp4.quantizer import DEFAULT_MODULES_TO_NOT_CONVERT
 from longlive_diffusers.nvfp4.recipes import RECIPES
 from longlive_diffusers.nvfp4.rules import RULES
 from longlive_diffusers.pipelines import speed
+from longlive_diffusers.pipelines.chunk_step import CLEAN_PASSES
 
 
 def test_they_are_the_names_that_there_are():
     assert tuple(dtypes.DTYPES) == choices.DTYPES
     assert choices.KV_CACHE_DTYPES == layer_kv_cache.KV_CACHE_DTYPES
     assert tuple(BACKENDS) == choices.NVFP4_BACKENDS
+    assert CLEAN_PASSES == choices.CLEAN_PASSES
     assert tuple(RULES) == choices.SCALE_RULES
     assert tuple(RECIPES) == choices.RECIPES
     assert tuple(choices.WEIGHT_BLOCKS.values()) == BLOCKS
