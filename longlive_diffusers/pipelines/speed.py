@@ -28,7 +28,7 @@ SPEEDS = ("exact", "fast", "fastest")
 CHANGE_WEIGHTS = ("fast", "fastest")
 """Speeds for which LoRAs have to be added to the weights before."""
 
-FASTEST_ARGUMENTS: Mapping[str, Any] = MappingProxyType({"clean_pass": "last", "attention_density": 0.5})
+FASTEST_ARGUMENTS: Mapping[str, Any] = MappingProxyType({"attention_density": 0.5})
 """What "fastest" has chunks made with."""
 
 
@@ -86,8 +86,7 @@ def optimize(
         choices += _use_fewer_bits(transformer, vae, device)
     choices += _fuse_layers(transformer, device)
     if speed == "fastest":
-        choices.append("The history remembers a chunk by its last solver step: a forward less for each chunk.")
-        choices.append("Chunks attend to half of the history, to what matters most in it.")
+        choices.append("Chunks attend to the half of the history that matters more: 2 % of error in a forward.")
     return SpeedPlan(speed, device, tuple(choices), arguments_of(speed))
 
 

@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from longlive_diffusers.cli import main
+from longlive_diffusers.cli.beginning import Beginning
 from longlive_diffusers.cli.command_line import parse_arguments
+from longlive_diffusers.cli.generation_request import GenerationRequest
+from longlive_diffusers.cli.run_serve import settings_of
 from longlive_diffusers.models.layer_kv_cache import KV_CACHE_DTYPES, resolve_kv_cache_dtype
+from longlive_diffusers.serve.settings import ServeSettings
 
 
 def parse(*words: str):
@@ -121,3 +125,39 @@ def test_options_to_compare_are_needed(capsys):
     with pytest.raises(SystemExit):
         parse("bench", "--compare")
     assert "argument --compare: expected one argument" in capsys.readouterr().err
+
+
+SHORTCUTS = {"clean_pass": "last", "attention_density": 0.5, "split_first_chunk": True}
+SHORTCUT_WORDS = ("--clean-pass", "last", "--attention-density", "0.5", "--split-first-chunk")
+
+
+def test_shortcuts_reach_the_stream_and_are_off_by_default():
+    request = GenerationRequest(
+        [], Beginning(), None, 0, seed=0, device=torch.device("cpu"), embedded_lora=None, decoder=None, notes=[]
+    )
+    off = {"clean_pass": "full", "attention_density": 1.0, "split_first_chunk": False}
+    for words, expected in ((SHORTCUT_WORDS, SHORTCUTS), ((), off)):
+        arguments = off | request.stream_arguments(parse("generate", "a fox", *words))
+        assert {name: arguments[name] for name in SHORTCUTS} == expected
+        settings = settings_of(parse("serve", *words))
+        assert {name: getattr(settings, name) for name in SHORTCUTS} == expected
+
+
+@pytest.mark.parametrize("command", [("generate", "a fox"), ("serve",)], ids=["generate", "serve"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--clean-pass", "none"), "'none' (choose from "),
+        *((("--attention-density", value), "above 0 and at most 1") for value in ("0", "-1", "1.5", "nan", "half")),
+    ],
+)
+def test_shortcuts_that_cannot_be_are_refused(command, words, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(*command, *words)
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{"clean_pass": "none"}, {"attention_density": 0}, {"split_first_chunk": "yes"}])
+def test_a_server_refuses_them_as_well(changes):
+    with pytest.raises(ValueError, match=f"`{next(iter(changes))}` must be "):
+        ServeSettings(**changes)

@@ -301,6 +301,22 @@ def test_settings_of_a_client_reach_the_pipeline(pipe: LongLivePipeline) -> None
     assert received.media == expected_media(pipe, RED, 5, 4, "jpeg", **options)
 
 
+def test_the_first_chunk_may_come_in_parts(pipe: LongLivePipeline) -> None:
+    """The frames are the same; the first part is that of one latent frame, which is one frame."""
+    with (
+        running_server({None: pipe}, ServeSettings(steps=2, split_first_chunk=True)) as server,
+        server.client() as client,
+    ):
+        received: Received = client.watch(prompt=RED, seed=5, seconds=1, video="jpeg")
+
+    assert received.media == expected_media(
+        pipe, RED, 5, 4, "jpeg", num_inference_steps=2, num_frames=FIRST + 3 * LATER
+    )
+    chunks = received.of("chunk")
+    assert [chunk["index"] for chunk in chunks] == [0, 0, 1, 2, 3]
+    assert [chunk["start_frame"] for chunk in chunks] == [0, 1, FIRST, FIRST + LATER, FIRST + 2 * LATER]
+
+
 def test_a_stream_that_idles_gives_its_place_up_where_others_wait(
     pipe: LongLivePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
