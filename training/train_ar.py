@@ -26,7 +26,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from data.loading import ClipShape, batches, clip_shape, encode_batch, open_dataset
+from data.loading import ClipShape, batches, clip_shape, encode_batch, open_dataset, read_ahead
 from data.text_encoder import text_encoder_of
 from longlive_diffusers.parallel import FrameLayout, check_heads
 from objectives.error_recycling import ErrorRecycler
@@ -171,19 +171,21 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
     vae = None if data_args.cache_latents else pipe.vae.to(accelerator.device)
 
     # 7. Training.
+    steps = range(first_step, optimization.max_train_steps)
     bar = tqdm(
-        range(first_step, optimization.max_train_steps),
+        steps,
         initial=first_step,
         total=optimization.max_train_steps,
         desc="Training",
         unit="step",
         disable=not accelerator.is_local_main_process,
     )
+    drawn = ([objective.with_draws(next(loader), step) for _ in range(accumulation)] for step in steps)
     stop = StopRequest(accelerator)
     saved_step = first_step
-    with stop:
+    with stop, read_ahead(drawn) as updates:
         for step in bar:
-            fetched = stop.unless_requested(lambda: [next(loader) for _ in range(accumulation)])
+            fetched = stop.unless_requested(lambda: next(updates))
             if signal_number := stop.agreed():
                 if saved_step < step:
                     checkpoints.save(step)

@@ -295,7 +295,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
                 has_clean=has_clean,
                 num_ranks=num_ranks,
             )
-            rotary_emb = self._rotate_clip(frame_positions, grid, has_clean).to(tokens.device)
+            rotary_emb = self._rotate_clip(frame_positions, grid, has_clean, tokens.device)
 
         temb, modulation = self._embed_time(timestep, tokens.dtype)
         # Cached text has no graph, or one that an earlier backward has used up: with gradients, it is projected again.
@@ -545,11 +545,14 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         temb = embedder.time_embedder(waves).to(dtype)
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
 
-    def _rotate_clip(self, positions: torch.Tensor, grid: tuple[int, int], has_clean: bool) -> torch.Tensor:
+    def _rotate_clip(
+        self, positions: torch.Tensor, grid: tuple[int, int], has_clean: bool, device: torch.device
+    ) -> torch.Tensor:
         """Return the rotations of a training clip's tokens; a clean half has the positions of the noisy one."""
         if has_clean:
             positions = torch.cat([positions, positions], dim=-1)
-        return rotary_embedding(positions, *grid, self.config.attention_head_dim, theta=ROPE_THETA)
+        positions = positions.to(float64_device(device))
+        return rotary_embedding(positions, *grid, self.config.attention_head_dim, theta=ROPE_THETA).to(device)
 
     def _token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the number of tokens along the height and the width of latents of this size."""
@@ -628,9 +631,14 @@ def sinusoidal_embedding(timestep: torch.Tensor, channels: int) -> torch.Tensor:
 
     Float64, like the reference: in float32, the fastest waves of timestep 999 are already wrong in the fifth digit.
     """
-    device = torch.device("cpu") if timestep.device.type == "mps" else timestep.device  # Metal has no float64
+    device = float64_device(timestep.device)
     angles = timestep.to(device, torch.float64)[..., None] * axis_frequencies(channels, TIME_THETA, device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(timestep.device, torch.float32)
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Return where to compute in float64 what `device` needs: there, or on the CPU, because Metal has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def per_frame(timestep: torch.Tensor, batch: int, frames: int, name: str) -> torch.Tensor:

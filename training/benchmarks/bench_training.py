@@ -1,12 +1,12 @@
 """Memory and time of a teacher-forcing step:
 
-    python training/benchmarks/bench_training.py [--size tiny|block-5b] [--json FILE]
+    python training/benchmarks/bench_training.py [--size tiny|block-5b] [--dtype DTYPE] [--json FILE]
 
 Each row of the table is one step, forward and backward, with random weights and random latents, but without an
 optimizer, whose cost does not depend on the clip. *Kept* is the memory that autograd holds between forward and
-backward, with every storage counted once; on a GPU, *peak* is the most memory allocated at any time, weights and
-gradients included. Time is the median of the repeats, which alternate between the rows of one length, so that other
-load on the machine affects them alike.
+backward, with every storage counted once, and that by the number of tokens and layers; on a GPU, *peak* is the most
+memory allocated at any time, weights and gradients included. Time is the median of the repeats, which alternate
+between the rows of one length, so that other load on the machine affects them alike.
 """
 
 import argparse
@@ -27,7 +27,20 @@ from longlive_diffusers.benchmark.markdown import markdown_table
 from longlive_diffusers.benchmark.measure import peak_memory, reset_peak_memory, synchronize
 
 
-COLUMNS = ("latent frames", "tokens", "attention", "checkpointing", "kept", "peak", "step", "of dense, same memory")
+COLUMNS = (
+    "latent frames",
+    "tokens",
+    "attention",
+    "checkpointing",
+    "kept",
+    "by token and layer",
+    "peak",
+    "step",
+    "of dense, same memory",
+)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}  # of the weights
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class Row:
 
     frames: int
     tokens: int
+    layers: int
     backend: str
     checkpointing: bool
     kept_bytes: int
@@ -64,15 +78,24 @@ class Row:
     seconds: float
 
 
-def make_step(model: LongLiveTransformer3DModel, size: Size, frames: int) -> Callable[[], torch.Tensor]:
-    """Return a function that runs one forward, and returns the loss to call `backward` on."""
+def make_step(
+    model: LongLiveTransformer3DModel, size: Size, frames: int, *, autocasts: bool = False
+) -> Callable[[], torch.Tensor]:
+    """Return a function that runs one forward, on request under autocast to bfloat16, and returns the loss to call
+    `backward` on."""
     device, dtype = model.device, model.dtype
     shape = (1, model.config.in_channels, frames, size.height, size.width)
     noisy, clean = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
     t = torch.rand(1, frames, device=device) * 1000
     chunks = frames // model.config.chunk_size
     embeds = torch.randn(1, chunks, size.text_tokens, model.config.text_dim, device=device, dtype=dtype)
-    return lambda: model(noisy, t, embeds, clean_hidden_states=clean, return_dict=False)[0].float().square().mean()
+
+    def step() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocasts):
+            velocity = model(noisy, t, embeds, clean_hidden_states=clean, return_dict=False)[0]
+        return velocity.float().square().mean()
+
+    return step
 
 
 def kept_bytes(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:
@@ -103,13 +126,14 @@ def timed(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> float:
     return time.perf_counter() - start
 
 
-def measure(size: Size, device: torch.device, dtype: torch.dtype, backends: list[str], repeats: int) -> list[Row]:
+def measure(size: Size, device: torch.device, dtype: str, backends: list[str], repeats: int) -> list[Row]:
+    """Measure every combination; `dtype` is one of `DTYPES`."""
     torch.manual_seed(0)
-    model = LongLiveTransformer3DModel(**size.config).to(device, dtype).train()
+    model = LongLiveTransformer3DModel(**size.config).to(device, DTYPES[dtype]).train()
     rows = []
     for frames in tqdm(size.frames, desc="Lengths"):
         cases = [(backend, checkpointing) for backend in backends for checkpointing in (False, True)]
-        step = make_step(model, size, frames)
+        step = make_step(model, size, frames, autocasts=dtype == "autocast")
         seconds: dict[tuple[str, bool], list[float]] = {case: [] for case in cases}
         kept, peaks = {}, {}
         for repeat in range(repeats + 1):  # the first one is a warm-up
@@ -125,7 +149,10 @@ def measure(size: Size, device: torch.device, dtype: torch.dtype, backends: list
                     seconds[case].append(took)
         tokens = 2 * frames * size.height * size.width // 4
         rows += [
-            Row(frames, tokens, *case, kept[case], peaks.get(case), statistics.median(seconds[case])) for case in cases
+            Row(
+                frames, tokens, len(model.blocks), *case, kept[case], peaks.get(case), statistics.median(seconds[case])
+            )
+            for case in cases
         ]
     return rows
 
@@ -152,6 +179,7 @@ def print_table(rows: list[Row]) -> None:
                 row.backend,
                 "yes" if row.checkpointing else "no",
                 f"{row.kept_bytes / 2**20:.1f} MiB",
+                f"{row.kept_bytes / row.tokens / row.layers / 2**10:.2f} KiB",
                 peak,
                 f"{1000 * row.seconds:.0f} ms",
                 f"{ratio:.2f}",
@@ -178,6 +206,12 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run (default: %(default)s)."
     )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="The dtype of the network; autocast is float32 under autocast to bfloat16 (default: bfloat16 on a GPU, "
+        "float32 on a CPU).",
+    )
     parser.add_argument("--json", type=Path, help="Also write the rows to this file.")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -187,7 +221,7 @@ def main() -> None:
         parser.error("ratios are to dense attention: --backends must have it")
     if "flex" in arguments.backends and device.type != "cuda":
         parser.error("FlexAttention has no backward on a CPU: --backends flex needs a GPU")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     rows = measure(SIZES[arguments.size], device, dtype, arguments.backends, arguments.repeats)
     threads = torch.get_num_threads()
     print(f"{arguments.size}, {dtype}, batch 1, on {device} ({threads} threads), torch {torch.__version__}")

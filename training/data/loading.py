@@ -1,8 +1,11 @@
 """From a training set to batches: caches that are not complete are built, then read."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -20,9 +23,13 @@ from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.models.streaming_vae import normalize_latents
 from longlive_diffusers.parallel import FrameLayout, encode_shard
+from longlive_diffusers.pipelines.prefetch import Prefetcher
 from run.arguments import DataArguments, EncodingArguments
 from run.interruption import ignore_stop_requests
 from run.process_mesh import ProcessMesh
+
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -237,6 +244,14 @@ def batches(
         worker_init_fn=ignore_stop_requests,
     )
     return iter(loader)
+
+
+@contextmanager
+def read_ahead(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
+    """Within this, iterate over batches in another thread, which makes the next two while one is trained on. What they
+    are must not depend on when they are made."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker, Prefetcher(batches, worker) as ahead:
+        yield ahead
 
 
 @torch.no_grad()

@@ -170,20 +170,34 @@ class TeacherForcing:
             recycling=plan,
         )
 
+    def with_draws(self, batch: dict, step: int) -> dict:
+        """
+        Return a batch with its random draws, `draws`. They depend on nothing that training changes, so that this can
+        run ahead of the network, in another thread.
+
+        Args:
+            batch: The collated items of a `LatentDataset`, or videos in place of their `latents`, wrapped in
+                `WithSampleId`.
+            step: The step of the run that the batch is for.
+        """
+        if "latents" in batch:
+            shape = self._clip_shape(batch["latents"])
+            batch = batch | {"draws": [self.draw(sample_id, step, shape) for sample_id in batch["sample_id"].tolist()]}
+        return batch
+
     def prepare(self, batch: dict, step: int, device: torch.device) -> PreparedBatch:
         """
-        Draw noise and timesteps for a batch, and return what the network is shown and what it has to predict.
+        Return what the network is shown of a batch, and what it has to predict.
 
         Args:
             batch: The collated items of a `LatentDataset` wrapped in `WithSampleId`; `latents` may also hold this
-                rank's frames only, `[B, C, F / N, h, w]`.
+                rank's frames only, `[B, C, F / N, h, w]`. What [`with_draws`] has not drawn yet is drawn here.
             step: The step of the run.
             device: The device of the network's inputs, the target and the weights.
         """
         layout, rank, settings, scheduler = self.layout, self.rank, self.settings, self.scheduler
         latents, sample_ids = batch["latents"], batch["sample_id"].tolist()
-        clip_shape = torch.Size((latents.shape[1], layout.num_frames, *latents.shape[3:]))
-        draws = [self.draw(sample_id, step, clip_shape) for sample_id in sample_ids]
+        draws = (batch if "draws" in batch else self.with_draws(batch, step))["draws"]
         if latents.shape[2] == layout.num_frames:
             latents = layout.shard_latents(latents, rank)
         noise, history_noise = (
@@ -251,6 +265,10 @@ class TeacherForcing:
                 frames = (timestep[index], batch.loss_mask[index])
                 self.recycler.keep_errors("latent", x0[index], batch.latents[index], *frames)
                 self.recycler.keep_errors("noise", noise[index], batch.noise[index], *frames)
+
+    def _clip_shape(self, latents: torch.Tensor) -> torch.Size:
+        """Return `[C, F, h, w]` of whole clips, of which `latents` `[B, C, frames, h, w]` may hold some frames."""
+        return torch.Size((latents.shape[1], self.layout.num_frames, *latents.shape[3:]))
 
     def _recycle(self, latents, noise, timestep, draws: list[SampleDraws], sample_ids: list[int]):
         """Return the clean history, the latents before noising and the noise, with past errors added where planned."""

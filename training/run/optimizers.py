@@ -90,6 +90,7 @@ def _adamw(
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,
         weight_decay=options.adam_weight_decay,
-        # On a GPU, the default computes in temporaries as large as the weights: 20 GB for 5 billion.
-        fused=True if accelerator.device.type == "cuda" else None,
+        # One pass over the numbers of a weight. The default computes in temporaries as large as the weights, on a GPU
+        # 20 GB for 5 billion, and takes 4 times as long on a CPU.
+        fused=True if accelerator.device.type in ("cuda", "cpu") else None,
     )

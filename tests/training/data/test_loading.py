@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from data import clip_index
-from data.loading import ClipShape, open_dataset
+from data.loading import ClipShape, open_dataset, read_ahead
 from data.text_encoder import TextEncoder, prompt_length
 from longlive_diffusers.assets import toy_pipeline_path
 from run.arguments import DataArguments, ModelArguments
@@ -174,3 +176,37 @@ def test_a_hub_data_set_is_read_like_a_folder(start, monkeypatch):
     dataset = start.open(train_data_dir=None, dataset_name="a/b", dataset_config_name="small")
     assert dataset.names == ["9", "10"]
     assert len(list((start.folder / "run" / "cache" / "latents").glob("*.safetensors"))) == 2, "the same clips"
+
+
+def test_batches_are_made_ahead_in_another_thread():
+    made = []
+
+    def batches():
+        for number in range(10):
+            made.append((number, threading.get_ident()))
+            yield number
+
+    with read_ahead(batches()) as ahead:
+        assert next(ahead) == 0
+        deadline = time.monotonic() + 30
+        while len(made) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [number for number, _ in made] == [0, 1, 2]  # two more than were asked for
+        assert {thread for _, thread in made}.isdisjoint({threading.get_ident()})
+        assert [next(ahead) for _ in range(9)] == list(range(1, 10))
+    before = len(made)
+    with pytest.raises(KeyError), read_ahead(batches()) as ahead:
+        next(ahead)
+        raise KeyError
+    assert len(made) <= before + 3  # the rest is not made
+
+
+def test_what_fails_ahead_is_raised_where_it_is_needed():
+    def batches():
+        yield 0
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    with read_ahead(batches()) as ahead:
+        assert next(ahead) == 0
+        with pytest.raises(RuntimeError, match="killed by signal"):
+            next(ahead)

@@ -41,6 +41,37 @@ def items(sample_ids=(0, 1)) -> dict:
     }
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("recycles", [False, True])
+def test_draws_that_are_made_ahead_are_the_same(recycles, num_ranks):
+    """In two steps: the first stores errors that the second, whose draws were made before that, adds."""
+    settings = RecyclingSettings(error_recycling=True, error_warmup_steps=1, error_clean_probability=0.0)
+    ahead, at_once = (
+        objective(num_ranks, 0, recycler=ErrorRecycler(settings, CHUNK) if recycles else None, **ALWAYS)
+        for _ in range(2)
+    )
+    drawn = [ahead.with_draws(items(ids), step) for step, ids in enumerate([(0, 1), (2, 3)])]
+    for step, batch in enumerate(drawn):
+        found, expected = (
+            task.prepare(data, step, torch.device("cpu"))
+            for task, data in ((ahead, batch), (at_once, items(tuple(batch["sample_id"].tolist()))))
+        )
+        assert list(found.arguments) == list(expected.arguments)
+        for name, tensor in found.arguments.items():
+            assert torch.equal(tensor, expected.arguments[name]), name
+        for name in ("latents", "noise", "target", "frame_weight", "loss_mask"):
+            assert torch.equal(vars(found)[name], vars(expected)[name]), name
+        assert found.recycling == expected.recycling
+        for task, prepared in ((ahead, found), (at_once, expected)):
+            task.keep_errors(torch.ones_like(prepared.target), prepared)
+
+
+def test_videos_that_are_not_encoded_yet_have_no_draws():
+    batch = items() | {"pixels": torch.zeros(1)}
+    del batch["latents"]
+    assert "draws" not in objective().with_draws(batch, 0)
+
+
 def test_noise_target_and_weights_are_those_of_the_scheduler():
     data, scheduler = items(), LongLiveScheduler()
     batch = objective().prepare(data, 0, torch.device("cpu"))

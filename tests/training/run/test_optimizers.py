@@ -14,6 +14,7 @@ from run.optimizers import build_optimizers, build_schedules, check_optimizer
 
 ONE_PROCESS = SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device("cpu"))
 ONE_GPU = SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device("cuda", 0))
+ONE_MPS = SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device("mps"))
 MUON = {"optimizer": "muon", "learning_rate": 1e-2, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.1}
 
 
@@ -46,8 +47,10 @@ def test_adamw_has_everything():
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)
 
 
-@pytest.mark.parametrize(("accelerator", "fused"), [(ONE_PROCESS, None), (ONE_GPU, True)], ids=["CPU", "GPU"])
-def test_adamw_makes_no_large_temporaries_on_a_gpu(accelerator, fused):
+@pytest.mark.parametrize(
+    ("accelerator", "fused"), [(ONE_PROCESS, True), (ONE_GPU, True), (ONE_MPS, None)], ids=["CPU", "GPU", "Metal"]
+)
+def test_adamw_makes_no_large_temporaries(accelerator, fused):
     options = OptimizationArguments(optimizer="adamw")
     (optimizer,) = build_optimizers(list(network().parameters()), accelerator, options)
     assert optimizer.param_groups[0]["fused"] is fused
@@ -137,3 +140,24 @@ def test_a_schedule_begins_after_any_update(optimizer, schedule):
         for stepped, its_schedule in zip(whole, schedules, strict=True):
             stepped.step()
             its_schedule.step()
+
+
+def test_adamw_is_fused_and_goes_on_from_the_state_of_one_that_was_not():
+    before, after = network(), network()
+    plain = torch.optim.AdamW(before.parameters(), lr=1e-2)
+    train(before, [plain], 3)
+    after.load_state_dict(before.state_dict())
+    (fused,) = build(after, optimizer="adamw", adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2)
+    assert fused.param_groups[0]["fused"]
+    fused.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert train(after, [fused], 5) == pytest.approx(train(before, [plain], 5), rel=1e-5)
+    for ours, theirs in zip(after.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_fused_adamw_is_adamw():
+    ours, theirs = network(), network()
+    options = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
+    (fused,) = build(ours, optimizer="adamw")
+    plain = torch.optim.AdamW(theirs.parameters(), **options)
+    assert train(ours, [fused], 20) == pytest.approx(train(theirs, [plain], 20), rel=1e-4)
