@@ -72,6 +72,7 @@ def test_the_public_booleans_are_found():
         "relative_rope",
         "return_dict",
         "async_decode",
+        "split_first_chunk",
         "do_classifier_free_guidance",
         "hotswap",
         "lower_order_final",

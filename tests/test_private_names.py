@@ -303,15 +303,6 @@ PRIVATE_NAMES = [
     ),
     *(
         PrivateName(
-            f"{name} of a module",
-            (WAN_DECODER + "published_modules.py",),
-            "Find another sign that calling a module does more than its class says.",
-            lambda name=name: name in dir(torch.nn.Identity()),
-        )
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl")
-    ),
-    *(
-        PrivateName(
             f"{name} of torch.ops.aten",
             (PACKAGE + "models/sdpa_kernels.py",),
             "Refuse this attention backend while a session decodes in another thread, and leave it to diffusers else.",
@@ -344,7 +335,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "_version of a tensor",
-        (PACKAGE + "models/kv_cache.py",),
+        (PACKAGE + "models/kv_cache.py", PACKAGE + "models/text_fingerprint.py"),
         "Project a prompt's keys and values again whenever prompt_embeds is another object.",
         lambda: torch.zeros(1).add_(1)._version == 1,
     ),
@@ -434,7 +425,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "_compiled_call_impl of torch.nn.Module",
-        (PACKAGE + "pipelines/speed.py",),
+        (FUSED_LAYERS,),
         "Find another way to see that a module was compiled.",
         lambda: hasattr(torch.nn.Identity(), "_compiled_call_impl"),
     ),

@@ -21,13 +21,23 @@ def is_plain(layer: nn.Module, kind: type[Layer], device: torch.device) -> TypeG
         kind: The class that it has to be of: a subclass, such as a layer with a LoRA or in few bits, is another.
         device: Where its parameters have to be. Offloaded ones are brought there by the call of the layer.
     """
-    if type(layer) is not kind or layer._forward_pre_hooks or layer._forward_hooks:
+    if type(layer) is not kind or not is_undecorated(layer):
         return False
-    if "forward" in vars(layer):  # replaced, as offloading and casting layer by layer do
+    return all(own.device == device for own in layer.parameters(recurse=False))
+
+
+def is_undecorated(layer: nn.Module) -> bool:
+    """Whether a call of a layer is its class's `forward` on plain parameters: it has no hooks, none has replaced its
+    `forward`, as offloading and casting layer by layer do, and no parameter is made of others, as one in few bits or
+    in parts on several devices is."""
+    if layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer):
         return False
-    # The class of a tensor, too, may compute something else: one in few bits, or in parts on several devices.
-    parameters = list(layer.parameters(recurse=False))
-    return all(own.device == device and not is_traceable_wrapper_subclass(own) for own in parameters)
+    return not any(is_traceable_wrapper_subclass(own) for own in layer.parameters(recurse=False))
+
+
+def is_compiled_in_place(layer: nn.Module) -> bool:
+    """Whether `layer.compile()` was called."""
+    return layer._compiled_call_impl is not None
 
 
 def is_for_inference() -> bool:

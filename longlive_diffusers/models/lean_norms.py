@@ -43,7 +43,7 @@ def add_and_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add to the residual stream, then normalize and modulate; see [`fused.residual.add_and_norm`]."""
     if in_plain_autograd():
-        return _AddAndNorm.apply(hidden_states, update, gate, weight, bias, eps)
+        return _AddAndNorm.apply(hidden_states, update, weight, bias, gate, eps)
     return residual.add_and_norm(hidden_states, update, gate, weight, bias, eps=eps)
 
 
@@ -105,9 +105,9 @@ class _AddAndNorm(Function):
         ctx: Any,
         hidden_states: torch.Tensor,
         update: torch.Tensor,
-        gate: torch.Tensor | None,
         weight: torch.Tensor,
         bias: torch.Tensor,
+        gate: torch.Tensor | None,
         eps: float,
     ):
         added, normed = residual.add_and_norm(hidden_states, update, gate, weight, bias, eps=eps)
@@ -124,10 +124,10 @@ class _AddAndNorm(Function):
         gradient = hidden_gradient.add_(added_gradient)
         hidden_dtype, update_dtype = ctx.dtypes
         if len(parts) == 1:
-            of_update = gradient.to(update_dtype), None
+            of_update, of_gate = gradient.to(update_dtype), None
         else:
-            of_update = _gated_gradients(gradient, parts[1], parts[2])
-        return gradient.to(hidden_dtype), *of_update, *of_norm, None
+            of_update, of_gate = _gated_gradients(gradient, parts[1], parts[2])
+        return gradient.to(hidden_dtype), of_update, *of_norm, of_gate, None
 
 
 class _Add(Function):

@@ -21,13 +21,14 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchif
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..frame_counts import latent_frames, pixel_frames
+from ..fused.layers import is_compiled_in_place
 from ..parallel.columns import ColumnSplit, check_group
 from ..parallel.halo import exchanging_halos
 from ..tensor_checks import check_floats
 from .wan_decoder.cached_convolutions import frames_at_once
 from .wan_decoder.decode_frames import decode_frames
 from .wan_decoder.history import from_feature_cache, into_feature_cache
-from .wan_decoder.published_modules import is_as_published, is_compiled_in_place
+from .wan_decoder.published_modules import is_as_published
 
 
 FRAMES_AT_ONCE = 4  # latent frames that are decoded in one call at most: memory grows with them

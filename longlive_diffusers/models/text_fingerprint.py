@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..fused.layers import is_undecorated
 from ..fused.packed_linear import PackedLinear
 from .lora_scales import scales_of
 
@@ -37,8 +38,7 @@ def text_fingerprint(transformer: nn.Module) -> tuple | None:
     described = []
     for layer in text_layers(transformer):
         for module in layer.modules():
-            own = (*module._parameters.values(), *module._buffers.values())
-            tensors = [tensor for tensor in own if tensor is not None]
+            tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             if _does_more(module) or any(map(_is_uncounted, tensors)):
                 return None
             scales = scales_of(module) if isinstance(module, LoraLayer) else ()
@@ -57,9 +57,8 @@ def text_layers(transformer: Any) -> Iterator[nn.Module]:
 
 
 def _does_more(module: nn.Module) -> bool:
-    if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
-        return True
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    is_other_adapter = isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer)
+    return is_other_adapter or not is_undecorated(module)
 
 
 def _is_uncounted(tensor: torch.Tensor) -> bool:

@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ class LongLiveTransformerBlock(nn.Module):
             )
         gate: torch.Tensor | None = gate_msa
         if attends_to_text:
-            hidden_states, normed, remade = self._add_and_norm2(hidden_states, update, gate)
+            hidden_states, normed, remade = self._add_and_norm2(hidden_states, update, gate_msa)
             with remade:
                 update = self.attn2(normed, encoder_hidden_states, attention_mask, layer_cache=layer_cache)
             gate = None
@@ -122,7 +122,7 @@ class LongLiveTransformerBlock(nn.Module):
         return add(hidden_states, update, gate_ffn, dtype=dtype)
 
     def _add_and_norm2(
-        self, hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor | None
+        self, hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, AbstractContextManager[None]]:
         """[`add_and_norm`] with the norm before cross-attention, which is a module with weights, or none at all; and
         what is to be entered while its result is used."""
@@ -463,6 +463,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         """
         return load_original_transformer(path_or_state_dict, cls, device=device, torch_dtype=torch_dtype, **config)
 
+    @wraps(ModelMixin.save_pretrained)  # a pipeline looks at its arguments
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Like diffusers' own `save_pretrained`.
 

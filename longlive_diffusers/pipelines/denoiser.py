@@ -343,7 +343,7 @@ class ChunkDenoiser:
         """Have the text's keys and values computed again if they would come out differently now. To be called wherever
         others' code has run: it may have changed weights, or chosen another LoRA or another scale of it."""
         fingerprint = text_fingerprint(self.transformer)
-        made_with = None if fingerprint is None else (fingerprint, dict(self.run.attention_kwargs or {}))
+        made_with = None if fingerprint is None else (fingerprint, copy.copy(self.run.attention_kwargs))
         if made_with is None or made_with != self._text_made_with:
             for kv_cache in self.own_caches:
                 kv_cache.clear_text()

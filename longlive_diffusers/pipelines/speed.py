@@ -17,7 +17,7 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 
 from ..fused.feed_forward import FusedGELU
-from ..fused.layers import is_plain
+from ..fused.layers import is_compiled_in_place, is_plain
 from ..fused.packed_linear import PackedLinear, has_onednn
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..nvfp4.fp8_linear import FP8Linear, can_be_fp8, fp8_unsupported_reason
@@ -105,7 +105,7 @@ def _fuse_layers(transformer: LongLiveTransformer3DModel, device: torch.device) 
     on_cpu = device.type == "cpu"
     if device.type != "cuda" and not (on_cpu and has_onednn(get_parameter_dtype(transformer.patch_embedding))):
         return []
-    is_compiled = any(module._compiled_call_impl is not None for module in transformer.modules())
+    is_compiled = any(map(is_compiled_in_place, transformer.modules()))
     config = transformer.config
     rows = config.chunk_size * (config.sample_height // config.patch_size[1]) * config.sample_width
     rows //= config.patch_size[2]

@@ -67,7 +67,7 @@ def test_the_call_has_the_arguments_of_diffusers_with_defaults():
 def test_stream_takes_what_the_call_takes():
     call, stream = (set(inspect.signature(f).parameters) for f in (LongLivePipeline.__call__, LongLivePipeline.stream))
     assert call - stream == {"return_dict"}
-    assert stream - call == {"async_decode"}
+    assert stream - call == {"async_decode", "split_first_chunk"}
 
 
 @pytest.mark.parametrize("num_frames", [5, 13])

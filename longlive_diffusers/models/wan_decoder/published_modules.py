@@ -3,6 +3,8 @@
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import nn
 
+from ...fused.layers import is_compiled_in_place, is_undecorated
+
 
 _PUBLISHED = {
     nn.Conv2d,
@@ -39,17 +41,6 @@ def is_as_published(decoder: nn.Module) -> bool:
     )
 
 
-def is_compiled_in_place(module: nn.Module) -> bool:
-    """Whether `module.compile()` was called."""
-    return module._compiled_call_impl is not None
-
-
 def _is_plain(module: nn.Module) -> bool:
-    return (
-        type(module) in _PUBLISHED
-        and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters(recurse=False))
-        and not (isinstance(module, nn.Dropout) and module.training and module.p)
-    )
+    is_active_dropout = isinstance(module, nn.Dropout) and module.training and module.p > 0
+    return type(module) in _PUBLISHED and is_undecorated(module) and not is_active_dropout
