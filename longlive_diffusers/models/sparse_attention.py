@@ -118,8 +118,17 @@ def take_blocks(states: torch.Tensor, chosen: torch.Tensor, size: int) -> torch.
     batch, _, heads, _ = states.shape
     samples = torch.arange(batch, device=states.device)[:, None, None, None]
     own_heads = torch.arange(heads, device=states.device)[None, None, :, None]
-    taken = in_blocks(states, size)[samples, own_heads, chosen]  # [B, strips, heads, count, size, head_dim]
-    return taken.flatten(0, 1).flatten(2, 3).transpose(1, 2)
+    rows = in_blocks(states, size).flatten(3)  # [B, heads, blocks, size * head_dim]
+    taken = in_wide_numbers(rows)[samples, own_heads, chosen].view(states.dtype)  # [B, strips, heads, count, ...]
+    return taken.unflatten(-1, (size, -1)).flatten(0, 1).flatten(2, 3).transpose(1, 2)
+
+
+def in_wide_numbers(rows: torch.Tensor) -> torch.Tensor:
+    """View rows as numbers of 16 bytes, where they are made of such: indexing copies number by number, which takes a
+    third or a quarter of the time then. The compiler has kernels of its own, and none for complex numbers."""
+    places = (*rows.stride()[:-1], rows.storage_offset(), rows.shape[-1])
+    is_aligned = rows.stride(-1) == 1 and all(place * rows.itemsize % 16 == 0 for place in places)
+    return rows.view(torch.complex128) if is_aligned and not torch.compiler.is_compiling() else rows
 
 
 def in_blocks(states: torch.Tensor, size: int) -> torch.Tensor:
