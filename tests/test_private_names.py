@@ -355,6 +355,18 @@ PRIVATE_NAMES = [
         "Write the buffer back with setattr.",
         lambda: "_buffers" in vars(torch.nn.Module()),
     ),
+    PrivateName(
+        "_forward_hooks of a module",
+        (PACKAGE + "models/text_fingerprint.py",),
+        "Project a prompt's keys and values again for every chunk.",
+        lambda: "_forward_hooks" in vars(torch.nn.Module()),
+    ),
+    PrivateName(
+        "_forward_pre_hooks of a module",
+        (PACKAGE + "models/text_fingerprint.py",),
+        "Project a prompt's keys and values again for every chunk.",
+        lambda: "_forward_pre_hooks" in vars(torch.nn.Module()),
+    ),
     # -- argparse ----------------------------------------------------------------------------------------------------
     PrivateName(
         "argparse:_SubParsersAction",

@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..fused.layers import is_undecorated
 from ..fused.packed_linear import PackedLinear
+from .kv_cache import version_of
 from .lora_scales import scales_of
 
 
@@ -70,4 +71,4 @@ def _describe(tensor: torch.Tensor) -> tuple:
     samples = numbers[:: max(1, numbers.numel() // NUM_SAMPLES)]
     # A weak reference: memory that is freed is not taken for what is there afterwards.
     memory = StorageWeakRef(tensor.untyped_storage())
-    return memory, tensor.storage_offset(), tensor.shape, tensor.dtype, tensor._version, samples.tolist()
+    return memory, tensor.storage_offset(), tensor.shape, tensor.dtype, version_of(tensor), samples.tolist()
