@@ -47,9 +47,11 @@ def add_and_norm(
     return residual.add_and_norm(hidden_states, update, gate, weight, bias, eps=eps)
 
 
-def add(hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+def add(
+    hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor | None, *, dtype: torch.dtype
+) -> torch.Tensor:
     """Return `hidden_states + gate * update` in `dtype`; see [`fused.residual.add`]."""
-    if in_plain_autograd():
+    if gate is not None and in_plain_autograd():  # a sum by itself keeps nothing
         return _Add.apply(hidden_states, update, gate, dtype)
     return residual.add(hidden_states, update, gate, dtype=dtype)
 

@@ -52,6 +52,7 @@ CASES = {
         lambda d, w: [states(d), states(d), None, by_frame(dtype=w), by_frame(dtype=w)],
         {"eps": EPS},
     ),
+    "add without a gate": ("add", lambda d, w: [states(d), states(d), None], {"dtype": torch.float64}),
     "add": ("add", lambda d, w: [states(d), states(d), by_frame(dtype=w)], {"dtype": torch.float64}),
 }
 
@@ -72,7 +73,7 @@ def test_gradients_are_those_of_finite_differences(case):
 @pytest.mark.parametrize("case", CASES)
 def test_results_are_the_plain_ones_and_gradients_within_rounding(case, dtype):
     name, make, options = CASES[case]
-    if name == "add":
+    if name == "add":  # in which the stream goes on to the next block
         options = {"dtype": dtype}
     inputs = make(dtype, torch.float32)
     given = [tensor for tensor in inputs if tensor is not None]
