@@ -65,7 +65,7 @@ def rms_norm(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     return layer(states).type_as(states)
 
 
-def remade_in_backward(normed: torch.Tensor, *parts: torch.Tensor, eps: float) -> AbstractContextManager[None]:
+def remade_in_backward(normed: torch.Tensor, *parts: torch.Tensor | None, eps: float) -> AbstractContextManager[None]:
     """
     Within this, layers that would keep `normed` for the gradients of their weights keep `parts` instead, of which it
     is made again.
@@ -75,13 +75,15 @@ def remade_in_backward(normed: torch.Tensor, *parts: torch.Tensor, eps: float) -
         parts: What it was made of: the arguments of that call.
         eps: Its `eps`.
     """
-    return saved_as_recipe(normed, partial(_remake, normed.dtype, eps), *parts)
+    given = [part for part in parts if part is not None]  # there may be no gate
+    return saved_as_recipe(normed, partial(_remake, normed.dtype, eps), *given)
 
 
 def _remake(dtype: torch.dtype, eps: float, *parts: torch.Tensor) -> torch.Tensor:
     if len(parts) == 3:
         return residual.norm(*parts, eps=eps).to(dtype)
-    return residual.add_and_norm(*parts, eps=eps)[1]
+    hidden_states, update, *gate, weight, bias = parts
+    return residual.add_and_norm(hidden_states, update, gate[0] if gate else None, weight, bias, eps=eps)[1]
 
 
 class _Norm(Function):

@@ -170,6 +170,18 @@ def test_a_layer_keeps_what_its_input_was_made_of():
         assert torch.equal(of_made_again, expected)
 
 
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_an_input_is_made_again_of_a_sum(is_gated):
+    stream, update, gate, weight, bias = states(), states(), by_frame(), by_frame(), by_frame()
+    parts, layer = (stream, update, gate if is_gated else None, weight, bias), nn.Linear(DIM, DIM).double()
+    _, normed = lean_norms.add_and_norm(*parts, eps=EPS)
+    with lean_norms.remade_in_backward(normed, *parts, eps=EPS):
+        found = layer(normed)
+    gradient = torch.randn_like(found)
+    (of_weight,) = torch.autograd.grad(found, layer.weight, gradient)
+    torch.testing.assert_close(of_weight, gradient.flatten(0, 1).T @ normed.flatten(0, 1))
+
+
 @pytest.fixture
 def ffn() -> FeedForward:
     return FeedForward(DIM, inner_dim=4 * DIM, activation_fn="gelu-approximate")
