@@ -335,7 +335,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "_version of a tensor",
-        (PACKAGE + "models/kv_cache.py", PACKAGE + "models/text_fingerprint.py"),
+        (PACKAGE + "models/kv_cache.py",),
         "Project a prompt's keys and values again whenever prompt_embeds is another object.",
         lambda: torch.zeros(1).add_(1)._version == 1,
     ),
@@ -354,18 +354,6 @@ PRIVATE_NAMES = [
         (LINEAR, FP8_LINEAR),
         "Write the buffer back with setattr.",
         lambda: "_buffers" in vars(torch.nn.Module()),
-    ),
-    PrivateName(
-        "_forward_hooks of a module",
-        (PACKAGE + "models/text_fingerprint.py",),
-        "Project a prompt's keys and values again for every chunk.",
-        lambda: "_forward_hooks" in vars(torch.nn.Module()),
-    ),
-    PrivateName(
-        "_forward_pre_hooks of a module",
-        (PACKAGE + "models/text_fingerprint.py",),
-        "Project a prompt's keys and values again for every chunk.",
-        lambda: "_forward_pre_hooks" in vars(torch.nn.Module()),
     ),
     # -- argparse ----------------------------------------------------------------------------------------------------
     PrivateName(
