@@ -29,6 +29,7 @@ _LINEAR = re.compile(
     re.IGNORECASE,
 )
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+PRODUCTS = "attention by matrix products (aten::bmm, aten::softmax)"
 _CHUNK = "longlive bench: a chunk"
 
 
@@ -90,8 +91,9 @@ def work_on_cpu(events: Iterable[FunctionEvent]) -> Iterator[Work]:
     """Return what each operator did by itself. What an operator of attention or a linear layer calls is a part of it,
     and bears the name of the innermost caller whose name says that it is attention."""
     for event in events:
-        caller = _caller_of(event)
-        yield Work(caller.name, kind_of(caller.name), event.self_cpu_time_total)
+        name = _caller_of(event).name
+        is_product = _ATTENTION_PRODUCT.match(name) is not None
+        yield Work(PRODUCTS if is_product else name, kind_of(name), event.self_cpu_time_total)
 
 
 def work_on_gpu(events: Iterable[FunctionEvent]) -> Iterator[Work]:

@@ -8,6 +8,7 @@ from torch.autograd.profiler_util import DeviceType, Interval, Kernel
 from torch.nn import functional as F
 
 from longlive_diffusers.benchmark.profiling import (
+    PRODUCTS,
     Work,
     kind_of,
     profile_forward,
@@ -65,7 +66,7 @@ def test_operators_are_told_apart(operator, kind):
             lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(64, 64, requires_grad=True)),
             "aten::_scaled_dot_product_attention_math",
         ),
-        (lambda q: attend(q.bfloat16(), q.bfloat16(), q.bfloat16()), "longlive_diffusers::matmul_attention"),
+        (lambda q: attend(q.bfloat16(), q.bfloat16(), q.bfloat16()), PRODUCTS),
     ],
     ids=["flash", "math", "matrix products"],
 )
