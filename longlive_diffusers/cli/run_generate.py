@@ -42,11 +42,10 @@ class Progress:
     last_frame: float = 0.0
     latency: Latency = field(default_factory=lambda: Latency(FPS))
 
-    def add(self, num_frames: int, *, completes_chunk: bool = True) -> None:
+    def add(self, num_frames: int) -> None:
         """Count frames: those of a chunk, or of a part of one."""
         self.last_frame = time.perf_counter() - self.began
         self.latency.add(self.last_frame, num_frames)
-        self.chunks += completes_chunk
         self.frames += num_frames
 
     @property
@@ -145,7 +144,8 @@ def write_video(
             frames = chunk.frames[0]
             assert isinstance(frames, np.ndarray) and isinstance(chunk.prompt, str)  # as a single video in NumPy has
             writer.write(frames)
-            progress.add(len(frames), completes_chunk=chunk.is_complete)
+            progress.chunks += chunk.is_complete
+            progress.add(len(frames))
             if args.stream:
                 status.show(describe_chunk(chunk, progress), repr(shortened(chunk.prompt)))
             if typed is not None and chunk.is_complete and not typed.apply_next(session, chunk):

@@ -1,9 +1,6 @@
 """The own forward of the VAE's decoder: its parts against diffusers' modules, and which decoders it is for."""
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -22,6 +19,7 @@ from longlive_diffusers.models.wan_decoder.norm_silu import norm_silu_after
 from longlive_diffusers.models.wan_decoder.published_modules import is_as_published
 from longlive_diffusers.models.wan_decoder.upsample import add_repeated, double_and_convolve
 from tests.programs import wan_decoder_kernel
+from tests.support.processes import run_program
 from tests.support.tiny_vae import tiny_vae, wan_2_1_vae
 from tests.support.traffic import Traffic
 
@@ -381,25 +379,11 @@ def test_a_compiled_decoder_has_a_graph_for_the_first_frame_and_one_for_each_num
 # -- the Triton kernel -----------------------------------------------------------------------------------------------
 
 
-def run_kernel_program(*arguments: str, **environment: str) -> str:
-    """What the program prints. Whether Triton interprets is decided when it is imported: it has its own process."""
-    run = subprocess.run(
-        [sys.executable, "-m", wan_decoder_kernel.__name__, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
-    return run.stdout
-
-
 def test_the_interpreted_kernel_does_what_plain_pytorch_does():
     """By itself, and in a stream of chunks."""
-    assert run_kernel_program(TRITON_INTERPRET="1").splitlines() == ["0 differ"]
+    assert run_program(wan_decoder_kernel, TRITON_INTERPRET="1").splitlines() == ["0 differ"]
 
 
 def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
-    told = run_kernel_program("90", "100", "120", TRITON_CACHE_DIR=str(tmp_path))
+    told = run_program(wan_decoder_kernel, "90", "100", "120", TRITON_CACHE_DIR=str(tmp_path))
     assert told.splitlines() == ["90 4", "100 4", "120 4"]

@@ -3,30 +3,12 @@
 The interpreter takes what the compiler refuses, so that they are also compiled, which needs no GPU.
 """
 
-import os
-import subprocess
-import sys
-from types import ModuleType
-
 import pytest
 import torch
 
-from tests.programs import check_operators, compare_branches, compare_fused, compare_kernels, compile_kernels
+from tests.programs import check_operators, compare_branches, compare_kernels, compile_kernels
 from tests.support.checks import needs_gpu
-
-
-def run_program(program: ModuleType, *arguments: str, **environment: str) -> str:
-    """What a program prints. Whether Triton interprets is decided when it is imported, hence a process of its own."""
-    run = subprocess.run(
-        [sys.executable, "-m", program.__name__, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
-    return run.stdout
+from tests.support.processes import run_program
 
 
 @pytest.mark.parametrize("program", [compare_kernels, compare_branches])
@@ -34,10 +16,6 @@ def test_interpreted_kernels_equal_the_reference(program):
     """Kernels by themselves; and streams, layers and training steps that call them."""
     told = run_program(program, TRITON_INTERPRET="1")
     assert told.startswith("0 of ") and "cases differ" in told
-
-
-def test_interpreted_fused_kernels_are_near_the_functions_they_stand_for():
-    run_program(compare_fused, TRITON_INTERPRET="1")
 
 
 def test_operators_are_what_torch_takes_them_for():
@@ -48,11 +26,6 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     """Ampere, Hopper, Blackwell's two kinds; to E2M1 and back by instruction where it exists, and is needed."""
     told = run_program(compile_kernels, "80", "90", "100", "120", TRITON_CACHE_DIR=str(tmp_path))
     assert told.splitlines() == ["80 22 0", "90 22 0", "100 22 8", "120 22 8"]
-
-
-@needs_gpu
-def test_fused_kernels_are_near_the_functions_they_stand_for_on_a_gpu():
-    assert compare_fused.compare(torch.device("cuda")) == []
 
 
 @needs_gpu

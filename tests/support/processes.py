@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from tests.support.paths import ROOT
 
@@ -13,6 +14,31 @@ def environment(**others: object) -> dict[str, str]:
     """The variables of a process: those of this one, but for where the package is and the number of threads."""
     own = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, **others}
     return {**os.environ, **{name: str(value) for name, value in own.items()}}
+
+
+def run_program(program: ModuleType, *arguments: str, **others: object) -> str:
+    """
+    Run a program of `tests.programs` in a process of its own, as what decides when Triton is imported whether it
+    interprets needs it.
+
+    Args:
+        program: The module.
+        *arguments: Its arguments.
+        **others: Variables of its environment.
+
+    Returns:
+        What it prints.
+    """
+    run = subprocess.run(
+        [sys.executable, "-m", program.__name__, *arguments],
+        env=environment(**others),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
+    return run.stdout
 
 
 def free_port() -> int:
