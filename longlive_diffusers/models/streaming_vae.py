@@ -276,8 +276,12 @@ def check_next_latents(latents: torch.Tensor, channels: int, before: tuple[int, 
     Raises:
         ValueError: For latents whose shape does not fit the network or the chunk before.
     """
+    if not isinstance(latents, torch.Tensor):
+        raise ValueError(f"Expected latents [B, {channels}, F >= 1, h, w], got {type(latents).__name__}.")
     if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
         raise ValueError(f"Expected latents [B, {channels}, F >= 1, h, w], got shape {tuple(latents.shape)}.")
+    if not latents.is_floating_point():
+        raise ValueError(f"Expected latents of floats, got {latents.dtype}.")
     shape = (latents.shape[0], *latents.shape[-2:])
     if before not in (None, shape):
         raise ValueError(f"The video so far has (batch, h, w) = {before}, this chunk {shape}: `reset()` first.")

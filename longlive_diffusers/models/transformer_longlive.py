@@ -27,7 +27,7 @@ from ..fused.layers import is_plain
 from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
 from ..number_checks import check_booleans
-from ..nvfp4.fp8_linear import check_not_in_fp8
+from ..nvfp4.fp8_linear import check_not_in_fp8, check_not_optimized
 from ..nvfp4.linear import nvfp4_layers
 from ..nvfp4.lora import adopt_lora_layers
 from ..parallel.head_exchange import HeadExchange
@@ -473,6 +473,15 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         check_not_in_fp8(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """Like diffusers' own `compile_repeated_blocks`.
+
+        Raises:
+            ValueError: If the network was optimized for a CPU before: the compiler cannot look into its layers.
+        """
+        check_not_optimized(self, "be compiled")
+        super().compile_repeated_blocks(*args, **kwargs)
+
     def fuse_lora(self, *args, **kwargs) -> None:
         """Fuse LoRA like diffusers does, also into NVFP4 weights, which are rounded again and cannot be unfused."""
         adopt_lora_layers(self)
@@ -485,6 +494,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             ValueError: If a projection is no plain linear layer: the weights of one in NVFP4 cannot be joined without
                 rounding them again, and a LoRA would be left out.
         """
+        check_not_optimized(self, "be fused")
         special = [
             f"{name} ({type(layer).__name__})"
             for name, layer in self.named_modules()

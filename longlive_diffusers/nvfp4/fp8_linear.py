@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..fused.layers import is_plain
+from ..fused.packed_linear import PackedLinear
 from .backends import rows_to_fp8
 from .matmul import capability_unsupported_reason, fp8_matmul
 
@@ -78,6 +79,21 @@ def can_be_fp8(layer: nn.Module) -> TypeGuard[nn.Linear]:
     if not isinstance(layer, nn.Linear) or layer.in_features % 16 or layer.out_features % 16:
         return False
     return not layer.weight.is_meta and is_plain(layer, nn.Linear, layer.weight.device)
+
+
+def check_not_optimized(model: nn.Module, purpose: str) -> None:
+    """Raise a ValueError if layers were exchanged for faster ones, with which something cannot be done any more.
+
+    Args:
+        model: The network.
+        purpose: What cannot be done with such a layer, after "cannot".
+    """
+    kinds = (FP8Linear, PackedLinear)
+    if optimized := [name for name, layer in model.named_modules() if isinstance(layer, kinds)]:
+        raise ValueError(
+            f"The transformer was optimized: {len(optimized)} layers, for instance {optimized[0]}, cannot {purpose}. "
+            "Load the pipeline again, and call `optimize` last."
+        )
 
 
 def check_not_in_fp8(model: nn.Module) -> None:

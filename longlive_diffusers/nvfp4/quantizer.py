@@ -23,6 +23,7 @@ from torch import nn
 
 from .backends import check_backend_name
 from .format import BLOCK, BLOCKS, check_stored
+from .fp8_linear import check_not_optimized
 from .linear import STORED, NVFP4Linear, nvfp4_layers
 from .recipes import NVFP4Recipe
 from .rules import scale_rule_named
@@ -206,6 +207,7 @@ def quantize_model(model: nn.Module, config: NVFP4Config) -> nn.Module:
         raise ValueError(f"This {type(model).__name__} is stored in NVFP4 already.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model has LoRA layers: fuse and unload them, or unload them, before it is quantized.")
+    check_not_optimized(model, "be quantized")
     for name in layers_to_convert(model, config):
         model.set_submodule(name, config.quantize_layer(model.get_submodule(name), name))
     mark_quantized(model, config)

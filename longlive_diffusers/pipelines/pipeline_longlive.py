@@ -34,7 +34,7 @@ from ..models.streaming_vae import encode_video
 from ..models.tiny_decoder import TinyVideoDecoder
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_booleans, check_counts
-from ..nvfp4.fp8_linear import check_not_in_fp8
+from ..nvfp4.fp8_linear import check_not_in_fp8, check_not_optimized
 from ..nvfp4.linear import nvfp4_layers, weights_of
 from ..parallel.agreement import Agreement
 from ..parallel.stream_ranks import StreamRanks
@@ -63,7 +63,7 @@ from .prompt_source import PromptSource
 from .run_state import RunView
 from .session import StreamingSession
 from .sharing import load_model_card, render_model_card, strip_local_paths
-from .speed import SpeedPlan, check_can_take_lora, check_speed, optimize
+from .speed import SpeedPlan, check_speed, optimize
 
 
 logger = logging.get_logger(__name__)
@@ -717,7 +717,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def optimize(self, speed: str = "exact") -> SpeedPlan:
         """
         Change the models in place, for inference, to what is fastest on their device; it cannot be undone, but for
-        loading them again. Call it last: after `.to(device)`, after LoRAs are loaded or fused, and after quantizing.
+        loading them again. Call it last: after `.to(device)`, after LoRAs are loaded or fused, after quantizing and
+        compiling. What is written to weights afterwards, other than by `load_state_dict`, may have no effect.
 
         Args:
             speed: "exact": the same video, to within rounding. "fast": fewer bits, where the device is faster in them:
@@ -832,7 +833,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 optimized, see [`optimize`].
         """
         check_booleans(hotswap=hotswap)
-        check_can_take_lora(self.transformer)
+        check_not_optimized(self.transformer, "have a LoRA")
         kwargs["return_lora_metadata"] = True
         state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
         check_lora_fits(state_dict, weights_of(self.transformer))

@@ -17,7 +17,7 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 
 from ..fused.feed_forward import FusedGELU
-from ..fused.layers import is_compiled_in_place, is_plain
+from ..fused.layers import is_compiled_in_place, is_plain, is_undecorated
 from ..fused.packed_linear import PackedLinear, has_onednn
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..nvfp4.fp8_linear import FP8Linear, can_be_fp8, fp8_unsupported_reason
@@ -90,37 +90,36 @@ def optimize(
     return SpeedPlan(speed, device, tuple(choices), arguments_of(speed))
 
 
-def check_can_take_lora(transformer: nn.Module) -> None:
-    """Raise a ValueError if layers were exchanged for some that no LoRA can be put beside."""
-    kinds = (FP8Linear, PackedLinear)
-    if optimized := [name for name, layer in transformer.named_modules() if isinstance(layer, kinds)]:
-        raise ValueError(
-            f"The transformer was optimized: {len(optimized)} layers, for instance {optimized[0]}, cannot have a "
-            "LoRA. Load the pipeline again, then its LoRAs, and call `optimize` last."
-        )
-
-
 def _fuse_layers(transformer: LongLiveTransformer3DModel, device: torch.device) -> list[str]:
     """Exchange layers for those whose products are faster and give the same to within rounding."""
     on_cpu = device.type == "cpu"
     if device.type != "cuda" and not (on_cpu and has_onednn(get_parameter_dtype(transformer.patch_embedding))):
         return []
-    is_compiled = any(map(is_compiled_in_place, transformer.modules()))
-    config = transformer.config
-    rows = config.chunk_size * (config.sample_height // config.patch_size[1]) * config.sample_width
-    rows //= config.patch_size[2]
-    packs = on_cpu and not is_compiled  # the compiler cannot look into a layout of another library
-    for block in transformer.blocks:
-        for module in list(block.modules()):
-            for name, child in list(module.named_children()):
-                if type(child) is GELU:
-                    setattr(module, name, FusedGELU.sharing(child))
-                elif packs and not hasattr(module, "lora_A") and is_plain(child, nn.Linear, device):
-                    setattr(module, name, PackedLinear(child, rows))
-    choices = ["Products of feed-forward layers end in GELU: results differ by rounding."]
-    if packs:
-        choices.append("Weights lie as the CPU multiplies them: results differ by rounding.")
+    # The compiler cannot look into a layout of another library.
+    packs = on_cpu and not any(map(is_compiled_in_place, transformer.modules()))
+    config, patch = transformer.config, transformer.config.patch_size
+    rows = config.chunk_size * (config.sample_height // patch[1]) * (config.sample_width // patch[2])
+    num_fused = num_packed = 0
+    for module, name, child in _layers_of(transformer):
+        if type(child) is GELU and is_undecorated(child.proj):
+            setattr(module, name, FusedGELU.sharing(child))
+            num_fused += 1
+    for module, name, child in _layers_of(transformer):
+        if packs and not hasattr(module, "lora_A") and is_plain(child, nn.Linear, device):
+            setattr(module, name, PackedLinear(child, rows))
+            num_packed += 1
+    choices = []
+    if num_fused:
+        choices.append(f"{num_fused} products of feed-forward layers end in GELU: results differ by rounding.")
+    if num_packed:
+        choices.append(f"{num_packed} weights lie as the CPU multiplies them: results differ by rounding.")
     return choices
+
+
+def _layers_of(transformer: LongLiveTransformer3DModel) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Return each layer of the blocks, with the module that has it and its name there."""
+    modules = [module for block in transformer.blocks for module in block.modules()]
+    return [(module, name, child) for module in modules for name, child in module.named_children()]
 
 
 def _use_fewer_bits(transformer: LongLiveTransformer3DModel, vae: nn.Module | None, device: torch.device) -> list[str]:
@@ -137,11 +136,9 @@ def _use_fewer_bits(transformer: LongLiveTransformer3DModel, vae: nn.Module | No
         for layer in layers.values():
             layer.set_backend("fp8")
         return ["Weights in NVFP4 are multiplied in FP8, of which a second copy is kept."]
-    for block in transformer.blocks:
-        for module in list(block.modules()):
-            for name, child in list(module.named_children()):
-                if can_be_fp8(child):
-                    setattr(module, name, FP8Linear(child))
+    for module, name, child in _layers_of(transformer):
+        if can_be_fp8(child):
+            setattr(module, name, FP8Linear(child))
     return ["Linear layers of the blocks multiply in FP8: about 5 % of relative error in a forward."]
 
 
@@ -152,7 +149,12 @@ def _to_bfloat16(transformer: LongLiveTransformer3DModel, vae: nn.Module | None)
     models = [transformer, vae] if isinstance(vae, AutoencoderKLWan) else [transformer]
     if all(model.dtype == torch.bfloat16 for model in models):
         return []
+    if not all(is_undecorated(module) for block in transformer.blocks for module in block.modules()):
+        return ["The networks stay in their dtype: layers are offloaded or cast one by one, or have hooks."]
     kept = set(LongLiveTransformer3DModel._keep_in_fp32_modules)
+    for layer in transformer.modules():
+        if isinstance(layer, PackedLinear):
+            layer.keep(layer.weight.bfloat16())
     for model in models:
         for name, parameter in model.named_parameters():
             is_kept = model is transformer and kept.intersection(name.split("."))

@@ -399,3 +399,21 @@ def test_a_reset_frees_the_memory_of_a_video():
         assert len(before) > 10
         del before
     assert [size for storage, size in memory._sizes.items() if storage.data_ptr() not in weights] == []
+
+
+@pytest.mark.parametrize("wrong", [None, [1.0], torch.zeros(1, 4, 1, 4, 4, dtype=torch.long)])
+def test_what_are_no_latents_is_refused(wrong):
+    channels = tiny_vae().config.z_dim
+    if isinstance(wrong, torch.Tensor):
+        wrong = wrong[:, :1].expand(1, channels, 1, 4, 4)
+    with pytest.raises(ValueError, match="Expected latents"):
+        StreamingDecoder(tiny_vae()).decode(wrong)
+
+
+def test_a_vae_may_be_converted_in_mid_video():
+    vae = tiny_vae()
+    decoder = StreamingDecoder(vae)
+    chunk = torch.randn(1, vae.config.z_dim, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    decoder.decode(chunk)
+    vae.to(torch.bfloat16)
+    assert decoder.decode(chunk.bfloat16()).isfinite().all()

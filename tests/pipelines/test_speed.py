@@ -35,13 +35,14 @@ def test_the_exact_video_is_the_same_to_within_rounding():
     plan = pipe.optimize()
     assert plan.speed == "exact" and plan.device == CPU and plan.arguments == {}
     assert FusedGELU in kinds(pipe.transformer) and GELU not in kinds(pipe.transformer)
-    assert set(pipe.transformer.state_dict()) == names
+    assert set(pipe.transformer.state_dict()) == names and nn.Linear not in kinds(pipe.transformer.blocks)
     assert (video(pipe) - expected).abs().max() <= 5e-6 * expected.abs().max()
 
 
 def test_it_may_be_called_again():
     pipe = tiny_pipeline()
-    assert pipe.optimize().choices == pipe.optimize().choices
+    first, again = pipe.optimize(), pipe.optimize()
+    assert len(first.choices) == 2 and again.choices == () and "there is nothing to change" in str(again)
 
 
 def test_bad_speeds_are_refused_before_anything_is_changed():
@@ -149,3 +150,48 @@ def test_compiled_blocks_are_not_packed():
     plan = pipe.optimize()
     assert PackedLinear not in kinds(pipe.transformer) and len(plan.choices) == 1
     torch.testing.assert_close(video(pipe), expected)
+
+
+@needs_bf16
+def test_speeds_may_be_tried_in_turn():
+    """A faster one after a slower one is the faster one, and what is there already is not told again."""
+    pipe, whole = tiny_pipeline(), tiny_pipeline()
+    pipe.optimize("exact")
+    pipe.optimize("fast")
+    whole.optimize("fast")
+    assert torch.equal(video(pipe), video(whole))
+    assert pipe.optimize("fastest").choices == whole.optimize("fastest").choices
+
+
+def quantized(pipe) -> None:
+    quantize_model(pipe.transformer, NVFP4Config())
+
+
+def compiled(pipe) -> None:
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+
+
+def fused(pipe) -> None:
+    pipe.transformer.fuse_qkv_projections()
+
+
+@pytest.mark.parametrize("change", [quantized, compiled, fused])
+def test_what_is_to_come_before_it_is_refused_after_it(change):
+    pipe = small_pipeline()
+    expected = video(pipe)
+    pipe.optimize()
+    with pytest.raises(ValueError, match=r"The transformer was optimized: \d+ layers, .* call `optimize` last"):
+        change(pipe)
+    assert (video(pipe) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@needs_bf16
+def test_layers_that_are_cast_one_by_one_stay_as_they_are():
+    pipe = tiny_pipeline()
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    expected = video(pipe)
+    plan = pipe.optimize("fast")
+    assert plan.choices == (
+        "The networks stay in their dtype: layers are offloaded or cast one by one, or have hooks.",
+    )
+    assert torch.equal(video(pipe), expected)

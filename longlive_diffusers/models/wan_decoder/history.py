@@ -56,7 +56,8 @@ def from_feature_cache(decoder: WanDecoder3d, cache: list, latents: Tensor) -> l
 
     def kept(convolution: CachedConvolution, entry) -> Tensor:
         (batch, _, _, height, width), scale = latents.shape, convolution.scale
-        frames = entry.movedim(1, -1) if isinstance(entry, Tensor) else latents.new_empty(0)
+        # In the dtype that the decoder has now: it may have been converted since.
+        frames = entry.movedim(1, -1).to(latents.dtype) if isinstance(entry, Tensor) else latents.new_empty(0)
         if isinstance(entry, Tensor) and entry.shape[2] == KEPT:
             return frames
         shape = (batch, KEPT, scale * height, scale * width, convolution.module.in_channels)
