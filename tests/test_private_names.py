@@ -63,6 +63,7 @@ PIPELINE = PACKAGE + "pipelines/pipeline_longlive.py"
 ATTEND = PACKAGE + "models/attend.py"
 FP8_LINEAR = PACKAGE + "nvfp4/fp8_linear.py"
 PACKED_LINEAR = PACKAGE + "fused/packed_linear.py"
+ONEDNN = PACKAGE + "fused/onednn.py"
 FEED_FORWARD = PACKAGE + "fused/feed_forward.py"
 FUSED_LAYERS = PACKAGE + "fused/layers.py"
 SAVED_RECIPES = PACKAGE + "models/saved_recipes.py"
@@ -413,8 +414,8 @@ PRIVATE_NAMES = [
             lambda name=name: hasattr(torch.ops.mkldnn, name),
         )
         for name, users in (
-            ("_linear_pointwise", (FEED_FORWARD, PACKED_LINEAR)),
-            ("_is_mkldnn_bf16_supported", (PACKED_LINEAR,)),
+            ("_linear_pointwise", (ONEDNN,)),
+            ("_is_mkldnn_bf16_supported", (ONEDNN,)),
             ("_reorder_linear_weight", (PACKED_LINEAR,)),
         )
     ),

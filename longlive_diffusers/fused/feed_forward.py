@@ -5,8 +5,9 @@ import torch
 from diffusers.models.activations import GELU
 from torch import nn
 
+from . import onednn
 from .layers import is_for_inference, is_plain
-from .packed_linear import PackedLinear, has_onednn
+from .packed_linear import PackedLinear
 
 
 class FusedGELU(GELU):
@@ -37,6 +38,6 @@ class FusedGELU(GELU):
             rows = hidden_states.flatten(0, -2)
             product = torch._addmm_activation(proj.bias, rows, proj.weight.t(), use_gelu=True)
             return product.unflatten(0, hidden_states.shape[:-1])
-        if device.type == "cpu" and has_onednn(hidden_states.dtype) and not torch.is_autocast_enabled("cpu"):
-            return torch.ops.mkldnn._linear_pointwise(hidden_states, proj.weight, proj.bias, "gelu", [], "tanh")
+        if device.type == "cpu" and onednn.has_onednn(hidden_states.dtype) and not torch.is_autocast_enabled("cpu"):
+            return onednn.linear(hidden_states, proj.weight, proj.bias, "gelu")
         return super().forward(hidden_states)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import onednn
+
 
 class PackedLinear(nn.Module):
     """
@@ -28,7 +30,7 @@ class PackedLinear(nn.Module):
     def keep(self, weight: torch.Tensor) -> None:
         """Replace the weight, by one in the usual layout. On other devices, and in dtypes that oneDNN does not know,
         it is kept as it is. `times_kept` counts the weights so far."""
-        self.is_packed = weight.device.type == "cpu" and has_onednn(weight.dtype)
+        self.is_packed = weight.device.type == "cpu" and onednn.has_onednn(weight.dtype)
         # In a tuple, so that nothing that goes through parameters and buffers finds a tensor without storage.
         kept = torch.ops.mkldnn._reorder_linear_weight(weight, self.rows) if self.is_packed else weight
         self.kept, self.times_kept = (kept,), self.times_kept + 1
@@ -46,7 +48,7 @@ class PackedLinear(nn.Module):
         """Compute the layer, and then, if `activation` is "gelu" and not "none", GELU in its tanh approximation."""
         is_fused = self.is_packed and not torch.is_grad_enabled() and x.dtype == self.kept[0].dtype
         if is_fused and not torch.is_autocast_enabled("cpu"):
-            return torch.ops.mkldnn._linear_pointwise(x, self.kept[0], self.bias, activation, [], "tanh")
+            return onednn.linear(x, self.kept[0], self.bias, activation)
         product = F.linear(x, self.weight, self.bias)
         return product if activation == "none" else F.gelu(product, approximate="tanh")
 
@@ -80,12 +82,3 @@ class PackedLinear(nn.Module):
     def __setstate__(self, state):
         super().__setstate__(state)
         self.keep(self.kept[0])
-
-
-def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether PyTorch was built with oneDNN, and this CPU can compute in `dtype` with it."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32

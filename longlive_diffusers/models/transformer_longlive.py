@@ -27,9 +27,9 @@ from ..fused.layers import is_plain
 from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
 from ..number_checks import check_booleans
-from ..nvfp4.fp8_linear import check_not_in_fp8, check_not_optimized
 from ..nvfp4.linear import nvfp4_layers
 from ..nvfp4.lora import adopt_lora_layers
+from ..nvfp4.optimized_layers import check_not_in_fp8, check_not_optimized
 from ..parallel.head_exchange import HeadExchange
 from ..parallel.layout import check_heads
 from ..parallel.stream_config import resolve_stream_config

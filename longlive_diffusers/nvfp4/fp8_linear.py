@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from ..fused.layers import is_plain
-from ..fused.packed_linear import PackedLinear
 from .backends import rows_to_fp8
 from .matmul import capability_unsupported_reason, fp8_matmul
 
@@ -79,27 +78,3 @@ def can_be_fp8(layer: nn.Module) -> TypeGuard[nn.Linear]:
     if not isinstance(layer, nn.Linear) or layer.in_features % 16 or layer.out_features % 16:
         return False
     return not layer.weight.is_meta and is_plain(layer, nn.Linear, layer.weight.device)
-
-
-def check_not_optimized(model: nn.Module, purpose: str) -> None:
-    """Raise a ValueError if layers were exchanged for faster ones, with which something cannot be done any more.
-
-    Args:
-        model: The network.
-        purpose: What cannot be done with such a layer, after "cannot".
-    """
-    kinds = (FP8Linear, PackedLinear)
-    if optimized := [name for name, layer in model.named_modules() if isinstance(layer, kinds)]:
-        raise ValueError(
-            f"The transformer was optimized: {len(optimized)} layers, for instance {optimized[0]}, cannot {purpose}. "
-            "Load the pipeline again, and call `optimize` last."
-        )
-
-
-def check_not_in_fp8(model: nn.Module) -> None:
-    """Raise a ValueError if a model, which is to be saved, has layers in FP8: there is no file format of them."""
-    if in_fp8 := [name for name, module in model.named_modules() if isinstance(module, FP8Linear)]:
-        raise ValueError(
-            f"{len(in_fp8)} layers were made FP8 for speed, for instance {in_fp8[0]}, and cannot be saved: load the "
-            "model again, and save it before it is optimized."
-        )

@@ -23,8 +23,8 @@ from torch import nn
 
 from .backends import check_backend_name
 from .format import BLOCK, BLOCKS, check_stored
-from .fp8_linear import check_not_optimized
 from .linear import STORED, NVFP4Linear, nvfp4_layers
+from .optimized_layers import check_not_optimized
 from .recipes import NVFP4Recipe
 from .rules import scale_rule_named
 

@@ -34,8 +34,8 @@ from ..models.streaming_vae import encode_video
 from ..models.tiny_decoder import TinyVideoDecoder
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_booleans, check_counts
-from ..nvfp4.fp8_linear import check_not_in_fp8, check_not_optimized
 from ..nvfp4.linear import nvfp4_layers, weights_of
+from ..nvfp4.optimized_layers import check_not_in_fp8, check_not_optimized
 from ..parallel.agreement import Agreement
 from ..parallel.stream_ranks import StreamRanks
 from ..schedulers.scheduling_longlive import LongLiveScheduler
@@ -63,7 +63,7 @@ from .prompt_source import PromptSource
 from .run_state import RunView
 from .session import StreamingSession
 from .sharing import load_model_card, render_model_card, strip_local_paths
-from .speed import SpeedPlan, check_speed, optimize
+from .speed import SpeedPlan, optimize
 
 
 logger = logging.get_logger(__name__)
@@ -732,7 +732,6 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             ValueError: For an unknown speed; without a transformer; for another speed than "exact", if there is a LoRA
                 that is not fused.
         """
-        check_speed(speed)
         if self.transformer is None:
             raise ValueError("This pipeline has no transformer to optimize.")
         return optimize(self.transformer, self.vae, speed, self._execution_device)

@@ -18,7 +18,8 @@ from torch import nn
 
 from ..fused.feed_forward import FusedGELU
 from ..fused.layers import is_compiled_in_place, is_plain, is_undecorated
-from ..fused.packed_linear import PackedLinear, has_onednn
+from ..fused.onednn import has_onednn
+from ..fused.packed_linear import PackedLinear
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..nvfp4.fp8_linear import FP8Linear, can_be_fp8, fp8_unsupported_reason
 from ..nvfp4.linear import nvfp4_layers

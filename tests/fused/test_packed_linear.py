@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from longlive_diffusers.fused.packed_linear import PackedLinear, has_onednn
+from longlive_diffusers.fused.onednn import has_onednn
+from longlive_diffusers.fused.packed_linear import PackedLinear
 
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -8,7 +8,8 @@ from torch import nn
 
 from longlive_diffusers import LongLivePipeline, NVFP4Config
 from longlive_diffusers.fused.feed_forward import FusedGELU
-from longlive_diffusers.fused.packed_linear import PackedLinear, has_onednn
+from longlive_diffusers.fused.onednn import has_onednn
+from longlive_diffusers.fused.packed_linear import PackedLinear
 from longlive_diffusers.nvfp4.fp8_linear import FP8Linear
 from longlive_diffusers.nvfp4.linear import nvfp4_layers
 from longlive_diffusers.nvfp4.quantizer import quantize_model

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...fused.onednn import has_onednn
 from ...parallel.columns import ColumnSplit
 from .beside import put_beside
 
@@ -41,7 +42,7 @@ def _is_for_onednn(frames: torch.Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # `torch.compile` does not look into this module of torch's
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available()
+    return has_onednn(torch.float32)
 
 
 def pointwise(module: nn.Conv2d | nn.Conv3d, frames: torch.Tensor) -> torch.Tensor:
