@@ -56,16 +56,9 @@ def test_the_repeated_blocks_compile_to_one_graph(forward):
 
 
 @torch.no_grad()
-def test_dynamo_finds_no_break_in_the_streaming_forward(model):
-    cache = tiny_cache(model)
-    cache.begin_chunk(CHUNK_SIZE)
-    explanation = torch._dynamo.explain(model)(**random_inputs(CHUNK_SIZE), kv_cache=cache)
-    assert (explanation.graph_count, explanation.graph_break_count) == (1, 0), explanation.break_reasons
-
-
-@torch.no_grad()
 def test_streams_of_any_length_need_two_graphs(model):
-    counter = CompileCounter()
+    """aot_eager is what every real backend sees: writes to the cache must survive it."""
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     torch.testing.assert_close(stream_chunks(compiled, num_chunks=10), stream_chunks(model, num_chunks=10))
     assert counter.frame_count == GRAPHS_OF_A_STREAM
@@ -100,8 +93,12 @@ def latents_of_a_stream(pipe, seed: int, **settings) -> torch.Tensor:
     return torch.cat(chunks, dim=2)
 
 
-@pytest.mark.parametrize("relative_rope", [False, True])
-@pytest.mark.parametrize("kv_cache_dtype", [None, torch.bfloat16, "fp8", "nvfp4"])
+# Not all pairs, since each compiles four graphs, which takes seconds: what is stored is read the same way for both
+# kinds of positions, and only a plain cache can be read where it lies.
+KINDS_OF_CACHES = [(None, False), (None, True), (torch.bfloat16, True), ("fp8", False), ("nvfp4", True)]
+
+
+@pytest.mark.parametrize(("kv_cache_dtype", "relative_rope"), KINDS_OF_CACHES)
 def test_whatever_happens_in_a_stream_four_graphs_are_enough(kv_cache_dtype, relative_rope):
     """For the first window and for all later ones, each with a text that is new and one that is cached."""
     pipe, settings = small_pipeline(), {"kv_cache_dtype": kv_cache_dtype, "relative_rope": relative_rope}
@@ -180,14 +177,14 @@ def test_compiled_training_keeps_no_histories(model, checkpointing):
     """What a step keeps grows with the clip, not with its square: concatenations are made again in the backward."""
     if checkpointing:
         model.enable_gradient_checkpointing()
-    kept_for_the_backward(model, 16)
+    kept_for_the_backward(model, 8)
     expected = model.blocks[0].attn1.to_k.weight.grad.clone()
     model.zero_grad()
     # The backend's partitioner, which is also Inductor's, decides what is kept.
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager_decomp_partition", dynamic=False)
-    short = kept_for_the_backward(model, 16)
+    short = kept_for_the_backward(model, 8)
     torch.testing.assert_close(model.blocks[0].attn1.to_k.weight.grad, expected, atol=1e-5, rtol=1e-5)
-    assert kept_for_the_backward(model, 64) <= short
+    assert kept_for_the_backward(model, 24) <= short
 
 
 def gradient_of_a_stream(network, model) -> torch.Tensor:
@@ -215,15 +212,6 @@ def test_gradients_pass_through_a_stream_of_a_compiled_model(model):
     model.enable_gradient_checkpointing()
     compiled = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
     torch.testing.assert_close(gradient_of_a_stream(compiled, model), expected, atol=1e-6, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_the_streaming_forward_is_functionalised(model):
-    """aot_eager is what every real backend sees: writes to the cache must survive it."""
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    torch.testing.assert_close(stream_chunks(compiled), stream_chunks(model))
-    assert counter.frame_count == GRAPHS_OF_A_STREAM
 
 
 @torch.no_grad()

@@ -56,9 +56,17 @@ def fresh(overrides: dict) -> dict:
     return tiny_arguments(**overrides)
 
 
-@pytest.mark.parametrize("overrides", VIDEOS.values(), ids=VIDEOS)
-@pytest.mark.parametrize("special", ["", "tiling", "slicing", "bfloat16"])
-def test_a_stream_of_bytes_is_the_stream_of_floats(pipe, overrides, special):
+@pytest.mark.parametrize(
+    ("special", "video"),
+    [
+        *(("", video) for video in VIDEOS),
+        *(("tiling", video) for video in ("a batch", "continued")),
+        *(("slicing", video) for video in ("a batch", "asynchronous")),
+        *(("bfloat16", video) for video in ("one video", "asynchronous")),
+    ],
+)
+def test_a_stream_of_bytes_is_the_stream_of_floats(pipe, video, special):
+    overrides = VIDEOS[video]
     if special == "tiling":
         pipe.vae.enable_tiling(32, 32, 16, 16)
     elif special == "slicing":

@@ -128,27 +128,43 @@ WITH_LORA = {
 }
 
 
-def check(make: Callable[[], LongLivePipeline], change: Callable[[LongLivePipeline], object]) -> None:
-    """What is made after a change has nothing left of what was before it."""
+def unchanged(make: Callable[[], LongLivePipeline]) -> torch.Tensor:
+    return chunks(make(), lambda pipe: None)
+
+
+@pytest.fixture(scope="module")
+def without_lora() -> torch.Tensor:
+    return unchanged(pipeline)
+
+
+@pytest.fixture(scope="module")
+def with_loras(files) -> torch.Tensor:
+    return unchanged(lambda: pipeline(**files))
+
+
+def check(
+    make: Callable[[], LongLivePipeline], change: Callable[[LongLivePipeline], object], untouched: torch.Tensor
+) -> None:
+    """What is made after a change has nothing left of what was before it, and is not what is made without it."""
     pipe = make()
     forget_always(pipe)
     expected, found = chunks(pipe, change), chunks(make(), change)
     assert torch.equal(found, expected)
-    assert not torch.equal(chunks(make(), lambda pipe: None)[:, :, 2:], expected[:, :, 2:])
+    assert not torch.equal(untouched[:, :, 2:], expected[:, :, 2:])
 
 
 @pytest.mark.parametrize("change", WITHOUT_LORA.values(), ids=WITHOUT_LORA)
-def test_weights_that_change_between_chunks_change_the_text(change):
-    check(pipeline, change)
+def test_weights_that_change_between_chunks_change_the_text(change, without_lora):
+    check(pipeline, change, without_lora)
 
 
 @pytest.mark.parametrize("change", WITH_LORA.values(), ids=WITH_LORA)
-def test_loras_that_change_between_chunks_change_the_text(files, change):
-    check(lambda: pipeline(**files), change)
+def test_loras_that_change_between_chunks_change_the_text(files, change, with_loras):
+    check(lambda: pipeline(**files), change, with_loras)
 
 
-def test_a_lora_that_is_loaded_changes_the_text(files):
-    check(pipeline, lambda pipe: pipe.load_lora_weights(files["two"]))
+def test_a_lora_that_is_loaded_changes_the_text(files, without_lora):
+    check(pipeline, lambda pipe: pipe.load_lora_weights(files["two"]), without_lora)
 
 
 def test_another_lora_of_the_same_name_changes_the_text(files):
@@ -157,7 +173,10 @@ def test_another_lora_of_the_same_name_changes_the_text(files):
         pipe.load_lora_weights(files["two"], adapter_name="one")
         pipe.set_adapters("one")
 
-    check(lambda: pipeline(one=files["one"]), load_again)
+    def make() -> LongLivePipeline:
+        return pipeline(one=files["one"])
+
+    check(make, load_again, unchanged(make))
 
 
 def test_a_lora_that_is_unfused_changes_the_text(files):
@@ -166,7 +185,7 @@ def test_a_lora_that_is_unfused_changes_the_text(files):
         pipe.fuse_lora()
         return pipe
 
-    check(make, lambda pipe: pipe.unfuse_lora())
+    check(make, lambda pipe: pipe.unfuse_lora(), unchanged(make))
 
 
 def test_one_that_is_fused_again_at_another_scale_changes_the_text(files):
@@ -185,7 +204,7 @@ def test_one_that_is_fused_again_at_another_scale_changes_the_text(files):
             if hasattr(layer, "scaling"):
                 layer.scaling["one"] = 1.0
 
-    check(make, fuse_again)
+    check(make, fuse_again, unchanged(make))
 
 
 @pytest.mark.parametrize("change", [lambda pipe: pipe.set_adapters("two"), partial(scaled_in_place, KEY)])

@@ -233,10 +233,10 @@ def test_latents_need_no_vae(pipe):
 # -- compiled and sped up --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_a_compiled_network_makes_the_same_video_with_few_graphs(guidance_scale):
+def test_a_compiled_network_makes_the_same_video_with_few_graphs():
+    """With guidance; tests/models/test_transformer_compile.py has streams without."""
     pipe = tiny_pipeline(transformer=tiny_transformer(num_layers=1))
-    arguments = {"num_frames": 37, "guidance_scale": guidance_scale}
+    arguments = {"num_frames": 37, "guidance_scale": 2.0}
     expected = run(pipe, **arguments)
     torch._dynamo.reset()
     counter = CompileCounter()
