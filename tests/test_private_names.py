@@ -12,6 +12,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -472,6 +473,7 @@ def source_files() -> list[Path]:
     ]
 
 
+@cache
 def names_used(path: Path) -> set[str]:
     """Every name that a file imports, reads, writes, passes as an argument or declares in a class, and every string
     that could be an attribute's name."""
