@@ -281,7 +281,8 @@ def pipe() -> LongLivePipeline:
     return tiny_pipeline(vae=build_vae(8).eval(), transformer=transformer)
 
 
-def test_an_untrained_pipeline_is_evaluated(pipe, tmp_path, capsys):
+def test_an_untrained_pipeline_is_evaluated(pipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("evaluation.diversity.NUM_SEEDS", 2)
     settings = replace(SMALL, num_prompts=1, step_counts=(1,), num_inference_steps=1, max_sequence_length=8)
     evaluate.check_pipeline(pipe)
     pipe.save_pretrained(tmp_path / "model")
