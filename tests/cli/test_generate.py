@@ -146,7 +146,9 @@ def test_a_speed_changes_the_models_and_says_so(output, tmp_path, capsys):
     assert "Speed" not in capsys.readouterr().err
     exact = make(output, *options, "--speed", "exact")
     assert "longlive: Speed 'exact' on 'cpu':\n- " in capsys.readouterr().err
-    assert difference(exact, plain) < 1e-4
+    # Rounding moves a few pixels to the next level on some CPUs, and H.264 spreads that over their blocks; the numbers
+    # are compared before that in tests/pipelines/test_speed.py.
+    assert difference(exact, plain) < 1 / 255 / 4
 
     lora = save_original_lora(tmp_path / "lora.pt")  # which is added to the weights, for bfloat16 to be
     fast = make(output, *options, "--lora", lora, "--speed", "fast")
