@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from longlive_diffusers.cli.errors import is_told_by_another
 from longlive_diffusers.cli.launched import Rank, own_rank
 from longlive_diffusers.parallel.stream_ranks import RanksParted
 from longlive_diffusers.video.reader import read_video
+from tests.support.forks import ForkedProgram
 from tests.support.processes import environment
 
 
@@ -161,19 +162,6 @@ def test_who_was_killed_is_told_by_the_launcher(capsys):
 # -- real runs ----------------------------------------------------------------------------------------------------
 
 
-def start(arguments: Sequence[str], **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that runs the tests in the background has the signal ignored, and so would the command.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        **options,
-    )
-
-
 def ranks_of(launcher: int) -> list[int]:
     """The processes that a launcher has started, in the order of their ranks."""
     found = {}
@@ -192,7 +180,7 @@ def ranks_of(launcher: int) -> list[int]:
 def end_after_a_chunk(output: Path, end: Callable, *options: str) -> tuple[int, str, str]:
     """Begin a long video on two devices, `end` it when it has a chunk, and return the status and what was said."""
     command = ["longlive_diffusers.cli", *GENERATE, "--steps", "1", "--stream", "--devices", "2", *options]
-    process = start([*command, "--output", str(output)], stdin=subprocess.DEVNULL)
+    process = ForkedProgram(["-m", *command, "--output", str(output)])  # which starts the ranks
     shown = []
     for line in process.stdout:
         shown.append(line)
@@ -201,7 +189,10 @@ def end_after_a_chunk(output: Path, end: Callable, *options: str) -> tuple[int, 
     ranks = ranks_of(process.pid)
     assert len(ranks) == 2
     end(process, ranks)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert [rank for rank in ranks if Path(f"/proc/{rank}").exists()] == []
     return process.returncode, "".join(shown) + out, err
 
@@ -229,8 +220,15 @@ def test_a_process_that_is_killed_ends_all_and_what_was_made_plays(output, kille
 
 def test_a_launcher_starts_the_ranks_and_one_reads_what_is_typed(output):
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "longlive_diffusers.cli"]
-    process = start([*launcher, *GENERATE, "--steps", "1", "--stream", "--output", str(output)], stdin=subprocess.PIPE)
-    out, err = process.communicate("a blue square\n/zoom\n/quit\n", timeout=120)
+    process = subprocess.run(
+        [sys.executable, "-m", *launcher, *GENERATE, "--steps", "1", "--stream", "--output", str(output)],
+        env=environment(),
+        input="a blue square\n/zoom\n/quit\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    out, err = process.stdout, process.stderr
     assert process.returncode == 0 and "Traceback" not in err
     assert out.count("'a blue square'") == 1 and err.count("'/zoom' is not a command") == 1
     assert len(read_video(output)[0]) == int(re.search(r"frames: +(\d+) ", out)[1])

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +24,8 @@ from longlive_diffusers.models.transformer_longlive import LongLiveTransformer3D
 from longlive_diffusers.nvfp4.linear import nvfp4_layers
 from longlive_diffusers.video.reader import read_video
 from longlive_diffusers.video.writer import VideoWriter
+from tests.support.forks import ForkedProgram
 from tests.support.paths import ROOT
-from tests.support.processes import environment
 from tests.support.toy_checkpoints import save_original_lora
 
 
@@ -279,17 +278,8 @@ def test_an_endless_stream_is_directed_by_typed_lines(output, monkeypatch, capsy
 
 
 def test_ctrl_c_ends_a_stream_with_a_file_that_plays(output):
-    command = [sys.executable, "-m", "longlive_diffusers.cli", "generate", "a red circle", "--stream"]
-    process = subprocess.Popen(
-        [*command, "--output", str(output), "--no-progress"],
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that runs the tests in the background has the signal ignored, and so would the command.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    command = ["longlive_diffusers.cli", "generate", "a red circle", "--stream", "--output", str(output)]
+    process = ForkedProgram(["-m", *command, "--no-progress"])
     lines = []
     for line in process.stdout:
         lines.append(line)

@@ -4,8 +4,6 @@ import contextlib
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,8 +13,9 @@ import pytest
 from longlive_diffusers.cli import main
 from longlive_diffusers.cli.command_line import parse_arguments
 from longlive_diffusers.cli.run_serve import check_access, shown_name
+from tests.support.forks import ForkedProgram
 from tests.support.live_server import PATIENCE, RED, LiveClient
-from tests.support.processes import environment, free_port
+from tests.support.processes import free_port
 
 
 REFUSED = {
@@ -83,25 +82,22 @@ def test_no_path_is_shown_of_a_model(tmp_path) -> None:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen, int]]:
+def serving(*arguments: str) -> Iterator[tuple[ForkedProgram, int]]:
     """A server in a process of its own, and its port."""
     port = free_port()
-    command = [sys.executable, "-m", "longlive_diffusers.cli", "serve", "--port", str(port), *arguments]
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = ForkedProgram(["-m", "longlive_diffusers.cli", "serve", "--port", str(port), *arguments])
     try:
         deadline = time.monotonic() + PATIENCE
         while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
                 assert json.load(answer)["ready"]
                 break
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.1)
         yield process, port
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 ENDS = {

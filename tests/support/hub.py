@@ -4,17 +4,10 @@
 So a test runs its client in a process of its own, which is also what a user does.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.support.forks import HUB_CACHE, ForkedProgram, environment
 from tests.support.hub_server import HubServer
-from tests.support.paths import ROOT
-
-
-# What imports allocate would be looked through for garbage again and again: a fourth of such a program's time.
-COLLECT_LITTLE = "import atexit, gc; gc.set_threshold(100_000); atexit.register(gc.freeze)\n"
 
 
 class Hub(HubServer):
@@ -25,7 +18,7 @@ class Hub(HubServer):
         self.folder = folder
 
     def run_python(self, code: str, *arguments: str, cache: str = "cache", check: bool = True) -> str:
-        """Run a program against this Hub, with the package importable, in this Hub's folder.
+        """Run a program against this Hub, in which the package is imported already, in this Hub's folder.
 
         Args:
             code: the program.
@@ -36,24 +29,19 @@ class Hub(HubServer):
         Returns:
             What it printed; with `check=False`, what it printed and then its errors.
         """
-        inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))
-        }
-        environment = {
-            **inherited,
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(self.folder / cache),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])]),
-        }
-        command = [sys.executable, "-c", COLLECT_LITTLE + code, *arguments]
-        run = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=300)
+        (self.folder / cache).mkdir(exist_ok=True)
+        (self.folder / HUB_CACHE).unlink(missing_ok=True)
+        (self.folder / HUB_CACHE).symlink_to(cache)
+        run = ForkedProgram(["-c", code, *arguments], self.environment(), self.folder)
+        try:
+            out, err = run.communicate()
+        finally:
+            run.kill()
         if not check:
-            return run.stdout + run.stderr
-        assert run.returncode == 0, f"exit status {run.returncode}\n{run.stdout}\n{run.stderr}"
-        return run.stdout
+            return out + err
+        assert run.returncode == 0, f"exit status {run.returncode}\n{out}\n{err}"
+        return out
+
+    def environment(self) -> dict[str, str]:
+        """The variables of a program for which this is the Hub."""
+        return environment(HTTP_PROXY=self.url, http_proxy=self.url, NO_PROXY="", no_proxy="")

@@ -62,7 +62,7 @@ def etag(path: str, content: bytes) -> str:
 
 
 class HubServer:
-    """The server. Use it as a context manager; `url` is what HF_ENDPOINT should be."""
+    """The server. Use it as a context manager; `url` is what HF_ENDPOINT should be, or HTTP_PROXY."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -132,6 +132,11 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._error(404, "RevisionNotFound", f"no revision {values['revision']}")
         return answer(self, body, **values)
 
+    @property
+    def _address(self) -> str:
+        """Where the client takes this server to be; if this is its proxy, at an address of the client's own."""
+        return f"http://{self.headers['Host']}"
+
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -164,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(403, "Forbidden", f"you may not create {repo_id}")
         existed = repo_id in self.hub.repositories
         self.hub.repositories.setdefault(repo_id, Repository(repo_id))
-        answer = {"url": f"{self.hub.url}/{repo_id}"}
+        answer = {"url": f"{self._address}/{repo_id}"}
         return self._json({**answer, "error": "exists"} if existed else answer, status=409 if existed else 200)
 
     def may_write(self, _: bytes, repo: Repository) -> None:
@@ -209,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         for wanted in json.loads(body)["objects"]:
             answer = {"oid": wanted["oid"], "size": wanted["size"]}
             if wanted["oid"] not in self.hub.lfs_objects:
-                answer["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}"}}
+                answer["actions"] = {"upload": {"href": f"{self._address}/lfs/{wanted['oid']}"}}
             answers.append(answer)
         self._json({"transfer": "basic", "objects": answers})
 
@@ -233,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif kind == "deletedFolder":
                 changes |= dict.fromkeys(path for path in repo.commits[revision] if path.startswith(value["path"]))
         sha = repo.commit(changes)
-        self._json({"commitUrl": f"{self.hub.url}/{repo.repo_id}/commit/{sha}", "commitOid": sha})
+        self._json({"commitUrl": f"{self._address}/{repo.repo_id}/commit/{sha}", "commitOid": sha})
 
 
 ROUTES = [
