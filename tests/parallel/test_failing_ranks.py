@@ -3,14 +3,12 @@
 `programs/failing_ranks.py` runs all cases, each in processes of its own, and is started once."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
+from tests.programs import failing_ranks
 from tests.programs.failing_ranks import CASES, ENDS, LIMIT
-from tests.support.paths import PROGRAMS, ROOT
-from tests.support.processes import environment
+from tests.support.processes import run_program
 
 
 LATENTS = 29.0171  # the sum of the latents of the program's short video
@@ -25,15 +23,7 @@ KILLED = [name for name in CASES if name.startswith("kill -9")]
 def results(tmp_path_factory) -> dict[str, list[dict]]:
     """What each rank did in each case."""
     path = tmp_path_factory.mktemp("ranks") / "results.json"
-    run = subprocess.run(
-        [sys.executable, str(PROGRAMS / "failing_ranks.py"), str(path)],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_program(failing_ranks, path)
     return json.loads(path.read_text())
 
 

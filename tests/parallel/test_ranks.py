@@ -1,16 +1,14 @@
-"""Several gloo ranks compute what one process does. They are started once, by `accelerate launch`, as a user would
-start them; `programs/sequence_parallel.py` is what they run, and it writes an error for each case."""
+"""Several gloo ranks compute what one process does. They are started once, with the variables that `accelerate
+launch` gives them; `programs/sequence_parallel.py` is what they run, and it writes an error for each case."""
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 
 from tests.programs.sequence_parallel import CHECKPOINTED, CLIPS
-from tests.support.paths import PROGRAMS, ROOT
-from tests.support.processes import environment, free_port
+from tests.support.paths import PROGRAMS
+from tests.support.processes import run_ranks
 
 
 NUM_RANKS = 4
@@ -22,12 +20,8 @@ every_group = pytest.mark.parametrize("group", [2, 4], ids=["2 ranks", "4 ranks"
 def errors(tmp_path_factory) -> dict[str, dict[str, float]]:
     """Relative errors of each case."""
     results = tmp_path_factory.mktemp("ranks") / "errors.json"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    launch += ["--num_processes", str(NUM_RANKS), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(free_port()), str(PROGRAMS / "sequence_parallel.py"), str(results)]
-    variables = environment(ACCELERATE_USE_CPU="true")
-    run = subprocess.run(launch, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout + run.stderr
+    for status, printed in run_ranks(PROGRAMS / "sequence_parallel.py", NUM_RANKS, results, ACCELERATE_USE_CPU="true"):
+        assert status == 0, printed
     return json.loads(results.read_text())
 
 

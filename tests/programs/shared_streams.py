@@ -67,13 +67,6 @@ def odd_sinks() -> LongLivePipeline:
     return pipe
 
 
-def compiled() -> LongLivePipeline:
-    torch._dynamo.reset()
-    pipe = pipeline()
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    return pipe
-
-
 # -- videos ----------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +115,13 @@ def switches(pipe: LongLivePipeline, **arguments) -> torch.Tensor:
                 session.interrupt()
     assert len(chunks) == 6, len(chunks)
     return torch.cat(chunks, dim=2)
+
+
+def compiled(pipe: LongLivePipeline) -> torch.Tensor:
+    """Switches by ranks that compile, which are those of one process that does not."""
+    if pipe.stream_ranks is not None:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    return switches(pipe, kv_cache_dtype="nvfp4")
 
 
 def blends(pipe: LongLivePipeline, **arguments) -> torch.Tensor:
@@ -262,7 +262,7 @@ FEATURES: dict[str, Case] = {
     "bytes": (pipeline, in_bytes),
     "tiny decoder": (pipeline, by_a_tiny_decoder),
     "global seed": (pipeline, from_global_seed),
-    "compiled": (compiled, functools.partial(switches, kv_cache_dtype="nvfp4")),
+    "compiled": (pipeline, compiled),
 }
 BRANCHES: dict[str, Case] = {
     "split branches: two videos, cuts": (pipeline, functools.partial(two_videos, guidance_scale=3.0)),
@@ -278,8 +278,9 @@ def cases_of(num_ranks: int) -> list[str]:
     if num_ranks == 2:
         return list(CASES)
     # Four ranks compute all of the golden chunks, of two frames, and what they share costs more than what they save.
+    kinds = ("plain cache, absolute RoPE", "fp8 cache, relative RoPE", "nvfp4 cache, relative RoPE")
     return ["golden multi_shot_wide_sink", *BRANCHES, "LoRA", "callback", "image", "video"] + [
-        name for name in CASES if "cuts, guidance" in name
+        f"{kind}: two videos, cuts, guidance" for kind in kinds
     ]
 
 

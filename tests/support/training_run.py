@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from assemble import initialize
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
-from tests.support.forked_scripts import start_script
-from tests.support.paths import IMPORTED_BY_SCRIPTS, PROGRAMS, ROOT, WEIGHTS
+from tests.support import processes
+from tests.support.paths import PROGRAMS, ROOT, WEIGHTS
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from train_vae import build_vae
 from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, draw_sample, write_sample
@@ -135,7 +135,7 @@ def environment() -> dict[str, str]:
 
 def run_script(words: list[str], num_processes: int = 1, script: Path = SCRIPT) -> None:
     """A run to its end, which has to succeed; without the seconds that imports and `accelerate launch` take."""
-    run = start_script(script.name, words, environment(), num_processes)
+    run = processes.start(script, words, environment(), num_processes)
     assert run.wait() == 0, run.errors[-4000:]
 
 
@@ -156,12 +156,4 @@ def launch_script(words: list[str], num_processes: int, script: Path = SCRIPT) -
 def run_with_fsdp2(folder: Path, runs: list[dict]) -> None:
     """Run scripts with FSDP2 on gloo ranks, as `train_with_fsdp2.py` takes them; all have to succeed."""
     (folder / "runs.json").write_text(json.dumps(runs))
-    paths = os.pathsep.join([str(ROOT), *(str(ROOT / path) for path in IMPORTED_BY_SCRIPTS)])
-    done = subprocess.run(
-        [sys.executable, str(PROGRAMS / "train_with_fsdp2.py"), str(folder / "runs.json")],
-        env=environment() | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
+    processes.run_program(PROGRAMS / "train_with_fsdp2.py", folder / "runs.json", ACCELERATE_USE_CPU="true")

@@ -15,8 +15,8 @@ import train_dmd
 from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.video.reader import read_video
 from run.log import read_log
+from tests.support import processes
 from tests.support.distillation_run import LONG_RUN, SCRIPT
-from tests.support.forked_scripts import start_script
 from tests.support.training_run import environment, run_script
 
 
@@ -108,7 +108,7 @@ def test_a_run_killed_five_times_gives_the_uninterrupted_one(studio, distilled, 
     output, rng = tmp_path / "run", random.Random(time.time_ns())
     words = studio.options(output, **LONG_RUN, resume_from_checkpoint="latest")
     for after in (1, 4, 8, 12, 17):
-        run, deadline = start_script(SCRIPT.name, words, environment()), time.monotonic() + 240
+        run, deadline = processes.start(SCRIPT, words, environment()), time.monotonic() + 240
         while last_step(output) < after:
             assert run.poll() is None, run.errors[-4000:]
             assert time.monotonic() < deadline

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from objectives.teacher_forcing import TeacherForcing
 from run.log import read_log
-from tests.support.forked_scripts import ForkedRun, start_script
+from tests.support import processes
+from tests.support.processes import ForkedRun
 from tests.support.training_run import LONG_RUN, SCRIPT, environment
 
 
@@ -21,7 +22,7 @@ LOG = "training_log.jsonl"
 
 def start(workshop, output: Path) -> ForkedRun:
     words = workshop.options(output, **LONG_RUN, resume_from_checkpoint="latest")
-    return start_script(SCRIPT.name, words, environment())
+    return processes.start(SCRIPT, words, environment())
 
 
 def kill(run: ForkedRun) -> None:
