@@ -12,8 +12,9 @@ from tests.support.processes import run_ranks
 
 EXACT = 2e-5
 # Four ranks multiply other shapes than one process, whose last bits differ: a number halfway between two codes of a
-# packed cache may then be rounded to the other one, which is a difference of a few percent in that one number.
-ONE_CODE = 2e-3
+# packed cache may then be rounded to the other one, which is a difference of some percent in that one number, and next
+# to nothing in all of them: storing them in 4 bits changes a forward by percents.
+FEW_CODES = 5e-4  # a share of the video's norm
 every_number = pytest.mark.parametrize("num_ranks", [2, 4])
 
 
@@ -36,7 +37,10 @@ def test_two_ranks_make_the_video_of_one(found, name):
 
 @pytest.mark.parametrize("name", [*cases_of(4), "pairs"])
 def test_four_ranks_make_the_video_of_one(found, name):
-    assert found[4][name]["difference"] <= (ONE_CODE if "fp8" in name else EXACT)
+    if "fp8 cache" in name or "nvfp4 cache" in name:
+        assert found[4][name]["error"] <= FEW_CODES
+    else:
+        assert found[4][name]["difference"] <= EXACT
 
 
 def test_chunks_that_ranks_do_not_divide_are_exact(found):

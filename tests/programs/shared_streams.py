@@ -303,12 +303,14 @@ def compare(name: str, config: ContextParallelConfig) -> dict[str, float]:
     dist.broadcast_object_list(expected, src=0)
     began = time.perf_counter()
     found = run(share(make(), config))
-    return {"difference": difference(found, expected[0]), "seconds": time.perf_counter() - began}
+    return {**differences(found, expected[0]), "seconds": time.perf_counter() - began}
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def differences(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    """The largest, and that of all numbers together as a share of what is expected."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
-    return (found - expected).abs().max().item()
+    difference = (found - expected).float()
+    return {"difference": difference.abs().max().item(), "error": (difference.norm() / expected.norm()).item()}
 
 
 # -- what is sent ----------------------------------------------------------------------------------------------------

@@ -215,6 +215,18 @@ def test_a_tab_that_nobody_sees_holds_the_video(page: Page, server: LiveServer) 
     page.wait_for(f"{TIME} > {held}")
 
 
+def test_a_page_that_is_left_holds_no_place_and_can_be_come_back_to(page: Page, server: LiveServer) -> None:
+    page.open(server)
+    page.start(RED)
+    page.wait_for(f"{SHOWN} > 3")
+    page.driver.get("about:blank")
+    server.wait_until(lambda: server.is_empty)
+    page.driver.back()
+    page.wait_for_text("main", "Start")
+    page.start(BLUE)
+    page.wait_for_color("blue")
+
+
 def test_a_full_buffer_is_no_end(page: Page, server: LiveServer) -> None:
     """Browsers give a SourceBuffer as much memory as they like, and refuse what is beyond it."""
     page.open(server)

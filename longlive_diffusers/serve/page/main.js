@@ -27,6 +27,7 @@ const REASONS = {
   error: "The video has ended with an error",
   server: "The server has stopped",
   lost: "The connection was lost",
+  left: "The page was left",
 };
 
 const $ = (id) => document.getElementById(id);
@@ -184,6 +185,13 @@ function ended(why) {
     stream.finish();
   } // or a start was refused, and the video before it is still there
   render();
+}
+
+/** A browser may keep a page that is left, to come back to, and its connection, which holds a place on the server. */
+function leave() {
+  connection?.close();
+  connection = null;
+  if (isUnderWay() || phase === "stopping") ended("left");
 }
 
 async function closed({ wasOpen, code, reason: said }) {
@@ -344,6 +352,7 @@ $("token-form").addEventListener("submit", (event) => {
 });
 bindKeys($("prompt"), { act, cut: () => change("cut"), toggle });
 document.addEventListener("visibilitychange", tick);
+window.addEventListener("pagehide", leave);
 
 readHealth();
 loop();
