@@ -4,6 +4,7 @@ import ctypes
 import ctypes.util
 import gc
 import sys
+from collections.abc import Sequence
 
 import psutil
 
@@ -25,3 +26,16 @@ def held_bytes() -> int:
     with open("/proc/self/status") as status:
         lines = dict(line.split(":", 1) for line in status)
     return sum(1024 * int(lines[name].split()[0]) for name in ("RssAnon", "VmSwap"))
+
+
+def growth(held: Sequence[int]) -> int:
+    """
+    Return by how many bytes more is held in the later half than in the earlier one, each at its least.
+
+    Peaks are of what was being computed just then; what is never given back raises the least as well.
+
+    Args:
+        held: What was held after equal pieces of work. The first does not count: some things stay from then on.
+    """
+    half = (len(held) + 1) // 2
+    return min(held[half:]) - min(held[1:half])
