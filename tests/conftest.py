@@ -39,7 +39,6 @@ LONGEST = (
     "training/test_train_dmd_fsdp2.py",
     "parallel/test_failing_ranks.py",
     "cli/test_devices.py",
-    "parallel/test_ranks.py",
 )
 
 

@@ -17,8 +17,7 @@ from longlive_diffusers.cli.errors import is_told_by_another
 from longlive_diffusers.cli.launched import Rank, own_rank
 from longlive_diffusers.parallel.stream_ranks import RanksParted
 from longlive_diffusers.video.reader import read_video
-from tests.support.forks import ForkedProgram
-from tests.support.processes import environment
+from tests.support.processes import ForkedProcess, environment
 
 
 CPU = torch.device("cpu")
@@ -180,21 +179,14 @@ def ranks_of(launcher: int) -> list[int]:
 def end_after_a_chunk(output: Path, end: Callable, *options: str) -> tuple[int, str, str]:
     """Begin a long video on two devices, `end` it when it has a chunk, and return the status and what was said."""
     command = ["longlive_diffusers.cli", *GENERATE, "--steps", "1", "--stream", "--devices", "2", *options]
-    process = ForkedProgram(["-m", *command, "--output", str(output)])  # which starts the ranks
-    shown = []
-    for line in process.stdout:
-        shown.append(line)
-        if line.startswith("chunk 1,"):
-            break
+    process = ForkedProcess(["-m", *command, "--output", str(output)], environment())  # which starts the ranks
+    next(line for line in process.lines() if line.startswith("chunk 1,"))
     ranks = ranks_of(process.pid)
     assert len(ranks) == 2
     end(process, ranks)
-    try:
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    status = process.wait(60)
     assert [rank for rank in ranks if Path(f"/proc/{rank}").exists()] == []
-    return process.returncode, "".join(shown) + out, err
+    return status, process.printed, process.errors
 
 
 def test_ctrl_c_ends_all_and_what_was_made_replaces_nothing(output):

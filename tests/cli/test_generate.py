@@ -24,8 +24,8 @@ from longlive_diffusers.models.transformer_longlive import LongLiveTransformer3D
 from longlive_diffusers.nvfp4.linear import nvfp4_layers
 from longlive_diffusers.video.reader import read_video
 from longlive_diffusers.video.writer import VideoWriter
-from tests.support.forks import ForkedProgram
 from tests.support.paths import ROOT
+from tests.support.processes import ForkedProcess, environment
 from tests.support.toy_checkpoints import save_original_lora
 
 
@@ -281,17 +281,12 @@ def test_an_endless_stream_is_directed_by_typed_lines(output, monkeypatch, capsy
 
 def test_ctrl_c_ends_a_stream_with_a_file_that_plays(output):
     command = ["longlive_diffusers.cli", "generate", "a red circle", "--stream", "--output", str(output)]
-    process = ForkedProgram(["-m", *command, "--no-progress"])
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("chunk 2,"):
-            process.send_signal(signal.SIGINT)
-            break
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    written = int(re.search(r"frames: +(\d+) ", out)[1])
+    process = ForkedProcess(["-m", *command, "--no-progress"], environment())
+    next(line for line in process.lines() if line.startswith("chunk 2,"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    assert "Traceback" not in process.errors
+    written = int(re.search(r"frames: +(\d+) ", process.printed)[1])
     assert written >= 21
     assert abs(len(read_video(output)[0]) - written) <= 1  # it may be hit between writing a frame and counting it
 

@@ -13,9 +13,8 @@ import pytest
 from longlive_diffusers.cli import main
 from longlive_diffusers.cli.command_line import parse_arguments
 from longlive_diffusers.cli.run_serve import check_access, shown_name
-from tests.support.forks import ForkedProgram
 from tests.support.live_server import PATIENCE, RED, LiveClient
-from tests.support.processes import free_port
+from tests.support.processes import ForkedProcess, environment, free_port
 
 
 REFUSED = {
@@ -82,22 +81,22 @@ def test_no_path_is_shown_of_a_model(tmp_path) -> None:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str) -> Iterator[tuple[ForkedProgram, int]]:
+def serving(*arguments: str) -> Iterator[tuple[ForkedProcess, int]]:
     """A server in a process of its own, and its port."""
     port = free_port()
-    process = ForkedProgram(["-m", "longlive_diffusers.cli", "serve", "--port", str(port), *arguments])
+    command = ["longlive_diffusers.cli", "serve", "--port", str(port), *arguments]
+    process = ForkedProcess(["-m", *command], environment())
     try:
         deadline = time.monotonic() + PATIENCE
         while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
                 assert json.load(answer)["ready"]
                 break
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            assert process.poll() is None and time.monotonic() < deadline, process.errors
             time.sleep(0.1)
         yield process, port
     finally:
         process.kill()
-        process.wait()
 
 
 ENDS = {
@@ -119,9 +118,9 @@ def test_a_signal_ends_all_streams_properly(number: signal.Signals) -> None:
         end = on.until("end", plays=False)
         assert end["reason"] == "server" and end["num_frames"] == len(on.received.media)
         assert waiting.until("end")["reason"] == "server"
-        out, err = process.communicate(timeout=PATIENCE)
+        ended_with, out, err = process.wait(PATIENCE), process.printed, process.errors
     status, line = ENDS[number]
-    assert process.returncode == status
+    assert ended_with == status
     assert out == f"longlive: the embedded model on cpu: http://127.0.0.1:{port} (Ctrl-C ends it)\n"
     assert err.splitlines()[-1] == line and "Traceback" not in err
 
@@ -139,5 +138,4 @@ def test_two_devices_make_each_stream_together() -> None:
             assert client.until("end")["reason"] == "stopped"
             assert client.watch(prompt=RED, seed=4, seconds=1, steps=2).of("end")[0]["num_frames"] == 29
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=PATIENCE)
-        assert process.returncode == 143
+        assert process.wait(PATIENCE) == 143

@@ -1,110 +1,115 @@
-"""A process that has imported what the programs of the tests import, which takes seconds, and forks others.
+"""A process that has imported what processes of the tests import, which takes seconds, and forks them.
 
     python -m tests.support.fork_server
 
 It reads requests, a line of JSON each, and answers each with a line: `start` with the number of a new process that
-runs a program, `poll` with the exit status of a process, or null while it runs, and `kill` with the exit status after
-it. What still runs when there are no more requests is killed. `processes.py` is what asks.
+runs what `python WORDS` would, `poll` with the exit status of a process, or null while it runs, and `kill` with the
+exit status after it. What still runs when there are no more requests is killed. `processes.py` is what asks.
 """
 
+import functools
 import gc
+import importlib
 import json
 import os
 import runpy
 import signal
 import sys
-import traceback
-from typing import NoReturn, TextIO
+from collections.abc import Callable
+from typing import TextIO
 
-import accelerate  # noqa: F401
-import peft  # noqa: F401
-import torch
-import torch.distributed.device_mesh
-import torch.distributed.fsdp
-import torch.multiprocessing
-
-import train_ar  # noqa: F401
-import train_dmd  # noqa: F401
-from tests.support import fsdp2_on_cpu, golden_models, group_mean, tiny_decoder, tiny_vae  # noqa: F401
+import huggingface_hub
 
 
-def be_program(
-    program: str, words: list[str], environment: dict[str, str], folder: str, stdout: str, stderr: str
-) -> NoReturn:
+IMPORTED = (
+    "accelerate",
+    "longlive_diffusers.cli.run_generate",
+    "peft",
+    "tests.support.fsdp2_on_cpu",
+    "tests.support.golden_models",
+    "tests.support.group_mean",
+    "tests.support.live_server",
+    "tests.support.tiny_decoder",
+    "torch.distributed.fsdp",
+    "train_ar",
+    "train_dmd",
+)
+
+
+def be_program(words: list[str], environment: dict[str, str], folder: str, stdout: str, stderr: str) -> None:
     """
-    Become a process of a program.
+    Run a program in this process, as if it had been started.
 
     Args:
-        program: Its file.
-        words: Its command line.
+        words: What would follow `python` on a command line: a file, `-c CODE` or `-m MODULE`, and arguments.
         environment: All its variables; those that libraries read when they are imported have to be the server's.
         folder: Where it runs.
         stdout: The file that takes what it prints.
         stderr: The file that takes its errors.
     """
+    os.setsid()  # Ctrl-C is for who asked, which ends the server, which kills this
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
+    huggingface_hub.constants.HF_HUB_OFFLINE = environment.get("HF_HUB_OFFLINE") == "1"
     os.chdir(folder)
     for path, flags, number in ((os.devnull, os.O_RDONLY, 0), (stdout, os.O_WRONLY, 1), (stderr, os.O_WRONLY, 2)):
-        file = os.open(path, flags | os.O_CREAT)
+        file = os.open(path, flags)
         os.dup2(file, number)
         os.close(file)
-    sys.argv = [program, *words]
-    status = 1
-    try:
-        runpy.run_path(program, run_name="__main__")
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    sys.stdin = os.fdopen(0, closefd=False)  # the server's holds what was read ahead
+    match words:
+        case ["-c", code, *arguments]:
+            sys.argv = ["-c", *arguments]
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        case ["-m", module, *_]:
+            sys.argv = words[1:]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        case [program, *_]:
+            sys.argv = words
+            runpy.run_path(program, run_name="__main__")
 
 
-class Server:
-    """The processes that were started and have not ended yet, as far as is known."""
+def serve(answers: TextIO) -> Callable[[], None] | None:
+    """Answer until there are no more requests; in each process that is forked, return what it has to run."""
+    running: set[int] = set()
 
-    def __init__(self, answers: TextIO):
-        self.answers = answers
-        self.running: set[int] = set()
-
-    def start(self, **program) -> int:
-        process = os.fork()
-        if process == 0:
-            self.answers.close()
-            be_program(**program)
-        self.running.add(process)
-        return process
-
-    def poll(self, process: int, options: int = os.WNOHANG) -> int | None:
+    def status_of(process: int, options: int) -> int | None:
         ended, status = os.waitpid(process, options)
         if not ended:
             return None
-        self.running.remove(process)
+        running.remove(process)
         return os.waitstatus_to_exitcode(status)
 
-    def kill(self, process: int) -> int | None:
+    for line in sys.stdin:
+        request, asked = json.loads(line)
+        if request == "start":
+            answer = os.fork()
+            if answer == 0:
+                answers.close()
+                return functools.partial(be_program, **asked)
+            running.add(answer)
+        elif request == "poll":
+            answer = status_of(asked, os.WNOHANG)
+        else:
+            os.kill(asked, signal.SIGKILL)
+            answer = status_of(asked, 0)
+        print(json.dumps(answer), file=answers, flush=True)
+    for process in list(running):
         os.kill(process, signal.SIGKILL)
-        return self.poll(process, 0)
-
-    def serve(self) -> None:
-        for line in sys.stdin:
-            request, arguments = json.loads(line)
-            answer = {"start": self.start, "poll": self.poll, "kill": self.kill}[request](**arguments)
-            print(json.dumps(answer), file=self.answers, flush=True)
-        for process in list(self.running):
-            self.kill(process)
+        status_of(process, 0)
+    return None
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for what others print
+    for name in IMPORTED:
+        importlib.import_module(name)
+    sys.stdout.flush()  # or each process would print it again
     gc.collect()
     gc.freeze()  # so that no collection in a process touches, thus copies, the memory that all share
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as own:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for what others print
-        Server(own).serve()
+    # From here, so that a program ends as Python ends: with a traceback, what is to be done at exit, and its status.
+    if program := serve(answers):
+        program()

@@ -1,13 +1,10 @@
-"""The stand-in Hub, and programs that use it as a user's would; tests take it as the fixture `hub`.
-
-`huggingface_hub` reads its endpoint and cache folder from the environment when it is imported, and copies them about.
-So a test runs its client in a process of its own, which is also what a user does.
-"""
+"""The stand-in Hub, and programs that use it as a user's would, each in a process of its own; tests take it as the
+fixture `hub`."""
 
 from pathlib import Path
 
-from tests.support.forks import HUB_CACHE, ForkedProgram, environment
 from tests.support.hub_server import HubServer
+from tests.support.processes import HUB_CACHE, ForkedProcess, hub_environment
 
 
 class Hub(HubServer):
@@ -32,16 +29,13 @@ class Hub(HubServer):
         (self.folder / cache).mkdir(exist_ok=True)
         (self.folder / HUB_CACHE).unlink(missing_ok=True)
         (self.folder / HUB_CACHE).symlink_to(cache)
-        run = ForkedProgram(["-c", code, *arguments], self.environment(), self.folder)
-        try:
-            out, err = run.communicate()
-        finally:
-            run.kill()
+        process = ForkedProcess(["-c", code, *arguments], self.environment(), self.folder)
+        status, printed, errors = process.wait(), process.printed, process.errors
         if not check:
-            return out + err
-        assert run.returncode == 0, f"exit status {run.returncode}\n{out}\n{err}"
-        return out
+            return printed + errors
+        assert status == 0, f"exit status {status}\n{printed}\n{errors}"
+        return printed
 
     def environment(self) -> dict[str, str]:
         """The variables of a program for which this is the Hub."""
-        return environment(HTTP_PROXY=self.url, http_proxy=self.url, NO_PROXY="", no_proxy="")
+        return hub_environment(HTTP_PROXY=self.url, http_proxy=self.url, NO_PROXY="", no_proxy="")

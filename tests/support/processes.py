@@ -1,20 +1,21 @@
 """Processes that run this checkout's package, with one thread each; also several, as torchrun would start them.
 
 They are forked from one that has imported everything, see `fork_server.py`: only a test of what starting takes, as of
-signals and console scripts, needs to start Python.
+launchers and console scripts, needs to start Python.
 """
 
 import atexit
 import functools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,10 +23,30 @@ from types import ModuleType
 from tests.support.paths import IMPORTED_BY_SCRIPTS, ROOT
 
 
+# `huggingface_hub` reads its endpoint and its cache folder from the environment when it is imported, and copies them
+# about. So they are the same in all processes: an address that no name server knows, for which HTTP_PROXY of a process
+# says who answers, and a folder of the process' own working directory.
+HUB_CACHE = "huggingface"
+HUB_VARIABLES = {
+    "HF_ENDPOINT": "http://hub.invalid",
+    "HF_HOME": HUB_CACHE,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
 def environment(**others: object) -> dict[str, str]:
     """The variables of a process: those of this one, but for where the package is and the number of threads."""
     own = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, **others}
     return {**os.environ, **{name: str(value) for name, value in own.items()}}
+
+
+def hub_environment(**others: object) -> dict[str, str]:
+    """The same, but with nothing left of what a user may have set for the Hub."""
+    variables = environment(**others).items()
+    kept = {name: value for name, value in variables if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    return {**kept, **HUB_VARIABLES}
 
 
 def free_port() -> int:
@@ -39,7 +60,8 @@ class ForkServer:
 
     def __init__(self, interpret: str | None):
         paths = os.pathsep.join([str(ROOT), *(str(ROOT / path) for path in IMPORTED_BY_SCRIPTS)])
-        variables = environment(PYTHONPATH=paths, HF_HUB_OFFLINE=1)
+        # So that looking for GPUs does not begin to use them: what is forked afterwards could not any more.
+        variables = hub_environment(PYTHONPATH=paths, PYTORCH_NVML_BASED_CUDA_CHECK=1)
         variables.pop("TRITON_INTERPRET", None)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.fork_server"],
@@ -52,10 +74,10 @@ class ForkServer:
         self._lock = threading.Lock()
         atexit.register(self._close)
 
-    def ask(self, request: str, **arguments: object) -> int | None:
+    def ask(self, request: str, what: object) -> int | None:
         """Send a request, wait for the answer."""
         with self._lock:
-            print(json.dumps([request, arguments]), file=self._process.stdin, flush=True)
+            print(json.dumps([request, what]), file=self._process.stdin, flush=True)
             return json.loads(self._process.stdout.readline())
 
     def _close(self) -> None:
@@ -77,25 +99,21 @@ class ForkedProcess:
     """A process of a program.
 
     Args:
-        program: The file of the program, which is run as `__main__`.
-        words: Its command line.
+        words: What would follow `python` on a command line: a file, `-c CODE` or `-m MODULE`, and arguments.
         variables: Its environment.
-        folder: Where it writes the files that take its output.
+        folder: Where it runs.
     """
 
-    def __init__(self, program: Path, words: Sequence[str], variables: Mapping[str, str], folder: Path):
-        self._stdout, self._stderr = folder / "stdout", folder / "stderr"
+    def __init__(self, words: Sequence[str | Path], variables: Mapping[str, str], folder: Path = ROOT):
+        self._output = tempfile.TemporaryDirectory()
+        self._stdout, self._stderr = (Path(self._output.name, name) for name in ("stdout", "stderr"))
+        self._stdout.touch()
+        self._stderr.touch()
         self._server = fork_server(variables.get("TRITON_INTERPRET"))
         self._status: int | None = None
-        self._number = self._server.ask(
-            "start",
-            program=str(program),
-            words=list(words),
-            environment=dict(variables),
-            folder=str(ROOT),
-            stdout=str(self._stdout),
-            stderr=str(self._stderr),
-        )
+        program = {"words": [str(word) for word in words], "environment": dict(variables), "folder": str(folder)}
+        files = {"stdout": str(self._stdout), "stderr": str(self._stderr)}
+        self.pid = self._server.ask("start", program | files)
 
     @property
     def printed(self) -> str:
@@ -105,16 +123,36 @@ class ForkedProcess:
     def errors(self) -> str:
         return self._stderr.read_text()
 
+    def lines(self) -> Iterator[str]:
+        """What it prints, line by line, as it comes, until it ends."""
+        begun = ""
+        with self._stdout.open() as file:
+            while True:
+                has_ended = self.poll() is not None  # before what it printed until then is read
+                *lines, begun = (begun + file.read()).split("\n")
+                yield from lines
+                if has_ended:
+                    return
+                time.sleep(0.01)
+
     def poll(self) -> int | None:
         """The exit status, as of `subprocess.Popen`."""
         if self._status is None:
-            self._status = self._server.ask("poll", process=self._number)
+            self._status = self._server.ask("poll", self.pid)
         return self._status
+
+    def wait(self, timeout: float = 300) -> int:
+        """The exit status at the end. After so many seconds, it is killed."""
+        return _wait_for(self, timeout)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         """End it, if it has not ended."""
         if self.poll() is None:
-            self._status = self._server.ask("kill", process=self._number)
+            self._status = self._server.ask("kill", self.pid)
 
 
 @dataclass(frozen=True)
@@ -123,11 +161,9 @@ class ForkedRun:
 
     Args:
         ranks: The processes.
-        folder: The files that take their output.
     """
 
     ranks: list[ForkedProcess]
-    folder: tempfile.TemporaryDirectory
 
     @property
     def errors(self) -> str:
@@ -142,58 +178,57 @@ class ForkedRun:
     def wait(self, timeout: float = 600) -> int:
         """The exit status at the end. Ranks that are left when another has failed, or after so many seconds, are
         killed."""
-        deadline = time.monotonic() + timeout
-        try:
-            while (code := self.poll()) is None:
-                assert time.monotonic() < deadline, self.errors
-                time.sleep(0.01)
-        finally:
-            self.kill()
-        return code
+        return _wait_for(self, timeout)
 
     def kill(self) -> None:
         for rank in self.ranks:
             rank.kill()
 
 
-def start(program: Path, words: Sequence[str], variables: Mapping[str, str], num_ranks: int = 1) -> ForkedRun:
+def _wait_for(running: ForkedProcess | ForkedRun, timeout: float) -> int:
+    deadline = time.monotonic() + timeout
+    try:
+        while (code := running.poll()) is None:
+            assert time.monotonic() < deadline, running.errors
+            time.sleep(0.01)
+    finally:
+        running.kill()
+    return code
+
+
+def start(words: Sequence[str | Path], variables: Mapping[str, str], num_ranks: int = 1) -> ForkedRun:
     """
     Start a program.
 
     Args:
-        program: Its file.
-        words: Its command line.
+        words: Its file and its command line.
         variables: The environment of every process.
         num_ranks: The number of processes; several have those variables as well that `torchrun` would give them.
     """
-    run = ForkedRun([], tempfile.TemporaryDirectory())
     shared = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
     for rank in range(num_ranks):
-        folder = Path(run.folder.name, str(rank))
-        folder.mkdir()
-        ranks_own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | shared if num_ranks > 1 else {}
-        run.ranks.append(ForkedProcess(program, words, {**variables, **ranks_own}, folder))
-    return run
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | shared if num_ranks > 1 else {}
+        ranks.append(ForkedProcess(words, {**variables, **own}))
+    return ForkedRun(ranks)
 
 
-def run_program(program: ModuleType | Path, *arguments: str | Path, **others: object) -> str:
+def run_program(program: ModuleType, *arguments: str | Path, **others: object) -> str:
     """
     Run a program of `tests.programs` in a process of its own, as what decides when Triton is imported whether it
     interprets needs it.
 
     Args:
-        program: The module, or its file.
+        program: The module.
         *arguments: Its arguments.
         **others: Variables of its environment.
 
     Returns:
         What it prints.
     """
-    path = program if isinstance(program, Path) else Path(program.__file__)
-    run = start(path, [str(argument) for argument in arguments], environment(**others))
-    status = run.wait(900)
-    (process,) = run.ranks
+    process = ForkedProcess([program.__file__, *arguments], environment(**others))
+    status = process.wait(900)
     assert status == 0, process.printed + process.errors[-8000:]
     return process.printed
 
@@ -214,6 +249,6 @@ def run_ranks(
     Returns:
         For each rank, its exit status and all that it printed. Those that are left when one has failed are killed.
     """
-    run = start(program, [str(argument) for argument in arguments], environment(**others), num_ranks)
+    run = start([program, *arguments], environment(**others), num_ranks)
     run.wait(timeout)
     return [(rank.poll(), rank.printed + rank.errors) for rank in run.ranks]

@@ -135,7 +135,7 @@ def environment() -> dict[str, str]:
 
 def run_script(words: list[str], num_processes: int = 1, script: Path = SCRIPT) -> None:
     """A run to its end, which has to succeed; without the seconds that imports and `accelerate launch` take."""
-    run = processes.start(script, words, environment(), num_processes)
+    run = processes.start([script, *words], environment(), num_processes)
     assert run.wait() == 0, run.errors[-4000:]
 
 
@@ -156,4 +156,5 @@ def launch_script(words: list[str], num_processes: int, script: Path = SCRIPT) -
 def run_with_fsdp2(folder: Path, runs: list[dict]) -> None:
     """Run scripts with FSDP2 on gloo ranks, as `train_with_fsdp2.py` takes them; all have to succeed."""
     (folder / "runs.json").write_text(json.dumps(runs))
-    processes.run_program(PROGRAMS / "train_with_fsdp2.py", folder / "runs.json", ACCELERATE_USE_CPU="true")
+    run = processes.start([PROGRAMS / "train_with_fsdp2.py", folder / "runs.json"], environment())
+    assert run.wait(900) == 0, run.errors[-8000:]

@@ -108,7 +108,7 @@ def test_a_run_killed_five_times_gives_the_uninterrupted_one(studio, distilled, 
     output, rng = tmp_path / "run", random.Random(time.time_ns())
     words = studio.options(output, **LONG_RUN, resume_from_checkpoint="latest")
     for after in (1, 4, 8, 12, 17):
-        run, deadline = processes.start(SCRIPT, words, environment()), time.monotonic() + 240
+        run, deadline = processes.start([SCRIPT, *words], environment()), time.monotonic() + 240
         while last_step(output) < after:
             assert run.poll() is None, run.errors[-4000:]
             assert time.monotonic() < deadline

@@ -22,7 +22,7 @@ LOG = "training_log.jsonl"
 
 def start(workshop, output: Path) -> ForkedRun:
     words = workshop.options(output, **LONG_RUN, resume_from_checkpoint="latest")
-    return processes.start(SCRIPT, words, environment())
+    return processes.start([SCRIPT, *words], environment())
 
 
 def kill(run: ForkedRun) -> None:
