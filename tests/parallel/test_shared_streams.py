@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.programs.shared_streams import CASES, CHUNK_SIZE, cases_of
+from tests.programs.shared_streams import CHUNK_SIZE, cases_of
 from tests.support.paths import PROGRAMS
 from tests.support.processes import run_ranks
 
@@ -30,7 +30,7 @@ def found(tmp_path_factory) -> dict[int, dict[str, dict[str, float]]]:
     return results
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases_of(2))
 def test_two_ranks_make_the_video_of_one(found, name):
     assert found[2][name]["difference"] <= EXACT
 
