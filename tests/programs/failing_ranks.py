@@ -279,9 +279,13 @@ def both(make: Callable[..., Case]) -> Iterator[tuple[str, Case]]:
 
 def all_cases() -> Iterator[tuple[str, int, Case]]:
     """Name, number of ranks, and what each does."""
-    for size, rank in ((2, 0), (2, 1), (3, 0), (3, 2)):
-        for name, act in {"kill -9": kill, "error": fail}.items():
-            yield f"{name} in a callback of rank {rank} of {size}", size, partial(in_callback, act=act, of_rank=rank)
+    for name, act, size, rank in (
+        ("kill -9", kill, 2, 1),
+        ("kill -9", kill, 3, 0),
+        ("error", fail, 2, 0),
+        ("error", fail, 3, 2),
+    ):
+        yield f"{name} in a callback of rank {rank} of {size}", size, partial(in_callback, act=act, of_rank=rank)
     for rank in (0, 1):
         for suffix, case in both(partial(partial, in_body, act=fail, of_rank=rank)):
             yield f"error in the loop of rank {rank} of 2{suffix}", 2, case
@@ -305,9 +309,9 @@ def all_cases() -> Iterator[tuple[str, int, Case]]:
     ends = [(how, is_asynchronous) for is_asynchronous in (False, True) for how in ENDS]
     yield "rank 0 of 2 ends early", 2, partial(ends_early, ends=ends)
     yield "rank 0 of 3 ends early", 3, partial(ends_early, ends=[("thread", True), ("close", False), ("drop", True)])
-    for how in ("break", "close", "KeyboardInterrupt"):
-        for suffix, case in both(partial(partial, another_rank_ends_early, how=how)):
-            yield f"rank 1 of 2 ends early: {how}{suffix}", 2, case
+    for how, is_asynchronous in (("break", False), ("close", True), ("KeyboardInterrupt", False), ("break", True)):
+        case = partial(another_rank_ends_early, how=how, async_decode=is_asynchronous, output_type="pt")
+        yield f"rank 1 of 2 ends early: {how}{', asynchronous' if is_asynchronous else ''}", 2, case
     yield "rank 0 of 3 asks for the impossible", 3, partial(refused, of_rank=0, num_frames=-1)
     yield "rank 1 of 3 asks for the impossible", 3, partial(refused, of_rank=1, num_frames=-1)
     yield "rank 1 of 2 asks for another size", 2, partial(refused, of_rank=1, height=128)

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -141,13 +140,10 @@ def run_script(words: list[str], num_processes: int = 1, script: Path = SCRIPT) 
 
 def launch_script(words: list[str], num_processes: int, script: Path = SCRIPT) -> None:
     """The same, started as users start it, by `accelerate launch`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launch = f"--multi_gpu --num_processes {num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", *launch.split()),
-        *("--main_process_port", str(port), str(script), *words),
+        *("--main_process_port", str(processes.free_port()), str(script), *words),
     ]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]

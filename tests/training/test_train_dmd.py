@@ -136,8 +136,7 @@ def single(studio, tmp_path_factory) -> Path:
 )
 def test_processes_give_the_run_of_one(studio, single, tmp_path, processes, sp_size, batch):
     output = tmp_path / "run"
-    start = studio.launch if (processes, sp_size) == (2, 2) else studio.run  # `accelerate launch` takes a while
-    start(output, processes, sp_size=sp_size, train_batch_size=batch)
+    studio.run(output, processes, sp_size=sp_size, train_batch_size=batch)
     same_updates(log(output), log(single), 2e-5)
     ours, theirs = load_file(output / LORA), load_file(single / LORA)
     for name, tensor in theirs.items():

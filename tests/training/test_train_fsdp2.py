@@ -45,17 +45,19 @@ class Kind:
         return changed | ({"gradient_accumulation_steps": 2} if self.num_ranks == 2 else {})
 
     def runs(self, workshop, folder: Path) -> list[dict]:
-        """On ranks; and of two kinds, on ranks that are killed, and go on."""
+        """On ranks; and, of some kinds, on ranks that are killed, and go on. Those make no videos, which must not
+        change an update."""
         ranks, killed = f"{self.num_ranks} ranks", f"{self.num_ranks} ranks killed"
         processes = {"ranks": self.num_ranks, "cp_size": 2}
-        resumed = self.changed | {"resume_from_checkpoint": "checkpoint-2"}
+        begun = self.changed | {"validation_prompts": None}
+        resumed = begun | {"resume_from_checkpoint": "checkpoint-2"}
         whole = run(workshop, folder, self.precision, ranks, self.changed) | processes
         whole["arrivals"] = str(folder / self.precision / ranks)
         if self not in KILLED:
             return [whole]
         return [
             whole,
-            run(workshop, folder, self.precision, killed, self.changed) | processes | {"kill_after": 3},
+            run(workshop, folder, self.precision, killed, begun) | processes | {"kill_after": 3},
             run(workshop, folder, self.precision, killed, resumed) | processes,
         ]
 
@@ -68,7 +70,7 @@ def run(workshop, folder: Path, precision: str, name: str, changed: dict[str, ob
 
 PRECISIONS = ("no", "bf16")
 KINDS = [Kind(precision, num_ranks) for precision in PRECISIONS for num_ranks in (2, 4)]
-KILLED = [Kind("no", 2), Kind("bf16", 4)]
+KILLED = [Kind("no", 2), Kind("bf16", 4)]  # each precision and number of ranks, with checkpointing and without
 
 
 def parametrize(kinds: list[Kind]) -> pytest.MarkDecorator:
