@@ -24,9 +24,9 @@ from tests.support.storage_watch import StorageWatch
 from tests.support.tiny_pipeline import CHANNELS, CHUNK_SIZE, SIDE, TEXT_DIM, TEXT_LENGTH
 
 
-BATCH, NUM_CHUNKS = 2, 8
+BATCH, NUM_CHUNKS = 2, 6
 LAYERS, WIDTH, TOKENS, FLOAT32 = 2, 32, 4, 4  # of `small_transformer`; tokens of a frame
-CUTS = {2: [True, False], 4: [False, True], 5: [True, True]}  # chunks that open a shot, in either row
+CUTS = {2: [True, False], 3: [False, True], 4: [True, True]}  # chunks that open a shot, in either row
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -72,7 +72,7 @@ class RollOut:
         outputs, prompt = [], 0
         video = torch.zeros(BATCH, CHANNELS, NUM_CHUNKS * CHUNK_SIZE, SIDE, SIDE)
         for number in range(NUM_CHUNKS):
-            cache.begin_chunk(CHUNK_SIZE, opens_shot=CUTS.get(number, False), rope_offset=[0.0, 8.0 * (number > 3)])
+            cache.begin_chunk(CHUNK_SIZE, opens_shot=CUTS.get(number, False), rope_offset=[0.0, 8.0 * (number > 2)])
             with torch.no_grad():
                 self.forward(latents(number), 900.0, cache, prompt)
             noisy = latents(100 + number)
@@ -129,21 +129,21 @@ def nvfp4_lora_model() -> LongLiveTransformer3DModel:
 
 ROLL_OUTS = {
     "relative RoPE": lambda: RollOut(plain_model(), {"relative_rope": True}),
-    "recache": lambda: RollOut(plain_model(), recache_at=4),
+    "recache": lambda: RollOut(plain_model(), recache_at=3),
     "odd window, no pins": lambda: RollOut(
         plain_model(), {"window_size": 7, "sink_size": 3, "multi_shot_sink": False, "relative_rope": True}
     ),
-    "whole video": lambda: RollOut(plain_model(), {"window_size": 16, "num_frames": 16}, recache_at=3),
-    "last chunks alone": lambda: RollOut(plain_model(), {"relative_rope": True}, first_graded=5),
+    "whole video": lambda: RollOut(plain_model(), {"window_size": 12, "num_frames": 12}, recache_at=3),
+    "last chunks alone": lambda: RollOut(plain_model(), {"relative_rope": True}, first_graded=3),
     "bfloat16": lambda: RollOut(plain_model().bfloat16(), {"relative_rope": True}),
-    "nvfp4": lambda: RollOut(plain_model(), {"dtype": "nvfp4"}, recache_at=5),
+    "nvfp4": lambda: RollOut(plain_model(), {"dtype": "nvfp4"}, recache_at=3),
     "nvfp4, relative RoPE": lambda: RollOut(plain_model(), {"dtype": "nvfp4", "relative_rope": True}),
     "fp8, relative RoPE, recache": lambda: RollOut(
-        plain_model(), {"dtype": "fp8", "relative_rope": True}, recache_at=4
+        plain_model(), {"dtype": "fp8", "relative_rope": True}, recache_at=3
     ),
-    "LoRA": lambda: RollOut(lora_model(), {"relative_rope": True}, recache_at=4),
+    "LoRA": lambda: RollOut(lora_model(), {"relative_rope": True}, recache_at=3),
     "fused projections": lambda: RollOut(fused_model()),
-    "LoRA on NVFP4, packed cache": lambda: RollOut(nvfp4_lora_model(), {"dtype": "nvfp4"}, first_graded=5),
+    "LoRA on NVFP4, packed cache": lambda: RollOut(nvfp4_lora_model(), {"dtype": "nvfp4"}, first_graded=3),
 }
 every_roll_out = pytest.mark.parametrize("make", ROLL_OUTS.values(), ids=ROLL_OUTS)
 
@@ -222,7 +222,7 @@ def on_a_cache_left_alone(forward: Callable[[KVCache], torch.Tensor], cache: KVC
 
 
 MIXED = {
-    "bfloat16 cache": lambda: RollOut(plain_model(), {"dtype": torch.bfloat16, "relative_rope": True}, recache_at=4),
+    "bfloat16 cache": lambda: RollOut(plain_model(), {"dtype": torch.bfloat16, "relative_rope": True}, recache_at=3),
     "float16 cache": lambda: RollOut(plain_model(), {"dtype": torch.float16}),
     "float32 cache of a bfloat16 model": lambda: RollOut(plain_model().bfloat16(), {"dtype": torch.float32}),
 }
@@ -358,7 +358,7 @@ FRAME = BATCH * LAYERS * TOKENS * WIDTH * FLOAT32  # keys of all rows and layers
 PER_CHUNK = {
     "evicted": ({}, 2 * 2),
     "evicted, and rotated sinks and pins": ({"relative_rope": True}, 2 * 2 + 2 + 2),
-    "nothing": ({"window_size": 16, "num_frames": 16}, 0),
+    "nothing": ({"window_size": 12, "num_frames": 12}, 0),
 }
 
 
