@@ -30,7 +30,10 @@ IMPORTED = (
     "tests.support.group_mean",
     "tests.support.live_server",
     "tests.support.tiny_decoder",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.device_mesh",
     "torch.distributed.fsdp",
+    "torch.distributed.tensor.experimental",
     "train_ar",
     "train_dmd",
 )
