@@ -13,15 +13,21 @@ from tests.support.training_run import run_with_fsdp2
 
 LORA = "pytorch_lora_weights.safetensors"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-SETTINGS = {"train_batch_size": 4, "ema_decay": 0.9, "checkpointing_steps": 2, "gradient_checkpointing": True}
+SETTINGS = {"train_batch_size": 4, "ema_decay": 0.9}
 KINDS = {
     "one": {},
     "two ranks": {"ranks": 2, "train_batch_size": 2},
-    "two ranks share": {"ranks": 2, "cp_size": 2},
-    "four ranks, two share": {"ranks": 4, "cp_size": 2, "train_batch_size": 2},
+    "two ranks share": {"ranks": 2, "cp_size": 2, "gradient_checkpointing": True},
+    "four ranks, two share": {"ranks": 4, "cp_size": 2, "train_batch_size": 2, "gradient_checkpointing": True},
 }
 KILLED = "two ranks killed"
-ALL_WEIGHTS = {"train_all_weights": True, "rank": None, "learning_rate": 1e-4, "critic_learning_rate": 1e-4}
+ALL_WEIGHTS = {
+    "gradient_checkpointing": True,
+    "train_all_weights": True,
+    "rank": None,
+    "learning_rate": 1e-4,
+    "critic_learning_rate": 1e-4,
+}
 
 
 def run(studio: DistillationWorkshop, folder: Path, name: str, *, ranks=1, cp_size=1, kill_after=None, **changed):
@@ -35,7 +41,7 @@ def folder(studio, tmp_path_factory) -> Path:
     """The folder of all runs, by name."""
     folder = tmp_path_factory.mktemp("dmd_fsdp2")
     runs = [run(studio, folder, name, **kind) for name, kind in KINDS.items()]
-    killed = KINDS["two ranks"] | {"resume_from_checkpoint": "latest"}
+    killed = KINDS["two ranks"] | {"resume_from_checkpoint": "latest", "checkpointing_steps": 1}
     runs += [run(studio, folder, KILLED, **killed, kill_after=2), run(studio, folder, KILLED, **killed)]
     runs += [run(studio, folder, f"all weights, {name}", **KINDS[name] | ALL_WEIGHTS) for name in ("one", "two ranks")]
     run_with_fsdp2(folder, runs)
