@@ -279,7 +279,11 @@ def cases_of(num_ranks: int) -> list[str]:
     if num_ranks == 2:  # four split both the branches and the frames
         return [name for name in CASES if name not in ("split branches: blends", "split branches: callback")]
     # Four ranks compute all of the golden chunks, of two frames, and what they share costs more than what they save.
-    return ["golden multi_shot_wide_sink", *BRANCHES, "image", "video"] + [
+    return [
+        "golden multi_shot_wide_sink",
+        *BRANCHES,
+        "image",
+        "video",
         "plain cache, absolute RoPE: two videos, cuts, guidance",
         "fp8 cache, relative RoPE: two videos, cuts, guidance",
         "nvfp4 cache, relative RoPE: switches",
