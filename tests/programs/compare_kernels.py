@@ -20,9 +20,9 @@ def sample(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(rows + columns)
     x = torch.randn(rows, columns, generator=generator)
     x *= torch.exp(3 * torch.randn(rows, columns, generator=generator))
-    x[3] = 0
-    x[5, ::2] = -0.0
-    x[7] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(columns // 8)
+    x[1] = 0
+    x[2, ::2] = -0.0
+    x[3] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(columns // 8)
     return x.to(dtype)
 
 
@@ -50,7 +50,7 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
         x = sample(*shape, dtype)
         amax = x.abs().amax().float().reshape(1)
         for rule, block, noise_seed in itertools.product(RULES.values(), ((1, 16), (16, 16)), (None, seed)):
-            matrix = x if large or block[0] > 1 else x[:8]  # a program for each row
+            matrix = x if large or block[0] > 1 else x[:4]  # a program for each row
             noise = None if noise_seed is None else uniform_noise(noise_seed, matrix.shape)
             expected = encode_matrix(matrix, amax, rule, block, noise)
             found = operators.quantize_matrix(
@@ -68,15 +68,15 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
             values = (values * expected.scales.float().unsqueeze(-1)).flatten(-2) * amax / rule.span
             check(f"dequantize {shape} {dtype_out}", torch.equal(back, values.to(dtype_out)))
 
-        several = sample(24, 32, dtype).reshape(3, 8, 32)  # matrices with scales of their own
+        several = sample(12, 32, dtype).reshape(3, 4, 32)  # matrices with scales of their own
         amax = several.abs().amax(dim=(1, 2), keepdim=True).float()
         expected = encode_matrix(several, amax, RULES["mse"])
         codes, scales = operators.quantize_matrix(
             several.flatten(0, 1).to(device), amax.flatten().to(device), "mse", (1, 16), None
         )
-        check(f"several matrices {dtype}", equal(codes.reshape(3, 8, 16), scales.reshape(3, 8, 2), expected))
+        check(f"several matrices {dtype}", equal(codes.reshape(3, 4, 16), scales.reshape(3, 4, 2), expected))
 
-        rows, columns = (x[:, :32], x[:, :32]) if large else (x[:8, :32], x[:, :8])
+        rows, columns = (x[:, :32], x[:, :32]) if large else (x[:4, :32], x[:, :4])
         transposed = columns.T  # of other strides
         for name, matrix in (("Hadamard", rows), ("transposed", transposed), ("transposed, Hadamard", transposed)):
             hadamard = "Hadamard" in name
@@ -97,7 +97,7 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
                 check(f"{name}, {rule.name} {shape} {dtype} {noise_seed is not None}", equal(*found, expected))
             if hadamard:
                 check(f"{name}, amax {shape} {dtype}", torch.equal(operators.hadamard_amax(on_device).cpu(), amax))
-        for name, matrix in (("rows", x), ("transposed rows", (x if large else x[:, :40]).T)):
+        for name, matrix in (("rows", x), ("transposed rows", (x if large else x[:, :8]).T)):
             codes, scales = operators.quantize_rows(matrix.to(device))
             expected_codes, expected_scales = rows_to_fp8(matrix.cpu())
             same = torch.equal(codes.cpu().view(torch.uint8), expected_codes.view(torch.uint8))

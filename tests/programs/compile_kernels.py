@@ -1,9 +1,12 @@
-"""Compiles the Triton kernels for GPUs that need not be there: python -m tests.programs.compile_kernels 90 100
+"""Compiles the Triton kernels for GPUs that need not be there:
+python -m tests.programs.compile_kernels 80 --whole 90 100
 
-Prints, for each compute capability, how many variants the assembler took, and how many use E2M1's instructions.
+Prints, for each compute capability, how many variants the assembler took, and how many use E2M1's instructions. Those
+after `--whole` get all variants, which take a while, and the others the first of each kernel.
 """
 
 import sys
+from collections import Counter
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -67,18 +70,22 @@ def fused_variants(bits: str):
         yield fused_kernels.norm_rotate_and_write_kernel, arguments, constants
 
 
-def compile_for(capability: int) -> tuple[int, int]:
+def compile_for(capability: int, whole: bool) -> tuple[int, int]:
     """Variants compiled, and those whose assembly has an instruction of E2M1."""
-    total = with_instruction = 0
+    compiled, with_instruction = Counter(), 0
     for kernel, types, constants in variants(ptx=capability >= 100):
+        if compiled[kernel] and not whole:
+            continue
         source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
         made = triton.compile(source, GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
         assert made.asm["cubin"]
-        total += 1
+        compiled[kernel] += 1
         with_instruction += "e2m1x2" in made.asm["ptx"]
-    return total, with_instruction
+    return compiled.total(), with_instruction
 
 
 if __name__ == "__main__":
-    for capability in map(int, sys.argv[1:]):
-        print(capability, *compile_for(capability))
+    once, _, whole = " ".join(sys.argv[1:]).partition("--whole")
+    for capabilities, has_all in ((once, False), (whole, True)):
+        for capability in map(int, capabilities.split()):
+            print(capability, *compile_for(capability, has_all))
