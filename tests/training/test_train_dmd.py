@@ -132,7 +132,7 @@ def single(studio, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("processes", "sp_size", "batch"), [(2, 1, 2), (2, 2, 4), (4, 1, 1), (4, 2, 2)], ids=lambda value: str(value)
+    ("processes", "sp_size", "batch"), [(2, 1, 2), (2, 2, 4), (4, 2, 2)], ids=lambda value: str(value)
 )
 def test_processes_give_the_run_of_one(studio, single, tmp_path, processes, sp_size, batch):
     output = tmp_path / "run"

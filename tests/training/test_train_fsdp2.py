@@ -48,8 +48,8 @@ class Kind:
         return changed | ({"gradient_accumulation_steps": 2} if self.num_ranks == 2 else {})
 
     def runs(self, workshop, folder: Path) -> list[dict]:
-        """On ranks; and, of some kinds, on ranks that are killed, and go on. Those make
-        checkpoints and no videos, the others videos and no checkpoints: neither may change an update."""
+        """On ranks; and, of some kinds, on ranks that are killed, and go on. Those make checkpoints and no videos, the
+        others videos and no checkpoints: neither may change an update."""
         ranks, killed = f"{self.num_ranks} ranks", f"{self.num_ranks} ranks killed"
         processes = {"ranks": self.num_ranks, "cp_size": 2}
         begun = self.changed | {"validation_prompts": None, "checkpointing_steps": 1}
@@ -73,8 +73,9 @@ def run(workshop, folder: Path, precision: str, name: str, changed: dict[str, ob
 
 
 PRECISIONS = tuple(PROMPTS)
-KINDS = [Kind(precision, num_ranks) for precision in PRECISIONS for num_ranks in (2, 4)]
-KILLED = [Kind("no", 2), Kind("bf16", 4)]  # each precision and number of ranks, with checkpointing and without
+# Not all pairs, since a run of ranks takes seconds: float32 tells most closely whether numbers of ranks agree.
+KINDS = [Kind("no", 2), Kind("no", 4), Kind("bf16", 4)]
+KILLED = [Kind("no", 2), Kind("bf16", 4)]
 
 
 def parametrize(kinds: list[Kind]) -> pytest.MarkDecorator:
