@@ -3,9 +3,7 @@
 import os
 import re
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from longlive_diffusers.cli.errors import is_told_by_another
 from longlive_diffusers.cli.launched import Rank, own_rank
 from longlive_diffusers.parallel.stream_ranks import RanksParted
 from longlive_diffusers.video.reader import read_video
+from tests.programs import forked_ranks
 from tests.support.processes import ForkedProcess, environment
 
 
@@ -162,24 +161,26 @@ def test_who_was_killed_is_told_by_the_launcher(capsys):
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """The processes that a launcher has started, in the order of their ranks."""
-    found = {}
+    """The processes that a launcher has started, in this order, which is that of their ranks."""
+    found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-            environment = (status.parent / "environ").read_bytes().split(b"\0") if parent == launcher else []
-        except OSError:  # it has ended, or is another user's
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
             continue
-        for entry in environment:
-            if entry.startswith(b"RANK="):
-                found[int(entry[5:])] = int(status.parent.name)
-    return [found[rank] for rank in sorted(found)]
+        if int(fields[1]) == launcher:
+            found.append((int(fields[19]), int(status.parent.name)))
+    return [process for _, process in sorted(found)]
 
 
-def end_after_a_chunk(output: Path, end: Callable, *options: str) -> tuple[int, str, str]:
+# Ranks that are not started from nothing, which takes each of them seconds; see there.
+FORKED_RANKS = [forked_ranks.__file__, "2"]
+
+
+def end_after_a_chunk(output: Path, end: Callable, starts: Sequence[str], *options: str) -> tuple[int, str, str]:
     """Begin a long video on two devices, `end` it when it has a chunk, and return the status and what was said."""
-    command = ["longlive_diffusers.cli", *GENERATE, "--steps", "1", "--stream", "--devices", "2", *options]
-    process = ForkedProcess(["-m", *command, "--output", str(output)], environment())  # which starts the ranks
+    command = [*starts, "longlive_diffusers.cli", *GENERATE, "--steps", "1", "--stream", "--devices", "2", *options]
+    process = ForkedProcess([*command, "--output", str(output)], environment())  # which starts the ranks
     next(line for line in process.lines() if line.startswith("chunk 1,"))
     ranks = ranks_of(process.pid)
     assert len(ranks) == 2
@@ -192,7 +193,7 @@ def end_after_a_chunk(output: Path, end: Callable, *options: str) -> tuple[int, 
 def test_ctrl_c_ends_all_and_what_was_made_replaces_nothing(output):
     output.write_bytes(b"old")
     status, out, err = end_after_a_chunk(
-        output, lambda process, ranks: process.send_signal(signal.SIGINT), "--num-frames", "8005"
+        output, lambda process, ranks: process.send_signal(signal.SIGINT), ["-m"], "--num-frames", "8005"
     )
     assert status == 130 and err == ""
     written = int(re.search(r"interrupted: +after (\d+) frames of the 8005 that were asked for\n", out)[1])
@@ -204,7 +205,9 @@ def test_ctrl_c_ends_all_and_what_was_made_replaces_nothing(output):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_ends_all_and_what_was_made_plays(output, killed):
-    status, out, err = end_after_a_chunk(output, lambda process, ranks: os.kill(ranks[killed], signal.SIGKILL))
+    status, out, err = end_after_a_chunk(
+        output, lambda process, ranks: os.kill(ranks[killed], signal.SIGKILL), FORKED_RANKS
+    )
     assert status == 1 and err == f"longlive: error: process {killed} of 2 was ended by SIGKILL\n"
     assert len(read_video(output)[0]) >= 12 and out.count("Endless: ") == 1
     assert (f"output:              {output}" in out) == (killed == 1)
@@ -212,16 +215,13 @@ def test_a_process_that_is_killed_ends_all_and_what_was_made_plays(output, kille
 
 def test_a_launcher_starts_the_ranks_and_one_reads_what_is_typed(output):
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "longlive_diffusers.cli"]
-    process = subprocess.run(
-        [sys.executable, "-m", *launcher, *GENERATE, "--steps", "1", "--stream", "--output", str(output)],
-        env=environment(),
-        input="a blue square\n/zoom\n/quit\n",
-        capture_output=True,
-        text=True,
-        timeout=120,
+    process = ForkedProcess(
+        [*FORKED_RANKS, *launcher, *GENERATE, "--steps", "1", "--stream", "--output", output],
+        environment(),
+        typed="a blue square\n/zoom\n/quit\n",
     )
-    out, err = process.stdout, process.stderr
-    assert process.returncode == 0 and "Traceback" not in err
+    status, out, err = process.wait(120), process.printed, process.errors
+    assert status == 0 and "Traceback" not in err
     assert out.count("'a blue square'") == 1 and err.count("'/zoom' is not a command") == 1
     assert len(read_video(output)[0]) == int(re.search(r"frames: +(\d+) ", out)[1])
 

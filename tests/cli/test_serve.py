@@ -6,13 +6,14 @@ import signal
 import socket
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from longlive_diffusers.cli import main
 from longlive_diffusers.cli.command_line import parse_arguments
 from longlive_diffusers.cli.run_serve import check_access, shown_name
+from tests.programs import forked_ranks
 from tests.support.live_server import PATIENCE, RED, LiveClient
 from tests.support.processes import ForkedProcess, environment, free_port
 
@@ -81,11 +82,11 @@ def test_no_path_is_shown_of_a_model(tmp_path) -> None:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str) -> Iterator[tuple[ForkedProcess, int]]:
-    """A server in a process of its own, and its port."""
+def serving(*arguments: str, starts: Sequence[str] = ("-m",)) -> Iterator[tuple[ForkedProcess, int]]:
+    """A server in a process of its own, and its port; `starts` are the words before the module that is run."""
     port = free_port()
     command = ["longlive_diffusers.cli", "serve", "--port", str(port), *arguments]
-    process = ForkedProcess(["-m", *command], environment())
+    process = ForkedProcess([*starts, *command], environment())
     try:
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -127,7 +128,7 @@ def test_a_signal_ends_all_streams_properly(number: signal.Signals) -> None:
 
 def test_two_devices_make_each_stream_together() -> None:
     """Two processes on the CPU, and one stream after the other, also one that is stopped."""
-    with serving("--devices", "2") as (process, port):
+    with serving("--devices", "2", starts=[forked_ranks.__file__, "2"]) as (process, port):
         with LiveClient(f"ws://127.0.0.1:{port}/ws") as client:
             received = client.watch(prompt=RED, seed=4, seconds=1)
             assert received.of("end")[0]["reason"] == "finished" and len(received.media) == 29

@@ -24,6 +24,7 @@ import huggingface_hub
 IMPORTED = (
     "accelerate",
     "longlive_diffusers.cli.run_generate",
+    "longlive_diffusers.cli.run_serve",
     "peft",
     "tests.support.fsdp2_on_cpu",
     "tests.support.golden_models",
@@ -32,14 +33,19 @@ IMPORTED = (
     "tests.support.tiny_decoder",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.device_mesh",
+    "torch.distributed.elastic.multiprocessing",
     "torch.distributed.fsdp",
+    "torch.distributed.launcher.api",
+    "torch.distributed.run",
     "torch.distributed.tensor.experimental",
     "train_ar",
     "train_dmd",
 )
 
 
-def be_program(words: list[str], environment: dict[str, str], folder: str, stdout: str, stderr: str) -> None:
+def be_program(
+    words: list[str], environment: dict[str, str], folder: str, stdin: str, stdout: str, stderr: str
+) -> None:
     """
     Run a program in this process, as if it had been started.
 
@@ -47,6 +53,7 @@ def be_program(words: list[str], environment: dict[str, str], folder: str, stdou
         words: What would follow `python` on a command line: a file, `-c CODE` or `-m MODULE`, and arguments.
         environment: All its variables; those that libraries read when they are imported have to be the server's.
         folder: Where it runs.
+        stdin: The file that it reads from.
         stdout: The file that takes what it prints.
         stderr: The file that takes its errors.
     """
@@ -56,11 +63,16 @@ def be_program(words: list[str], environment: dict[str, str], folder: str, stdou
     os.environ.update(environment)
     huggingface_hub.constants.HF_HUB_OFFLINE = environment.get("HF_HUB_OFFLINE") == "1"
     os.chdir(folder)
-    for path, flags, number in ((os.devnull, os.O_RDONLY, 0), (stdout, os.O_WRONLY, 1), (stderr, os.O_WRONLY, 2)):
+    for path, flags, number in ((stdin, os.O_RDONLY, 0), (stdout, os.O_WRONLY, 1), (stderr, os.O_WRONLY, 2)):
         file = os.open(path, flags)
         os.dup2(file, number)
         os.close(file)
     sys.stdin = os.fdopen(0, closefd=False)  # the server's holds what was read ahead
+    run_words(words)
+
+
+def run_words(words: list[str]) -> None:
+    """Run what `python WORDS` would, in this process."""
     match words:
         case ["-c", code, *arguments]:
             sys.argv = ["-c", *arguments]

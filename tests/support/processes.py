@@ -102,9 +102,16 @@ class ForkedProcess:
         words: What would follow `python` on a command line: a file, `-c CODE` or `-m MODULE`, and arguments.
         variables: Its environment.
         folder: Where it runs.
+        typed: What it reads, as through a pipe.
     """
 
-    def __init__(self, words: Sequence[str | Path], variables: Mapping[str, str], folder: Path = ROOT):
+    def __init__(
+        self,
+        words: Sequence[str | Path],
+        variables: Mapping[str, str],
+        folder: Path = ROOT,
+        typed: str | None = None,
+    ):
         self._output = tempfile.TemporaryDirectory()
         self._stdout, self._stderr = (Path(self._output.name, name) for name in ("stdout", "stderr"))
         self._stdout.touch()
@@ -112,8 +119,13 @@ class ForkedProcess:
         self._server = fork_server(variables.get("TRITON_INTERPRET"))
         self._status: int | None = None
         program = {"words": [str(word) for word in words], "environment": dict(variables), "folder": str(folder)}
-        files = {"stdout": str(self._stdout), "stderr": str(self._stderr)}
+        stdin = Path(os.devnull if typed is None else Path(self._output.name, "stdin"))
+        if typed is not None:
+            os.mkfifo(stdin)
+        files = {"stdin": str(stdin), "stdout": str(self._stdout), "stderr": str(self._stderr)}
         self.pid = self._server.ask("start", program | files)
+        if typed is not None:
+            stdin.write_text(typed)
 
     @property
     def printed(self) -> str:
