@@ -1,8 +1,6 @@
 """`longlive convert`: an original checkpoint in, a folder that opens and makes video out."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.cli import main
 from longlive_diffusers.video.reader import read_video
+from tests.support.processes import ForkedProcess, environment
 from tests.support.toy_checkpoints import save_original_checkpoint, save_original_lora
 
 
@@ -136,17 +135,14 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize("command", ["convert", "quantize"])
 def test_told_to_end_it_removes_what_it_had_written(tmp_path, checkpoint, command):
     source = [str(checkpoint), "--base", BASE] if command == "convert" else [BASE]
-    arguments = [sys.executable, "-c", SLOW, command, *source, "--output", str(tmp_path / "out")]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line == "writing\n":
-                break
-        assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert errors.splitlines()[-1] == "longlive: ended by SIGTERM; what was half-written is removed"
-    assert "Traceback" not in errors
+    words = ["-c", SLOW, command, *source, "--output", tmp_path / "out"]
+    process = ForkedProcess(words, environment())
+    next(line for line in process.lines() if line == "writing")
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.errors.splitlines()[-1] == "longlive: ended by SIGTERM; what was half-written is removed"
+    assert "Traceback" not in process.errors
     assert list(tmp_path.iterdir()) == []
 
 
