@@ -24,6 +24,7 @@ from world import FPS
 
 
 NUM_CHUNKS = 12
+NUM_STEPS = 30  # solver steps of each chunk
 SIDE = 192  # pixels of a video in the picture
 TEXT_HEIGHT = 62
 GAP = 8
@@ -90,7 +91,11 @@ def main() -> None:
 
 def captioned_frames(pipe: LongLivePipeline, clip: Clip, seed: int, bar: tqdm) -> Iterator[Image.Image]:
     """Yield the frames of a video, each under the prompt of its chunk."""
-    settings = {"num_inference_steps": 30, "guidance_scale": 2.0, "generator": torch.Generator().manual_seed(seed)}
+    settings = {
+        "num_inference_steps": NUM_STEPS,
+        "guidance_scale": 2.0,
+        "generator": torch.Generator().manual_seed(seed),
+    }
     with pipe.stream(clip.prompts[0], **settings) as session:
         for chunk in itertools.islice(session, NUM_CHUNKS):
             for frame in chunk.frames[0]:
