@@ -21,6 +21,8 @@ from tests.support.toy_checkpoints import save_original_checkpoint, save_origina
 
 EXAMPLES = ROOT / "examples"
 TOY = PipelineFolder.find(toy_pipeline_path())
+# `quickstart.py` runs with the steps that all have by default, see below; for the others, these are enough to see by.
+STEPS = ("--steps", 4)
 
 
 @pytest.fixture
@@ -62,12 +64,12 @@ def test_quickstart(tmp_path, run):
 
 
 def test_multi_shot(tmp_path, run):
-    run("multi_shot.py", "--output", "shots.mp4")
+    run("multi_shot.py", *STEPS, "--output", "shots.mp4")
     assert len(frames_of(tmp_path / "shots.mp4")) == 8 * 4 * TOY.transformer["chunk_size"] - 3
 
 
 def test_streaming_prompt_switch(tmp_path, run):
-    told = run("streaming_prompt_switch.py").splitlines()
+    told = run("streaming_prompt_switch.py", *STEPS).splitlines()
     assert [line.split(",")[0] for line in told] == [f"chunk {index}" for index in range(10)]
     assert any("shot 0" in line and "green" in line for line in told)
     assert "shot 1: A small white square" in told[-1]
@@ -75,21 +77,21 @@ def test_streaming_prompt_switch(tmp_path, run):
 
 
 def test_image_to_video(tmp_path, run):
-    run("image_to_video.py", "--output", "drawn.mp4")
+    run("image_to_video.py", *STEPS, "--output", "drawn.mp4")
     Image.new("RGB", (60, 50), "black").save(tmp_path / "black.png")
-    run("image_to_video.py", "--image", "black.png")
+    run("image_to_video.py", *STEPS, "--image", "black.png")
     drawn, given = frames_of(tmp_path / "drawn.mp4"), frames_of(tmp_path / "video.mp4")
     assert len(drawn) == len(given) == whole_chunks(45)
     assert np.abs(drawn[0].astype(int) - given[0]).mean() > 2
 
 
 def test_four_bits(tmp_path, run):
-    assert "NVFP4Linear" in run("four_bits.py", "--steps", 4)
+    assert "NVFP4Linear" in run("four_bits.py", *STEPS)
     assert len(frames_of(tmp_path / "video.mp4")) == whole_chunks(45)
 
 
 def test_load_lora(tmp_path, run):
-    run("load_lora.py", save_original_lora(tmp_path / "lora.pt"))
+    run("load_lora.py", save_original_lora(tmp_path / "lora.pt"), *STEPS)
     assert len(frames_of(tmp_path / "video.mp4")) == whole_chunks(29)
 
 
@@ -99,7 +101,7 @@ def test_convert_original_checkpoint(tmp_path, run):
     told = run("convert_original_checkpoint.py", "model.pt", "--base", base, "--output", "converted")
     config = DiffusionPipeline.from_pretrained(tmp_path / "converted").transformer.config
     assert f"LongLivePipeline, {config.num_layers} layers, chunks of {config.chunk_size} latent frames" in told
-    run("quickstart.py", "--model", "converted")
+    run("quickstart.py", *STEPS, "--model", "converted")
     assert len(frames_of(tmp_path / "video.mp4")) == whole_chunks(45)
 
 
@@ -116,6 +118,21 @@ def test_the_first_line_says_how_to_run_it(path):
     start = "torchrun --nproc-per-node 2" if path.stem == "several_gpus" else "python"
     assert f"{start} examples/{path.name}" in lines[0]
     assert len(lines) <= 50
+
+
+def test_those_with_steps_have_the_options_of_the_quickstart():
+    def options(path: Path) -> list[str]:
+        return [
+            line
+            for line in path.read_text().splitlines()
+            if "args.steps" in line or "args.guidance" in line or '"--steps"' in line or '"--guidance"' in line
+        ]
+
+    expected = [line.strip() for line in options(EXAMPLES / "quickstart.py")]
+    assert len(expected) == 4
+    for path in EXAMPLES.glob("*.py"):
+        if options(path):
+            assert [line.strip() for line in options(path)] == expected, path.name
 
 
 def test_live_client_without_a_server(tmp_path, run):
