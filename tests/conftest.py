@@ -50,9 +50,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path, len(LONGEST)))
 
 
-def pytest_collection_finish() -> None:
-    """Leave what is imported by now out of garbage collections, which then take milliseconds instead of half a second:
-    there are hundreds of thousands of these objects, and accelerate collects garbage in each test that uses it."""
+@pytest.fixture(scope="module", autouse=True)
+def short_garbage_collections() -> None:
+    """Leave what is there before a file's tests out of garbage collections, which then take milliseconds instead of
+    half a second: there are hundreds of thousands of objects of modules, and accelerate collects garbage each time."""
     gc.collect()
     gc.freeze()
 

@@ -171,9 +171,10 @@ def test_any_sequence_of_messages_leaves_a_server_that_serves(server: LiveServer
 
 def test_large_pictures_leave_nothing_behind(server: LiveServer) -> None:
     """A picture of as many pixels as are allowed, in a few kilobytes: what is kept of it is as large as the video."""
-    url = as_data_url(PIL.Image.new("RGBA", (5000, 5000), (200, 30, 30, 128)))
+    picture = PIL.Image.new("RGBA", (5000, 5000), (200, 30, 30, 128))
+    url, picture_bytes = as_data_url(picture), len(picture.tobytes())
     used = []
-    for index in range(5):  # one that is left is of 100 MB
+    for index in range(5):
         clients = [server.client() for _ in range(2)]
         for client in clients:
             client.send("start", prompt=RED, image=url, seconds=0.1)
@@ -183,7 +184,8 @@ def test_large_pictures_leave_nothing_behind(server: LiveServer) -> None:
             vanish(client)
         server.wait_until(lambda: server.is_empty)
         used.append(held_bytes())
-    assert growth(used) < 5 * 2**20, [round(bytes / 2**20) for bytes in used]
+    # A picture that is left is of 100 MB; encoders and threads, which begin and end, are of some.
+    assert growth(used) < picture_bytes / 4, [round(bytes / 2**20) for bytes in used]
 
 
 def test_steps_are_limited(server: LiveServer) -> None:
