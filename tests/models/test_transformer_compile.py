@@ -94,8 +94,8 @@ def latents_of_a_stream(pipe, seed: int, **settings) -> torch.Tensor:
 
 
 # Not all pairs, since each compiles four graphs, which takes seconds: what is stored is read the same way for both
-# kinds of positions. Plain caches, which are read where they lie, are streamed by the tests above.
-KINDS_OF_CACHES = [(torch.bfloat16, True), ("fp8", False), ("nvfp4", True)]
+# kinds of positions. A plain cache, the default, is read where it lies; that with relative ones is streamed above.
+KINDS_OF_CACHES = [(None, False), (torch.bfloat16, True), ("fp8", False), ("nvfp4", True)]
 
 
 @pytest.mark.parametrize(("kv_cache_dtype", "relative_rope"), KINDS_OF_CACHES)
