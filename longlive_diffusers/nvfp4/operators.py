@@ -171,10 +171,10 @@ def read_nvfp4_frames(
     check_frames("amax", amax, (*frames, 1, 1))
     if mean is not None:
         check_frames("mean", mean, (*frames, 1, head_dim))
-    length = check_target(target, (*frames, tokens, head_dim))
+    length, head_stride = check_target(target, (*frames, tokens, head_dim))
     launch(
         "read_nvfp4_frames_kernel", (batch * heads * length, parts(tokens, 16)), codes,
-        codes, scales, amax, amax if mean is None else mean, as_bits(target), target.stride(1), length, slots, tokens,
+        codes, scales, amax, amax if mean is None else mean, as_bits(target), head_stride, length, slots, tokens,
         SPAN=scale_rule_named(scale_rule).span, DIM=head_dim, TOKENS=16, HAS_MEAN=mean is not None,
         BF16=target.dtype == torch.bfloat16, PTX=has_fp4_instructions(codes.device),
     )  # fmt: skip
@@ -201,11 +201,11 @@ def read_fp8_frames(codes: torch.Tensor, scale: torch.Tensor, target: torch.Tens
     batch, heads, slots, tokens, head_dim = codes.shape
     check_frames("codes", codes, (batch, heads, slots, tokens, head_dim))
     check_frames("scale", scale, (batch, heads, slots, 1, 1))
-    length = check_target(target, (batch, heads, slots, tokens, head_dim))
+    length, head_stride = check_target(target, (batch, heads, slots, tokens, head_dim))
     size = tokens * head_dim
     launch(
         "read_fp8_frames_kernel", (batch * heads * length, parts(size, ROW_TILE)), codes,
-        codes, scale, as_bits(target), target.stride(1), length, slots, size,
+        codes, scale, as_bits(target), head_stride, length, slots, size,
         TILE=ROW_TILE, BF16=target.dtype == torch.bfloat16,
     )  # fmt: skip
 
@@ -222,12 +222,13 @@ def check_frames(name: str, part: torch.Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"Frames are read with `{name}` {shape}, contiguous; got {found}.")
 
 
-def check_target(target: torch.Tensor, shape: tuple[int, int, int, int, int]) -> int:
-    """Return how many slots `target` has; raise a ValueError unless frames of a cache of this shape can be read into
-    it."""
+def check_target(target: torch.Tensor, shape: tuple[int, int, int, int, int]) -> tuple[int, int]:
+    """Return how many slots `target` has, and how far one head of a sample, or of the next, is from the one before;
+    raise a ValueError unless frames of a cache of this shape can be read into it."""
     batch, heads, slots, tokens, head_dim = shape
     length = target.shape[2] if target.ndim == 5 else 0
-    head_stride = target.stride(1) if target.ndim == 5 else 0
+    # The stride of a dimension of size 1 is any number: a view of an only head need not keep what it was.
+    head_stride = 0 if target.ndim != 5 else target.stride(1) if heads > 1 else target.stride(0)
     strides = (heads * head_stride, head_stride, tokens * head_dim, head_dim, 1)
     fits = 0 < length <= slots and tuple(target.shape) == (batch, heads, length, tokens, head_dim)
     sizes = zip(target.stride(), strides, target.shape, strict=False)
@@ -236,7 +237,7 @@ def check_target(target: torch.Tensor, shape: tuple[int, int, int, int, int]) ->
             f"Frames of a cache {shape} are read into 1 to {slots} of its slots, contiguous for each head; got "
             f"{tuple(target.shape)} with strides {target.stride()}."
         )
-    return length
+    return length, head_stride
 
 
 def as_bits(out: torch.Tensor) -> torch.Tensor:
