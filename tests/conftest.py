@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # Below tests/. Where several processes share the tests, each takes a whole file at a time: one that takes long, begun
 # last, would leave the others without work.
 LONGEST = (
-    "nvfp4/test_kernels.py",
+    "test_triton_kernels.py",
     "models/test_transformer_compile.py",
     "training/test_train_fsdp2.py",
     "parallel/test_shared_streams.py",

@@ -18,8 +18,6 @@ from longlive_diffusers.models.wan_decoder import cached_convolutions, decode_fr
 from longlive_diffusers.models.wan_decoder.norm_silu import norm_silu_after
 from longlive_diffusers.models.wan_decoder.published_modules import is_as_published
 from longlive_diffusers.models.wan_decoder.upsample import add_repeated, double_and_convolve
-from tests.programs import wan_decoder_kernel
-from tests.support.processes import run_program
 from tests.support.tiny_vae import tiny_vae, wan_2_1_vae
 from tests.support.traffic import Traffic
 
@@ -374,16 +372,3 @@ def test_a_compiled_decoder_has_a_graph_for_the_first_frame_and_one_for_each_num
         latents = latents_for(vae, sum(lengths))
         assert_close(stream(compiled, latents, lengths), stream(vae, latents, lengths))
         assert counter.frame_count == 1 + 4
-
-
-# -- the Triton kernel -----------------------------------------------------------------------------------------------
-
-
-def test_the_interpreted_kernel_does_what_plain_pytorch_does():
-    """By itself, and in a stream of chunks."""
-    assert run_program(wan_decoder_kernel, TRITON_INTERPRET="1").splitlines() == ["0 differ"]
-
-
-def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
-    told = run_program(wan_decoder_kernel, "90", "100", "120", TRITON_CACHE_DIR=str(tmp_path))
-    assert told.splitlines() == ["90 4", "100 4", "120 4"]
