@@ -7,27 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from longlive_diffusers import LongLivePipeline
-from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.models.text_fingerprint import text_fingerprint, text_layers
-from tests.support.toy_loras import save_toy_lora
+from tests.support.toy_loras import save_toy_lora, short_toy_pipeline
 
 
 PROMPT = "a red circle moves left"
+NUM_BLOCKS = 3
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("loras")
-    return {name: save_toy_lora(folder / name, seed=seed) for seed, name in enumerate(("one", "two"))}
+    return {
+        name: save_toy_lora(folder / name, seed=seed, num_blocks=NUM_BLOCKS)
+        for seed, name in enumerate(("one", "two"))
+    }
 
 
 @cache
 def base() -> LongLivePipeline:
-    return DiffusionPipeline.from_pretrained(toy_pipeline_path(), vae=None, dtype=torch.float32)
+    return short_toy_pipeline(NUM_BLOCKS)
 
 
 def pipeline(**loras: Path) -> LongLivePipeline:

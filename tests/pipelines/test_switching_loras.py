@@ -7,18 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from longlive_diffusers import LongLivePipeline
-from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.nvfp4.quantizer import NVFP4Config, quantize_model
 from longlive_diffusers.pipelines.chunk_step import Conditioning, chunk_step
-from tests.support.toy_loras import save_toy_lora
+from tests.support.toy_loras import save_toy_lora, short_toy_pipeline
 
 
-CHUNK_SIZE, SHAPE = 2, (1, 16, 6, 4, 4)
+CHUNK_SIZE, SHAPE, NUM_BLOCKS = 2, (1, 16, 6, 4, 4), 2
 PROMPT = "a red circle moves left"
 STEPS = {"four": 4, "two": 2}
 KINDS = ["plain", "nvfp4"]
@@ -27,12 +25,12 @@ KINDS = ["plain", "nvfp4"]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("loras")
-    return {name: save_toy_lora(folder / name, seed=steps) for name, steps in STEPS.items()}
+    return {name: save_toy_lora(folder / name, seed=steps, num_blocks=NUM_BLOCKS) for name, steps in STEPS.items()}
 
 
 @cache
 def base(kind: str) -> LongLivePipeline:
-    pipe = DiffusionPipeline.from_pretrained(toy_pipeline_path(), vae=None, dtype=torch.float32)
+    pipe = short_toy_pipeline(NUM_BLOCKS)
     if kind == "nvfp4":
         quantize_model(pipe.transformer, NVFP4Config(backend="w4a16"))
     return pipe
@@ -257,9 +255,9 @@ def with_other_names(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (of_another_width, r"50 layers: blocks\.0\.\S+ is \(\d+, 192\), its LoRA \(\d+, 384\)"),
+        (of_another_width, r"20 layers: blocks\.0\.\S+ is \(\d+, 192\), its LoRA \(\d+, 384\)"),
         (of_more_blocks, r"10 layers: blocks\.29\.\S+ does not exist"),
-        (with_other_names, r"20 layers: blocks\.0\.attn\.to_\S+ does not exist"),
+        (with_other_names, r"8 layers: blocks\.0\.attn\.to_\S+ does not exist"),
         (lambda lora: {k.replace("lora_A", "lora_C"): t for k, t in lora.items()}, "layers without lora_A or lora_B"),
     ],
     ids=["width", "blocks", "names", "halves"],

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from longlive_diffusers import LongLivePipeline
+from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
+from longlive_diffusers.assets import toy_pipeline_path
 from tests.support.toy_checkpoints import toy_transformer
 
 
@@ -14,7 +16,23 @@ RANK = 16
 TARGETS = r"blocks\..*\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)"  # every Linear of the blocks
 
 
-def save_toy_lora(folder: Path, seed: int, *, alpha: int = RANK, strength: float = 0.5) -> Path:
+def cut_blocks(transformer: LongLiveTransformer3DModel, num_blocks: int) -> None:
+    """Leave a network only its first blocks."""
+    transformer.blocks = transformer.blocks[:num_blocks]
+    transformer.register_to_config(num_layers=num_blocks)
+
+
+def short_toy_pipeline(num_blocks: int) -> LongLivePipeline:
+    """The embedded pipeline in float32, without its VAE, and with only the first blocks of its network: for tests of
+    many videos of which none is looked at."""
+    pipe = DiffusionPipeline.from_pretrained(toy_pipeline_path(), vae=None, dtype=torch.float32)
+    cut_blocks(pipe.transformer, num_blocks)
+    return pipe
+
+
+def save_toy_lora(
+    folder: Path, seed: int, *, alpha: int = RANK, strength: float = 0.5, num_blocks: int | None = None
+) -> Path:
     """
     Write a random LoRA of every Linear of the embedded model's blocks, in float16.
 
@@ -23,11 +41,13 @@ def save_toy_lora(folder: Path, seed: int, *, alpha: int = RANK, strength: float
         seed: Of the random weights.
         alpha: The LoRA's alpha.
         strength: How much the LoRA changes each weight, in parts of the weight's own standard deviation.
+        num_blocks: The number of blocks of the network that it is for, as of [`short_toy_pipeline`]; None for all.
 
     Returns:
         The file.
     """
     transformer = toy_transformer().float()
+    cut_blocks(transformer, num_blocks or len(transformer.blocks))
     settings = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=True)
     transformer.add_adapter(settings)
     generator = torch.Generator().manual_seed(seed)
