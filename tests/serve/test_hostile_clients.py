@@ -2,13 +2,8 @@
 
 import contextlib
 import json
-import random
-import socket
-import string
-import struct
 import time
 
-import PIL.Image
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,25 +11,18 @@ from websockets.exceptions import ConnectionClosed
 
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
 from longlive_diffusers.serve.settings import MESSAGE_BURST, ServeSettings
-from tests.support.held_memory import growth, held_bytes
+from tests.programs import visit_server
+from tests.programs.visit_server import vanish
+from tests.support.held_memory import growth
 from tests.support.live_server import (
     BLUE,
     PATIENCE,
     RED,
-    LiveClient,
     LiveServer,
-    as_data_url,
     expected_media,
     running_server,
 )
-
-
-def vanish(client: LiveClient) -> None:
-    """End the connection without a word, with a reset."""
-    raw = client.socket.socket
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    raw.shutdown(socket.SHUT_RDWR)
-    raw.close()
+from tests.support.processes import run_program
 
 
 def test_a_client_that_vanishes_frees_its_caches_and_its_place(pipe: LongLivePipeline) -> None:
@@ -169,59 +157,16 @@ def test_any_sequence_of_messages_leaves_a_server_that_serves(server: LiveServer
             raise AssertionError(f"the connection was closed: {error}") from error
 
 
-def test_large_pictures_leave_nothing_behind(server: LiveServer) -> None:
-    """A picture of as many pixels as are allowed, in a few kilobytes: what is kept of it is as large as the video."""
-    picture = PIL.Image.new("RGBA", (5000, 5000), (200, 30, 30, 128))
-    url, picture_bytes = as_data_url(picture), len(picture.tobytes())
-    used = []
-    for index in range(5):
-        clients = [server.client() for _ in range(2)]
-        for client in clients:
-            client.send("start", prompt=RED, image=url, seconds=0.1)
-        if index % 2:
-            clients[0].until("end")
-        for client in clients:
-            vanish(client)
-        server.wait_until(lambda: server.is_empty)
-        used.append(held_bytes())
-    # A picture that is left is of 100 MB; encoders and threads, which begin and end, are of some.
-    assert growth(used) < picture_bytes / 4, [round(bytes / 2**20) for bytes in used]
-
-
 def test_steps_are_limited(server: LiveServer) -> None:
     with server.client() as client:
         client.send("start", prompt=RED, steps=51)
         assert client.until("error")["message"] == "steps is 51; at most 50 are allowed."
 
 
-def test_memory_is_flat_over_200_connections(server: LiveServer) -> None:
-    """Streams that end in every way there is."""
-    chance = random.Random(0)
-
-    def visit(index: int) -> None:
-        client = server.client()
-        kind = index % 5
-        if kind == 0:
-            client.watch(prompt=RED, seconds=0.1)
-        elif kind == 1:
-            client.send("start", prompt=BLUE)
-            client.until("chunk")
-        elif kind == 2:
-            client.send("start", prompt=RED)
-        elif kind == 3:
-            client.socket.send("".join(chance.choices(string.printable, k=100_000)))
-        else:
-            client.send("start", prompt=RED, video="jpeg")
-            client.until("started")
-        client.socket.close() if index % 2 else vanish(client)
-        server.wait_until(lambda: server.is_empty)
-
-    used = []
-    for index in range(200):
-        visit(index)
-        if index % 25 == 24:
-            used.append(held_bytes())
-    assert server.app.model.sessions.num_open == 0
+@pytest.mark.parametrize("visits", ["connections", "pictures"])
+def test_clients_that_vanish_leave_nothing_behind(visits: str) -> None:
+    """200 streams that end in every way there is, and pictures of as many pixels as are allowed."""
+    used = json.loads(run_program(visit_server, visits))
     assert growth(used) < 5 * 2**20, [round(bytes / 2**20) for bytes in used]
 
 

@@ -51,8 +51,8 @@ def test_the_ledger_sees_a_backward():
 
 
 def test_what_is_simulated_takes_the_memory_of_what_is_computed(accelerator):
-    size = replace(TINY, window_size=4, sink_size=0, config=TINY.config | {"num_layers": 1})
-    case = Case(SHARED, True, frames=6, scored_frames=4, score_context="clean")
+    size = replace(TINY, window_size=2, sink_size=0, config=TINY.config | {"num_layers": 1})
+    case = Case(SHARED, True, frames=4, scored_frames=2, score_context="clean")
     computed = measure(size, case, accelerator, None)
     assert measure(size, case, accelerator, Simulated(from_bytes=2**14)) == computed
 
