@@ -154,7 +154,7 @@ def finish(run: Run, ranks: list[multiprocessing.Process]) -> None:
         if failed or (run.kill_after is not None and last_step(run.log) >= run.kill_after):
             for rank in ranks:
                 rank.kill()
-        time.sleep(0.002)
+        time.sleep(0.01)
     expected = 0 if run.kill_after is None else -signal.SIGKILL
     codes = [rank.exitcode for rank in ranks]
     if codes != [expected] * run.ranks:
