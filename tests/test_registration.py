@@ -11,12 +11,13 @@ from longlive_diffusers.registration import register
 from tests.support.paths import ROOT
 
 
-CHECK = """
+NOTHING = """
 import sys
-for word in sys.argv[1:]:
-    __import__(word)
-    if word == "longlive_diffusers":
-        assert not {"torch", "diffusers", "numpy"} & sys.modules.keys()
+import longlive_diffusers
+assert not {"torch", "diffusers", "numpy"} & sys.modules.keys()
+"""
+CHECK = """
+import longlive_diffusers.models.transformer_longlive
 from diffusers import AutoModel, DiffusionPipeline
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from longlive_diffusers.assets import toy_pipeline_path
@@ -27,16 +28,22 @@ print(AUTO_QUANTIZATION_CONFIG_MAPPING["longlive_nvfp4"].__name__)
 """
 
 
-@pytest.mark.parametrize(
-    "imported",
-    [["longlive_diffusers"], ["longlive_diffusers.models.transformer_longlive"]],
-    ids=["the package first", "a module of it first"],
-)
-def test_diffusers_finds_our_classes(imported):
-    command = [sys.executable, "-c", CHECK, *imported]
-    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+def run_python(code: str) -> list[str]:
+    """The words that a new process prints."""
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["LongLivePipeline", "LongLiveScheduler", "LongLiveTransformer3DModel", "NVFP4Config"]
+    return run.stdout.split()
+
+
+def test_importing_the_package_imports_nothing_else():
+    assert run_python(NOTHING) == []
+
+
+def test_diffusers_finds_our_classes_where_a_module_of_the_package_is_imported_first():
+    """Where the package is, as users do: see the programs of `test_readme.py`."""
+    expected = ["LongLivePipeline", "LongLiveScheduler", "LongLiveTransformer3DModel", "NVFP4Config"]
+    assert run_python(CHECK) == expected
 
 
 def test_everything_public_is_there():

@@ -119,7 +119,7 @@ def test_it_draws_what_the_readmes_first_command_asks_for(toy):
 
 @pytest.mark.parametrize(("held_out", "num_things", "percent"), [(False, 1, 90), (True, 1, 85), (False, 2, 60)])
 def test_most_captions_are_followed(toy, held_out, num_things, percent):
-    stories = single_shots("a test", 12, 3, num_things=num_things, held_out=held_out)
+    stories = single_shots("a test", 8, 3, num_things=num_things, held_out=held_out)
     sampling = Sampling(num_inference_steps=16, guidance_scale=GUIDANCE, max_sequence_length=MAX_LENGTH)
     judged = judge_stories(toy, stories, sampling, description="judging")
     right = [all(chunk.marks.values()) for story in judged for chunk in story]

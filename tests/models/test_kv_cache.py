@@ -334,7 +334,7 @@ def frames_held(options: dict, opens: list[bool]) -> list[list[int]]:
     return history
 
 
-MANY = settings(max_examples=150, deadline=None, derandomize=True)
+MANY = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 @MANY

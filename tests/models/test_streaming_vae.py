@@ -1,5 +1,7 @@
 """Decoding and encoding chunk by chunk: the same as doing it whole, in memory that does not grow."""
 
+import functools
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
@@ -365,6 +367,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes[storage] = storage.nbytes()
 
 
+@functools.cache
 def peak_of_decoding(chunks: int, *, whole: bool) -> int:
     vae = tiny_vae()
     decoder = StreamingDecoder(vae)
@@ -377,6 +380,7 @@ def peak_of_decoding(chunks: int, *, whole: bool) -> int:
     return memory.peak
 
 
+@functools.cache
 def peak_of_encoding(groups: int, *, whole: bool) -> int:
     vae = tiny_vae()
     encoder = StreamingEncoder(vae)

@@ -136,11 +136,11 @@ def test_a_network_learns(checkpointing):
     train_in_nvfp4(model, RECIPES["longlive"])
     if checkpointing:
         model.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     inputs = random_inputs()
     target = torch.randn_like(inputs["hidden_states"])
     losses = []
-    for _ in range(30):
+    for _ in range(10):
         loss = (model(**inputs).sample - target).square().mean()
         loss.backward()
         optimizer.step()

@@ -61,7 +61,7 @@ def connections(server: LiveServer) -> Iterator[int]:
 def pictures(server: LiveServer) -> Iterator[int]:
     """Streams that begin with a picture of 100 MB, in some kilobytes: one in a round, or two, of which one ends."""
     url = as_data_url(PICTURE)
-    for index in range(6):
+    for index in range(5):
         clients = [server.client() for _ in range(1 + index % 2)]
         for client in clients:
             client.send("start", prompt=RED, image=url, seconds=0.1, **QUICK)

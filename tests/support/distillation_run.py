@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 import train_dmd
 from run.distillation_arguments import parse_distillation_arguments
 from tests.support.paths import ROOT
-from tests.support.training_run import command_words, run_script
+from tests.support.training_run import command_words, launch_script, run_script
 
 
 SCRIPT = ROOT / "training" / "train_dmd.py"
@@ -82,3 +82,7 @@ class DistillationWorkshop:
     def run(self, output: Path, num_processes: int = 1, **changed: object) -> None:
         """A run to its end in processes of its own, which has to succeed."""
         run_script(self.options(output, **changed), num_processes, SCRIPT)
+
+    def launch(self, output: Path, num_processes: int, **changed: object) -> None:
+        """The same, started as users start it, by `accelerate launch`."""
+        launch_script(self.options(output, **changed), num_processes, SCRIPT)

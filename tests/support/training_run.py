@@ -3,8 +3,6 @@
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -139,14 +137,12 @@ def run_script(words: list[str], num_processes: int = 1, script: Path = SCRIPT) 
 
 
 def launch_script(words: list[str], num_processes: int, script: Path = SCRIPT) -> None:
-    """The same, started as users start it, by `accelerate launch`."""
+    """The same, started as users start it, by `accelerate launch`; only that its ranks are forked."""
     launch = f"--multi_gpu --num_processes {num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", *launch.split()),
-        *("--main_process_port", str(processes.free_port()), str(script), *words),
-    ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    port = ("--main_process_port", processes.free_port())
+    launcher = [PROGRAMS / "forked_ranks.py", num_processes, "accelerate.commands.launch", *launch.split(), *port]
+    run = processes.start([*launcher, script, *words], environment())
+    assert run.wait() == 0, run.errors[-4000:]
 
 
 def run_with_fsdp2(folder: Path, runs: list[dict]) -> None:

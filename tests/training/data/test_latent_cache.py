@@ -1,12 +1,11 @@
 """Caches: what direct encoding gives, whole after any interruption, and never of other settings."""
 
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,8 @@ from data.latent_cache import LatentDataset, collate
 from data.sample_list import describe
 from data.sampler import EpochSampler, WithSampleId
 from longlive_diffusers.models.streaming_vae import encode_video, normalize_latents
-from tests.support.paths import PROGRAMS, ROOT
+from tests.support.paths import PROGRAMS
+from tests.support.processes import ForkedProcess, environment
 from tests.support.tiny_pipeline import TEXT_DIM, TEXT_LENGTH, tiny_pipeline
 from tests.support.tiny_vae import tiny_vae
 from tests.support.training_caches import build, build_text, contents, dataset, encode, latents_file
@@ -206,14 +206,11 @@ def test_two_that_build_the_same_do_no_harm(root, tmp_path):
 
 def test_a_build_that_is_killed_goes_on(root, tmp_path, vae):
     folder = tmp_path / "latents"
-    program = [sys.executable, str(PROGRAMS / "build_latent_cache.py"), str(root), str(folder), str(VAE_CHANNELS)]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "training")])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        written = [process.stdout.readline().strip() for _ in range(2)]
-        process.kill()
+    process = ForkedProcess([PROGRAMS / "build_latent_cache.py", root, folder, VAE_CHANNELS], environment())
+    written = list(itertools.islice(process.lines(), 2))
+    process.kill()
     assert written == [latents_file(folder, i).name for i in (0, 1)]
-    assert process.returncode == -signal.SIGKILL
+    assert process.poll() == -signal.SIGKILL
     assert {path.name for path in folder.glob("*.safetensors")} == set(written)
     first = latents_file(folder, 0).stat().st_mtime_ns
     leftover = folder / f"{latents_file(folder, 2).name}.0123.tmp"
