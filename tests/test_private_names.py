@@ -351,12 +351,6 @@ PRIVATE_NAMES = [
         (LINEAR, PACKED_LINEAR),
         "Register a load_state_dict pre-hook that gives `weight_amax` its dimension, and one that packs the weight.",
     ),
-    PrivateName(
-        "_buffers of a module",
-        (LINEAR, FP8_LINEAR),
-        "Write the buffer back with setattr.",
-        lambda: "_buffers" in vars(torch.nn.Module()),
-    ),
     # -- argparse ----------------------------------------------------------------------------------------------------
     PrivateName(
         "argparse:_SubParsersAction",

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..fused.layers import is_plain
 from .backends import rows_to_fp8
+from .kept_dtypes import keeping_dtypes
 from .matmul import capability_unsupported_reason, fp8_matmul
 
 
@@ -57,12 +58,8 @@ class FP8Linear(nn.Linear):
         return fp8_matmul(codes, scale, self.weight_codes, self.weight_scale, bias).unflatten(0, shape)
 
     def _apply(self, fn, recurse: bool = True):
-        before = self.weight_codes, self.weight_scale
-        super()._apply(fn, recurse)
-        for name, buffer in zip(("weight_codes", "weight_scale"), before, strict=True):
-            moved = self.get_buffer(name)
-            if moved.dtype != buffer.dtype:  # `.to(dtype)` is about the model's precision, not this format's
-                self._buffers[name] = buffer.to(moved.device)
+        with keeping_dtypes(self, ("weight_codes", "weight_scale")):
+            super()._apply(fn, recurse)
         return self
 
 

@@ -15,6 +15,7 @@ from .backends import (
     rows_to_fp8,
 )
 from .format import BLOCK, NVFP4Tensor, Weights, check_buffers, quantize
+from .kept_dtypes import keeping_dtypes
 from .matmul import connected_to
 from .rules import scale_rule_named
 
@@ -212,13 +213,9 @@ class NVFP4Linear(nn.Linear):
         )
 
     def _apply(self, fn, recurse: bool = True):
-        stored = {name: self.get_buffer(name) for name in STORED}
         self.product_on = None  # made again on the weight's new device
-        super()._apply(fn, recurse)
-        for name, before in stored.items():
-            after = self.get_buffer(name)
-            if after.dtype != before.dtype:  # `.to(dtype)` is about the model's precision, not this format's
-                self._buffers[name] = before.to(after.device)
+        with keeping_dtypes(self, STORED):
+            super()._apply(fn, recurse)
         self.select_backend()
         return self
 
