@@ -23,8 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Below tests/. Where several processes share the tests, each takes a whole file at a time: one that takes long, begun
-# last, would leave the others without work. Files that start ranks, which wait for each other, are slowed down by others
-# of their kind; so the order is one in which two processes seldom have both of them such a file.
+# last, would leave the others without work. Files that start ranks, which wait for each other, are slowed down by
+# others of their kind; so the order is one in which two processes seldom have both of them such a file.
 LONGEST = (
     "training/test_train_fsdp2.py",
     "test_triton_kernels.py",

@@ -9,8 +9,8 @@ from torch import nn
 @contextmanager
 def keeping_dtypes(layer: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """
-    Within this, `layer` may be moved, and its dtype changed, but that of these buffers stays: `.to(dtype)` is about the
-    model's precision, not about the format in which a layer stores its weight.
+    Within this, `layer` may be moved, and its dtype changed, but that of these buffers stays: `.to(dtype)` is about
+    the model's precision, not about the format in which a layer stores its weight.
 
     Args:
         layer: The layer.
