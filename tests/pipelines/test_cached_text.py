@@ -11,7 +11,7 @@ from torch import nn
 
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.models.text_fingerprint import text_fingerprint, text_layers
-from tests.support.toy_loras import save_toy_lora, short_toy_pipeline
+from tests.support.toy_loras import copy_of, save_toy_lora, short_toy_pipeline
 
 
 PROMPT = "a red circle moves left"
@@ -32,15 +32,19 @@ def base() -> LongLivePipeline:
     return short_toy_pipeline(NUM_BLOCKS)
 
 
-def pipeline(**loras: Path) -> LongLivePipeline:
-    components = base().components
-    pipe = LongLivePipeline(**{**components, "transformer": deepcopy(components["transformer"])})
-    pipe.set_progress_bar_config(disable=True)
-    for name, file in loras.items():
+@cache
+def prepared(*loras: tuple[str, Path]) -> LongLivePipeline:
+    pipe = copy_of(base())
+    for name, file in loras:
         pipe.load_lora_weights(file, adapter_name=name)
     if loras:
         pipe.set_adapters("one")
     return pipe
+
+
+def pipeline(**loras: Path) -> LongLivePipeline:
+    """A pipeline of the test's own."""
+    return copy_of(prepared(*loras.items()))
 
 
 def options(**changes) -> dict:

@@ -1,7 +1,6 @@
 """Two LoRAs of the embedded model, both loaded: switched in a live stream with their numbers of steps, scaled, fused,
 saved and unloaded, on plain weights and on weights in 4 bits."""
 
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.nvfp4.quantizer import NVFP4Config, quantize_model
 from longlive_diffusers.pipelines.chunk_step import Conditioning, chunk_step
-from tests.support.toy_loras import save_toy_lora, short_toy_pipeline
+from tests.support.toy_loras import copy_of, save_toy_lora, short_toy_pipeline
 
 
 CHUNK_SIZE, SHAPE, NUM_BLOCKS = 2, (1, 16, 6, 4, 4), 2
@@ -36,13 +35,17 @@ def base(kind: str) -> LongLivePipeline:
     return pipe
 
 
-def pipeline(kind: str, **loras: Path) -> LongLivePipeline:
-    components = base(kind).components
-    pipe = LongLivePipeline(**{**components, "transformer": deepcopy(components["transformer"])})
-    pipe.set_progress_bar_config(disable=True)
-    for name, file in loras.items():
+@cache
+def with_loras(kind: str, *loras: tuple[str, Path]) -> LongLivePipeline:
+    pipe = copy_of(base(kind))
+    for name, file in loras:
         pipe.load_lora_weights(file, adapter_name=name)
     return pipe
+
+
+def pipeline(kind: str, **loras: Path) -> LongLivePipeline:
+    """A pipeline of the test's own."""
+    return copy_of(with_loras(kind, *loras.items()))
 
 
 @pytest.fixture(params=KINDS)

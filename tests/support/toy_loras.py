@@ -1,5 +1,6 @@
 """Random LoRAs of the embedded model's shape, in the layout in which its distilled ones are stored."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -28,6 +29,13 @@ def short_toy_pipeline(num_blocks: int) -> LongLivePipeline:
     pipe = DiffusionPipeline.from_pretrained(toy_pipeline_path(), vae=None, dtype=torch.float32)
     cut_blocks(pipe.transformer, num_blocks)
     return pipe
+
+
+def copy_of(pipe: LongLivePipeline) -> LongLivePipeline:
+    """A pipeline with a network of its own, which has the LoRAs that `pipe` has loaded."""
+    copied = LongLivePipeline(**{**pipe.components, "transformer": deepcopy(pipe.transformer)})
+    copied.set_progress_bar_config(disable=True)
+    return copied
 
 
 def save_toy_lora(
