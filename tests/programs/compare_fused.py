@@ -91,11 +91,12 @@ def rotations(device: torch.device) -> Iterator[Case]:
 
 def streams() -> Iterator[Case]:
     """Whole streams: two videos with other shots, evictions, a prompt that changes."""
-    for relative_rope in (False, True):
-        expected = stream(torch.float32, relative_rope)
+    for relative_rope, num_heads in ((False, 1), (True, 2)):
+        expected = stream(torch.float32, relative_rope, num_heads)
         with as_on_a_gpu():
-            found = stream(torch.float32, relative_rope)
-        yield f"stream, {'relative' if relative_rope else 'absolute'} RoPE", STREAM, found, expected
+            found = stream(torch.float32, relative_rope, num_heads)
+        name = f"stream, {'relative' if relative_rope else 'absolute'} RoPE, {num_heads} heads"
+        yield name, STREAM, found, expected
 
 
 @torch.no_grad()
