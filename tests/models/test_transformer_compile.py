@@ -158,8 +158,11 @@ def kept_for_the_backward(model, frames: int) -> float:
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights) / frames
 
 
-def test_compiled_training_keeps_no_histories(model):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_training_keeps_no_histories(model, checkpointing):
     """What a step keeps grows with the clip, not with its square: concatenations are made again in the backward."""
+    if checkpointing:
+        model.enable_gradient_checkpointing()
     kept_for_the_backward(model, 4)
     expected = model.blocks[0].attn1.to_k.weight.grad.clone()
     model.zero_grad()
