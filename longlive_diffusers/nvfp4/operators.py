@@ -226,9 +226,9 @@ def check_target(target: torch.Tensor, shape: tuple[int, int, int, int, int]) ->
     """Return how many slots `target` has, and how far one head of a sample, or of the next, is from the one before;
     raise a ValueError unless frames of a cache of this shape can be read into it."""
     batch, heads, slots, tokens, head_dim = shape
-    length = target.shape[2] if target.ndim == 5 else 0
     # The stride of a dimension of size 1 is any number: a view of an only head need not keep what it was.
-    head_stride = 0 if target.ndim != 5 else target.stride(1) if heads > 1 else target.stride(0)
+    apart = 1 if heads > 1 else 0
+    length, head_stride = (target.shape[2], target.stride(apart)) if target.ndim == 5 else (0, 0)
     strides = (heads * head_stride, head_stride, tokens * head_dim, head_dim, 1)
     fits = 0 < length <= slots and tuple(target.shape) == (batch, heads, length, tokens, head_dim)
     sizes = zip(target.stride(), strides, target.shape, strict=False)

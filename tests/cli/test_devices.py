@@ -15,8 +15,7 @@ from longlive_diffusers.cli.errors import is_told_by_another
 from longlive_diffusers.cli.launched import Rank, own_rank
 from longlive_diffusers.parallel.stream_ranks import RanksParted
 from longlive_diffusers.video.reader import read_video
-from tests.programs import forked_ranks
-from tests.support.processes import ForkedProcess, environment
+from tests.support.processes import ForkedProcess, environment, forking_launcher
 
 
 CPU = torch.device("cpu")
@@ -173,10 +172,6 @@ def ranks_of(launcher: int) -> list[int]:
     return [process for _, process in sorted(found)]
 
 
-# Ranks that are not started from nothing, which takes each of them seconds; see there.
-FORKED_RANKS = [forked_ranks.__file__, "2"]
-
-
 def end_after_a_chunk(output: Path, end: Callable, starts: Sequence[str], *options: str) -> tuple[int, str, str]:
     """Begin a long video on two devices, `end` it when it has a chunk, and return the status and what was said."""
     command = [*starts, "longlive_diffusers.cli", *GENERATE, "--steps", "1", "--stream", "--devices", "2", *options]
@@ -206,7 +201,7 @@ def test_ctrl_c_ends_all_and_what_was_made_replaces_nothing(output):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_ends_all_and_what_was_made_plays(output, killed):
     status, out, err = end_after_a_chunk(
-        output, lambda process, ranks: os.kill(ranks[killed], signal.SIGKILL), FORKED_RANKS
+        output, lambda process, ranks: os.kill(ranks[killed], signal.SIGKILL), forking_launcher(2)
     )
     assert status == 1 and err == f"longlive: error: process {killed} of 2 was ended by SIGKILL\n"
     assert len(read_video(output)[0]) >= 12 and out.count("Endless: ") == 1
@@ -216,7 +211,7 @@ def test_a_process_that_is_killed_ends_all_and_what_was_made_plays(output, kille
 def test_a_launcher_starts_the_ranks_and_one_reads_what_is_typed(output):
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "longlive_diffusers.cli"]
     process = ForkedProcess(
-        [*FORKED_RANKS, *launcher, *GENERATE, "--steps", "1", "--stream", "--output", output],
+        [*forking_launcher(2), *launcher, *GENERATE, "--steps", "1", "--stream", "--output", output],
         environment(),
         typed="a blue square\n/zoom\n/quit\n",
     )

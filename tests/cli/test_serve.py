@@ -13,9 +13,8 @@ import pytest
 from longlive_diffusers.cli import main
 from longlive_diffusers.cli.command_line import parse_arguments
 from longlive_diffusers.cli.run_serve import check_access, shown_name
-from tests.programs import forked_ranks
 from tests.support.live_server import PATIENCE, RED, LiveClient
-from tests.support.processes import ForkedProcess, environment, free_port
+from tests.support.processes import ForkedProcess, environment, forking_launcher, free_port
 
 
 REFUSED = {
@@ -128,7 +127,7 @@ def test_a_signal_ends_all_streams_properly(number: signal.Signals) -> None:
 
 def test_two_devices_make_each_stream_together() -> None:
     """Two processes on the CPU, and one stream after the other, also one that is stopped."""
-    with serving("--devices", "2", starts=[forked_ranks.__file__, "2"]) as (process, port):
+    with serving("--devices", "2", starts=forking_launcher(2)) as (process, port):
         with LiveClient(f"ws://127.0.0.1:{port}/ws") as client:
             received = client.watch(prompt=RED, seed=4, seconds=1)
             assert received.of("end")[0]["reason"] == "finished" and len(received.media) == 29

@@ -11,7 +11,8 @@ from torch import nn
 
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.models.text_fingerprint import text_fingerprint, text_layers
-from tests.support.toy_loras import copy_of, save_toy_lora, short_toy_pipeline
+from tests.support.short_toy import copy_of, short_toy_pipeline
+from tests.support.toy_loras import save_toy_lora
 
 
 PROMPT = "a red circle moves left"
@@ -28,13 +29,8 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 
 @cache
-def base() -> LongLivePipeline:
-    return short_toy_pipeline(NUM_BLOCKS)
-
-
-@cache
 def prepared(*loras: tuple[str, Path]) -> LongLivePipeline:
-    pipe = copy_of(base())
+    pipe = short_toy_pipeline(NUM_BLOCKS)
     for name, file in loras:
         pipe.load_lora_weights(file, adapter_name=name)
     if loras:

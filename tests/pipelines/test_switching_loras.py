@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.nvfp4.quantizer import NVFP4Config, quantize_model
 from longlive_diffusers.pipelines.chunk_step import Conditioning, chunk_step
-from tests.support.toy_loras import copy_of, save_toy_lora, short_toy_pipeline
+from tests.support.short_toy import copy_of, short_toy_pipeline
+from tests.support.toy_loras import save_toy_lora
 
 
 CHUNK_SIZE, SHAPE, NUM_BLOCKS = 2, (1, 16, 6, 4, 4), 2
@@ -28,16 +29,10 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 
 @cache
-def base(kind: str) -> LongLivePipeline:
+def prepared(kind: str, *loras: tuple[str, Path]) -> LongLivePipeline:
     pipe = short_toy_pipeline(NUM_BLOCKS)
     if kind == "nvfp4":
         quantize_model(pipe.transformer, NVFP4Config(backend="w4a16"))
-    return pipe
-
-
-@cache
-def with_loras(kind: str, *loras: tuple[str, Path]) -> LongLivePipeline:
-    pipe = copy_of(base(kind))
     for name, file in loras:
         pipe.load_lora_weights(file, adapter_name=name)
     return pipe
@@ -45,7 +40,7 @@ def with_loras(kind: str, *loras: tuple[str, Path]) -> LongLivePipeline:
 
 def pipeline(kind: str, **loras: Path) -> LongLivePipeline:
     """A pipeline of the test's own."""
-    return copy_of(with_loras(kind, *loras.items()))
+    return copy_of(prepared(kind, *loras.items()))
 
 
 @pytest.fixture(params=KINDS)

@@ -59,11 +59,15 @@ def linear_of(in_features: int, out_features: int) -> nn.Linear:
     return nn.Linear(in_features, out_features)
 
 
+def few_outputs(backend: str) -> int:
+    """As few outputs as a layer may have, since each row of its weight is a program of the interpreter."""
+    return 16 if backend == "fp8" else 2
+
+
 def layer(backend: str, rule: str, block: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
-    """A layer's output, and the gradient of its input. In FP8, it has to have 16 outputs at least."""
-    out_features = 16 if backend == "fp8" else max(2, block[0])
+    """A layer's output, and the gradient of its input."""
     nvfp4 = NVFP4Linear.from_linear(
-        linear_of(48, out_features),
+        linear_of(48, max(few_outputs(backend), block[0])),
         weight_scale_rule=rule,
         activation_scale_rule=rule,
         weight_block=block,
@@ -79,7 +83,7 @@ def layer(backend: str, rule: str, block: tuple[int, int], dtype: torch.dtype) -
 def compiled_layer(backend: str) -> list[torch.Tensor]:
     """The output of a layer that is compiled in one graph."""
     torch._dynamo.reset()
-    nvfp4 = NVFP4Linear.from_linear(linear_of(48, 16 if backend == "fp8" else 2), backend=backend)
+    nvfp4 = NVFP4Linear.from_linear(linear_of(48, few_outputs(backend)), backend=backend)
     nvfp4.compile(fullgraph=True, backend="aot_eager")
     return [nvfp4(torch.randn(2, 48, generator=torch.Generator().manual_seed(1)))]
 

@@ -113,7 +113,7 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
 
 def compare_frames(device: torch.device) -> Iterator[tuple[str, bool]]:
     """Read two of the three slots of the KV cache's stores: the name of each case, and whether it is as on a CPU.
-    What a number is read as is decided after it is, so that each store is read as one dtype."""
+    The dtype decides only how a number is rounded at last, so that not every store is read as both."""
     shape, cpu = (2, 2, 3, 20, 32), torch.device("cpu")
     stores = {
         ("nvfp4", torch.float32): NVFP4Frames(shape, cpu, for_keys=False),

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-from tests.support.fork_server import run_words
+from tests.support.fork_server import run_words, take_environment
 
 
 class ForkedRank:
@@ -40,8 +40,7 @@ class ForkedRank:
             os._exit(0)
         words, variables = json.loads(told)
         os.setsid()
-        os.environ.clear()
-        os.environ.update(variables)
+        take_environment(variables)
         run_words(words)
         sys.exit()
 

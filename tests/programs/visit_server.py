@@ -8,9 +8,7 @@ A process of its own, because what else a process has done moves its memory by s
 
 import json
 import random
-import socket
 import string
-import struct
 import sys
 from collections.abc import Iterator
 
@@ -18,19 +16,10 @@ import PIL.Image
 
 from longlive_diffusers.serve.settings import ServeSettings
 from tests.support.held_memory import held_bytes
-from tests.support.live_server import BLUE, RED, LiveClient, LiveServer, as_data_url, embedded_pipeline, running_server
+from tests.support.live_server import BLUE, RED, LiveServer, as_data_url, embedded_pipeline, running_server
 
 
-QUICK = {"steps": 1}
 PICTURE = PIL.Image.new("RGBA", (5000, 5000), (200, 30, 30, 128))  # of as many pixels as are allowed
-
-
-def vanish(client: LiveClient) -> None:
-    """End the connection without a word, with a reset."""
-    raw = client.socket.socket
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    raw.shutdown(socket.SHUT_RDWR)
-    raw.close()
 
 
 def connections(server: LiveServer) -> Iterator[int]:
@@ -40,18 +29,18 @@ def connections(server: LiveServer) -> Iterator[int]:
         client = server.client()
         kind = index % 5
         if kind == 0:
-            client.watch(prompt=RED, seconds=0.1, **QUICK)
+            client.watch(prompt=RED, seconds=0.1, steps=1)
         elif kind == 1:
-            client.send("start", prompt=BLUE, **QUICK)
+            client.send("start", prompt=BLUE, steps=1)
             client.until("chunk")
         elif kind == 2:
-            client.send("start", prompt=RED, **QUICK)
+            client.send("start", prompt=RED, steps=1)
         elif kind == 3:
             client.socket.send("".join(chance.choices(string.printable, k=100_000)))
         else:
-            client.send("start", prompt=RED, video="jpeg", **QUICK)
+            client.send("start", prompt=RED, video="jpeg", steps=1)
             client.until("started")
-        client.socket.close() if index % 2 else vanish(client)
+        client.socket.close() if index % 2 else client.vanish()
         server.wait_until(lambda: server.is_empty)
         if index % 25 == 24:
             yield held_bytes()
@@ -64,11 +53,11 @@ def pictures(server: LiveServer) -> Iterator[int]:
     for index in range(5):
         clients = [server.client() for _ in range(1 + index % 2)]
         for client in clients:
-            client.send("start", prompt=RED, image=url, seconds=0.1, **QUICK)
+            client.send("start", prompt=RED, image=url, seconds=0.1, steps=1)
         if index % 2:
             clients[0].until("end")
         for client in clients:
-            vanish(client)
+            client.vanish()
         server.wait_until(lambda: server.is_empty)
         yield held_bytes()
 

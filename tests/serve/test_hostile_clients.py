@@ -12,7 +12,6 @@ from websockets.exceptions import ConnectionClosed
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
 from longlive_diffusers.serve.settings import MESSAGE_BURST, ServeSettings
 from tests.programs import visit_server
-from tests.programs.visit_server import vanish
 from tests.support.held_memory import growth
 from tests.support.live_server import (
     BLUE,
@@ -33,7 +32,7 @@ def test_a_client_that_vanishes_frees_its_caches_and_its_place(pipe: LongLivePip
         with server.client() as waiting:
             waiting.send("start", prompt=BLUE, seconds=0.1)
             waiting.until("queued")
-            vanish(gone)
+            gone.vanish()
             assert waiting.until("end")["reason"] == "finished"
         server.wait_until(lambda: server.is_empty)
         assert server.app.model.sessions.num_open == 0
@@ -46,7 +45,7 @@ def test_a_client_that_vanishes_before_its_stream_begins(pipe: LongLivePipeline)
         gone = server.client()
         gone.send("start", prompt=BLUE)
         gone.until("queued")
-        vanish(gone)
+        gone.vanish()
         server.wait_until(lambda: server.health()["queue"] == 0)
         on.send("stop")
         on.until("end")
@@ -78,7 +77,7 @@ def test_a_client_that_never_reads_holds_three_chunks_at_most(server: LiveServer
         assert received.of("end")[0]["reason"] == "finished"
         (stream,) = server.app.streams
         assert stream.num_frames == 5 + 8 + 8
-        vanish(silent)  # a proper end would wait for what it does not read
+        silent.vanish()  # a proper end would wait for what it does not read
 
 
 def test_messages_that_are_too_long_end_their_connection(server: LiveServer) -> None:

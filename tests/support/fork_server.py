@@ -16,7 +16,7 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 import huggingface_hub
@@ -60,9 +60,7 @@ def be_program(
     """
     os.setsid()  # Ctrl-C is for who asked, which ends the server, which kills this
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.clear()
-    os.environ.update(environment)
-    huggingface_hub.constants.HF_HUB_OFFLINE = environment.get("HF_HUB_OFFLINE") == "1"
+    take_environment(environment)
     os.chdir(folder)
     for path, flags, number in ((stdin, os.O_RDONLY, 0), (stdout, os.O_WRONLY, 1), (stderr, os.O_WRONLY, 2)):
         file = os.open(path, flags)
@@ -70,6 +68,13 @@ def be_program(
         os.close(file)
     sys.stdin = os.fdopen(0, closefd=False)  # the server's holds what was read ahead
     run_words(words)
+
+
+def take_environment(variables: Mapping[str, str]) -> None:
+    """Have these variables and no others, as a process that is started has those that it is given."""
+    os.environ.clear()
+    os.environ.update(variables)
+    huggingface_hub.constants.HF_HUB_OFFLINE = variables.get("HF_HUB_OFFLINE") == "1"  # read when it was imported
 
 
 def run_words(words: list[str]) -> None:
@@ -137,9 +142,9 @@ class End:
             raise
 
     def __call__(self) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
         if self.status is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(self.status)
 
 

@@ -6,6 +6,8 @@ import contextlib
 import http.client
 import io
 import json
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -162,6 +164,13 @@ class LiveClient:
 
     def __exit__(self, *error: object) -> None:
         self.socket.close()
+
+    def vanish(self) -> None:
+        """End the connection without a word, with a reset."""
+        raw = self.socket.socket
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raw.shutdown(socket.SHUT_RDWR)
+        raw.close()
 
     def send(self, type: str, **fields: Any) -> None:
         self.socket.send(json.dumps({"type": type, **fields}))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from tests.support.paths import IMPORTED_BY_SCRIPTS, ROOT
+from tests.support.paths import IMPORTED_BY_SCRIPTS, PROGRAMS, ROOT
 
 
 # `huggingface_hub` reads its endpoint and its cache folder from the environment when it is imported, and copies them
@@ -47,6 +47,11 @@ def hub_environment(**others: object) -> dict[str, str]:
     variables = environment(**others).items()
     kept = {name: value for name, value in variables if not name.startswith(("HF_", "TRANSFORMERS_"))}
     return {**kept, **HUB_VARIABLES}
+
+
+def forking_launcher(num_ranks: int) -> list[str]:
+    """The words in the place of `-m`, before a launcher's module, with which the ranks that it starts are forked."""
+    return [str(PROGRAMS / "forked_ranks.py"), str(num_ranks)]
 
 
 def free_port() -> int:
@@ -119,8 +124,9 @@ class ForkedProcess:
         self._server = fork_server(variables.get("TRITON_INTERPRET"))
         self._status: int | None = None
         program = {"words": [str(word) for word in words], "environment": dict(variables), "folder": str(folder)}
-        stdin = Path(os.devnull if typed is None else Path(self._output.name, "stdin"))
+        stdin = Path(os.devnull)
         if typed is not None:
+            stdin = Path(self._output.name, "stdin")
             os.mkfifo(stdin)
         files = {"stdin": str(stdin), "stdout": str(self._stdout), "stderr": str(self._stderr)}
         self.pid = self._server.ask("start", program | files)

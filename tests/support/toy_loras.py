@@ -1,41 +1,18 @@
 """Random LoRAs of the embedded model's shape, in the layout in which its distilled ones are stored."""
 
-from copy import deepcopy
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
-from longlive_diffusers.assets import toy_pipeline_path
+from longlive_diffusers import LongLivePipeline
+from tests.support.short_toy import cut_blocks
 from tests.support.toy_checkpoints import toy_transformer
 
 
 RANK = 16
 TARGETS = r"blocks\..*\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)"  # every Linear of the blocks
-
-
-def cut_blocks(transformer: LongLiveTransformer3DModel, num_blocks: int) -> None:
-    """Leave a network only its first blocks."""
-    transformer.blocks = transformer.blocks[:num_blocks]
-    transformer.register_to_config(num_layers=num_blocks)
-
-
-def short_toy_pipeline(num_blocks: int) -> LongLivePipeline:
-    """The embedded pipeline in float32, without its VAE, and with only the first blocks of its network: for tests of
-    many videos of which none is looked at."""
-    pipe = DiffusionPipeline.from_pretrained(toy_pipeline_path(), vae=None, dtype=torch.float32)
-    cut_blocks(pipe.transformer, num_blocks)
-    return pipe
-
-
-def copy_of(pipe: LongLivePipeline) -> LongLivePipeline:
-    """A pipeline with a network of its own, which has the LoRAs that `pipe` has loaded."""
-    copied = LongLivePipeline(**{**pipe.components, "transformer": deepcopy(pipe.transformer)})
-    copied.set_progress_bar_config(disable=True)
-    return copied
 
 
 def save_toy_lora(
@@ -49,13 +26,14 @@ def save_toy_lora(
         seed: Of the random weights.
         alpha: The LoRA's alpha.
         strength: How much the LoRA changes each weight, in parts of the weight's own standard deviation.
-        num_blocks: The number of blocks of the network that it is for, as of [`short_toy_pipeline`]; None for all.
+        num_blocks: The number of blocks of the network that it is for, as of `short_toy_pipeline`; None for all.
 
     Returns:
         The file.
     """
     transformer = toy_transformer().float()
-    cut_blocks(transformer, num_blocks or len(transformer.blocks))
+    if num_blocks is not None:
+        cut_blocks(transformer, num_blocks)
     settings = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=True)
     transformer.add_adapter(settings)
     generator = torch.Generator().manual_seed(seed)

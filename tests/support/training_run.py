@@ -140,7 +140,7 @@ def launch_script(words: list[str], num_processes: int, script: Path = SCRIPT) -
     """The same, started as users start it, by `accelerate launch`; only that its ranks are forked."""
     launch = f"--multi_gpu --num_processes {num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
     port = ("--main_process_port", processes.free_port())
-    launcher = [PROGRAMS / "forked_ranks.py", num_processes, "accelerate.commands.launch", *launch.split(), *port]
+    launcher = [*processes.forking_launcher(num_processes), "accelerate.commands.launch", *launch.split(), *port]
     run = processes.start([*launcher, script, *words], environment())
     assert run.wait() == 0, run.errors[-4000:]
 
