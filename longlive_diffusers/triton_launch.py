@@ -56,3 +56,8 @@ def launch_from(
     kernels = importlib.import_module(module)
     with torch.cuda.device_of(on):
         getattr(kernels, kernel)[grid](*arguments, **constants, enable_fp_fusion=fuses)
+
+
+def next_power_of_two(number: int) -> int:
+    """The least power of two that is not less, as Triton wants the sizes of what a program holds."""
+    return 1 << (number - 1).bit_length()

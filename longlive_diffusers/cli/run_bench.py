@@ -1,12 +1,13 @@
 """Measure what `longlive bench` was asked for, and report whatever was measured, also if a part fails."""
 
 import argparse
+import copy
 import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -80,13 +81,19 @@ def compared_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace
     """Return the arguments with those changed that `--compare` names.
 
     Raises:
-        ValueError: If it names one that cannot be compared.
+        ValueError: If it names one that cannot be compared, or there is no such argument or value.
     """
     try:
         words = shlex.split(args.compare)
     except ValueError as error:  # a quotation mark without another
         raise ValueError(f"--compare '{args.compare}': {error}") from error
     words = with_values_joined(words, ("--compare",))
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"--compare '{args.compare}': {message}")
+
+    parser = copy.copy(parser)
+    parser.error = refuse  # which would speak of the whole command
     changed = parser.parse_args(words, argparse.Namespace(**vars(args)))  # what is there already has no default
     for name in NOT_COMPARED:
         if vars(changed)[name] != vars(args)[name]:

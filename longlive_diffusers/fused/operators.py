@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from ..triton_launch import launch_from
+from ..triton_launch import launch_from, next_power_of_two
 
 
 launch = partial(launch_from, f"{__package__}.kernels", fuses=True)
@@ -138,11 +138,6 @@ def norm_rotate_and_write(
 @norm_rotate_and_write.register_fake
 def _(query, key, value, query_weight, key_weight, eps, rotary, key_cache, value_cache, *others) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[1], key_cache.shape[1], key_cache.shape[3])
-
-
-def next_power_of_two(number: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << (number - 1).bit_length()
 
 
 def warps_for(dim: int) -> int:

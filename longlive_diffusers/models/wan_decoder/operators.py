@@ -2,7 +2,7 @@
 
 import torch
 
-from ...triton_launch import launch_from
+from ...triton_launch import launch_from, next_power_of_two
 from .cached_convolutions import KEPT
 
 
@@ -19,7 +19,7 @@ def norm_silu_after(
     batch, count, height, width, channels = frames.shape
     joined = frames.new_empty(batch, KEPT + count, height, width, channels)
     kept_after = torch.empty_like(kept)
-    wide = 1 << (channels - 1).bit_length()
+    wide = next_power_of_two(channels)
     pixels = max(1, TILE // wide)
     grid = (-(-height * width // pixels), KEPT + count, batch)
     launch_from(
