@@ -1,8 +1,14 @@
 """The settings of the whole suite."""
 
+import gc
 from pathlib import Path
 
 import pytest
+
+
+# What is imported stays: to look for garbage in it, again and again, would take a fourth of the time of collecting the
+# tests. The fixture `short_garbage_collections` enables it before the first test.
+gc.disable()
 
 
 def pytest_configure(config: pytest.Config) -> None:

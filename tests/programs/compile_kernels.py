@@ -26,12 +26,12 @@ PACKED = {"codes": "*u8", "scales": "*u8", "amax_pointer": "*fp32"}
 
 def variants(ptx: bool):
     """Kernel, types of its arguments in order, and its constants."""
-    for tall, tile in ((False, 1024), (True, 128)):
-        shape = {"TALL": tall, "TILE": tile}
-        for stochastic, error, dtype in ((False, 1, "*bf16"), (True, 3, "*fp32"), (False, 0, "*fp16")):
-            rule = {"LARGEST_VALUE": 6.0, "SPAN": 2688.0, "ERROR": error}
-            how = {"HADAMARD": stochastic and not tall, "STOCHASTIC": stochastic, "PTX": ptx}
-            yield kernels.quantize_kernel, {"x": dtype, **QUANTIZE}, rule | how | shape
+    wide, tall = {"TALL": False, "TILE": 1024}, {"TALL": True, "TILE": 128}
+    rules = ((False, 0, "*fp16", wide), (False, 1, "*bf16", wide), (True, 3, "*fp32", wide), (True, 3, "*fp32", tall))
+    for stochastic, error, dtype, shape in rules:
+        rule = {"LARGEST_VALUE": 6.0, "SPAN": 2688.0, "ERROR": error}
+        how = {"HADAMARD": stochastic and not shape["TALL"], "STOCHASTIC": stochastic, "PTX": ptx}
+        yield kernels.quantize_kernel, {"x": dtype, **QUANTIZE}, rule | how | shape
     for is_bf16 in (False, True):
         out, common = "*u16" if is_bf16 else "*fp32", {"SPAN": 2688.0, "BF16": is_bf16, "PTX": ptx}
         yield kernels.dequantize_kernel, {**PACKED, "out": out, "num_blocks": "i64"}, common | {"BLOCKS": 64}

@@ -20,6 +20,7 @@ def short_garbage_collections() -> None:
     half a second: there are hundreds of thousands of objects of modules, and accelerate collects garbage each time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

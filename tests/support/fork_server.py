@@ -154,11 +154,13 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for what others print
+    gc.disable()  # nothing of what is imported is garbage
     for name in IMPORTED:
         importlib.import_module(name)
     sys.stdout.flush()  # or each process would print it again
     gc.collect()
     gc.freeze()  # so that no collection in a process touches, thus copies, the memory that all share
+    gc.enable()
     # From here, so that a program ends as Python ends: with a traceback, what is to be done at exit, and its status.
     if program := serve(answers):
         end.run(program)
