@@ -6,6 +6,7 @@ is made from at that moment: one prompt, two things, a video of three shots, and
 
 import argparse
 import itertools
+import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from longlive_diffusers.assets import toy_pipeline_path
-from longlive_diffusers.atomic_write import new_file
+from longlive_diffusers.atomic_write import check_new_file, new_file
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
+from one_line import run
 from world import FPS
 
 
@@ -75,7 +77,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="The seed of the videos' noise (default: 0).")
     args = parser.parse_args()
     if args.output.suffix != ".webp":  # a GIF would be ten times as large
-        raise ValueError(f"--output is a .webp file, got '{args.output}'")
+        parser.error(f"--output is a .webp file, got '{args.output}'")
+    check_new_file(args.output)
     pipe = DiffusionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     with tqdm(total=len(CLIPS) * NUM_CHUNKS, unit="chunk") as bar:
@@ -128,4 +131,4 @@ def side_by_side(pictures: tuple[Image.Image, ...]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -8,6 +8,7 @@ the model card that is already in the output folder.
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
 from longlive_diffusers.atomic_write import new_folder
+from one_line import run
+from outputs import check_replaceable
 
 
 SEED = 4
@@ -23,6 +26,7 @@ CHUNK_SIZE = 2
 # The shift of the noise levels, in training and in generation. These latents are very redundant (noise of 0.3 of their
 # magnitude costs half a decibel), so what a chunk shows is decided where there is hardly anything but noise.
 FLOW_SHIFT = 8.0
+WRITTEN = ("README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 WINDOW_SIZE, SINK_SIZE = 16, 4  # in latent frames; the window is as long as the training clips
 
 
@@ -75,8 +79,19 @@ def main() -> None:
     parser.add_argument(
         "--trained", type=Path, help="The folder that train_ar.py wrote: make the embedded pipeline of it."
     )
-    parser.add_argument("--output", type=Path, required=True, help="The folder to write; an existing one is replaced.")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="The folder to write; an earlier result is replaced."
+    )
     arguments = parser.parse_args()
+    needed = {
+        "--text": arguments.text / "text_encoder" / "config.json",
+        "--vae": arguments.vae / "config.json",
+        "--trained": None if arguments.trained is None else arguments.trained / "transformer" / "config.json",
+    }
+    for option, file in needed.items():
+        if file is not None and not file.is_file():
+            parser.error(f"{option}: there is no file '{file}'")
+    check_replaceable(arguments.output, WRITTEN)
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.text / "tokenizer")
     text_encoder = UMT5EncoderModel.from_pretrained(arguments.text / "text_encoder")
@@ -114,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

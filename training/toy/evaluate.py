@@ -14,6 +14,7 @@ folder. It takes about 15 minutes on two CPU cores, or two minutes with --quick.
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -28,10 +29,13 @@ from evaluation.tables import Table
 from evaluation.vae import vae
 from longlive_diffusers import LongLivePipeline, TinyVideoDecoder
 from longlive_diffusers.atomic_write import write_text
+from longlive_diffusers.cli.backends import check_nvfp4_backend
+from longlive_diffusers.cli.device import choose_device
 from longlive_diffusers.dtypes import DTYPES
 from longlive_diffusers.models.layer_kv_cache import KV_CACHE_DTYPES
 from longlive_diffusers.nvfp4 import NVFP4Config, quantize_model
 from longlive_diffusers.nvfp4.backends import BACKENDS
+from one_line import run
 from world import SIDE
 
 
@@ -154,9 +158,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--nvfp4_backend", choices=BACKENDS, help="Compute the linear layers in 4 bits, with this backend."
     )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run (default: %(default)s)."
-    )
+    parser.add_argument("--device", help="Where to run (default: a GPU if there is one, else the CPU).")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -204,8 +206,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed.takes_tokenizers_length = given["max_sequence_length"] is None
     try:
         parsed.settings = Settings(**{name: preset[name] if given[name] is None else given[name] for name in given})
-        torch.device(parsed.device)
-    except (ValueError, RuntimeError) as error:
+        parsed.device = choose_device(parsed.device)
+    except ValueError as error:
         parser.error(str(error))
     if parsed.lora is not None and not parsed.lora.is_file():
         parser.error(f"there is no file '{parsed.lora}'")
@@ -213,6 +215,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"'{parsed.decoder}' holds no decoder: there is no config.json in it")
     if not (parsed.model / "model_index.json").is_file():
         parser.error(f"'{parsed.model}' holds no pipeline: there is no model_index.json in it")
+    if parsed.output.exists() and not parsed.output.is_dir():
+        parser.error(f"--output '{parsed.output}' is not a folder")
+    if parsed.nvfp4_backend is not None:
+        transformer = json.loads((parsed.model / "transformer" / "config.json").read_text())
+        try:
+            check_nvfp4_backend("--nvfp4_backend", parsed.nvfp4_backend, transformer, parsed.device)
+        except ValueError as error:
+            parser.error(str(error))
     return parsed
 
 
@@ -244,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

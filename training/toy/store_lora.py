@@ -4,12 +4,15 @@ python training/toy/store_lora.py --trained runs/dmd4 --output longlive_diffuser
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.atomic_write import new_folder
+from one_line import run
+from outputs import check_replaceable
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -24,8 +27,9 @@ def store(trained: Path, output: Path) -> Path:
         The file.
 
     Raises:
-        ValueError: If there is no LoRA.
+        ValueError: If there is no LoRA, or the folder holds anything but an earlier one.
     """
+    check_replaceable(output, (LORA,))
     state_dict, metadata = LongLivePipeline.lora_state_dict(trained / LORA, return_lora_metadata=True)
     layers = {name.removeprefix(PREFIX): tensor.to(torch.float16) for name, tensor in state_dict.items()}
     settings = {name.removeprefix(PREFIX): value for name, value in (metadata or {}).items()}
@@ -39,14 +43,13 @@ def store(trained: Path, output: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Store a distilled LoRA in half precision.")
     parser.add_argument("--trained", type=Path, required=True, help="The folder that train_dmd.py wrote.")
-    parser.add_argument("--output", type=Path, required=True, help="The folder to write; an existing one is replaced.")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="The folder to write; an earlier result is replaced."
+    )
     arguments = parser.parse_args()
-    try:
-        file = store(arguments.trained, arguments.output)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    file = store(arguments.trained, arguments.output)
     print(f"{file}: {file.stat().st_size / 2**20:.2f} MiB")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

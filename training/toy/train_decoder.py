@@ -14,8 +14,10 @@ with the VAE, on clips that it has not seen.
 """
 
 import argparse
+import math
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -32,10 +34,13 @@ from longlive_diffusers.frame_counts import TEMPORAL_SCALE
 from longlive_diffusers.models.streaming_tiny_decoder import StreamingTinyDecoder
 from longlive_diffusers.models.streaming_vae import encode_video, latent_statistics
 from longlive_diffusers.pipelines.sharing import strip_local_paths
+from one_line import run
+from outputs import check_replaceable
 from train_vae import draw_clips, object_weights
 from world import draw_sample
 
 
+WRITTEN = ("README.md", "config.json", "diffusion_pytorch_model.safetensors")
 CLIP_FRAMES = 61  # of a video of the toy world
 WINDOW, CONTEXT = 8, 3  # in latent frames
 BATCH = 4
@@ -188,7 +193,7 @@ def main() -> None:
     )
     parser.add_argument("--start", type=Path, help="The folder of a decoder to train further.")
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--output", type=Path, help="The folder to write the decoder to; an existing one is replaced.")
+    task.add_argument("--output", type=Path, help="The folder to write the decoder to; an earlier result is replaced.")
     task.add_argument("--measure", type=Path, help="The folder of a trained decoder to measure.")
     parser.add_argument("--steps", type=int, default=3000, help="The number of updates (default: %(default)s).")
     parser.add_argument("--clips", type=int, default=384, help="The number of clips (default: %(default)s).")
@@ -202,6 +207,10 @@ def main() -> None:
     for option, folder in (("--start", args.start), ("--measure", args.measure)):
         if folder is not None and not (folder / "config.json").is_file():
             parser.error(f"{option}: there is no decoder in '{folder}'")
+    if args.output is not None:
+        check_replaceable(args.output, WRITTEN)
+    if not 0 < args.learning_rate < math.inf:
+        parser.error(f"--learning_rate must be a number above 0, got {args.learning_rate}")
 
     pipe = load(args.model, "cpu", lora=toy_lora_path(4))
     pipe.vae.requires_grad_(False)
@@ -227,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

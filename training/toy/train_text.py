@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from longlive_diffusers.atomic_write import new_folder
+from longlive_diffusers.conversion.output_folder import prepare_output
+from one_line import run
 from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, Scene, caption, draw_scene
 
 
@@ -224,6 +227,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
+    prepare_output(arguments.output)
     tokenizer = build_tokenizer(captions(), MAX_LENGTH)
     encoder = train_text_encoder(tokenizer, arguments.steps)
     with new_folder(arguments.output) as folder:
@@ -232,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -15,7 +15,9 @@ only when it is complete. `--start DIR` trains a finished VAE further, on clips 
 """
 
 import argparse
+import math
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -30,8 +32,11 @@ from tqdm import tqdm
 
 from longlive_diffusers import pixel_frames
 from longlive_diffusers.atomic_write import new_file, new_folder
+from longlive_diffusers.cli.device import choose_device
+from longlive_diffusers.conversion.output_folder import prepare_output
 from longlive_diffusers.frame_counts import TEMPORAL_SCALE
 from longlive_diffusers.models.streaming_vae import StreamingDecoder, StreamingEncoder
+from one_line import run
 from world import draw_sample, render
 
 
@@ -247,8 +252,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="The seed of weights, clips and noise (default: 0).")
     parser.add_argument(
         "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="Where to train (default: %(default)s).",
+        help="Where to train (default: a GPU if there is one, else the CPU).",
     )
     arguments = vars(parser.parse_args())
     output, device = arguments.pop("output"), arguments.pop("device")
@@ -262,6 +266,11 @@ def main() -> None:
     settings = Settings(**arguments)
     if min(settings.steps, settings.width) < 1:
         parser.error(f"--steps and --width must be at least 1, got {settings.steps} and {settings.width}")
+    for name in ("learning_rate", "kl_weight"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            parser.error(f"--{name} must be a number of at least 0, got {getattr(settings, name)}")
+    device = choose_device(device)
+    prepare_output(output)
 
     torch.manual_seed(settings.seed)
     if settings.start is None:
@@ -284,4 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -22,6 +22,7 @@ is composed, not remembered.
 import argparse
 import json
 import random
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import Pool
@@ -32,8 +33,10 @@ from tqdm import tqdm
 
 from longlive_diffusers import VideoWriter, pixel_frames
 from longlive_diffusers.atomic_write import check_new_file, write_text
+from one_line import run
 
 
+DURATIONS_FILE = "shot_durations.txt"  # as training/data/shot_folders.py says
 SIDE = 64  # pixels
 FPS = 24
 SPEED = 1.0  # pixels per frame
@@ -245,10 +248,15 @@ def write_sample(root: Path, name: str, parts: list[Part], chunk_size: int) -> N
         length = pixel_frames(part.num_chunks * chunk_size, opens_video=index == 0)
         with VideoWriter(videos / f"{index + 1:06d}.mp4", fps=FPS, crf=8) as writer:
             writer.write(render(part.scene, length))
-    for index, part in enumerate(parts):
-        entry = {"caption": part.caption} | ({} if part.cut else {"cut": False})
-        (captions / f"{index + 1:06d}.json").write_text(json.dumps(entry) + "\n", encoding="utf-8")
-    (captions / "shot_durations.txt").write_text(" ".join(str(part.num_chunks) for part in parts) + "\n")
+    for file, text in caption_files(parts).items():
+        (captions / file).write_text(text, encoding="utf-8")
+
+
+def caption_files(parts: list[Part]) -> dict[str, str]:
+    """The files of a sample's captions; the last one written says that the sample is complete."""
+    entries = [{"caption": part.caption} | ({} if part.cut else {"cut": False}) for part in parts]
+    files = {f"{index + 1:06d}.json": json.dumps(entry) + "\n" for index, entry in enumerate(entries)}
+    return files | {DURATIONS_FILE: " ".join(str(part.num_chunks) for part in parts) + "\n"}
 
 
 def draw_and_write(root: Path, seed: int, num_chunks: int, chunk_size: int, name: str) -> None:
@@ -264,9 +272,31 @@ def prompt_line(parts: list[Part]) -> str:
     return json.dumps({"shots": shots} if len(shots) > 1 else {"prompt": parts[0].caption}) + "\n"
 
 
+def missing_samples(root: Path, arguments: argparse.Namespace) -> list[str]:
+    """
+    Return the names of the samples that a folder does not have yet.
+
+    Raises:
+        ValueError: If it is a file, or has samples that these arguments would not write.
+    """
+    names, captions = [f"{index:06d}" for index in range(arguments.num_samples)], root / "caption"
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"--output '{root}' is not a folder")
+    found = sorted(path.name for path in captions.iterdir()) if captions.is_dir() else []
+    complete = [name for name in found if (captions / name / DURATIONS_FILE).exists()]
+    for name in complete:
+        others = f"--output '{root}' has the sample {name}, which these arguments would not write: give another folder"
+        if name not in names:
+            raise ValueError(f"{others}, or more --num_samples than {arguments.num_samples}")
+        parts = draw_indexed(arguments.seed, int(name), arguments.num_chunks, arguments.chunk_size)
+        for file, text in caption_files(parts).items():
+            if not (captions / name / file).exists() or (captions / name / file).read_text(encoding="utf-8") != text:
+                raise ValueError(f"{others}, or its --seed and --num_chunks")
+    return [name for name in names if name not in set(complete)]
+
+
 def write_videos(root: Path, arguments: argparse.Namespace) -> None:
-    names = [f"{index:06d}" for index in range(arguments.num_samples)]
-    todo = [name for name in names if not (root / "caption" / name / "shot_durations.txt").exists()]
+    todo = missing_samples(root, arguments)
     write = partial(draw_and_write, root, arguments.seed, arguments.num_chunks, arguments.chunk_size)
     with Pool(arguments.num_workers) as pool:
         for _ in tqdm(pool.imap_unordered(write, todo), total=len(todo), desc="toy world", unit="video"):
@@ -319,4 +349,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))
