@@ -29,12 +29,13 @@ from ..loaders.original import load_original_transformer
 from ..number_checks import check_booleans
 from ..nvfp4.linear import nvfp4_layers
 from ..nvfp4.lora import adopt_lora_layers
-from ..nvfp4.optimized_layers import check_not_in_fp8, check_not_optimized
+from ..nvfp4.optimized_layers import check_not_optimized
 from ..parallel.head_exchange import HeadExchange
 from ..parallel.layout import check_heads
 from ..parallel.stream_config import resolve_stream_config
 from ..parallel.stream_ranks import StreamRanks
 from ..setting_types import check_setting_types
+from .altered_layers import check_can_be_saved, check_takes_lora
 from .attention import LongLiveAttnProcessor
 from .attention_kwargs import with_checked_attention_kwargs
 from .chunk_history import ChunkHistory
@@ -468,10 +469,29 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         """Like diffusers' own `save_pretrained`.
 
         Raises:
-            ValueError: If layers are in FP8 (see `LongLivePipeline.optimize`), of which there is no file format.
+            ValueError: If layers are in FP8 (see `LongLivePipeline.optimize`), of which there is no file format, have
+                a LoRA, or fused projections.
         """
-        check_not_in_fp8(self)
+        check_can_be_saved(self)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def add_adapter(self, *args, **kwargs) -> None:
+        """Like diffusers' own `add_adapter`.
+
+        Raises:
+            ValueError: If the network was optimized, or projections are fused, of which a LoRA would be left out.
+        """
+        check_takes_lora(self)
+        super().add_adapter(*args, **kwargs)
+
+    def load_lora_adapter(self, *args, **kwargs) -> None:
+        """Like diffusers' own `load_lora_adapter`.
+
+        Raises:
+            ValueError: If the network was optimized, or projections are fused, of which a LoRA would be left out.
+        """
+        check_takes_lora(self)
+        super().load_lora_adapter(*args, **kwargs)
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Like diffusers' own `compile_repeated_blocks`.

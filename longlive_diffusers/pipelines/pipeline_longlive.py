@@ -30,12 +30,12 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..loaders.lora import check_lora_fits, read_lora
 from ..loaders.lora_file import LoraFile, find_lora_file, read_lora_file
+from ..models.altered_layers import check_can_be_saved, check_takes_lora
 from ..models.streaming_vae import encode_video
 from ..models.tiny_decoder import TinyVideoDecoder
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..number_checks import check_booleans, check_counts
 from ..nvfp4.linear import nvfp4_layers, weights_of
-from ..nvfp4.optimized_layers import check_not_in_fp8, check_not_optimized
 from ..parallel.agreement import Agreement
 from ..parallel.stream_ranks import StreamRanks
 from ..schedulers.scheduling_longlive import LongLiveScheduler
@@ -755,10 +755,11 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         a folder without a README.md gets one, which says which package loads the pipeline.
 
         Raises:
-            ValueError: If layers are in FP8, by [`optimize`], of which there is no file format.
+            ValueError: If layers are in FP8, by [`optimize`], of which there is no file format, have a LoRA, or fused
+                projections.
         """
         if self.transformer is not None:
-            check_not_in_fp8(self.transformer)
+            check_can_be_saved(self.transformer)
         super().save_pretrained(save_directory, *args, **kwargs)
         strip_local_paths(save_directory, self.components)
         readme = Path(save_directory) / "README.md"
@@ -829,10 +830,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         Raises:
             ValueError: If the LoRA cannot be found or read, or does not fit the transformer, or the transformer was
-                optimized, see [`optimize`].
+                optimized, see [`optimize`], or its projections fused.
         """
         check_booleans(hotswap=hotswap)
-        check_not_optimized(self.transformer, "have a LoRA")
+        check_takes_lora(self.transformer)
         kwargs["return_lora_metadata"] = True
         state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
         check_lora_fits(state_dict, weights_of(self.transformer))

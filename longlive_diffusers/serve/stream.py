@@ -170,7 +170,7 @@ class LiveStream:
         self._model.sessions.close(self.id)
 
     def _open(self) -> None:
-        plan, self._began = self._plan, time.monotonic()
+        plan, self._began, self._held_seconds = self._plan, time.monotonic(), 0.0
         self._encoder = frame_encoder(self._media, height=plan.height, width=plan.width, fps=FPS)
         self._session = self._model.sessions.open(self.id, plan.pipeline, plan.seed, plan.options)
         self._check_memory(self._session)

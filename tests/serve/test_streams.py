@@ -449,6 +449,19 @@ def test_time_that_the_viewer_holds_the_stream_is_not_the_servers(server: LiveSe
     assert latency["between_chunks_p95"] < 2 and latency["stalled_seconds"] < 2
 
 
+def test_time_before_its_turn_is_not_taken_from_a_streams(server: LiveServer, caplog) -> None:
+    """Paused at once, when it waits for its turn; errors in the event loop would be logged."""
+    with server.client() as client:
+        client.send("start", prompt=RED, seconds=1, video="jpeg")
+        client.send("pause")
+        time.sleep(1)
+        client.send("resume")
+        client.until("chunk", plays=False)
+        latency = client.until("end")["latency"]
+    assert 0 < latency["first_frame"] < 1 + 3 and latency["between_chunks_p95"] > 0
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 def test_who_counts_the_frames_that_were_played_says_the_same(server: LiveServer) -> None:
     with server.client() as client:
         client.send("start", prompt=RED, seconds=2, video="jpeg")

@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="The seed of the videos' noise (default: 0).")
     args = parser.parse_args()
     if args.output.suffix != ".webp":  # a GIF would be ten times as large
-        parser.error(f"--output is a .webp file, got '{args.output}'")
+        raise ValueError(f"--output is a .webp file, got '{args.output}'")
     check_new_file(args.output)
     pipe = DiffusionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)

@@ -42,12 +42,12 @@ def test_the_start_is_a_whole_pipeline_that_predicts_nothing_yet(parts, tmp_path
 def test_the_result_is_stored_in_half_precision_beside_the_card_that_is_there(parts, tmp_path, monkeypatch):
     assemble(monkeypatch, *parts, "--output", str(tmp_path / "trained"))
     output = tmp_path / "toy"
-    output.mkdir()
+    (output / "vae").mkdir(parents=True)
     (output / "README.md").write_text("what was measured")
-    (output / "left over").write_text("from an older one")
+    (output / "vae" / "left over").write_text("from an older one")
     assemble(monkeypatch, *parts, "--trained", str(tmp_path / "trained"), "--output", str(output))
     assert (output / "README.md").read_text() == "what was measured"
-    assert not (output / "left over").exists()
+    assert not (output / "vae" / "left over").exists()
     sizes = [
         (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
         for folder in (output, tmp_path / "trained")
