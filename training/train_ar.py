@@ -39,7 +39,7 @@ from run.checkpoints import Checkpoints, check_steps, resolve_checkpoint
 from run.history import Setting, SettingsHistory
 from run.identity import common_identity, settings_in
 from run.interruption import StopRequest, end_early
-from run.log import TrainingLog, check_tracker
+from run.log import LOG_FILE, TrainingLog, check_tracker
 from run.network import prepare_transformer
 from run.optimizers import build_optimizers, build_schedules, check_optimizer
 from run.output_folder import output_folder
@@ -151,12 +151,12 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
     first_step = 0
     if resumed is not None:
         first_step = checkpoints.load(resumed)
-        check_steps(resumed, first_step, optimization.max_train_steps)
+        check_steps(resumed, first_step, optimization.max_train_steps, output)
         for change in history.resume(first_step) if accelerator.is_main_process else ():
             logger.info("resumed with other settings: %s", change)
     # Not prepared: accelerate would step them once for each process, but here one step is one update.
     schedules = build_schedules(optimizers, optimization, first_step)
-    log = TrainingLog(output / "training_log.jsonl", first_step) if accelerator.is_main_process else None
+    log = TrainingLog(output / LOG_FILE, first_step) if accelerator.is_main_process else None
     if run_args.report_to is not None:
         accelerator.init_trackers(run_args.tracker_name)
     accumulation = optimization.gradient_accumulation_steps

@@ -58,7 +58,7 @@ from run.gradients import average_gradients
 from run.history import Setting, SettingsHistory
 from run.identity import common_identity, settings_in
 from run.interruption import StopRequest, end_early
-from run.log import TrainingLog, check_tracker
+from run.log import LOG_FILE, TrainingLog, check_tracker
 from run.optimizers import build_optimizers, build_schedules, check_optimizer
 from run.output_folder import output_folder
 from run.precision import compute_dtype, keep_inputs_in_float32
@@ -190,14 +190,14 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
     first_step = 0
     if resumed is not None:
         first_step = checkpoints.load(resumed)
-        check_steps(resumed, first_step, optimization.max_train_steps)
+        check_steps(resumed, first_step, optimization.max_train_steps, output)
         for change in history.resume(first_step) if accelerator.is_main_process else ():
             logger.info("resumed with other settings: %s", change)
     generator_schedules = build_schedules(
         generator_optimizers, generator_options, arguments.generator_updates(first_step)
     )
     critic_schedules = build_schedules(critic_optimizers, critic_options, first_step)
-    log = TrainingLog(output / "training_log.jsonl", first_step) if accelerator.is_main_process else None
+    log = TrainingLog(output / LOG_FILE, first_step) if accelerator.is_main_process else None
     if run_args.report_to is not None:
         accelerator.init_trackers(run_args.tracker_name)
     accumulation = optimization.gradient_accumulation_steps

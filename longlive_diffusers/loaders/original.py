@@ -309,20 +309,22 @@ def check_against_model(state_dict: Mapping[str, Weight], model: nn.Module) -> N
 
 def _unwrap(content: Mapping[str, Any], *, use_ema: bool, source: str) -> Weights:
     """Follow the wrapping dictionaries down to the one whose values are tensors."""
+    is_averaged = False
     for _ in range(4):  # nesting deeper than {"generator": {"model": {"state_dict": ...}}} was never seen
         inner = {key: value for key, value in content.items() if isinstance(value, Mapping) and value}
         preferred = ("generator_ema", "generator") if use_ema else ("generator", "generator_ema")
         found = [key for key in (*preferred, *_WRAPPER_DICTS) if key in inner]
         if not found:
             break
-        if use_ema and found[0] == "generator":
-            logger.warning("%s has no generator_ema; its generator is used instead.", source)
+        is_averaged |= found[0] == "generator_ema"
         content = inner[found[0]]
     weights: Weights = named_tensors(content, source, (torch.Tensor, NVFP4Tensor))
     if not weights:
         keys = ", ".join(map(str, list(content)[:6])) or "none"
         kind = " It is a LoRA: load it with load_lora_weights." if "generator_lora" in content else ""
         raise ValueError(f"{source} holds no weights of a generator; its keys are: {keys}.{kind}")
+    if use_ema and not is_averaged:
+        logger.warning("%s has no generator_ema; the weights that it has are used instead.", source)
     return weights
 
 

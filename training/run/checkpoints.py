@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from run.agreement import on_main_process
+from run.log import LOG_FILE, read_log
 from run.seal import damages, sync, sync_files, write_seal
 
 
@@ -207,10 +208,31 @@ def resolve_checkpoint(accelerator: Accelerator, folder: Path, requested: str | 
     return None
 
 
-def check_steps(checkpoint: Path, step: int, max_train_steps: int) -> None:
-    """Raise a ValueError if a checkpoint has more updates than there are to be."""
+def check_steps(checkpoint: Path, step: int, max_train_steps: int, folder: Path) -> None:
+    """
+    Check that a run which resumes makes more of it than there is.
+
+    Args:
+        checkpoint: Where it resumes.
+        step: The number of its updates.
+        max_train_steps: The number of updates that there are to be.
+        folder: The output folder, whose result the run's own will replace.
+
+    Raises:
+        ValueError: If the checkpoint has more updates, or the result has.
+    """
     if step > max_train_steps:
         raise ValueError(f"'{checkpoint}' has {step} updates, more than --max_train_steps {max_train_steps}")
+    last = max((int(entry["step"]) for entry in read_log(folder / LOG_FILE)), default=0)
+    if _results(folder) and last > max_train_steps:
+        raise ValueError(
+            f"--output_dir '{folder}' has {', '.join(_results(folder))} of {last} updates, which those of "
+            f"--max_train_steps {max_train_steps} would replace: choose another folder, or remove them"
+        )
+
+
+def _results(folder: Path) -> list[str]:
+    return [name for name in RESULTS if (folder / name).exists()]
 
 
 def _candidates(folder: Path, requested: str | None) -> list[Path]:
@@ -229,11 +251,15 @@ def _candidates(folder: Path, requested: str | None) -> list[Path]:
 
 def _check_is_new(folder: Path) -> None:
     """Raise a ValueError if a run that begins in this folder would replace what another has left there."""
-    left = [path.name for path in find_checkpoints(folder)] or [name for name in RESULTS if (folder / name).exists()]
-    if left:
+    if checkpoints := [path.name for path in find_checkpoints(folder)]:
         raise ValueError(
-            f"--output_dir '{folder}' has {', '.join(left)} of an earlier run: choose another folder, remove them, or "
-            "go on from there with --resume_from_checkpoint"
+            f"--output_dir '{folder}' has {', '.join(checkpoints)} of an earlier run: choose another folder, remove "
+            "them, or go on from there with --resume_from_checkpoint"
+        )
+    if results := _results(folder):
+        raise ValueError(
+            f"--output_dir '{folder}' has {', '.join(results)} of an earlier run, and no checkpoint to go on from: "
+            "choose another folder, or remove them"
         )
 
 

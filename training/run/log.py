@@ -9,6 +9,9 @@ from accelerate.utils import LoggerType
 from longlive_diffusers.atomic_write import write_text
 
 
+LOG_FILE = "training_log.jsonl"  # in the output folder
+
+
 class TrainingLog:
     """
     Args:

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from run.checkpoints import Checkpoints, find_checkpoints, resolve_checkpoint
+from run.checkpoints import Checkpoints, check_steps, find_checkpoints, resolve_checkpoint
+from run.log import LOG_FILE, TrainingLog
 
 
 @pytest.fixture
@@ -177,8 +178,26 @@ def test_a_result_or_a_checkpoint_of_another_run_stays(accelerator, three, tmp_p
     assert resolve_checkpoint(accelerator, output, "latest") is None
     assert resolve_checkpoint(accelerator, output, elsewhere) == three / "checkpoint-3"
     (output / left).mkdir()
-    with pytest.raises(ValueError, match=rf"{left}"):
+    with pytest.raises(ValueError, match=rf"{left}") as refused:
         resolve_checkpoint(accelerator, output, elsewhere if requested == "elsewhere" else requested)
+    assert ("no checkpoint to go on from" in str(refused.value)) == (left != "checkpoint-9")
+
+
+@pytest.mark.parametrize("result", ["model_index.json", "pytorch_lora_weights.safetensors"])
+def test_a_result_of_more_updates_is_not_replaced(tmp_path, result):
+    """Checkpoints may be older than the result: those of every so many updates are saved."""
+    log = TrainingLog(tmp_path / LOG_FILE, 0)
+    for step in range(1, 7):
+        log.write({"step": step, "loss": 0.5})
+    check_steps(tmp_path / "checkpoint-4", 4, 5, tmp_path)  # the run was killed, and has no result
+    (tmp_path / result).touch()
+    check_steps(tmp_path / "checkpoint-4", 4, 6, tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"has {result} of 6 updates, which those of --max_train_steps 5"
+    ):
+        check_steps(tmp_path / "checkpoint-4", 4, 5, tmp_path)
+    with pytest.raises(ValueError, match="has 4 updates, more than --max_train_steps 3"):
+        check_steps(tmp_path / "checkpoint-4", 4, 3, tmp_path)
 
 
 def test_folders_with_other_names_are_no_checkpoints(tmp_path):
