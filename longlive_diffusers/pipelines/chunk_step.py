@@ -17,6 +17,7 @@ says what becomes of it:
 LongLive-2.0 (arXiv 2605.18739), streaming inference.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -38,7 +39,7 @@ class Solver(Protocol):
 
     def step(
         self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, *, return_dict: bool
-    ) -> tuple: ...
+    ) -> tuple: ...  # also `generator`, where it draws noise
 
 
 CLEAN_PASSES = ("full", "text_free", "last")
@@ -139,11 +140,12 @@ def solve(
     # On the CPU, where the solver looks at them: asking a GPU for a number would wait for it.
     scheduler.set_timesteps(num_inference_steps, device=torch.device("cpu"))
     latents, last_step = noise, len(scheduler.timesteps) - 1
+    drawn_from = step_generators(scheduler, noise)
     for step, timestep in enumerate(iterate(scheduler.timesteps)):
         latents = with_first_frame(latents, conditioning.first_frame)
         finishes = step == last_step and conditioning.clean_pass == "last"
         velocity = predict_velocity(transformer, latents, timestep, kv_caches, conditioning, finishes=finishes)
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False, **drawn_from)[0]
         latents = with_first_frame(latents, conditioning.first_frame)
         if on_step_end is not None:
             before, version = latents, version_of(latents)
@@ -152,6 +154,16 @@ def solve(
                 for _, kv_cache in _branches(kv_caches, conditioning):
                     kv_cache.reopen_chunk()
     return latents
+
+
+def step_generators(scheduler: Solver, noise: torch.Tensor) -> dict[str, list[torch.Generator]]:
+    """Return what a solver that draws noise at its steps takes to draw it from, as arguments of `step`: a generator
+    for each video, seeded by the video's initial noise. So the same noise gives the same chunk, whatever is made beside
+    it, and on all ranks."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    seeds = noise.float().flatten(1).contiguous().view(torch.int32).sum(1, dtype=torch.int64).tolist()
+    return {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
 
 
 def finish(

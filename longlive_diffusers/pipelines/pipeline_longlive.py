@@ -44,6 +44,7 @@ from ..wording import counted
 from .async_workers import AsyncWorkers
 from .callbacks import CALLBACK_TENSOR_INPUTS
 from .chunk_step import is_guided
+from .component_checks import check_components
 from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser
 from .inputs import (
@@ -399,6 +400,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def _resolve(self, *, output_type, image, video, decoder, **options) -> Request:
         """Check everything that can be checked without work; the arguments are those of `stream`."""
+        check_components(self.transformer, self.scheduler)
         uses_vae = (output_type != "latent" and decoder is None) or image is not None or video is not None
         self._check_vae(is_needed=uses_vae)
         request = resolve_request(
@@ -491,7 +493,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def stream_ranks(self) -> StreamRanks | None:
         """The ranks that share this pipeline's streams, after `pipe.transformer.enable_parallelism(...)`; else
         None."""
-        return None if self.transformer is None else self.transformer.stream_ranks
+        has_none = self.transformer is None or isinstance(self.transformer, WanTransformer3DModel)
+        return None if has_none else self.transformer.stream_ranks
 
     @property
     def vae_group(self) -> ProcessGroup | None:

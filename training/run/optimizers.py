@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from run.arguments import OptimizationArguments
+from run.muon import Muon
 
 
 MUON_MOMENTUM = 0.95
@@ -38,7 +39,7 @@ def build_optimizers(
     optimizers: list[Optimizer] = []
     if matrices:
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 matrices,
                 lr=options.learning_rate,
                 weight_decay=options.adam_weight_decay,

@@ -192,9 +192,7 @@ def test_a_result_of_more_updates_is_not_replaced(tmp_path, result):
     check_steps(tmp_path / "checkpoint-4", 4, 5, tmp_path)  # the run was killed, and has no result
     (tmp_path / result).touch()
     check_steps(tmp_path / "checkpoint-4", 4, 6, tmp_path)
-    with pytest.raises(
-        ValueError, match=rf"has {result} of 6 updates, which those of --max_train_steps 5"
-    ):
+    with pytest.raises(ValueError, match=rf"has {result} of 6 updates, which those of --max_train_steps 5"):
         check_steps(tmp_path / "checkpoint-4", 4, 5, tmp_path)
     with pytest.raises(ValueError, match="has 4 updates, more than --max_train_steps 3"):
         check_steps(tmp_path / "checkpoint-4", 4, 3, tmp_path)

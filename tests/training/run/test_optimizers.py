@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from run.arguments import OptimizationArguments
+from run.muon import Muon
 from run.optimizers import build_optimizers, build_schedules, check_optimizer
 
 
@@ -58,7 +59,7 @@ def test_adamw_makes_no_large_temporaries(accelerator, fused):
 
 def test_muon_has_the_matrices_and_adamw_the_rest():
     muon, adamw = build(network())
-    assert type(muon) is torch.optim.Muon and type(adamw) is torch.optim.AdamW
+    assert type(muon) is Muon and type(adamw) is torch.optim.AdamW
     assert {parameter.ndim for parameter in muon.param_groups[0]["params"]} == {2}
     assert {parameter.ndim for parameter in adamw.param_groups[0]["params"]} == {1}
     assert muon.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw", "so that AdamW's learning rates serve"

@@ -1,0 +1,26 @@
+"""Whether a pipeline has what every video needs: a network of this package, and a solver for what it predicts."""
+
+from typing import Any
+
+from diffusers import ConfigMixin, WanTransformer3DModel
+
+
+NOT_VELOCITIES = ("epsilon", "sample", "v_prediction")
+
+
+def check_components(transformer: Any, scheduler: Any) -> None:
+    """Raise a ValueError if the transformer or the scheduler of a pipeline is missing, or of another kind."""
+    missing = [name for name, it in (("transformer", transformer), ("scheduler", scheduler)) if it is None]
+    if missing:
+        raise ValueError(f"This pipeline has no {' and no '.join(missing)}, without which it makes no video.")
+    if isinstance(transformer, WanTransformer3DModel):
+        raise ValueError(
+            "The transformer is a WanTransformer3DModel: give the pipeline `LongLiveTransformer3DModel.from_wan(it)`."
+        )
+    predicts = scheduler.config.get("prediction_type") if isinstance(scheduler, ConfigMixin) else None
+    if predicts in NOT_VELOCITIES:
+        raise ValueError(
+            f"{type(scheduler).__name__} solves for prediction_type '{predicts}', and this model predicts velocities: "
+            "use LongLiveScheduler, one of diffusers' FlowMatch schedulers, or one with prediction_type "
+            "'flow_prediction'."
+        )
