@@ -158,8 +158,8 @@ def solve(
 
 def step_generators(scheduler: Solver, noise: torch.Tensor) -> dict[str, list[torch.Generator]]:
     """Return what a solver that draws noise at its steps takes to draw it from, as arguments of `step`: a generator
-    for each video, seeded by the video's initial noise. So the same noise gives the same chunk, whatever is made beside
-    it, and on all ranks."""
+    for each video, seeded by the video's initial noise. So the same noise gives the same chunk, on all ranks and
+    whatever is made beside it."""
     if "generator" not in inspect.signature(scheduler.step).parameters:
         return {}
     seeds = noise.float().flatten(1).contiguous().view(torch.int32).sum(1, dtype=torch.int64).tolist()

@@ -493,8 +493,9 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def stream_ranks(self) -> StreamRanks | None:
         """The ranks that share this pipeline's streams, after `pipe.transformer.enable_parallelism(...)`; else
         None."""
-        has_none = self.transformer is None or isinstance(self.transformer, WanTransformer3DModel)
-        return None if has_none else self.transformer.stream_ranks
+        if self.transformer is None or isinstance(self.transformer, WanTransformer3DModel):
+            return None
+        return self.transformer.stream_ranks
 
     @property
     def vae_group(self) -> ProcessGroup | None:
