@@ -12,10 +12,11 @@ from urllib.parse import quote
 from ..assets import TOY_LORA_STEPS, toy_lora_path
 from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.chunk_step import is_guided
+from ..pipelines.inputs import ModelSizes
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..serve.access import Access, is_loopback
 from ..serve.app import LiveApp
-from ..serve.model import ServedModel
+from ..serve.model import ServedModel, default_size
 from ..serve.server import listen, make_server, url_of
 from ..serve.settings import ServeSettings
 from .decoders import choose_decoder, place_decoder
@@ -31,6 +32,7 @@ def serve(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM; return 1 if the models have failed."""
     check_access(args)
     models, rank = check_model(args), own_rank()
+    check_max_pixels(args, models.folder.sizes)
     decoder = choose_decoder(args, models.folder.sizes)
     if rank.count < args.devices:
         return start_ranks(args.argv, args.devices)
@@ -84,6 +86,14 @@ def check_access(args: argparse.Namespace) -> None:
             f"--host {args.host} can be reached from other machines: give a --token, or --no-token to let everybody "
             "make videos"
         )
+
+
+def check_max_pixels(args: argparse.Namespace, sizes: ModelSizes) -> None:
+    """Raise a ValueError if the server is to allow less than a picture of the model's shape."""
+    try:
+        default_size(sizes, args.max_pixels)
+    except ValueError as error:
+        raise ValueError(f"--max-pixels {args.max_pixels}: {error}") from error
 
 
 def settings_of(args: argparse.Namespace) -> ServeSettings:

@@ -20,7 +20,7 @@ from .decoders import choose_decoder
 from .launched import Rank
 from .model_request import check_model
 from .replicas import replicas_here
-from .run_serve import check_access, load_served, log_to_stderr, page_of, settings_of
+from .run_serve import check_access, check_max_pixels, load_served, log_to_stderr, page_of, settings_of
 from .termination import ends_cleanly
 
 
@@ -33,6 +33,7 @@ def serve(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM."""
     check_access(args)
     models = check_model(args)
+    check_max_pixels(args, models.folder.sizes)
     choose_decoder(args, models.folder.sizes)  # checks it; each replica takes its own
     replicas = replicas_here(models.device, args)
     listener = listen(args.host, args.port)  # an address in use is known before anything starts

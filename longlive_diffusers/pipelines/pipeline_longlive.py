@@ -734,7 +734,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         Raises:
             ValueError: For an unknown speed; without a transformer; for another speed than "exact", if there is a LoRA
-                that is not fused.
+                that was not fused and unloaded.
         """
         if self.transformer is None:
             raise ValueError("This pipeline has no transformer to optimize.")

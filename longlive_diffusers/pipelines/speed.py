@@ -73,7 +73,8 @@ def optimize(
     Change models in place for speed; see [`~longlive_diffusers.LongLivePipeline.optimize`].
 
     Raises:
-        ValueError: For an unknown speed; for another than "exact", if the transformer has a LoRA that is not fused.
+        ValueError: For an unknown speed; for another than "exact", if the transformer has a LoRA that was not fused
+            and unloaded.
     """
     check_speed(speed)
     has_lora = any(hasattr(module, "lora_A") for module in transformer.modules())

@@ -38,6 +38,7 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         disable_corrector: tuple[int, ...] = (),
     ):
         check_solver(num_train_timesteps, flow_shift, solver_order, lower_order_final)
+        check_steps_of_corrector(disable_corrector)
         super().__init__(
             num_train_timesteps=num_train_timesteps,
             solver_order=solver_order,
@@ -72,9 +73,12 @@ class LongLiveScheduler(UniPCMultistepScheduler):
         """Begin a chunk on the grid `linspace(0.999, 0, n + 1)[:-1]`, shifted; `sigmas` replaces it, before the shift.
 
         Raises:
-            ValueError: If there is no step, or more than the training table has; if sigmas are outside (0, 1] or not
-                strictly decreasing; or if two of them are so close that the solver cannot tell them apart.
+            ValueError: If there is no step, or more than the training table has; if sigmas are no list of numbers,
+                outside (0, 1], not strictly decreasing, or not as many as `num_inference_steps`; if two of them are so
+                close that the solver cannot tell them apart; or for `mu`: the shift does not depend on the size.
         """
+        if mu is not None:
+            raise ValueError(f"`mu` is of other schedulers, got {mu!r}: this one shifts by `flow_shift`.")
         if sigmas is None:
             table = self.config["num_train_timesteps"]
             if not is_count(num_inference_steps) or not 1 <= num_inference_steps <= table:
@@ -84,11 +88,21 @@ class LongLiveScheduler(UniPCMultistepScheduler):
                 )
             largest = np.float32(1 - 1 / table)  # float32, to equal the reference exactly
             sigmas = np.linspace(float(largest), 0, num_inference_steps + 1)[:-1]
-        sigmas = np.array(sigmas, dtype=np.float64)
+        given = sigmas
+        try:
+            sigmas = np.array(sigmas, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`sigmas` must be a list of numbers, got {given!r}.") from error
+        if sigmas.ndim != 1:
+            raise ValueError(f"`sigmas` must be a list of numbers, got {given!r}.")
         if not len(sigmas) or not (sigmas.min() > 0 and sigmas.max() <= 1 and (np.diff(sigmas) < 0).all()):
             raise ValueError(f"`sigmas` must fall strictly within (0, 1], got {sigmas.tolist()}.")
+        if num_inference_steps not in (None, len(sigmas)):
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps!r}, and there are {len(sigmas)} `sigmas`."
+            )
         # UniPC takes all of these; its annotations say less.
-        super().set_timesteps(device=device, sigmas=sigmas, mu=mu)  # pyright: ignore[reportArgumentType]
+        super().set_timesteps(device=device, sigmas=sigmas)  # pyright: ignore[reportArgumentType]
         levels = self.sigmas[:-1]
         log_snr = torch.log(1 - levels) - torch.log(levels)  # what the solver divides by differences of
         if not torch.isfinite(log_snr).all() or not (log_snr.diff() > 0).all():
@@ -155,6 +169,8 @@ class LongLiveScheduler(UniPCMultistepScheduler):
 
     def _broadcast_sigmas(self, timesteps: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         batch, _, frames = sample.shape[:3]
+        if not isinstance(timesteps, torch.Tensor):
+            raise ValueError(f"`timesteps` must be a tensor, [{batch}] or [{batch}, {frames}], got {timesteps!r}.")
         if timesteps.shape not in ((batch,), (batch, frames)):
             raise ValueError(f"`timesteps` must be [{batch}] or [{batch}, {frames}], got {tuple(timesteps.shape)}.")
         sigmas = self.sigmas_at(timesteps.to(sample.device))
@@ -175,3 +191,11 @@ def check_solver(num_train_timesteps: int, flow_shift: float, solver_order: int,
             f"`lower_order_final` False with `solver_order` {solver_order} divides by the last noise level, which is "
             "0: the last step must be of order 1."
         )
+
+
+def check_steps_of_corrector(disable_corrector: object) -> None:
+    """Raise a ValueError unless these are the indices of steps."""
+    if not isinstance(disable_corrector, list | tuple) or not all(
+        is_count(step) and step >= 0 for step in disable_corrector
+    ):
+        raise ValueError(f"`disable_corrector` must be a list of steps, from 0 on, got {disable_corrector!r}.")

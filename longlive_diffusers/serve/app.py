@@ -17,7 +17,7 @@ from ..version import __version__
 from .access import Access
 from .connection import Connection
 from .memory import memory_in_use
-from .model import ServedModel
+from .model import ServedModel, default_size
 from .settings import MAX_CONNECTIONS, ServeSettings
 from .stage import Stage
 from .stream import LiveStream
@@ -137,6 +137,7 @@ class LiveApp:
 
     async def _health(self, request: Request) -> Response:
         stage, used = self._stage, memory_in_use(self.model.device)
+        height, width = default_size(self.model.pipeline.sizes, self.settings.max_pixels)
         ready = stage is not None and not self.has_failed
         return JSONResponse(
             {
@@ -144,8 +145,8 @@ class LiveApp:
                 "version": __version__,
                 "model": self.model.name,
                 "device": str(self.model.device),
-                "height": self.model.default_size[0],
-                "width": self.model.default_size[1],
+                "height": height,
+                "width": width,
                 "steps": self.settings.steps,
                 "guidance_scale": self.settings.guidance_scale,
                 "sessions": 0 if stage is None else stage.num_streams,

@@ -11,9 +11,9 @@ import torch
 from ..frame_counts import chunks_to_cover, pixel_frames
 from ..limits import FPS
 from ..models.tiny_decoder import TinyVideoDecoder
-from ..pipelines.inputs import resolve_size
+from ..pipelines.inputs import ModelSizes, resolve_size
 from ..pipelines.pipeline_longlive import LongLivePipeline
-from ..video.fit import fit, size_like
+from ..video.fit import fit, size_like, size_within
 from .data_url import decode_image
 from .messages import Start
 from .sessions import Sessions
@@ -75,12 +75,6 @@ class ServedModel:
         """The device that makes the streams."""
         return self.pipeline.transformer.device
 
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """The height and width that the model was made for."""
-        sizes = self.pipeline.sizes
-        return sizes.sample_size[0] * sizes.spatial_scale, sizes.sample_size[1] * sizes.spatial_scale
-
     def plan(self, start: Start, settings: ServeSettings) -> StreamPlan:
         """
         Check what a client asks for.
@@ -90,16 +84,18 @@ class ServedModel:
         """
         sizes, image = self.pipeline.sizes, None
         height, width = start.height, start.width
+        chosen_here = height is None and width is None
+        default = default_size(sizes, settings.max_pixels)
+        most = settings.max_pixels or default[0] * default[1]
         if start.image is not None:
             image = decode_image(start.image)
-            step = (sizes.patch_size[0] * sizes.spatial_scale, sizes.patch_size[1] * sizes.spatial_scale)
-            height, width = size_like((image.height, image.width), self.default_size, step, height, width)
+            height, width = size_like((image.height, image.width), default, token_size(sizes), height, width)
+        elif chosen_here:
+            height, width = default
         size = resolve_size(height, width, {}, sizes.sample_size, sizes.spatial_scale, sizes.patch_size)
         height, width = size.height, size.width
         if image is not None:
             image = fit(image, height, width)  # as the pipeline would; a large picture is not to be kept
-        most = settings.max_pixels or self.default_size[0] * self.default_size[1]
-        chosen_here = start.height is None and start.width is None
         if height * width > most and not chosen_here:
             raise ValueError(f"height x width is {height} x {width} = {height * width}; at most {most} are allowed.")
         steps = settings.steps if start.steps is None else start.steps
@@ -131,3 +127,20 @@ class ServedModel:
         sizes, frames = self.pipeline.sizes, max(1, round(seconds * FPS))
         num_chunks = chunks_to_cover(frames, sizes.chunk_size, temporal_scale=sizes.temporal_scale)
         return pixel_frames(num_chunks * sizes.chunk_size, temporal_scale=sizes.temporal_scale)
+
+
+def default_size(sizes: ModelSizes, max_pixels: int | None) -> tuple[int, int]:
+    """
+    Return the height and width of a stream that asks for none: those that the model was made for, or, if the server
+    allows fewer pixels, smaller ones of the same shape.
+
+    Raises:
+        ValueError: If it allows less than a picture.
+    """
+    height, width = sizes.sample_size[0] * sizes.spatial_scale, sizes.sample_size[1] * sizes.spatial_scale
+    return (height, width) if max_pixels is None else size_within(max_pixels, (height, width), token_size(sizes))
+
+
+def token_size(sizes: ModelSizes) -> tuple[int, int]:
+    """Return the height and width of what a token stands for, in pixels."""
+    return sizes.patch_size[0] * sizes.spatial_scale, sizes.patch_size[1] * sizes.spatial_scale

@@ -50,3 +50,25 @@ def size_like(
         if width is None:
             width = max(1, round(ideal * aspect / step[1])) * step[1]
     return height, width or max(1, round(height * aspect / step[1])) * step[1]
+
+
+def size_within(most: int, size: tuple[int, int], step: tuple[int, int]) -> tuple[int, int]:
+    """
+    Return the largest height and width of the same shape, as nearly as whole tokens allow, of at most so many pixels.
+
+    Args:
+        most: The number of pixels.
+        size: The height and width, which are returned if they have no more.
+        step: The height and width of a token, in pixels.
+
+    Raises:
+        ValueError: If that is less than a token.
+    """
+    factor = math.sqrt(min(1.0, most / (size[0] * size[1])))
+    height, width = (int(side * factor + 1e-9) // token * token for side, token in zip(size, step, strict=True))
+    if not height or not width:
+        raise ValueError(
+            f"{most} pixels are too few for a picture of the shape {size[0]} x {size[1]}, which is made of tokens of "
+            f"{step[0]} x {step[1]} pixels"
+        )
+    return height, width

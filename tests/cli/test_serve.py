@@ -26,6 +26,7 @@ REFUSED = {
     "--model nowhere/to/be/found": "'nowhere/to/be/found'",
     "--devices 7": "7",
     "--kv-cache-dtype nvfp4 --window-size 1": "--window-size",
+    "--max-pixels 10": "--max-pixels 10: 10 pixels are too few for a picture of the shape 64 x 64",
     "--lora-scale 2": "--lora-scale needs a --lora",
 }
 

@@ -184,6 +184,35 @@ def test_noise_levels_that_do_not_fall_within_bounds_raise(levels):
         LongLiveScheduler().set_timesteps(sigmas=levels)
 
 
+@pytest.mark.parametrize("levels", [0.5, "0.5", [[0.9, 0.5]], ["much", "little"], [0.9, [0.5]]], ids=str)
+def test_noise_levels_that_are_no_list_of_numbers_raise(levels):
+    with pytest.raises(ValueError, match=r"`sigmas` must be a list of numbers, got"):
+        LongLiveScheduler().set_timesteps(sigmas=levels)
+
+
+def test_nothing_that_is_given_is_passed_over():
+    scheduler = LongLiveScheduler()
+    with pytest.raises(ValueError, match="`num_inference_steps` is 3, and there are 2 `sigmas`"):
+        scheduler.set_timesteps(3, sigmas=[0.9, 0.5])
+    with pytest.raises(ValueError, match=r"`mu` is of other schedulers, got 1\.2"):
+        scheduler.set_timesteps(3, mu=1.2)
+    scheduler.set_timesteps(2, sigmas=[0.9, 0.5])
+    assert len(scheduler.timesteps) == 2
+
+
+@pytest.mark.parametrize("steps", [None, "x", [-1], [0.5], [True], 1], ids=str)
+def test_a_corrector_is_disabled_at_steps(steps):
+    with pytest.raises(ValueError, match="`disable_corrector` must be a list of steps, from 0 on, got"):
+        LongLiveScheduler(disable_corrector=steps)
+
+
+@pytest.mark.parametrize("timesteps", [500, [500.0], None], ids=str)
+def test_timesteps_of_noise_are_a_tensor(timesteps):
+    latents = torch.zeros(1, 4, 2, 2, 2)
+    with pytest.raises(ValueError, match=r"`timesteps` must be a tensor, \[1\] or \[1, 2\], got"):
+        LongLiveScheduler().add_noise(latents, latents, timesteps)
+
+
 # -- the training table ----------------------------------------------------------------------------------------------
 
 

@@ -287,6 +287,15 @@ def test_what_cannot_be_made_is_refused_in_one_line(server: LiveServer, fields: 
         assert client.watch(prompt=RED, seconds=0.1).of("end")  # and nothing is lost
 
 
+def test_who_asks_for_no_size_gets_one_that_is_allowed(pipe: LongLivePipeline) -> None:
+    with running_server({None: pipe}, ServeSettings(max_pixels=48 * 48)) as server, server.client() as client:
+        assert (server.health()["height"], server.health()["width"]) == (48, 48)
+        (started,) = client.watch(prompt=RED, seconds=0.1).of("started")
+        assert (started["height"], started["width"]) == (48, 48)
+        client.send("start", prompt=RED, height=64, width=64)
+        assert "64 x 64 = 4096; at most 2304 are allowed" in client.until("error")["message"]
+
+
 def test_settings_of_a_client_reach_the_pipeline(pipe: LongLivePipeline) -> None:
     """Steps choose among the server's pipelines; guidance, size and length are passed on."""
     with (

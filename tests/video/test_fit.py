@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from longlive_diffusers.video.fit import fit, size_like
+from longlive_diffusers.video.fit import fit, size_like, size_within
 
 
 def test_the_middle_is_shown_and_nothing_is_squashed():
@@ -56,3 +56,20 @@ def test_a_size_has_about_as_many_pixels_as_the_default_and_the_shape_of_the_pic
 def test_the_smallest_size_is_one_token(height, width):
     found = size_like((height, width), (64, 64), (64, 64))
     assert min(found) >= 64 and found[0] * found[1] <= 3 * 64 * 64
+
+
+@given(st.integers(1, 2_000_000))
+def test_a_size_within_a_number_of_pixels_is_nearly_as_large_as_it_may_be(most):
+    size = (704, 1280)
+    if most < 1862:  # of this shape, 32 pixels high
+        with pytest.raises(ValueError, match=f"{most} pixels are too few for a picture of the shape 704 x 1280"):
+            size_within(most, size, (32, 32))
+        return
+    height, width = size_within(most, size, (32, 32))
+    assert height % 32 == width % 32 == 0 and height * width <= most
+    assert (height + 32) * (width + 32) > min(most, 704 * 1280) and height <= 704 and width <= 1280
+
+
+def test_a_size_that_is_small_enough_is_kept():
+    assert size_within(704 * 1280, (704, 1280), (32, 32)) == (704, 1280)
+    assert size_within(64 * 64 - 1, (64, 64), (16, 16)) == (48, 48)
