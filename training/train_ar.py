@@ -40,7 +40,7 @@ from run.history import Setting, SettingsHistory
 from run.identity import common_identity, settings_in
 from run.interruption import StopRequest, end_early
 from run.log import LOG_FILE, TrainingLog, check_tracker
-from run.network import prepare_transformer
+from run.network import check_attention_backend, prepare_transformer
 from run.optimizers import build_optimizers, build_schedules, check_optimizer
 from run.output_folder import output_folder
 from run.precision import keep_inputs_in_float32
@@ -86,6 +86,7 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
     # 1. What can be checked without loading anything: processes, the checkpoint to resume, the Hub.
     mesh = build_process_mesh(accelerator, optimization.sp_size)  # which processes share a clip
     check_optimizer(accelerator, optimization)
+    check_attention_backend(accelerator, optimization)
     resumed = resolve_checkpoint(accelerator, output, run_args.resume_from_checkpoint)
     repo_id = run_args.repo_name
     if run_args.push_to_hub:

@@ -20,8 +20,9 @@ def check_results_folder(folder: str | os.PathLike) -> Path:
         ValueError: If it is missing, is no folder, or cannot be written to.
     """
     folder = Path(os.path.expanduser(folder))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"Cannot write into '{folder}': it is not a folder")
+    if not folder.is_dir():
+        reason = "it is not a folder" if folder.exists() else f"the folder '{folder}' does not exist"
+        raise ValueError(f"Cannot write into '{folder}': {reason}")
     check_new_file(folder / "report.json")
     return folder
 

@@ -79,8 +79,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--rounds",
         type=integer(2, MAX_ROUNDS),
-        default=4,
-        help="With --compare, how often each setting is measured (default: %(default)s).",
+        help="With --compare, how often each setting is measured (default: 4).",
     )
 
 

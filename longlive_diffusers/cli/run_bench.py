@@ -30,6 +30,7 @@ from .launched import own_rank
 from .shortcuts import shortcuts
 
 
+ROUNDS = 4  # of a comparison
 # What one process cannot change from one moment to the next, and what is of the whole command.
 NOT_COMPARED = ("threads", "devices", "rounds", "compare", "json", "results")
 NOT_IN_LABELS = ("size", "dtype", "device", "run", *NOT_COMPARED[2:])
@@ -38,6 +39,8 @@ NOT_IN_LABELS = ("size", "dtype", "device", "run", *NOT_COMPARED[2:])
 def bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Measure, and print the report."""
     options, rank = requested_options(args), own_rank()
+    if args.compare is None and args.rounds is not None:
+        raise ValueError(f"--rounds {args.rounds} would do nothing without --compare")
     asked = [options]
     if args.compare is not None:
         asked.append(compared_options(compared_arguments(parser, args), args.compare, options))
@@ -56,7 +59,7 @@ def bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     }
     if args.compare is not None:
         report["compared_setting"] = describe_setting(asked[1])
-    stages = _stages(asked, args.rounds, log_stage if rank.leads else lambda stage: None)
+    stages = _stages(asked, args.rounds or ROUNDS, log_stage if rank.leads else lambda stage: None)
     try:
         for results in stages:
             report["results"].update(results)

@@ -56,6 +56,8 @@ class StreamingSession:
         on_close: Called once, when the session is closed.
     """
 
+    _freed = True  # as long as it has not begun, and has nothing to free
+
     def __init__(
         self,
         denoiser: ChunkDenoiser,

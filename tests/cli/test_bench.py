@@ -271,6 +271,7 @@ def test_backend_and_compilation_reach_the_transformer(monkeypatch, tmp_path):
         (["--attention-backend", "flash"], "--attention-backend flash cannot be used"),
         (["--window", "2", "--sink", "0", "--chunks", "1"], "--chunks 1 is too few: at least 2 are needed"),
         (["--results", "missing"], "the folder 'missing' does not exist"),
+        (["--rounds", "3"], "--rounds 3 would do nothing without --compare"),
         (["--results", "a_file"], "Cannot write into 'a_file': it is not a folder"),
         (["--compare", "--threads 2"], "--compare cannot change --threads"),
         (["--compare", "--devices 2"], "--compare cannot change --devices"),

@@ -1,7 +1,9 @@
 """Streams: the same frames however they are consumed; prompt switches, cuts, and sessions that do not disturb each
 other."""
 
+import copy
 import gc
+import sys
 import threading
 import time
 import weakref
@@ -291,6 +293,17 @@ def test_a_session_that_is_dropped_makes_no_more_chunks(pipe):
         time.sleep(0.05)
     assert caches() is None, "whatever it had in memory is free"
     assert max(begun) // 2 <= 2
+
+
+def test_a_session_that_cannot_be_copied_leaves_nothing_behind(pipe, monkeypatch):
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with pipe.stream("a", **options()) as session:
+        with pytest.raises(TypeError, match="cannot pickle"):
+            copy.deepcopy(session)
+        gc.collect()
+        assert not unraisable
+        next(session)
 
 
 def test_the_sessions_of_a_pipeline_share_one_thread_that_ends_with_it():

@@ -172,6 +172,7 @@ def test_the_text_encoder_is_loaded_only_where_prompts_are_missing(workshop, tmp
         ({"report_to": "telegraph"}, "--report_to telegraph is no tracker"),
         ({"rank": 2, "lora_layers": "nothing"}, "--lora_layers 'nothing': Target modules nothing not found"),
         ({"attention_backend": "telepathy"}, "telepathy"),
+        ({"attention_backend": "flex"}, "--attention_backend flex has no gradients on a CPU"),
         (VALIDATED | {"validation_num_inference_steps": 1001}, "from 1 to 1000"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

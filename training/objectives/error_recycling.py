@@ -56,10 +56,10 @@ class RecyclingSettings:
     def __post_init__(self):
         for name, value in vars(self).items():
             if name.endswith("_probability") and not 0 <= value <= 1:
-                raise ValueError(f"{name} is a probability in [0, 1], got {value}")
+                raise ValueError(f"--{name} is a probability in [0, 1], got {value}")
         for name, lowest in {"error_num_buckets": 1, "error_bucket_size": 1, "error_warmup_steps": 0}.items():
             if vars(self)[name] < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {vars(self)[name]}")
+                raise ValueError(f"--{name} must be at least {lowest}, got {vars(self)[name]}")
 
 
 @dataclass(frozen=True)

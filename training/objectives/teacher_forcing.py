@@ -62,15 +62,15 @@ class TeacherForcingSettings:
 
     def __post_init__(self):
         if self.weighting_scheme not in WEIGHTINGS:
-            raise ValueError(f"weighting_scheme is one of {', '.join(WEIGHTINGS)}, got {self.weighting_scheme!r}")
+            raise ValueError(f"--weighting_scheme is one of {', '.join(WEIGHTINGS)}, got {self.weighting_scheme!r}")
         for name in ("image_probability", "prompt_dropout", "history_noise_probability"):
             value = vars(self)[name]
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} is a probability in [0, 1], got {value}")
+                raise ValueError(f"--{name} is a probability in [0, 1], got {value}")
         if not 0 <= self.history_noise_max_timestep <= 1000:
-            raise ValueError(f"history_noise_max_timestep is in [0, 1000], got {self.history_noise_max_timestep}")
+            raise ValueError(f"--history_noise_max_timestep is in [0, 1000], got {self.history_noise_max_timestep}")
         if self.multi_shot_rope_offset is not None and self.multi_shot_rope_offset < 0:
-            raise ValueError(f"multi_shot_rope_offset must be at least 0, got {self.multi_shot_rope_offset}")
+            raise ValueError(f"--multi_shot_rope_offset must be at least 0, got {self.multi_shot_rope_offset}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 
+from accelerate import Accelerator
 from peft import LoraConfig
 
 from longlive_diffusers import LongLiveTransformer3DModel
@@ -32,6 +33,12 @@ def prepare_transformer(
     set_computation(transformer, optimization)
     if optimization.compile:
         transformer.compile_repeated_blocks()
+
+
+def check_attention_backend(accelerator: Accelerator, optimization: OptimizationArguments) -> None:
+    """Raise a ValueError for FlexAttention on a CPU, where it has no gradients."""
+    if optimization.attention_backend == "flex" and accelerator.device.type == "cpu":
+        raise ValueError("--attention_backend flex has no gradients on a CPU: use native there")
 
 
 def set_computation(transformer: LongLiveTransformer3DModel, optimization: OptimizationArguments) -> None:
