@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import TextIO
 
 import huggingface_hub
+import torch
 
 
 IMPORTED = (
@@ -68,6 +69,13 @@ def be_program(
         os.close(file)
     sys.stdin = os.fdopen(0, closefd=False)  # the server's holds what was read ahead
     run_words(words)
+
+
+def renew_thread_pool() -> None:
+    """In a process that was forked: have torch make its pool of threads anew here, in the only thread that there is.
+    The first operation does so otherwise, and where two threads come to it at once, as when transformers loads
+    weights, one of them may find none ("Invalid thread pool!")."""
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def take_environment(variables: Mapping[str, str]) -> None:
@@ -161,6 +169,7 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()  # so that no collection in a process touches, thus copies, the memory that all share
     gc.enable()
+    os.register_at_fork(after_in_child=renew_thread_pool)  # also in what those fork in their turn
     # From here, so that a program ends as Python ends: with a traceback, what is to be done at exit, and its status.
     if program := serve(answers):
         end.run(program)
