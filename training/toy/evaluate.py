@@ -36,6 +36,7 @@ from longlive_diffusers.models.layer_kv_cache import KV_CACHE_DTYPES
 from longlive_diffusers.nvfp4 import NVFP4Config, quantize_model
 from longlive_diffusers.nvfp4.backends import BACKENDS
 from one_line import run
+from outputs import check_is_folder
 from world import SIDE
 
 
@@ -215,14 +216,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"'{parsed.decoder}' holds no decoder: there is no config.json in it")
     if not (parsed.model / "model_index.json").is_file():
         parser.error(f"'{parsed.model}' holds no pipeline: there is no model_index.json in it")
-    if parsed.output.exists() and not parsed.output.is_dir():
-        parser.error(f"--output '{parsed.output}' is not a folder")
+    check_is_folder(parsed.output)
     if parsed.nvfp4_backend is not None:
         transformer = json.loads((parsed.model / "transformer" / "config.json").read_text())
-        try:
-            check_nvfp4_backend("--nvfp4_backend", parsed.nvfp4_backend, transformer, parsed.device)
-        except ValueError as error:
-            parser.error(str(error))
+        check_nvfp4_backend("--nvfp4_backend", parsed.nvfp4_backend, transformer, parsed.device)
     return parsed
 
 

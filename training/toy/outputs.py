@@ -1,7 +1,13 @@
-"""Folders that are written in place of earlier ones: checked before any work, as what is in them will be gone."""
+"""Folders that scripts write: checked before any work, as of some what is in them will be gone."""
 
 from collections.abc import Collection
 from pathlib import Path
+
+
+def check_is_folder(folder: Path) -> None:
+    """Raise a ValueError if something else has the name of a folder, which need not exist."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output '{folder}' is not a folder")
 
 
 def check_replaceable(folder: Path, written: Collection[str]) -> None:
@@ -15,8 +21,7 @@ def check_replaceable(folder: Path, written: Collection[str]) -> None:
     Raises:
         ValueError: If it is a file, or holds anything of another name.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output '{folder}' is not a folder")
+    check_is_folder(folder)
     others = sorted(path.name for path in folder.iterdir() if path.name not in written) if folder.exists() else []
     if others:
         raise ValueError(

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from longlive_diffusers import VideoWriter, pixel_frames
 from longlive_diffusers.atomic_write import check_new_file, write_text
 from one_line import run
+from outputs import check_is_folder
 
 
 DURATIONS_FILE = "shot_durations.txt"  # as training/data/shot_folders.py says
@@ -280,8 +281,7 @@ def missing_samples(root: Path, arguments: argparse.Namespace) -> list[str]:
         ValueError: If it is a file, or has samples that these arguments would not write.
     """
     names, captions = [f"{index:06d}" for index in range(arguments.num_samples)], root / "caption"
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"--output '{root}' is not a folder")
+    check_is_folder(root)
     found = sorted(path.name for path in captions.iterdir()) if captions.is_dir() else []
     complete = [name for name in found if (captions / name / DURATIONS_FILE).exists()]
     for name in complete:
