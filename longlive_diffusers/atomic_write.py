@@ -102,15 +102,13 @@ def new_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Pa
     Give an empty temporary folder to fill; when the block ends without an error, it takes the name `path`.
 
     Args:
-        path: The folder to create. Its parents are created, too.
+        path: The folder to create. Its parents are created, too. A link is written through.
         replace: Whether an existing folder gives way, with all that is in it. Otherwise it has to be empty.
 
     Raises:
         OSError: `path` has something in it that is not to be replaced.
     """
-    path = Path(path)
-    if path.name in ("", ".."):  # "." and ".." have no name that could be given
-        path = path.resolve()
+    path = Path(os.path.realpath(path))  # a link is written through; "." and ".." have no name that could be given
     temporary = _temporary(path)
     temporary.mkdir(parents=True)
     try:

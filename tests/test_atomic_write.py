@@ -188,3 +188,16 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "file")
     with pytest.raises(ValueError, match="permission denied"):
         check_new_file(tmp_path / "file")
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_folder_is_written_through_a_link(tmp_path, is_there):
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    if is_there:
+        target.mkdir()
+        (target / "old").touch()
+    with new_folder(link, replace=True) as folder:
+        (folder / "new").touch()
+    assert link.is_symlink() and [path.name for path in target.iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
