@@ -324,7 +324,8 @@ def encode_video(
     encoder = StreamingEncoder(vae, group)
     _check_pixels(vae, pixels)
     groups = groups_of_latents(pixels, True, vae.config.scale_factor_temporal)
-    latents = [encoder.encode(group.to(device or vae.device, vae.dtype)) for group in groups]
+    dtype = vae.dtype  # found by going through all its modules
+    latents = [encoder.encode(group.to(device or vae.device, dtype)) for group in groups]
     return normalize_latents(vae, torch.cat(latents, dim=2).float())
 
 
