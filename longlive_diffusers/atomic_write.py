@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .user_path import user_path
+
 
 _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 _LONGEST_NAME = 255  # bytes, on every common file system
@@ -33,7 +35,7 @@ def check_new_file(path: str | os.PathLike) -> Path:
     """
     if "\0" in os.fspath(path):
         raise ValueError(f"Cannot write {os.fspath(path)!r}: no file can have a null character in its name")
-    path = Path(os.path.expanduser(path))
+    path = user_path(path)
     try:
         if path.is_dir():
             raise ValueError(f"Cannot write '{path}': it is a folder, not a file")

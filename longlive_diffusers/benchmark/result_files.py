@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_write import check_new_file, shortened, write_text
+from ..user_path import user_path
 from .table import as_markdown
 
 
@@ -19,7 +20,7 @@ def check_results_folder(folder: str | os.PathLike) -> Path:
     Raises:
         ValueError: If it is missing, is no folder, or cannot be written to.
     """
-    folder = Path(os.path.expanduser(folder))
+    folder = user_path(folder)
     if not folder.is_dir():
         reason = "it is not a folder" if folder.exists() else f"the folder '{folder}' does not exist"
         raise ValueError(f"Cannot write into '{folder}': {reason}")

@@ -12,6 +12,7 @@ from ..frame_counts import chunks_to_cover, pixel_frames, whole_chunks
 from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.chunk_step import is_guided
 from ..pipelines.inputs import ModelSizes, resolve_size
+from ..user_path import user_path
 from ..video.input_file import existing_file
 from ..video.writer import check_output
 from ..wording import counted
@@ -80,8 +81,11 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, ModelReq
     """
     output = check_output(args.output)
     for option in ("shots_file", "image", "video"):
-        path = vars(args)[option]
-        if path is not None and output.exists() and os.path.exists(path) and os.path.samefile(output, path):
+        given = vars(args)[option]
+        if given is None or not output.exists():
+            continue
+        path = user_path(given)
+        if os.path.exists(path) and path.samefile(output):
             name = option.replace("_", "-")
             raise ValueError(f"--output '{args.output}' is the file of --{name}, which would be lost")
     if bool(args.prompts) == bool(args.shots_file):

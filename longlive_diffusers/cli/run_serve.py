@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import sys
-from pathlib import Path
 from urllib.parse import quote
 
 from ..assets import TOY_LORA_STEPS, toy_lora_path
@@ -19,6 +18,7 @@ from ..serve.app import LiveApp
 from ..serve.model import ServedModel, default_size
 from ..serve.server import listen, make_server, url_of
 from ..serve.settings import ServeSettings
+from ..user_path import user_path
 from .decoders import choose_decoder, place_decoder
 from .devices import start_ranks
 from .embedded_lora import uses_embedded_lora
@@ -140,7 +140,7 @@ def load_served(
 
 def shown_name(model: str) -> str:
     """Return what strangers are told about a model: a repository's name, or a folder's without where it is."""
-    path = Path(model).expanduser()
+    path = user_path(model)
     return path.resolve().name if path.is_dir() else model
 
 

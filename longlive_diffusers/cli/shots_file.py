@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..user_path import user_path
 from .choices import MAX_CHUNKS
 
 
@@ -39,7 +40,7 @@ def read_shots(path: str | os.PathLike) -> list[RequestedShot]:
         ValueError: If there is no such file, or it has no shots, a malformed one (the message names its line, or its
             number in a JSON list), or some with and some without a duration.
     """
-    path = Path(os.path.expanduser(path))
+    path = user_path(path)
     if not path.exists():
         raise ValueError(f"there is no shots file '{path}'")
     if path.is_dir():

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..pipelines.sharing import load_model_card
+from ..user_path import user_path
 
 
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -23,7 +24,7 @@ def origin_details(source: str | os.PathLike) -> dict[str, Any]:
         Arguments of `render_model_card`: the license, if its card states one, and `base_model`: the repository, or,
         for a folder, what the folder's card names. A folder of this machine means nothing to others.
     """
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     card = _local_card(folder / "README.md") if folder.is_dir() else load_model_card(str(source))
     stated = {} if card is None else card.data.to_dict()
     details = {name: stated[name] for name in _LICENSE_FIELDS if isinstance(stated.get(name), str)}

@@ -34,6 +34,7 @@ from ..nvfp4.format import NVFP4Tensor
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..schedulers.scheduling_longlive import LongLiveScheduler
 from ..setting_types import check_setting_types
+from ..user_path import user_path
 from .cards import origin_details
 from .complete_folder import check_complete
 from .config_file import read_config
@@ -87,7 +88,7 @@ def convert_checkpoint(
     """
     started = time.monotonic()
     destination = prepare_output(output)
-    output = Path(output).expanduser()
+    output = user_path(output)
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype has to be one of {', '.join(DTYPES)}, not {dtype}.")
 
@@ -197,7 +198,7 @@ def _check_base(
     folder: Path, index: Mapping[str, Any], sizes: Mapping[str, Any], base: str | os.PathLike, from_longlive: bool
 ) -> None:
     """Check the base's small files: that they are there, of the right types, and of the checkpoint's sizes."""
-    if Path(base).expanduser().is_dir():  # the weights of one on the Hub are downloaded later
+    if user_path(base).is_dir():  # the weights of one on the Hub are downloaded later
         check_complete(folder, {name: index[name] for name in _BASE_COMPONENTS}, base)
     vae, text_encoder = (read_config(folder, f"{name}/config.json", base) for name in ("vae", "text_encoder"))
     with settings_of(base):

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..atomic_write import new_folder
+from ..user_path import user_path
 
 
 def prepare_output(output: str | os.PathLike) -> Path:
@@ -23,7 +24,7 @@ def prepare_output(output: str | os.PathLike) -> Path:
     if not os.fspath(output) or "\0" in os.fspath(output):
         raise ValueError(f"The output {os.fspath(output)!r} is no name; give a folder that does not exist yet.")
     try:
-        folder = Path(output).expanduser().resolve()
+        folder = user_path(output).resolve()
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"The output {output} is a file; give a folder that does not exist yet.")
         if folder.is_dir() and (found := len(list(folder.iterdir()))):

@@ -34,6 +34,7 @@ from ..nvfp4.quantizer import NVFP4Config, quantize_model
 from ..pipelines.inputs import ModelSizes
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..setting_types import check_setting_types
+from ..user_path import user_path
 from .complete_folder import check_complete, stored_shapes
 from .config_file import read_config
 
@@ -73,7 +74,7 @@ class PipelineFolder:
             raise ValueError(f"'{source}' is a {index.get('_class_name')}, not a LongLivePipeline")
         with settings_of(source):
             pipeline = cls(
-                source=str(folder if Path(source).expanduser().is_dir() else source),
+                source=str(folder if user_path(source).is_dir() else source),
                 settings=_completed(LongLivePipeline, index),
                 transformer=_completed(LongLiveTransformer3DModel, transformer),
                 vae=_completed(AutoencoderKLWan, vae),
@@ -216,7 +217,7 @@ def find_folder(
     Raises:
         ValueError: If there is neither a folder nor a repository that can be reached.
     """
-    folder = Path(os.path.expanduser(source))
+    folder = user_path(source)
     if folder.is_dir():
         return folder
     try:

@@ -9,6 +9,7 @@ from diffusers.utils import logging
 
 from ..atomic_write import new_folder
 from ..models.tiny_decoder import TinyVideoDecoder, check_config
+from ..user_path import user_path
 from .config_file import read_config
 from .output_folder import prepare_output
 from .pipeline_folder import components_of, default_settings, find_folder, settings_of, stored_dtype
@@ -30,8 +31,8 @@ def load_tiny_decoder(source: str | os.PathLike) -> TinyVideoDecoder:
     Raises:
         ValueError: If there is none, or it is of another model, incomplete or damaged.
     """
-    if Path(source).expanduser().is_file():
-        return TinyVideoDecoder.from_original(Path(source).expanduser())
+    if user_path(source).is_file():
+        return TinyVideoDecoder.from_original(user_path(source))
     folder = find_folder(source, _FILES)
     if not (folder / "config.json").is_file():
         raise ValueError(f"'{source}' holds no tiny decoder: there is no config.json in it.")
@@ -77,4 +78,4 @@ def convert_tiny_decoder(
         f"{output}: a decoder of {size / 1e6:.2f} M parameters for latents of {config['latent_channels']} channels, "
         f"{decoder.spatial_scale}x{decoder.spatial_scale} pixels and {decoder.temporal_scale} frames each"
     )
-    return Path(output).expanduser()
+    return user_path(output)

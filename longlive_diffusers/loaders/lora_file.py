@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import safe_open
 
+from ..user_path import user_path
 from .checkpoint_file import read_checkpoint_file
 from .names import first_names
 
@@ -98,7 +99,7 @@ def find_lora_file(
         ValueError: If there is no such file, folder or repository that can be reached, or it holds no weight file, or
             several and none with a usual name.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         return path
     if path.is_dir():

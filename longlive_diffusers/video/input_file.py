@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from ..user_path import user_path
+
 
 def existing_file(path: str | os.PathLike, kind: str) -> Path:
     """Return the path of a file, or of a pipe, that can be read.
@@ -16,7 +18,7 @@ def existing_file(path: str | os.PathLike, kind: str) -> Path:
     """
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"the {kind} must be the path of a file, got {path!r}")
-    path = Path(os.path.expanduser(path))  # unlike that of pathlib, it leaves a file called ~x alone
+    path = user_path(path)
     try:
         exists = path.exists()
     except (OSError, ValueError) as error:  # a name that is too long, or holds a null character

@@ -426,6 +426,7 @@ def test_a_model_of_the_hub(hub: "Hub", output):
         (["x", "--output", "missing/video.mp4"], "the folder 'missing' does not exist"),
         (["x", "--output", "here.mp4", "--video", "long.mp4"], "--output 'here.mp4' is the file of --video"),
         (["x", "--output", "long.mp4", "--video", "./here.mp4"], "--output 'long.mp4' is the file of --video"),
+        (["x", "--output", "~/here.mp4", "--video=~/long.mp4"], "--output '~/here.mp4' is the file of --video"),
         (["--output", "also.mp4", "--shots-file", "shots.txt"], "--output 'also.mp4' is the file of --shots-file"),
         (["x", "--output", "also.mp4", "--image", "shots.txt"], "--output 'also.mp4' is the file of --image"),
         (["x", "--height", "100"], "--height must be an integer, a multiple of 16 from 16 to 16384, got 100"),
@@ -453,6 +454,7 @@ def test_a_model_of_the_hub(hub: "Hub", output):
             "there are 2 --lora-scale for 3 --lora; give one for all, or one for each",
         ),
         (["x", "--lora", "missing.pt"], "There is no LoRA file 'missing.pt'"),
+        (["x", "--lora", "~nobody/a.pt"], "There is no LoRA file '~nobody/a.pt'"),
         (["x", "--lora", "shots.txt"], "shots.txt (7 bytes) is not a checkpoint"),
         (["x", "--model", "."], "'.' is not a pipeline: it has no model_index.json"),
         (["x", "--model", str(toy_pipeline_path() / "transformer")], "it has no model_index.json"),
@@ -465,6 +467,7 @@ def test_what_cannot_be_is_one_line_before_any_model_is_loaded(tmp_path, monkeyp
         raise AssertionError("models were loaded")
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(PipelineFolder, "load", must_not_load)
     Path("shots.txt").write_text("[x] one")
     for name, frames in (("short.mp4", 4), ("long.mp4", 13)):

@@ -25,7 +25,6 @@ import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -39,6 +38,7 @@ from longlive_diffusers.benchmark.measure import as_size
 from longlive_diffusers.nvfp4 import NVFP4Config
 from longlive_diffusers.nvfp4.quantizer import layers_to_convert
 from longlive_diffusers.parallel import FrameLayout
+from longlive_diffusers.user_path import user_path
 from memory_ledger import TRANSIENT, MemoryLedger, Simulated
 from objectives.distillation import Distillation, DistillationSettings, RolloutShape
 from objectives.distillation_networks import DistillationNetworks, Role
@@ -367,7 +367,7 @@ def main() -> None:
         help="The history that the scores see (default: %(default)s).",
     )
     parser.add_argument("--computed", action="store_true", help="Compute everything, with all layers.")
-    parser.add_argument("--json", type=Path, help="Also write the rows to this file.")
+    parser.add_argument("--json", type=user_path, help="Also write the rows to this file.")
     arguments = parser.parse_args()
     size = SIZES[arguments.size]
     chunk_size = size.config["chunk_size"]

@@ -15,7 +15,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -25,6 +24,7 @@ from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.benchmark.markdown import markdown_table
 from longlive_diffusers.benchmark.measure import peak_memory, reset_peak_memory, synchronize
+from longlive_diffusers.user_path import user_path
 
 
 COLUMNS = (
@@ -212,7 +212,7 @@ def main() -> None:
         help="The dtype of the network; autocast is float32 under autocast to bfloat16 (default: bfloat16 on a GPU, "
         "float32 on a CPU).",
     )
-    parser.add_argument("--json", type=Path, help="Also write the rows to this file.")
+    parser.add_argument("--json", type=user_path, help="Also write the rows to this file.")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if arguments.repeats < 1:

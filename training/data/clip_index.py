@@ -19,6 +19,7 @@ from data.cache_files import make_folder
 from data.videos import ClipError, count_frames
 from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.json_files import read_json
+from longlive_diffusers.user_path import user_path
 
 
 INDEX_FILE = "clips.json"
@@ -64,8 +65,8 @@ class ClipIndex:
     def __init__(self, folder: str | os.PathLike | None, fps: Fraction, limit: int) -> None:
         self.path = None
         if folder is not None:
-            make_folder(Path(folder).expanduser())
-            self.path = Path(folder).expanduser() / INDEX_FILE
+            make_folder(user_path(folder))
+            self.path = user_path(folder) / INDEX_FILE
         self.fps, self.limit = fps, limit
         self._entries = self._load()
         self._saved_at = time.monotonic()

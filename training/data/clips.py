@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
@@ -28,6 +27,7 @@ from data.names import writable
 from data.samples import Clip, Sample, SampleError, describe_skipped
 from data.videos import ClipError, read_frames
 from longlive_diffusers import pixel_frames, whole_chunks
+from longlive_diffusers.user_path import user_path
 
 
 __all__ = ["Clip", "Sample", "VideoDataset", "scan"]
@@ -117,7 +117,7 @@ class VideoDataset(Dataset):
             raise ValueError(f"fps must be in (0, 1000], got {fps}")
         if max_chunks_per_shot is not None and max_chunks_per_shot < 1:
             raise ValueError(f"max_chunks_per_shot must be at least 1, got {max_chunks_per_shot}")
-        self.root = Path(root).expanduser()
+        self.root = user_path(root)
         self.num_latent_frames, self.chunk_size = num_latent_frames, chunk_size
         self.height, self.width = height, width
         self.fps = frame_rate(fps)

@@ -40,6 +40,7 @@ from data.clips import VideoDataset
 from data.sample_list import SampleList, describe, read_samples, write_samples
 from data.text_cache import TextCache
 from longlive_diffusers.models.streaming_vae import encode_video
+from longlive_diffusers.user_path import user_path
 
 
 LATENT_FORMAT = 2
@@ -98,7 +99,7 @@ def build_latent_cache(
     scale = vae.config.scale_factor_spatial
     if dataset.height % scale or dataset.width % scale:
         raise ValueError(f"The VAE takes multiples of {scale} pixels, but videos are {dataset.height}x{dataset.width}")
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     settings = cache_settings(dataset, vae, dtype)
     check_cache(folder, settings)
     make_folder(folder)
@@ -159,7 +160,7 @@ class LatentDataset(Dataset):
         samples: SampleList | None = None,
         memory_limit: int = 2**30,
     ) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         latent_settings = check_settings(self.folder, {"latent_format": LATENT_FORMAT})
         self.num_latent_frames = whole_number(self.folder, latent_settings, "num_latent_frames")
         """The number of latent frames of a sample."""

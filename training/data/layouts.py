@@ -14,6 +14,7 @@ from pathlib import Path
 from data import flat_folder, metadata_file, shot_folders
 from data.names import writable
 from data.samples import Sample, SampleError, describe_skipped
+from longlive_diffusers.user_path import user_path
 
 
 def scan(
@@ -34,7 +35,7 @@ def scan(
     Raises:
         ValueError: If there is no such folder, or no complete sample in it.
     """
-    root = Path(root).expanduser()
+    root = user_path(root)
     if not os.path.isdir(root):  # also of a name that no file could have
         raise ValueError(f"There is no folder '{root}' with a training set")
     samples, skipped = [], {}

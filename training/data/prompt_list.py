@@ -31,6 +31,7 @@ from longlive_diffusers.cli.choices import MAX_CHUNKS
 from longlive_diffusers.cli.shots_file import parse_shot
 from longlive_diffusers.json_files import parse_json
 from longlive_diffusers.number_checks import is_count
+from longlive_diffusers.user_path import user_path
 from run.cached_prompts import split_shots
 
 
@@ -76,7 +77,7 @@ def read_prompts(source: str | os.PathLike, caption_column: str | None = None) -
             file that is not as above; the message names it. (Of a folder, samples without captions that can be read
             are left out, with a warning, as in every training set.)
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if os.path.isdir(path):
         samples, skipped = scan(path, text_only=True, caption_column=caption_column)
         if skipped:

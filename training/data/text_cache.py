@@ -25,6 +25,7 @@ from data.cache_files import (
     whole_number,
 )
 from longlive_diffusers.pipelines.prompt_cleaning import clean_prompt
+from longlive_diffusers.user_path import user_path
 
 
 TEXT_FORMAT = 1
@@ -64,7 +65,7 @@ def build_text_cache(
     """
     if batch_size < 1 or not 0 <= rank < num_ranks:
         raise ValueError(f"batch_size must be at least 1 and rank in [0, {num_ranks}), got {batch_size} and {rank}")
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     settings = text_settings(max_sequence_length, settings)
     check_cache(folder, settings)
     todo = missing_prompts(prompts, folder, rank=rank, num_ranks=num_ranks)
@@ -111,7 +112,7 @@ class TextCache:
     """
 
     def __init__(self, folder: str | os.PathLike, *, max_sequence_length: int | None = None) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         expected: Settings = {"text_format": TEXT_FORMAT}
         if max_sequence_length is not None:
             expected["max_sequence_length"] = max_sequence_length

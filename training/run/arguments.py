@@ -11,10 +11,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from longlive_diffusers.nvfp4.recipes import RECIPES, recipe_named
+from longlive_diffusers.user_path import user_path
 from objectives.error_recycling import RecyclingSettings
 from objectives.teacher_forcing import TeacherForcingSettings
 from run.allowed import FRACTION, FRAME_RATE, NOT_NEGATIVE, POSITIVE, SEED, check_settings
-from run.command_line import parse_groups
+from run.command_line import PATH, parse_groups
 
 
 POLYNOMIAL_END = 1e-7  # the last learning rate of diffusers' polynomial schedule
@@ -22,7 +23,7 @@ POLYNOMIAL_END = 1e-7  # the last learning rate of diffusers' polynomial schedul
 
 @dataclass(eq=False)
 class ModelArguments:
-    pretrained_model_name_or_path: str = field(
+    pretrained_model_name_or_path: Annotated[str, PATH] = field(
         metadata={
             "help": "The folder or Hub repository to start from: a LongLive pipeline, or a Wan one in its layout."
         }
@@ -56,7 +57,7 @@ class ModelArguments:
 class EncodingArguments:
     """How a training set is read and encoded, whatever it is used for."""
 
-    train_data_dir: str | None = field(
+    train_data_dir: Annotated[str | None, PATH] = field(
         default=None,
         metadata={"help": "The folder of the training set; not needed where the caches are complete."},
     )
@@ -64,7 +65,7 @@ class EncodingArguments:
         default=None,
         metadata={"help": "The captions of a list of clips (default: the one there is of caption, text and prompt)."},
     )
-    data_cache_dir: str | None = field(
+    data_cache_dir: Annotated[str | None, PATH] = field(
         default=None,
         metadata={"help": "The folder where latents and text embeddings are kept (default: OUTPUT_DIR/cache)."},
     )
@@ -125,7 +126,7 @@ class DataArguments(EncodingArguments):
 class PromptDataArguments(EncodingArguments):
     """The data of distillation: prompts, and images to begin from if they are asked for."""
 
-    prompts: str | None = field(
+    prompts: Annotated[str | None, PATH] = field(
         default=None,
         metadata={
             "help": "What videos are made of: a .txt or .jsonl file with a video on each line, or a training set, of "
@@ -136,7 +137,7 @@ class PromptDataArguments(EncodingArguments):
         default=False,
         metadata={"help": "Continue from the first frames of the videos of --train_data_dir, under their captions."},
     )
-    train_data_dir: str | None = field(
+    train_data_dir: Annotated[str | None, PATH] = field(
         default=None,
         metadata={"help": "The training set that --image_conditioning takes first frames and captions from."},
     )
@@ -225,7 +226,9 @@ class OptimizationArguments:
 
 @dataclass(eq=False)
 class RunArguments:
-    output_dir: str = field(metadata={"help": "The folder of the result, the checkpoints and the validation videos."})
+    output_dir: Annotated[str, PATH] = field(
+        metadata={"help": "The folder of the result, the checkpoints and the validation videos."}
+    )
     checkpointing_steps: Annotated[int, POSITIVE] = field(
         default=100, metadata={"help": "The number of steps between two checkpoints."}
     )
@@ -233,7 +236,7 @@ class RunArguments:
         default=None,
         metadata={"help": "How many checkpoints are kept; older ones are deleted (default: all are kept)."},
     )
-    resume_from_checkpoint: str | None = field(
+    resume_from_checkpoint: Annotated[str | None, PATH] = field(
         default=None, metadata={"help": "A checkpoint-N folder, or 'latest' for the newest of OUTPUT_DIR, if any."}
     )
     validation_prompts: list[str] = field(
@@ -273,7 +276,7 @@ class RunArguments:
     @property
     def output(self) -> Path:
         """The folder of the run."""
-        return Path(self.output_dir).expanduser()
+        return user_path(self.output_dir)
 
     @property
     def repo_name(self) -> str:

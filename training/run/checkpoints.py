@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
+from longlive_diffusers.user_path import user_path
 from run.agreement import on_main_process
 from run.log import LOG_FILE, read_log
 from run.seal import damages, sync, sync_files, write_seal
@@ -242,7 +243,7 @@ def _candidates(folder: Path, requested: str | None) -> list[Path]:
     existing = find_checkpoints(folder)
     if requested == "latest":
         return existing[::-1]
-    for path in (Path(requested).expanduser(), folder / requested):
+    for path in (user_path(requested), folder / requested):
         if path.is_dir():
             return [path]
     names = ", ".join(path.name for path in existing) or "none"

@@ -6,15 +6,19 @@ boolean, 1.10 the number 1.1, 1e-5 a text) does not matter.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from longlive_diffusers.user_path import user_path
+
 
 NULL = "tag:yaml.org,2002:null"
+PATH = "a path, or a name that may be one"  # written beside the type of a setting: `~` in it is the user's home
 
 
 def parse_groups(groups: Sequence[type], argv: list[str], *, description: str) -> tuple[Any, ...]:
@@ -32,7 +36,9 @@ def parse_groups(groups: Sequence[type], argv: list[str], *, description: str) -
             or in the file; if the file cannot be read; or if `--config` is abbreviated.
     """
     before = _Parser(add_help=False, allow_abbrev=False)
-    before.add_argument("--config", type=Path, help="A YAML file of options; options of the command line override it.")
+    before.add_argument(
+        "--config", type=user_path, help="A YAML file of options; options of the command line override it."
+    )
     file = before.parse_known_args(argv)[0].config
     parser = _GroupsParser(groups, description=description, parents=[before], formatter_class=_HelpFormatter)
     if file is not None:
@@ -48,7 +54,17 @@ def parse_groups(groups: Sequence[type], argv: list[str], *, description: str) -
         raise ValueError(f"there are no such options: {' '.join(unknown)}")
     if rest.config != file:
         raise ValueError(f"write --config in full: '{rest.config}' was not read")
+    for group in settings:
+        _expand_paths(group)
     return tuple(settings)
+
+
+def _expand_paths(group: Any) -> None:
+    """Replace `~` as a shell does, which does so neither in a YAML file nor after a `=`."""
+    for name, hint in get_type_hints(type(group), include_extras=True).items():
+        path = vars(group)[name]
+        if PATH in get_args(hint) and path is not None:
+            setattr(group, name, os.path.expanduser(path))
 
 
 class _Parser(argparse.ArgumentParser):

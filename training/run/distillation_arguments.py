@@ -12,7 +12,7 @@ from run.arguments import (
     RunArguments,
     check_arguments,
 )
-from run.command_line import parse_groups
+from run.command_line import PATH, parse_groups
 
 
 @dataclass(eq=False)
@@ -24,15 +24,15 @@ class NetworkArguments(ModelArguments):
         default=False,
         metadata={"help": "Train all weights of the generator and of the fake score, instead of LoRAs."},
     )
-    generator_lora: str | None = field(
+    generator_lora: Annotated[str | None, PATH] = field(
         default=None,
         metadata={"help": "A LoRA that the generator begins with: file, folder or Hub repository (default: none)."},
     )
-    teacher_model_name_or_path: str | None = field(
+    teacher_model_name_or_path: Annotated[str | None, PATH] = field(
         default=None,
         metadata={"help": "The pipeline whose transformer is the real score (default: the model to start from)."},
     )
-    ar_model_name_or_path: str | None = field(
+    ar_model_name_or_path: Annotated[str | None, PATH] = field(
         default=None,
         metadata={
             "help": "With a standalone start, the autoregressive pipeline that the LoRA is put onto: it makes the "

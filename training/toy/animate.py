@@ -10,7 +10,6 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.atomic_write import check_new_file, new_file
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
+from longlive_diffusers.user_path import user_path
 from one_line import run
 from world import FPS
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument(
         "--model", default=toy_pipeline_path(), help="The folder of a pipeline (default: the embedded one)."
     )
-    parser.add_argument("--output", type=Path, required=True, help="The .webp file to write.")
+    parser.add_argument("--output", type=user_path, required=True, help="The .webp file to write.")
     parser.add_argument("--seed", type=int, default=0, help="The seed of the videos' noise (default: 0).")
     args = parser.parse_args()
     if args.output.suffix != ".webp":  # a GIF would be ten times as large

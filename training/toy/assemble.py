@@ -9,7 +9,6 @@ the model card that is already in the output folder.
 import argparse
 import shutil
 import sys
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
 from longlive_diffusers.atomic_write import new_folder
+from longlive_diffusers.user_path import user_path
 from one_line import run
 from outputs import check_replaceable
 
@@ -74,13 +74,13 @@ def initialize(transformer: LongLiveTransformer3DModel) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Put the embedded pipeline together.")
-    parser.add_argument("--text", type=Path, required=True, help="The folder that train_text.py wrote.")
-    parser.add_argument("--vae", type=Path, required=True, help="The folder that train_vae.py wrote.")
+    parser.add_argument("--text", type=user_path, required=True, help="The folder that train_text.py wrote.")
+    parser.add_argument("--vae", type=user_path, required=True, help="The folder that train_vae.py wrote.")
     parser.add_argument(
-        "--trained", type=Path, help="The folder that train_ar.py wrote: make the embedded pipeline of it."
+        "--trained", type=user_path, help="The folder that train_ar.py wrote: make the embedded pipeline of it."
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="The folder to write; an earlier result is replaced."
+        "--output", type=user_path, required=True, help="The folder to write; an earlier result is replaced."
     )
     arguments = parser.parse_args()
     needed = {

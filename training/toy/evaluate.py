@@ -35,6 +35,7 @@ from longlive_diffusers.dtypes import DTYPES
 from longlive_diffusers.models.layer_kv_cache import KV_CACHE_DTYPES
 from longlive_diffusers.nvfp4 import NVFP4Config, quantize_model
 from longlive_diffusers.nvfp4.backends import BACKENDS
+from longlive_diffusers.user_path import user_path
 from one_line import run
 from outputs import check_is_folder
 from world import SIDE
@@ -150,12 +151,12 @@ def write_reports(output: Path, settings: Settings, tables: dict[str, list[Table
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. An option that is not given is taken from the preset, or from the model."""
     parser = argparse.ArgumentParser(description="Evaluate a model of the toy world.")
-    parser.add_argument("--model", type=Path, required=True, help="The folder of a pipeline.")
+    parser.add_argument("--model", type=user_path, required=True, help="The folder of a pipeline.")
     parser.add_argument(
-        "--output", type=Path, required=True, help="The folder for results; finished parts in it are kept."
+        "--output", type=user_path, required=True, help="The folder for results; finished parts in it are kept."
     )
-    parser.add_argument("--lora", type=Path, help="The file of a LoRA to evaluate the model with.")
-    parser.add_argument("--decoder", type=Path, help="The folder of a tiny decoder to make the frames with.")
+    parser.add_argument("--lora", type=user_path, help="The file of a LoRA to evaluate the model with.")
+    parser.add_argument("--decoder", type=user_path, help="The folder of a tiny decoder to make the frames with.")
     parser.add_argument(
         "--nvfp4_backend", choices=BACKENDS, help="Compute the linear layers in 4 bits, with this backend."
     )

@@ -11,6 +11,7 @@ import torch
 
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.atomic_write import new_folder
+from longlive_diffusers.user_path import user_path
 from one_line import run
 from outputs import check_replaceable
 
@@ -42,9 +43,9 @@ def store(trained: Path, output: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Store a distilled LoRA in half precision.")
-    parser.add_argument("--trained", type=Path, required=True, help="The folder that train_dmd.py wrote.")
+    parser.add_argument("--trained", type=user_path, required=True, help="The folder that train_dmd.py wrote.")
     parser.add_argument(
-        "--output", type=Path, required=True, help="The folder to write; an earlier result is replaced."
+        "--output", type=user_path, required=True, help="The folder to write; an earlier result is replaced."
     )
     arguments = parser.parse_args()
     file = store(arguments.trained, arguments.output)

@@ -34,6 +34,7 @@ from longlive_diffusers.frame_counts import TEMPORAL_SCALE
 from longlive_diffusers.models.streaming_tiny_decoder import StreamingTinyDecoder
 from longlive_diffusers.models.streaming_vae import encode_video, latent_statistics
 from longlive_diffusers.pipelines.sharing import strip_local_paths
+from longlive_diffusers.user_path import user_path
 from one_line import run
 from outputs import check_replaceable
 from train_vae import draw_clips, object_weights
@@ -189,12 +190,17 @@ def report(vae: AutoencoderKLWan, decoder: TinyVideoDecoder) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny decoder of the embedded pipeline on the toy world.")
     parser.add_argument(
-        "--model", type=Path, default=toy_pipeline_path(), help="The pipeline's folder (default: the embedded one)."
+        "--model",
+        type=user_path,
+        default=toy_pipeline_path(),
+        help="The pipeline's folder (default: the embedded one).",
     )
-    parser.add_argument("--start", type=Path, help="The folder of a decoder to train further.")
+    parser.add_argument("--start", type=user_path, help="The folder of a decoder to train further.")
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--output", type=Path, help="The folder to write the decoder to; an earlier result is replaced.")
-    task.add_argument("--measure", type=Path, help="The folder of a trained decoder to measure.")
+    task.add_argument(
+        "--output", type=user_path, help="The folder to write the decoder to; an earlier result is replaced."
+    )
+    task.add_argument("--measure", type=user_path, help="The folder of a trained decoder to measure.")
     parser.add_argument("--steps", type=int, default=3000, help="The number of updates (default: %(default)s).")
     parser.add_argument("--clips", type=int, default=384, help="The number of clips (default: %(default)s).")
     parser.add_argument(

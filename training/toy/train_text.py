@@ -14,7 +14,6 @@ import math
 import random
 import sys
 from collections import Counter
-from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from longlive_diffusers.atomic_write import new_folder
 from longlive_diffusers.conversion.output_folder import prepare_output
+from longlive_diffusers.user_path import user_path
 from one_line import run
 from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, Scene, caption, draw_scene
 
@@ -219,7 +219,10 @@ def train_text_encoder(tokenizer: PreTrainedTokenizerFast, steps: int, batch_siz
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make tokenizer and text encoder of the embedded pipeline.")
     parser.add_argument(
-        "--output", type=Path, required=True, help="The folder to write tokenizer/ and text_encoder/ to; new or empty."
+        "--output",
+        type=user_path,
+        required=True,
+        help="The folder to write tokenizer/ and text_encoder/ to; new or empty.",
     )
     parser.add_argument(
         "--steps", type=int, default=600, help="The number of updates of the text encoder (default: %(default)s)."

@@ -36,6 +36,7 @@ from longlive_diffusers.cli.device import choose_device
 from longlive_diffusers.conversion.output_folder import prepare_output
 from longlive_diffusers.frame_counts import TEMPORAL_SCALE
 from longlive_diffusers.models.streaming_vae import StreamingDecoder, StreamingEncoder
+from longlive_diffusers.user_path import user_path
 from one_line import run
 from world import draw_sample, render
 
@@ -234,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the VAE of the embedded pipeline on the toy world.")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         required=True,
         help="The folder to write the VAE to, in diffusers' format; new or empty.",
     )

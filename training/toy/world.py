@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from longlive_diffusers import VideoWriter, pixel_frames
 from longlive_diffusers.atomic_write import check_new_file, write_text
+from longlive_diffusers.user_path import user_path
 from one_line import run
 from outputs import check_is_folder
 
@@ -315,8 +316,8 @@ def write_prompts(path: Path, arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the toy world as a video dataset, or its captions alone.")
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--output", type=Path, help="The folder to write; samples that are in it are kept.")
-    target.add_argument("--prompts", type=Path, help="The .jsonl file to write, with captions and no videos.")
+    target.add_argument("--output", type=user_path, help="The folder to write; samples that are in it are kept.")
+    target.add_argument("--prompts", type=user_path, help="The .jsonl file to write, with captions and no videos.")
     parser.add_argument(
         "--num_samples", type=int, default=2000, help="The number of videos to write (default: %(default)s)."
     )

@@ -228,6 +228,26 @@ def test_an_abbreviated_config_is_not_read_and_said_so(tmp_path):
         parse_arguments([*NEEDED, "--conf", str(file)])
 
 
+def test_homes_are_found_where_no_shell_looks_for_them(tmp_path, monkeypatch):
+    """In a file, and after a `=`; a repository and a file named ~x stay as they are."""
+    monkeypatch.setenv("HOME", "/there")
+    file = tmp_path / "run.yaml"
+    file.write_text("data_cache_dir: ~/cache\ntrain_data_dir: ~nosuchuser/videos\noutput_dir: ~x\n")
+    words = [
+        "--config",
+        str(file),
+        "--pretrained_model_name_or_path=~/base",
+        "--resume_from_checkpoint=~/run/checkpoint-1",
+    ]
+    arguments = parse_arguments(words)
+    assert arguments.data.data_cache_dir == "/there/cache"
+    assert arguments.data.train_data_dir == "~nosuchuser/videos"
+    assert arguments.run.output_dir == "~x"
+    assert arguments.model.pretrained_model_name_or_path == "/there/base"
+    assert arguments.run.resume_from_checkpoint == "/there/run/checkpoint-1"
+    assert parse_arguments(NEEDED).model.pretrained_model_name_or_path == "model"
+
+
 def test_help_is_sentences_with_defaults(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
