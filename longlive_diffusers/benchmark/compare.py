@@ -14,7 +14,6 @@ from .runs import (
     decoded_chunks,
     denoised_chunks,
     full_window_forward,
-    kv_cache_bytes,
     measure_denoise,
     measure_whole,
     timed,
@@ -46,18 +45,21 @@ def compare(
         and of each quantity its [`PairedRatio`], in `ratios`.
     """
     log_stage("the device's matrix products")
-    matmul = matmul_rates(first, second)
-    yield {"matmul_flops_per_second": matmul}
+    same_device = first.device == second.device
+    matmul = [matmul_rates(first, second)] * 2 if same_device else [matmul_rates(first), matmul_rates(second)]
+    if same_device:
+        yield {"matmul_flops_per_second": matmul[0]}
     log_stage("building the networks, twice")
     setups = build(first), build(second)
     for setup in setups:
         share(setup.pipe)
     once: list[dict[str, Any]] = []
-    for options, setup in zip((first, second), setups, strict=True):
+    for options, setup, rates in zip((first, second), setups, matmul, strict=True):
         log_stage("warming up")
         warm_up(setup, is_compiled=options.compile)
-        forward = measure_one_forward(setup, options, matmul[dtype_name(options.dtype)])
-        once.append({"weights_bytes": weights(setup), "kv_cache_bytes": kv_cache_bytes(setup), **forward})
+        own_rates = {} if same_device else {"matmul_flops_per_second": rates}
+        forward = measure_one_forward(setup, options, rates[dtype_name(options.dtype)])
+        once.append({"weights_bytes": weights(setup), **own_rates, **forward})
     yield {"once": once}
     ratios: dict[str, dict[str, Any]] = {}
     stages = {

@@ -76,7 +76,6 @@ def measurements(options: BenchOptions, log_stage: LogStage, share: Share) -> It
     memory, memory_counts = peak_memory(device)
     yield {
         "synchronous": synchronous,
-        "kv_cache_bytes": synchronous["kv_cache_bytes"],
         "peak_memory_bytes": memory,
         "peak_memory_counts": memory_counts,
     }
@@ -84,7 +83,8 @@ def measurements(options: BenchOptions, log_stage: LogStage, share: Share) -> It
 
 
 def matmul_rates(*settings: BenchOptions) -> dict[str, float]:
-    """Measure the device's rate of matrix products in FLOP/s, by dtype: the networks', and the usual two."""
+    """Measure the rate of matrix products in FLOP/s of the device that the settings have in common, by dtype: the
+    networks', and the usual two."""
     names = dict.fromkeys(("float32", "bfloat16", *(dtype_name(options.dtype) for options in settings)))
     return {name: measure_matmul(settings[0].device, DTYPES[name]) for name in names}
 
@@ -107,15 +107,17 @@ def measure_one_forward(setup: Setup, options: BenchOptions, matmul: float) -> d
     Returns:
         `forward`: its `seconds`, and those of its parts, which are the profile's shares of them. How much work it is,
         in all and by part, at which rate it is done, and how that compares with `matmul`. How long the host was busy,
-        how many kernels there were, and which of these computed attention.
+        how many kernels there were, and which of these computed attention. The `kv_cache_bytes` of the full window.
     """
     with full_window_forward(setup) as forward:
         seconds, host_seconds = measure_forward(forward, setup)
         profiled = profile_forward(forward, setup.device)
+        cache_bytes, num_keys = forward.kv_cache.num_bytes, forward.kv_cache.num_attended_tokens
     parts = {name: seconds * share for name, share in profiled["shares"].items()}
-    flops = forward_flops(options.size, options.num_devices)
+    flops = forward_flops(options.size, options.num_devices, num_keys)
     rate = sum(flops.values()) / seconds
     return {
+        "kv_cache_bytes": cache_bytes,
         "forward": {"seconds": seconds, **parts},
         "forward_host_seconds": host_seconds,
         "forward_kernels": profiled["kernels"],

@@ -3,19 +3,44 @@
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..latency import Latency
+from ..models.kv_cache import KVCache
+from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..pipelines.decoder import ChunkDecoder
 from .measure import synchronize
 from .setup import Setup
 
 
 Forward = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class FullWindowForward:
+    """
+    One forward of the transformer on a chunk at the full window, whose result is the same each time.
+
+    Args:
+        transformer, args, kwargs: What is called, with all that the pipeline passes to it.
+    """
+
+    transformer: LongLiveTransformer3DModel
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @torch.no_grad()
+    def __call__(self) -> object:
+        return self.transformer(*self.args, **self.kwargs)
+
+    @property
+    def kv_cache(self) -> KVCache:
+        return self.kwargs["kv_cache"]
 
 
 def matmul_side(device_type: str) -> int:
@@ -43,9 +68,9 @@ def _matmul_rate(side: int, device: torch.device, dtype: torch.dtype, *, seconds
 
 
 @contextmanager
-def full_window_forward(setup: Setup) -> Iterator[Forward]:
-    """Make a video until the KV cache is full, and give a function that repeats the transformer's last forward, that
-    of the last solver step, with all that the pipeline passed to it; its result is the same each time."""
+def full_window_forward(setup: Setup) -> Iterator[FullWindowForward]:
+    """Make a video until the KV cache is full, and give the transformer's last forward, that of the last solver
+    step."""
     call: dict[str, Any] = {}
 
     def remember(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -59,7 +84,7 @@ def full_window_forward(setup: Setup) -> Iterator[Forward]:
                 next(session)
         finally:
             hook.remove()
-        yield torch.no_grad()(lambda: transformer(*call["args"], **call["kwargs"]))
+        yield FullWindowForward(transformer, **call)
 
 
 def measure_forward(forward: Forward, setup: Setup) -> tuple[float, float | None]:
@@ -79,28 +104,22 @@ def measure_forward(forward: Forward, setup: Setup) -> tuple[float, float | None
     return statistics.median(times), None if setup.device.type == "cpu" else statistics.median(busy)
 
 
-def denoised_chunks(setup: Setup, num_chunks: int) -> Generator[tuple[float, torch.Tensor, int], None, None]:
+def denoised_chunks(setup: Setup, num_chunks: int) -> Generator[tuple[float, torch.Tensor], None, None]:
     """Make a video without decoding it; yield the seconds of each chunk (steps, solver and noise, and the clean pass
-    of the chunk before), its latents, and the bytes of the KV cache."""
+    of the chunk before) and its latents."""
     with setup.stream(num_chunks, output_type="latent") as session:
         for _ in range(num_chunks):
             synchronize(setup.device)
             began = time.perf_counter()
             latents = next(session).latents
             synchronize(setup.device)
-            yield time.perf_counter() - began, latents, session.kv_cache_bytes
-
-
-def kv_cache_bytes(setup: Setup) -> int:
-    """Return the memory of the KV cache, with what is unpacked of it, in bytes."""
-    with closing(denoised_chunks(setup, 1)) as chunks:
-        return next(chunks)[2]
+            yield time.perf_counter() - began, latents
 
 
 def measure_denoise(setup: Setup, num_chunks: int) -> tuple[list[float], list[torch.Tensor]]:
     """Measure the seconds of each chunk, and return them with the chunks' latents. Nothing is decoded."""
     chunks = list(denoised_chunks(setup, num_chunks))
-    return [seconds for seconds, _, _ in chunks], [latents for _, latents, _ in chunks]
+    return [seconds for seconds, _ in chunks], [latents for _, latents in chunks]
 
 
 def decoded_chunks(setup: Setup, latents: Iterable[torch.Tensor]) -> Iterator[float]:
@@ -116,9 +135,9 @@ def measure_whole(setup: Setup, *, async_decode: bool) -> dict[str, Any]:
     """Measure a whole video, denoised and decoded; its frames are brought to the host, as bytes.
 
     Returns:
-        `seconds`, `frames_per_second`, `kv_cache_bytes`, and the `latency` of the chunks, as [`Latency`] has it.
+        `seconds`, `frames_per_second`, and the `latency` of the chunks, as [`Latency`] has it.
     """
-    latency, kv_cache_bytes, size = Latency(), 0, setup.size
+    latency, size = Latency(), setup.size
     synchronize(setup.device)
     began = time.perf_counter()
     options = {"output_type": "uint8", "async_decode": async_decode, "decoder": setup.decoder}
@@ -127,13 +146,11 @@ def measure_whole(setup: Setup, *, async_decode: bool) -> dict[str, Any]:
             frames = next(session).frames
             assert isinstance(frames, np.ndarray)
             latency.add(time.perf_counter() - began, frames.shape[1])
-            kv_cache_bytes = max(kv_cache_bytes, session.kv_cache_bytes)  # freed before the last chunk is fetched
         synchronize(setup.device)
         seconds = time.perf_counter() - began
     return {
         "seconds": seconds,
         "frames_per_second": size.num_frames(size.num_chunks) / seconds,
-        "kv_cache_bytes": kv_cache_bytes,
         "latency": latency.as_dict(),
     }
 

@@ -140,12 +140,17 @@ def _cpu_reference() -> BenchSize:
 SIZES = {"toy": _toy, "cpu-reference": _cpu_reference, "5b": _five_b}
 
 
-def forward_flops(size: BenchSize, num_devices: int = 1) -> dict[str, int]:
+def forward_flops(size: BenchSize, num_devices: int = 1, num_keys: int | None = None) -> dict[str, int]:
     """Count the floating point operations of one forward of the transformer on a chunk, at the full window, for each
     of the devices that share it.
 
     Only matrix products count, with a multiplication and an addition as two operations. The text's keys and values are
     not included: they are cached, and computed once for each prompt.
+
+    Args:
+        size: The network and the video.
+        num_devices: How many devices share the forward.
+        num_keys: How many cached tokens each head attends to, where these are not all of the window.
 
     Returns:
         The operations of `attention`, self and cross, and of the `linear` layers.
@@ -154,7 +159,7 @@ def forward_flops(size: BenchSize, num_devices: int = 1) -> dict[str, int]:
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     patch_height, patch_width = size.patch_size
     frame_tokens = (size.height // patch_height) * (size.width // patch_width)
-    tokens, keys = size.chunk_size * frame_tokens, size.window_size * frame_tokens
+    tokens, keys = size.chunk_size * frame_tokens, num_keys or size.window_size * frame_tokens
     patch = patch_height * patch_width
 
     projections = 2 * tokens * dim * dim * (4 + 2)  # query, key, value, output; query and output of cross-attention

@@ -110,18 +110,22 @@ def _setting_lines(setting: dict[str, Any]) -> list[str]:
     height, width = setting["pixels"]
     network = f"{setting['layers']} layers, width {setting['width']}, {setting['heads']} heads, FFN {setting['ffn']}"
     latents = "x".join(map(str, setting["latents"]))
+    steps = setting["steps"]
+    forwards = f"{counted(steps, 'step')} and the clean pass: {counted(steps + 1, 'forward')} a chunk"
+    if setting["stream"].get("clean_pass") == "last":
+        forwards = f"{counted(steps, 'step')}, the last of which is remembered: {counted(steps, 'forward')} a chunk"
     return [
         f"date      {setting['date']}",
         f"device    {shared}{setting['device']}{cpu}, {counted(setting['threads'], 'CPU thread')} of "
         f"{counted(setting['cores'], 'core')}{load}",
         f"software  {versions}{commit}",
         f"network   {size}: {network}; random weights, {setting['dtype']}{nvfp4}",
-        f"attention backend {setting['attention_backend']}{compiled}; {setting['text_tokens']} text tokens; "
-        f"decoder {setting['decoder']}{stream}",
+        f"speed     {setting['speed']}; attention backend {setting['attention_backend']}{compiled}; "
+        f"{setting['text_tokens']} text tokens; decoder {setting['decoder']}{stream}",
         f"video     {setting['frames']} frames of {height}x{width}, batch 1",
         f"          {setting['chunks']} chunks of {setting['chunk_size']} latent frames of {latents}",
         f"cache     window of {setting['window_size']} latent frames, sink {setting['sink_size']}",
-        f"solver    {setting['steps']} steps and the clean pass: {setting['steps'] + 1} forwards a chunk; no guidance",
+        f"solver    {forwards}; no guidance",
     ]
 
 

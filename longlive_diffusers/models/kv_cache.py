@@ -203,6 +203,14 @@ class KVCache:
         """The indices of the chunks of which a frame is held, for any sample."""
         return {frame.index // self.chunk_size for sample in self._samples for frame in sample.slots}
 
+    @property
+    def num_attended_tokens(self) -> int:
+        """The number of cached tokens that each head attends to in the open chunk."""
+        blocks = self.chunk.blocks
+        if blocks is not None:
+            return blocks.count * blocks.size
+        return self.chunk.length * self.grid_height * self.grid_width
+
     def begin_chunk(
         self,
         num_frames: int,

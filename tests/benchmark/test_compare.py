@@ -1,11 +1,16 @@
 """`longlive bench --compare`: which settings it takes, and a run on the toy. Which is faster is never asserted."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from longlive_diffusers.benchmark.compare import compare
+from longlive_diffusers.benchmark.options import BenchOptions
 from longlive_diffusers.benchmark.profiling import PRODUCTS
+from longlive_diffusers.benchmark.sizes import SIZES
 from longlive_diffusers.cli import main
 
 
@@ -21,13 +26,15 @@ def quick_matmul(monkeypatch):
 
 
 def test_two_settings_are_measured_in_turns(tmp_path, capfd):
-    options = "--dtype bfloat16 --kv-cache-dtype fp8 --decoder tiny"
+    options = "--dtype bfloat16 --kv-cache-dtype fp8 --decoder tiny --clean-pass last --attention-density 0.5"
     command = ["bench", *SMALL, "--compare", options, "--rounds", "2", "--results", str(tmp_path)]
     assert main(command) == 0
     table, progress = capfd.readouterr()
     (json_file,) = tmp_path.glob("*.json")
     report = json.loads(json_file.read_text())
-    assert json_file.stem.endswith("_vs_dtype-bfloat16-kv-cache-dtype-fp8-decoder-tiny")
+    assert json_file.stem.endswith(
+        "_vs_dtype-bfloat16-kv-cache-dtype-fp8-decoder-tiny-clean-pass-last-attention-density-0.5"
+    )
     assert report["labels"][0].startswith("float32 ") and report["labels"][1] == options
 
     first, second = report["setting"], report["compared_setting"]
@@ -38,6 +45,10 @@ def test_two_settings_are_measured_in_turns(tmp_path, capfd):
 
     before, after = report["results"]["once"]
     assert before["kv_cache_bytes"] > after["kv_cache_bytes"] > 0
+    assert before["forward_flops"] > after["forward_flops"] > 0, "of the blocks that are attended to"
+    assert before["part_flops"]["linear"] == after["part_flops"]["linear"]
+    assert "1 step and the clean pass: 2 forwards a chunk" in table
+    assert "1 step, the last of which is remembered: 1 forward a chunk" in table
     assert before["weights_bytes"]["transformer"] > after["weights_bytes"]["transformer"]
     assert next(iter(after["attention_kernels"])) == PRODUCTS
     ratios = report["results"]["ratios"]
@@ -54,6 +65,25 @@ def test_two_settings_are_measured_in_turns(tmp_path, capfd):
     assert f"| {TIMES[0]} |" in markdown and f"{ratios['forward']['ratio']:.3f}" in markdown
     assert "`longlive bench --window 4" in markdown and first["versions"]["torch"] in markdown
     assert "second / first" in table and "longlive bench: denoising, in turns ...\n" in progress
+
+
+@pytest.mark.parametrize(("device", "rates"), [("meta", [1e9, 2e9]), ("cpu", [1e9, 1e9])])
+def test_each_setting_is_measured_by_the_rate_of_its_own_device(monkeypatch, device, rates):
+    first = BenchOptions("toy", SIZES["toy"](), torch.device("cpu"), torch.float32)
+    second = replace(first, device=torch.device(device))
+    place = "longlive_diffusers.benchmark.compare."
+    monkeypatch.setattr(
+        place + "matmul_rates", lambda options, *_: {"float32": {"cpu": 1e9}.get(options.device.type, 2e9)}
+    )
+    for name in ("warm_up", "weights"):
+        monkeypatch.setattr(place + name, lambda *args, **options: {})
+    monkeypatch.setattr(place + "build", lambda options: SimpleNamespace(pipe=None))
+    monkeypatch.setattr(place + "measure_one_forward", lambda setup, options, matmul: {"matmul": matmul})
+    stages = compare(first, second, 1, lambda stage: None, lambda pipe: None)
+    once = next(stage["once"] for stage in stages if "once" in stage)
+    assert [found["matmul"] for found in once] == rates
+    told = [found.get("matmul_flops_per_second") for found in once]
+    assert told == ([None, None] if device == "cpu" else [{"float32": rate} for rate in rates])
 
 
 def test_a_setting_is_compared_with_itself(tmp_path, monkeypatch):

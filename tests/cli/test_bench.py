@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.benchmark.measure import as_time
 from longlive_diffusers.benchmark.models import random_model, random_pipeline
 from longlive_diffusers.benchmark.options import BenchOptions
-from longlive_diffusers.benchmark.runs import measure_denoise, measure_whole
+from longlive_diffusers.benchmark.runs import full_window_forward, measure_denoise, measure_whole
 from longlive_diffusers.benchmark.setup import build
 from longlive_diffusers.benchmark.sizes import SIZES, BenchSize, forward_flops
 from longlive_diffusers.cli import main
@@ -40,14 +41,22 @@ def random_embeds(size: BenchSize) -> torch.Tensor:
     return torch.randn(1, size.text_tokens, size.transformer["text_dim"])
 
 
+@pytest.mark.parametrize("density", [1, 0.5, 0.1])
 @pytest.mark.parametrize(
     "changes", [{}, {"height": 4, "width": 10, "window_size": 8, "text_tokens": 7}], ids=["toy", "another size"]
 )
-def test_the_formula_counts_what_pytorch_counts(changes):
+def test_the_formula_counts_what_pytorch_counts(changes, density):
+    """All of it but the choice of blocks, where only some are attended to."""
     size = replace(SIZES["toy"](), **changes)
     transformer = random_model(LongLiveTransformer3DModel, size.transformer, CPU, torch.float32)
     cache = transformer.create_kv_cache(
-        1, size.height, size.width, window_size=size.window_size, sink_size=2, multi_shot_sink=True
+        1,
+        size.height,
+        size.width,
+        window_size=size.window_size,
+        sink_size=2,
+        multi_shot_sink=True,
+        attention_density=density,
     )
     latents = torch.randn(1, size.transformer["in_channels"], size.chunk_size, size.height, size.width)
     embeds, timestep = random_embeds(size), torch.full((1, size.chunk_size), 500.0)
@@ -57,7 +66,13 @@ def test_the_formula_counts_what_pytorch_counts(changes):
         transformer(latents, timestep, embeds, kv_cache=cache)  # caches the text
         with FlopCounterMode(display=False) as counter:
             transformer(latents, timestep, embeds, kv_cache=cache)
-    assert sum(forward_flops(size).values()) == counter.get_total_flops()
+    choice, blocks, config = 0, cache.chunk.blocks, size.transformer
+    if blocks is not None:
+        of_a_head = 2 * config["attention_head_dim"] * blocks.strips * blocks.is_always_seen.shape[1]
+        choice = config["num_layers"] * config["num_attention_heads"] * of_a_head
+    counted = sum(forward_flops(size, num_keys=cache.num_attended_tokens).values())
+    assert counted + choice == counter.get_total_flops()
+    assert (counted < sum(forward_flops(size).values())) == (density < 1)
 
 
 def test_devices_divide_the_work_of_whole_frames_and_of_heads():
@@ -126,10 +141,12 @@ def test_runs_make_the_video_they_time(decoder):
         assert 0 < latency["between_chunks_median"] <= latency["between_chunks_p95"]
         later = result["seconds"] - latency["first_frame"]  # and what ends the session
         assert latency["frames_per_second"] >= 32 / later and latency["stalls"] in range(5)
-        # float32 keys and values of 8 frames of 16 tokens in every layer
-        config = pipe.transformer.config
-        width = config.num_attention_heads * config.attention_head_dim
-        assert result["kv_cache_bytes"] == 4 * 2 * 8 * 16 * config.num_layers * width
+    with full_window_forward(setup) as forward:
+        assert torch.equal(forward()[0], forward()[0])
+    # float32 keys and values of 8 frames of 16 tokens in every layer
+    config = pipe.transformer.config
+    width = config.num_attention_heads * config.attention_head_dim
+    assert forward.kv_cache.num_bytes == 4 * 2 * 8 * 16 * config.num_layers * width
 
 
 def test_the_table_and_the_file_say_the_same(tmp_path, capfd):
@@ -164,7 +181,7 @@ def test_the_table_and_the_file_say_the_same(tmp_path, capfd):
         parameter.numel() for parameter in random_pipeline(size, CPU, torch.float32).transformer.parameters()
     )
 
-    assert list(results["synchronous"]) == ["seconds", "frames_per_second", "kv_cache_bytes", "latency"]
+    assert list(results["synchronous"]) == ["seconds", "frames_per_second", "latency"]
 
     for text in (setting["device"], torch.__version__, "37 frames of 64x128", "window of 6", "2 steps", "float32"):
         assert text in table
@@ -212,7 +229,9 @@ def test_what_was_measured_before_a_failure_is_reported(monkeypatch, tmp_path, c
     shares = {"attention": 0.25, "linear": 0.5, "rest": 0.25}
     profiled = {"shares": shares, "attention_kernels": {"aten::bmm": 1.0}, "kernels": None}
     monkeypatch.setattr(report + "warm_up", lambda *args, **options: None)
-    monkeypatch.setattr(report + "full_window_forward", nullcontext)
+    cache = SimpleNamespace(num_bytes=2**20, num_attended_tokens=64)
+    forward = SimpleNamespace(kv_cache=cache)
+    monkeypatch.setattr(report + "full_window_forward", lambda setup: nullcontext(forward))
     monkeypatch.setattr(report + "measure_forward", lambda *args: (4.0, None))
     monkeypatch.setattr(report + "profile_forward", lambda *args: profiled)
     monkeypatch.setattr(report + "measure_denoise", lambda *args: ([0.5] * 12, []))
@@ -224,7 +243,7 @@ def test_what_was_measured_before_a_failure_is_reported(monkeypatch, tmp_path, c
     results = json.loads(path.read_text())["results"]
     assert results["forward"] == parts and results["denoise_chunk"] == 0.5 and results["decode_chunk"] == 0.25
     assert "synchronous" not in results and "synchronous" not in table
-    for row in ("matmul float32", "forward", "denoise", "decode", "weights"):
+    for row in ("matmul float32", "forward", "denoise", "decode", "weights", "KV cache"):
         assert any(line.startswith(row) for line in table.splitlines()), row
     assert told in err.splitlines()[-1]
 
