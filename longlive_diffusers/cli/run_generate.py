@@ -16,6 +16,7 @@ from ..latency import Latency
 from ..pipelines.pipeline_longlive import LongLivePipeline
 from ..pipelines.pipeline_output import VideoChunk
 from ..pipelines.session import StreamingSession
+from ..signal_handling import handled
 from ..video.writer import VideoWriter
 from ..wording import counted
 from .choices import FPS
@@ -166,11 +167,8 @@ def interrupts(session: StreamingSession, *, is_shared: bool) -> Iterator[list[i
         received.append(number)
         session.interrupt()
 
-    previous = signal.signal(signal.SIGINT, end)
-    try:
+    with handled([signal.SIGINT], end):
         yield received
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def describe_chunk(chunk: VideoChunk, progress: Progress) -> str:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from ..signal_handling import handled
+
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -27,9 +29,5 @@ def ends_cleanly(outcome: str | None = "what was half-written is removed") -> It
             print(f"longlive: ended by {signal.Signals(number).name}; {outcome}", file=sys.stderr)
         raise SystemExit(128 + number)
 
-    previous = {number: signal.signal(number, end) for number in _SIGNALS}
-    try:
+    with handled(_SIGNALS, end):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

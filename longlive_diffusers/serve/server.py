@@ -9,6 +9,7 @@ from collections.abc import Generator
 
 import uvicorn
 
+from ..signal_handling import handled
 from .app import LiveApp
 from .messages import MAX_IMAGE_BYTES
 
@@ -88,8 +89,5 @@ class LiveServer(uvicorn.Server):
             if not is_main or not hasattr(signal, "SIGHUP"):
                 yield
                 return
-            previous = signal.signal(signal.SIGHUP, self.handle_exit)
-            try:
+            with handled([signal.SIGHUP], self.handle_exit):
                 yield
-            finally:
-                signal.signal(signal.SIGHUP, previous)

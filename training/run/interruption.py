@@ -4,11 +4,14 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
+
+from longlive_diffusers.signal_handling import handled
 
 
 logger = logging.getLogger("interruption")
@@ -25,15 +28,14 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.signal = accelerator, 0
-        self._handlers: dict[int, Any] = {}
+        self._handlers = ExitStack()
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._note) or signal.SIG_DFL
+        self._handlers.enter_context(handled((signal.SIGINT, signal.SIGTERM), self._note))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        self._handlers.close()
 
     def unless_requested(self, fetch: Callable[[], list]) -> list:
         """Return what `fetch` returns; nothing if it fails because the signal also ended processes that read data."""
@@ -51,12 +53,7 @@ class StopRequest:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+        self._handlers.close()
 
 
 def ignore_stop_requests(_: int) -> None:
