@@ -78,20 +78,25 @@ def stored_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _weight_files(component: Path, source: str | os.PathLike) -> Iterator[Path]:
-    """Yield a component's weight files; for those that are in parts, the parts that the index of the parts names."""
-    indexes = sorted(component.glob(f"*{_INDEX}"))
-    for index in indexes:
-        name = f"{component.name}/{index.name}"
-        parts = read_config(component.parent, name, source).get("weight_map")
-        if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
-            raise ValueError(f"{name} of '{source}' has no weight_map from names of weights to names of files.")
-        wanted = sorted(set(parts.values()))
-        if missing := [part for part in wanted if not (component / part).is_file()]:
-            raise ValueError(
-                f"'{source}' is incomplete: {len(missing)} of the {len(wanted)} weight files of {component.name} are "
-                f"missing ({first_names(missing, 3)})."
-            )
-        yield from (component / part for part in wanted)
-    if not indexes:
-        found = sorted(component.glob("*.safetensors")) or sorted(component.glob("*.bin"))
-        yield from found
+    """Yield a component's weight files, in the format that is loaded where there are two; for those that are in parts,
+    the parts that the index of the parts names."""
+    for suffix in (".safetensors", ".bin"):
+        indexes, files = (sorted(component.glob(f"*{suffix}{end}")) for end in (_INDEX, ""))
+        if indexes or files:
+            parts = [part for index in indexes for part in _parts(component, index.name, source)]
+            yield from parts if indexes else files
+            return
+
+
+def _parts(component: Path, index: str, source: str | os.PathLike) -> list[Path]:
+    name = f"{component.name}/{index}"
+    parts = read_config(component.parent, name, source).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+        raise ValueError(f"{name} of '{source}' has no weight_map from names of weights to names of files.")
+    wanted = sorted(set(parts.values()))
+    if missing := [part for part in wanted if not (component / part).is_file()]:
+        raise ValueError(
+            f"'{source}' is incomplete: {len(missing)} of the {len(wanted)} weight files of {component.name} are "
+            f"missing ({first_names(missing, 3)})."
+        )
+    return [component / part for part in wanted]

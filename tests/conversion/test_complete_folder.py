@@ -83,6 +83,17 @@ def test_a_missing_part_is_named(in_parts):
         PipelineFolder.find(in_parts)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.fp16.bin"])
+def test_an_index_of_parts_in_another_format_is_passed_over(folder, name):
+    """As repositories have it whose pickles are not downloaded, which the index of their parts is."""
+    index = folder / "text_encoder" / f"{name}.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}))
+    PipelineFolder.find(folder)
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"1 of the 1 weight files of text_encoder are missing \(pytorch_model-0"):
+        PipelineFolder.find(folder)
+
+
 @pytest.mark.parametrize("weight_map", [None, [], {"a": 3}])
 def test_an_index_of_parts_that_is_none(in_parts, weight_map):
     edit(next(in_parts.glob("transformer/*.index.json")), weight_map=weight_map)
