@@ -305,21 +305,22 @@ class KVCache:
             self.finish_chunk()
             yield [[frame.index for frame in rewritten] for rewritten in frames]
 
-    def has_text(self, encoder_hidden_states: torch.Tensor) -> bool:
-        """Whether the cached text keys and values were computed from this very tensor, and it is unchanged since."""
+    def has_text(self, encoder_hidden_states: torch.Tensor, lora_scale: float = 1.0) -> bool:
+        """Whether the cached text keys and values were computed from this very tensor, which is unchanged since, with
+        LoRAs of this scale."""
         if self._text_source is None:
             return False
-        source, version = self._text_source
-        return source is encoder_hidden_states and version == version_of(source)
+        source, version, scale = self._text_source
+        return source is encoder_hidden_states and version == version_of(source) and scale == lora_scale
 
-    def cache_text(self, encoder_hidden_states: torch.Tensor) -> None:
-        """Register this tensor as the source of the text keys and values that the next forward computes."""
+    def cache_text(self, encoder_hidden_states: torch.Tensor, lora_scale: float = 1.0) -> None:
+        """Register what the text keys and values that the next forward computes are made of."""
         self.clear_text()
-        self._text_source = (encoder_hidden_states, version_of(encoder_hidden_states))
+        self._text_source = (encoder_hidden_states, version_of(encoder_hidden_states), lora_scale)
 
     def clear_text(self) -> None:
         """Make the layers compute their text keys and values again in the next forward."""
-        self._text_source: tuple[torch.Tensor, int | None] | None = None
+        self._text_source: tuple[torch.Tensor, int | None, float] | None = None
         for layer in self._layers:
             layer.reset()
 

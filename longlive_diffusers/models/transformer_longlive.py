@@ -19,7 +19,6 @@ from diffusers.models.transformers.transformer_wan import (
     WanTimeTextImageEmbedding,
     WanTransformer3DModel,
 )
-from diffusers.utils import apply_lora_scale
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -37,7 +36,7 @@ from ..parallel.stream_ranks import StreamRanks
 from ..setting_types import check_setting_types
 from .altered_layers import check_can_be_saved, check_takes_lora
 from .attention import LongLiveAttnProcessor
-from .attention_kwargs import with_checked_attention_kwargs
+from .attention_kwargs import Turns, lora_scale, with_lora_scale, with_present_scales
 from .chunk_history import ChunkHistory
 from .chunk_mask import ChunkMask
 from .kv_cache import KVCache
@@ -207,9 +206,9 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
         self.stream_ranks: StreamRanks | None = None  # set by `enable_parallelism`
+        self.lora_turns = Turns()
 
-    @with_checked_attention_kwargs
-    @apply_lora_scale("attention_kwargs")
+    @with_lora_scale
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -301,12 +300,13 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         temb, modulation = self._embed_time(timestep, tokens.dtype)
         # Cached text has no graph, or one that an earlier backward has used up: with gradients, it is projected again.
         text_cache = kv_cache if not torch.is_grad_enabled() else None
+        scale_of_loras = lora_scale(attention_kwargs)
         if encoder_hidden_states is not None and (
-            text_cache is None or not text_cache.has_text(encoder_hidden_states)
+            text_cache is None or not text_cache.has_text(encoder_hidden_states, scale_of_loras)
         ):
             text = self.condition_embedder.text_embedder(encoder_hidden_states.to(dtype))
             if text_cache is not None:
-                text_cache.cache_text(encoder_hidden_states)
+                text_cache.cache_text(encoder_hidden_states, scale_of_loras)
 
         # With gradients, blocks attend to what the cache holds now, which can be read again in the backward. Not so
         # where the whole network is compiled: it reads copies, and a block that ran twice would write twice.
@@ -322,6 +322,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             arguments = (tokens, text, modulation, rotary_emb, mask, layer_cache, chunk, sp_mesh, exchange, has_text)
             is_repeatable = layer_cache is None or has_history
             if self.gradient_checkpointing and torch.is_grad_enabled() and is_repeatable:
+                run = run if scale_of_loras == 1 else with_present_scales(block, run)
                 tokens = self._gradient_checkpointing_func(run, *arguments)  # pyright: ignore[reportOptionalCall]
             else:
                 tokens = run(*arguments)

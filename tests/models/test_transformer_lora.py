@@ -1,6 +1,9 @@
 """LoRA on the network, by diffusers' own calls: add, save, load, scale, fuse, swap, remove."""
 
+import copy
 import json
+import pickle
+import threading
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from longlive_diffusers import LongLiveTransformer3DModel
+from longlive_diffusers.models.lora_scales import lora_scales
 from tests.support.checks import logged_by
 from tests.support.tiny_pipeline import FORWARDS, every_forward, like, random_inputs, tiny_cache, tiny_transformer
 
@@ -182,7 +186,6 @@ def test_saving_an_unknown_adapter_raises(model, tmp_path):
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "x", None, True, [1.0]], ids=str)
 def test_a_scale_that_is_no_number_raises_and_leaves_the_lora_as_it_was(model, scale):
-    """diffusers multiplies the LoRA's own scale by it for a forward, and divides afterwards."""
     model.add_adapter(lora_config())
     inputs = random_inputs()
     with torch.no_grad():
@@ -214,6 +217,92 @@ def test_the_scale_of_one_forward(model, kind):
     assert torch.equal(FORWARDS[kind](model), full), "a scale lasts for one forward"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("own", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e308, -1e308, 5e-324, 0.1, -2.0])
+def test_whatever_the_scale_of_a_forward_the_lora_keeps_its_own(model, own, scale):
+    """Multiplied and divided, it would be lost where the product is 0 or infinite, and rounded elsewhere."""
+    model.add_adapter(lora_config())
+    model.set_adapters("default", own)
+    before, scales = BLOCK_CAUSAL(model), lora_scales(model)
+    model(**random_inputs(), attention_kwargs={"scale": scale})
+    assert lora_scales(model) == scales and torch.equal(BLOCK_CAUSAL(model), before)
+
+
+def test_a_forward_that_fails_leaves_the_lora_its_scale(model):
+    model.add_adapter(lora_config())
+    scales, inputs = lora_scales(model), random_inputs()
+    for arguments in ({"timestep": torch.zeros(1, 3)}, {"encoder_hidden_states": torch.zeros(1, 8, 3)}):
+        with pytest.raises((ValueError, RuntimeError)):
+            model(**{**inputs, **arguments}, attention_kwargs={"scale": 0.0})
+        assert lora_scales(model) == scales
+
+
+@torch.no_grad()
+def test_the_scale_may_be_given_by_position(model):
+    model.add_adapter(lora_config())
+    inputs = random_inputs()
+    expected = model(**inputs, attention_kwargs={"scale": 0.25}).sample
+    assert torch.equal(model(*inputs.values(), None, None, None, {"scale": 0.25}).sample, expected)
+    with pytest.raises(ValueError, match="must be a finite number"):
+        model(*inputs.values(), None, None, None, {"scale": float("nan")})
+
+
+@pytest.mark.parametrize("kind", ["block causal", "teacher forcing"])
+def test_a_checkpoint_runs_again_with_the_scale_of_its_forward(model, kind):
+    model.add_adapter(lora_config())
+    weight = model.blocks[0].attn1.to_q.lora_B["default"].weight
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        FORWARDS[kind](Scaled(model, 0.25)).square().sum().backward()
+        return weight.grad.clone()
+
+    expected = gradient()
+    model.enable_gradient_checkpointing()
+    scales = lora_scales(model)
+    torch.testing.assert_close(gradient(), expected, atol=0, rtol=1e-6)
+    assert lora_scales(model) == scales
+
+
+@torch.no_grad()
+def test_a_forward_beside_one_that_is_scaled_is_not(model):
+    """In another thread: layers hold their scales for all. One waits for the other."""
+    model.add_adapter(lora_config())
+    full, half = model(**random_inputs()).sample, model(**random_inputs(), attention_kwargs={"scale": 0.5}).sample
+    is_within, found = threading.Event(), []
+
+    def wait_once(*_) -> None:
+        hook.remove()
+        is_within.set()
+        other.join(0.1)  # which would be long done
+
+    def run_beside() -> None:
+        is_within.wait(10)
+        with torch.no_grad():
+            found.append(model(**random_inputs()).sample)
+
+    other = threading.Thread(target=run_beside)
+    hook = model.blocks[0].register_forward_pre_hook(wait_once)
+    other.start()
+    assert torch.equal(model(**random_inputs(), attention_kwargs={"scale": 0.5}).sample, half)
+    other.join(10)
+    assert torch.equal(found[0], full)
+
+
+@torch.no_grad()
+def test_a_network_with_a_lora_is_copied_pickled_and_compiled(model):
+    model.add_adapter(lora_config())
+    inputs = random_inputs()
+    expected = model(**inputs, attention_kwargs={"scale": 0.5}).sample
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(**inputs, attention_kwargs={"scale": 0.5}).sample, expected)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    found = compiled(**inputs, attention_kwargs={"scale": 0.5}).sample
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(model(**inputs, attention_kwargs={"scale": 0.5}).sample, expected)
+
+
 class Scaled:
     """`model`, called with `attention_kwargs`."""
 
@@ -233,6 +322,7 @@ def test_the_scale_of_a_stream_reaches_its_text_too(model, scale):
     inputs = random_inputs(2)
     cache = tiny_cache(model)
     cache.begin_chunk(2)
+    model(**inputs, kv_cache=cache, attention_kwargs={"scale": 0.75})
     streamed = model(**inputs, kv_cache=cache, attention_kwargs={"scale": scale}).sample
     whole = model(**inputs, attention_kwargs={"scale": scale}).sample
     torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=1e-5)

@@ -225,16 +225,20 @@ def test_a_callback_changes_them_between_steps(files, change):
     assert not torch.equal(chunks(pipeline(**loras), nothing), expected)
 
 
-def test_attention_kwargs_that_a_callback_sets_change_the_text(files):
+@pytest.mark.parametrize("clean_pass", ["full", "text_free", "last"])
+@pytest.mark.parametrize("changed_after", [0, 1, 2])
+def test_attention_kwargs_that_a_callback_sets_change_the_text(files, changed_after, clean_pass):
+    """Also those that it sets after the last step of a chunk, whose clean pass has the scale of before."""
+
     def on_step_end(pipe, step, timestep, tensors):
-        if step == 2:
+        if step == changed_after:
             pipe._attention_kwargs = {"scale": 0.3}
         return {}
 
-    pipe = pipeline(**files)
+    pipe, changes = pipeline(**files), {"callback_on_step_end": on_step_end, "clean_pass": clean_pass}
     forget_always(pipe)
-    expected = chunks(pipe, lambda pipe: None, callback_on_step_end=on_step_end)
-    assert torch.equal(chunks(pipeline(**files), lambda pipe: None, callback_on_step_end=on_step_end), expected)
+    expected = chunks(pipe, lambda pipe: None, **changes)
+    assert torch.equal(chunks(pipeline(**files), lambda pipe: None, **changes), expected)
 
 
 # -- computed once ---------------------------------------------------------------------------------------------------
