@@ -133,10 +133,12 @@ class StreamingDecoder:
         self, latents: torch.Tensor, cache: list, first: bool, split: ColumnSplit | None
     ) -> list[torch.Tensor]:
         """Compute what the module would, several latent frames at once but for the first of a video."""
-        decoder, (batch, _, count, height, width) = self.vae.decoder, latents.shape
+        decoder, (batch, _, count, *size) = self.vae.decoder, latents.shape
         is_compiled = is_compiled_in_place(decoder) and split is None  # a compiler does not follow what ranks exchange
         decode = self._compiled_decode if is_compiled else decode_frames
-        most = frames_at_once(decoder, batch, height, width, FRAMES_AT_ONCE)
+        if split is not None:  # as many frames on every rank: the widest part, with its neighbors' columns, has to fit
+            size[split.axis] = max(split.columns) + 2
+        most = frames_at_once(decoder, batch, *size, most=FRAMES_AT_ONCE)
         lengths = [1] * first + [most] * ((count - first) // most)
         kept, decoded = from_feature_cache(decoder, cache, latents), []
         for frames in latents.tensor_split(list(accumulate(lengths)), dim=2):

@@ -14,10 +14,12 @@ from torch._dynamo.testing import CompileCounter
 
 from longlive_diffusers import StreamingDecoder
 from longlive_diffusers.assets import toy_pipeline_path
+from longlive_diffusers.models import streaming_vae
 from longlive_diffusers.models.wan_decoder import cached_convolutions, decode_frames
 from longlive_diffusers.models.wan_decoder.norm_silu import norm_silu_after
 from longlive_diffusers.models.wan_decoder.published_modules import is_as_published
 from longlive_diffusers.models.wan_decoder.upsample import add_repeated, double_and_convolve
+from longlive_diffusers.parallel.columns import HEIGHT, WIDTH, ColumnSplit
 from tests.support.tiny_vae import tiny_vae, wan_2_1_vae
 from tests.support.traffic import Traffic
 
@@ -372,3 +374,29 @@ def test_a_compiled_decoder_has_a_graph_for_the_first_frame_and_one_for_each_num
         latents = latents_for(vae, sum(lengths))
         assert_close(stream(compiled, latents, lengths), stream(vae, latents, lengths))
         assert counter.frame_count == 1 + 4
+
+
+@pytest.mark.parametrize("axis", [WIDTH, HEIGHT])
+@pytest.mark.parametrize("columns", [(3, 2), (2, 3), (4, 4, 3), (1, 1)])
+def test_ranks_decode_the_same_numbers_of_frames_at_once(monkeypatch, axis, columns):
+    """Also where only the widest part allows fewer: they exchange columns in each call."""
+    called = []
+
+    def note(decoder, frames, kept, first, split):
+        called.append(frames.shape[2])
+        return frames, kept
+
+    monkeypatch.setattr(streaming_vae, "decode_frames", note)
+    decoder, numbers = StreamingDecoder(tiny_vae()), []
+    for most in (2**30, 20_000, 10_000, 5_000, 1):
+        monkeypatch.setattr(cached_convolutions, "MOST_ELEMENTS", most)
+        for rank, own in enumerate(columns):
+            called.clear()
+            size = [4, 4]
+            size[axis] = own
+            split = ColumnSplit(columns, rank, axis)
+            cache = [None] * decoder.vae._cached_conv_counts["decoder"]
+            decoder._compute(torch.zeros(1, 8, 9, *size), cache, True, split)
+            numbers.append(tuple(called))
+        assert len(set(numbers)) == 1
+        numbers.clear()
