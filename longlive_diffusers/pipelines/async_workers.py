@@ -5,13 +5,14 @@ memory of one stream to no other, so a stream for each session would leave gigab
 cuDNN plans its attention kernels once for each thread.
 """
 
+import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 
 from .denoiser import DenoisedChunk
+from .prefetch import OneThread
 
 
 class DenoiseWorker:
@@ -24,7 +25,7 @@ class DenoiseWorker:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="longlive-denoise")
+        self.thread = OneThread("longlive-denoise")
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def chunks(self, source: Generator[DenoisedChunk, None, None]) -> Generator[DenoisedChunk, None, None]:
@@ -60,18 +61,21 @@ class AsyncWorkers:
     def __init__(self):
         self._denoise: dict[torch.device, DenoiseWorker] = {}
         self._decode_streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._lock = threading.Lock()  # sessions may begin in several threads
 
     def denoise_worker(self, device: torch.device) -> DenoiseWorker:
         """Return the worker that denoises on `device`."""
-        if device not in self._denoise:
-            self._denoise[device] = DenoiseWorker(device)
-        return self._denoise[device]
+        with self._lock:
+            if device not in self._denoise:
+                self._denoise[device] = DenoiseWorker(device)
+            return self._denoise[device]
 
     def decode_stream(self, device: torch.device) -> torch.cuda.Stream:
         """Return the stream for decoding on the GPU that also denoises."""
-        if device not in self._decode_streams:
-            self._decode_streams[device] = torch.cuda.Stream(device)
-        return self._decode_streams[device]
+        with self._lock:
+            if device not in self._decode_streams:
+                self._decode_streams[device] = torch.cuda.Stream(device)
+            return self._decode_streams[device]
 
     def __getstate__(self) -> dict:
         return {}  # threads and streams can be neither copied nor pickled

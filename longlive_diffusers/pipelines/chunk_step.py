@@ -204,8 +204,12 @@ def predict_velocity(
     if conditioning.first_frame is not None:
         per_frame[:, 0] = 0
     branches = _branches(kv_caches, conditioning)
-    # Guidance may be switched off between steps; without a second cache, it cannot be switched on.
-    guided = len(kv_caches) > 1 and is_guided(conditioning.guidance_scale)
+    guided = is_guided(conditioning.guidance_scale)
+    if guided and len(kv_caches) == 1:
+        raise ValueError(
+            f"A `guidance_scale` of {conditioning.guidance_scale:g} needs a KV cache of the negative prompt, which a "
+            "video has only if it begins with guidance: this one may only change to 1, which is none."
+        )
     if conditioning.branch_group is None:
         branches = branches[: 2 if guided else 1]
     if finishes:

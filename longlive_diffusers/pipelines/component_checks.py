@@ -8,6 +8,12 @@ from diffusers import ConfigMixin, WanTransformer3DModel
 NOT_VELOCITIES = ("epsilon", "sample", "v_prediction")
 
 
+def check_has_transformer(transformer: Any, why: str) -> None:
+    """Raise a ValueError if the transformer of a pipeline is missing, which says what it is needed for."""
+    if transformer is None:
+        raise ValueError(f"This pipeline has no transformer: {why}.")
+
+
 def check_components(transformer: Any, scheduler: Any) -> None:
     """Raise a ValueError if the transformer or the scheduler of a pipeline is missing, or of another kind."""
     missing = [name for name, it in (("transformer", transformer), ("scheduler", scheduler)) if it is None]

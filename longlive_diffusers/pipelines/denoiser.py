@@ -114,7 +114,7 @@ class ChunkDenoiser:
         self._text_made_with: tuple | None = None  # what the cached keys and values of the text were computed with
         self._thread: int | None = None  # the one that makes a chunk
         self._agreement, self._is_ended = agreement, False  # whether the others know of the end
-        self.failure: BaseException | None = None  # what has ended the stream
+        self.failure: BaseException | None = None  # what has ended the stream that ranks share
         self._ends_early = False  # the chunk in progress after its current step, as the first rank decides
         self._calls_back = agreement.order(callback is not None)
 
@@ -210,7 +210,8 @@ class ChunkDenoiser:
             try:
                 yield
             except BaseException as error:
-                self.failure = error
+                if not self._agreement.is_alone:  # the error has the KV caches in its traceback
+                    self.failure = error
                 self._agreement.fail(error)
             finally:
                 self._thread = None
@@ -307,10 +308,10 @@ class ChunkDenoiser:
         changed = self._agree_on_changes(check_returned(returned, tensors), given)
         self._check_text()
         if changed.get("prompt_embeds", conditioning.prompt_embeds) is not conditioning.prompt_embeds:
-            conditioning.prompt_embeds = changed["prompt_embeds"]
+            conditioning.prompt_embeds = changed["prompt_embeds"].to(self.device)
             self.prompts.replace_embeds(conditioning.prompt_embeds)
-        if "negative_prompt_embeds" in changed:
-            conditioning.negative_prompt_embeds = changed["negative_prompt_embeds"]
+        if changed.get("negative_prompt_embeds") is not None:
+            conditioning.negative_prompt_embeds = changed["negative_prompt_embeds"].to(self.device)
             self.prompts.negative_embeds = conditioning.negative_prompt_embeds
         return changed.get("latents", latents).to(latents)
 
@@ -328,10 +329,8 @@ class ChunkDenoiser:
         if not self._agreement.leads:
             run.guidance_scale, run.attention_kwargs = guidance_scale, attention_kwargs
             check_loras(loras, first_loras)
-        tensors = {name: self._agreement.tensor(lambda name=name: changed[name]) for name in names}
-        if "latents" in tensors:  # to no rank the same tensor: all take them for changed, or none
-            tensors["latents"] = tensors["latents"].clone()
-        return tensors
+        # To no rank the same tensor: all take it for changed, or none.
+        return {name: self._agreement.tensor(lambda name=name: changed[name]).clone() for name in names}
 
     @property
     def _is_ending(self) -> bool:
@@ -341,9 +340,8 @@ class ChunkDenoiser:
 
     def _check_text(self) -> None:
         """Have the text's keys and values computed again if they would come out differently now. To be called wherever
-        others' code has run: it may have changed weights, or chosen another LoRA or another scale of it."""
-        fingerprint = text_fingerprint(self.transformer)
-        made_with = None if fingerprint is None else (fingerprint, copy.copy(self.run.attention_kwargs))
+        others' code has run: it may have changed weights, or chosen another LoRA."""
+        made_with = text_fingerprint(self.transformer)
         if made_with is None or made_with != self._text_made_with:
             for kv_cache in self.own_caches:
                 kv_cache.clear_text()

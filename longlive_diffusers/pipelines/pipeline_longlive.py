@@ -44,7 +44,7 @@ from ..wording import counted
 from .async_workers import AsyncWorkers
 from .callbacks import CALLBACK_TENSOR_INPUTS
 from .chunk_step import is_guided
-from .component_checks import check_components
+from .component_checks import check_components, check_has_transformer
 from .decoder import ChunkDecoder
 from .denoiser import ChunkDenoiser
 from .inputs import (
@@ -55,6 +55,7 @@ from .inputs import (
     check_latents,
     check_output_type,
     describe_request,
+    for_each_sample,
     resolve_request,
 )
 from .memory import check_caches_fit, check_result_fits
@@ -157,8 +158,9 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
         self.register_to_config(**settings)
-        self.vae_scale_factor_temporal = vae.config["scale_factor_temporal"] if vae is not None else 4
-        self.vae_scale_factor_spatial = vae.config["scale_factor_spatial"] if vae is not None else 16
+        is_wans = isinstance(vae, AutoencoderKLWan)  # with another one, there are only latents
+        self.vae_scale_factor_temporal = vae.config["scale_factor_temporal"] if is_wans else 4
+        self.vae_scale_factor_spatial = vae.config["scale_factor_spatial"] if is_wans else 16
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
         self._runs = RunView()
         self._workers = AsyncWorkers()
@@ -329,6 +331,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         def check() -> Request:
             request = self._resolve(async_decode=False, split_first_chunk=False, **options)
+            self._check_vae(is_needed=decode_later)
             held_on = torch.device("cpu") if output_type in ("np", "uint8", "pil") else self._execution_device
             check_result_fits(request, self.sizes, output_type, held_on)
             return request
@@ -534,7 +537,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         Returns:
             The embeddings of the prompts and, with guidance, of the negative prompts, each
-            `[B * num_videos_per_prompt, max_sequence_length, D]` (see `__call__`).
+            `[B * num_videos_per_prompt, max_sequence_length, D]` (see `__call__`). Embeddings that are given are
+            those of B prompts, with a length of their own; negative ones may be for all, `[1, L, D]`.
 
         Raises:
             ValueError: If there is neither a prompt nor `prompt_embeds`, prompts are no strings, embeddings are not
@@ -551,13 +555,16 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 raise ValueError("Pass `prompt` or `prompt_embeds`; both are None.")
             prompts = [prompt] if isinstance(prompt, str) else prompt
             prompt_embeds = self._embed_prompts(prompts, max_sequence_length, device, dtype)
-            prompt_embeds = prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
+        batch = prompt_embeds.shape[0]
         if do_classifier_free_guidance and negative_prompt_embeds is None:
-            batch = prompt_embeds.shape[0] // num_videos_per_prompt
             negative_prompt_embeds = self._embed_negative_prompts(
                 negative_prompt, batch, max_sequence_length, device, dtype
             )
-            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
+        prompt_embeds = prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = for_each_sample(
+                "negative_prompt_embeds", negative_prompt_embeds, batch, num_videos_per_prompt
+            )
         return prompt_embeds, negative_prompt_embeds
 
     @torch.no_grad()
@@ -589,6 +596,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if output_type == "latent":
             raise ValueError('`output_type` "latent" leaves nothing to decode.')
         self._check_vae(is_needed=decoder is None)
+        check_has_transformer(self.transformer, "latents are decoded in its chunks")
         check_decoder(decoder, self.sizes)
         check_latents("latents", latents, self.transformer.config.in_channels, chunk_size=1)
         chunk_decoder, chunk_size = self._chunk_decoder(output_type, decoder), self.transformer.config.chunk_size
@@ -627,6 +635,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             batch_size=request.batch_size,
             scene_cut_prefix=self.config["scene_cut_prefix"],
             num_new_chunks=request.num_new_chunks,
+            check_can_encode=self._check_can_encode if agreement.leads else None,
             continues=request.num_condition_chunks > 0,
         )
 
@@ -664,12 +673,18 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"Pixels need an AutoencoderKLWan, this pipeline's VAE is {type(self.vae).__name__}: pass latents, "
                 'and `output_type="latent"`.'
             )
-        if self.vae is None or self.transformer is None:
+        if self.transformer is None or not isinstance(self.vae, AutoencoderKLWan):
             return
         channels = self.transformer.config.in_channels
         if self.vae.config["z_dim"] != channels:
             raise ValueError(
                 f"The transformer's latents have {channels} channels, the VAE's {self.vae.config['z_dim']}."
+            )
+
+    def _check_can_encode(self, num_prompts: int) -> None:
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError(
+                f"{counted(num_prompts, 'prompt')}, but no tokenizer or text encoder: pass `prompt_embeds`."
             )
 
     def _embed_prompts(
@@ -683,10 +698,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         dtype of the transformer."""
         if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"Prompts are a string or a list of at least one string, got {prompts!r}.")
-        if self.tokenizer is None or self.text_encoder is None:
-            raise ValueError(
-                f"{counted(len(prompts), 'prompt')}, but no tokenizer or text encoder: pass `prompt_embeds`."
-            )
+        self._check_can_encode(len(prompts))
         device = device or self._execution_device
         dtype = dtype or (self.text_encoder.dtype if self.transformer is None else self.transformer.dtype)
         prompts = [clean_prompt(prompt) for prompt in prompts]
@@ -736,8 +748,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             ValueError: For an unknown speed; without a transformer; for another speed than "exact", if there is a LoRA
                 that was not fused and unloaded.
         """
-        if self.transformer is None:
-            raise ValueError("This pipeline has no transformer to optimize.")
+        check_has_transformer(self.transformer, "it is what is optimized")
         return optimize(self.transformer, self.vae, speed, self._execution_device)
 
     # -- sharing -----------------------------------------------------------------------------------------------------
@@ -748,7 +759,11 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Args:
             repo_id: The repository that it is for, `user/name`.
             **details: Arguments of `pipelines.sharing.render_model_card`, for instance `base_model` or `license`.
+
+        Raises:
+            ValueError: If the pipeline has no transformer.
         """
+        check_has_transformer(self.transformer, "the card describes it")
         scale, config = self.vae_scale_factor_spatial, self.transformer.config
         sizes = {"height": config.sample_height * scale, "width": config.sample_width * scale}
         stored = {"quantization": "NVFP4 (4 bits)", "tags": ["nvfp4"]} if nvfp4_layers(self.transformer) else {}
@@ -776,7 +791,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         `push_to_hub` and `save_pretrained(push_to_hub=True)` both come through here, with diffusers' placeholder of a
         card. A card that is already on the Hub belongs to its owner, and is kept.
         """
-        if load_model_card(repo_id, token=token) is None:
+        if self.transformer is not None and load_model_card(repo_id, token=token) is None:
             self.model_card(repo_id).save(Path(working_dir) / "README.md")
         strip_local_paths(working_dir, self.components)
         return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
@@ -833,10 +848,11 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         missing, to chance.
 
         Raises:
-            ValueError: If the LoRA cannot be found or read, or does not fit the transformer, or the transformer was
-                optimized, see [`optimize`], or its projections fused.
+            ValueError: If the LoRA cannot be found or read, or does not fit the transformer, or there is none, or it
+                was optimized, see [`optimize`], or its projections fused.
         """
         check_booleans(hotswap=hotswap)
+        check_has_transformer(self.transformer, "the LoRA is put onto it")
         check_takes_lora(self.transformer)
         kwargs["return_lora_metadata"] = True
         state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)

@@ -18,6 +18,20 @@ class _Produced(Generic[Item]):
     item: Item
 
 
+class OneThread(ThreadPoolExecutor):
+    """An executor with one thread, in which it is known."""
+
+    def __init__(self, name: str):
+        self._idents: list[int] = []
+        note = self._idents.append  # the thread must not hold the executor, or neither would end
+        super().__init__(max_workers=1, thread_name_prefix=name, initializer=lambda: note(threading.get_ident()))
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the calling thread is the executor's."""
+        return threading.get_ident() in self._idents
+
+
 class Prefetcher(Generic[Item]):
     """
     Iterates `source` in a worker's thread, ahead of the consumer: at most `depth` items wait while one more is made.
@@ -30,7 +44,7 @@ class Prefetcher(Generic[Item]):
 
     Args:
         source: The iterator to run.
-        worker: An executor with one thread.
+        worker: The thread; it cannot wait for items that it makes itself, nor for their end.
         depth: How many finished items may wait, at least 1.
         after: Called in the worker's thread after each item, which the consumer has by then. Its exception is raised
             in place of the next item.
@@ -39,7 +53,7 @@ class Prefetcher(Generic[Item]):
     def __init__(
         self,
         source: Iterator[Item],
-        worker: ThreadPoolExecutor,
+        worker: OneThread,
         depth: int = 1,
         *,
         after: Callable[[], object] | None = None,
@@ -83,8 +97,8 @@ class Prefetcher(Generic[Item]):
             self._finished = True
             self._drop()
             if self._closing is None:
-                self._closing = self._worker.submit(self._run.close)
-        if self._run.thread is not threading.current_thread():  # a thread cannot wait for itself
+                self._closing = self._worker.submit(self._run.end)
+        if not self._worker.is_here:
             self._closing.result()
 
     def __enter__(self) -> "Prefetcher[Item]":
@@ -112,13 +126,11 @@ class _Run(Generic[Item]):
 
     def __init__(self, source: Iterator[Item], after: Callable[[], object] | None):
         self.source, self.after = source, after
-        self.thread: threading.Thread | None = None
         self._ended = False
         self._error: BaseException | None = None  # what came after the last item, if nobody has been told
 
     def advance(self, promise: "Future[_Produced[Item] | None]") -> None:
         """Make the next item (None after the last), let the consumer have it, and do what comes after it."""
-        self.thread = threading.current_thread()
         if not promise.set_running_or_notify_cancel():  # dropped
             return
         produced, error = self._next()
@@ -148,6 +160,11 @@ class _Run(Generic[Item]):
         except BaseException as error:
             self.close()
             return None, error
+
+    def end(self) -> None:
+        """Close the source, and forget an error that nobody will ask for: its traceback has what the source held."""
+        self._error = None
+        self.close()
 
     def close(self) -> None:
         """Close the source; only once."""

@@ -47,6 +47,8 @@ class PromptSource:
         scene_cut_prefix: Put before the prompt of the first chunk of every shot but the first.
         num_new_chunks: The length of the video in chunks, so that only texts that will be used are encoded; None for
             an endless video.
+        check_can_encode: Raises a ValueError if so many texts cannot be encoded, because what does so is missing; None
+            where nobody asks for texts.
         continues: Whether the video continues another one, so that its first chunk can begin with a cut.
     """
 
@@ -60,13 +62,15 @@ class PromptSource:
         batch_size: int,
         scene_cut_prefix: str,
         num_new_chunks: int | None,
+        check_can_encode: Callable[[int], None] | None = None,
         continues: bool = False,
     ):
         self.negative_embeds, self.batch_size = negative_embeds, batch_size
         self._plans, self._encode, self._prefix = plans, encode, scene_cut_prefix
-        self._num_new_chunks, self._continues = num_new_chunks, continues
+        self._num_new_chunks, self._continues, self._check_can_encode = num_new_chunks, continues, check_can_encode
         self._texts: tuple[str, ...] | None = None  # of each sample, encoded in `_embeds`
         self._embeds = prompt_embeds
+        self._is_replaced = False  # whether a callback has put others in their place
         self._encoded: dict[str, torch.Tensor] = {}
         self._blend: Blend | None = None  # if one is under way
         self._next_chunk = 0
@@ -112,10 +116,11 @@ class PromptSource:
         texts = tuple(prompt.conditioning(self._prefix) for prompt in prompts)
         if self._blend is not None:
             self._texts, self._embeds, switched = texts, self._blend.next(), True
+            self._is_replaced = False
             if self._blend.is_over:
                 self._blend = None
         elif texts != self._texts or self._embeds is None:
-            self._texts = texts
+            self._texts, self._is_replaced = texts, False
             self._embeds = torch.stack([self._encoded[text] for text in texts])
         return prompts, self._embeds, switched
 
@@ -125,8 +130,8 @@ class PromptSource:
         to this prompt: a new shot has nothing to move from.
 
         Raises:
-            ValueError: If `prompt` is of another type, there are not as many prompts as samples, or the number of
-                chunks or the interpolation is none of those that there are.
+            ValueError: If `prompt` is of another type, there are not as many prompts as samples, the number of chunks
+                or the interpolation is none of those that there are, or there is nothing to encode prompts with.
         """
         check_blend(chunks, interpolation)
         prompts = [prompt] * self.batch_size if isinstance(prompt, str) else prompt
@@ -136,6 +141,8 @@ class PromptSource:
             raise ValueError(
                 f"Got {counted(len(prompts), 'prompt')} for a batch of {counted(self.batch_size, 'video')}."
             )
+        if self._check_can_encode is not None:
+            self._check_can_encode(len(prompts))
         with self._lock:
             cut = cut or (self._redirection is not None and self._redirection.cut)
             self._redirection = Redirection(prompts, cut, 1 if cut else chunks, interpolation)
@@ -158,7 +165,7 @@ class PromptSource:
 
     def replace_embeds(self, prompt_embeds: torch.Tensor) -> None:
         """Use other embeddings until the text changes; for callbacks."""
-        self._embeds = prompt_embeds
+        self._embeds, self._is_replaced = prompt_embeds, True
 
     def _redirect(self, redirection: Redirection, index: int) -> None:
         texts, embeds = self._texts_to_go_on_with(index), () if self._embeds is None else self._embeds
@@ -168,6 +175,8 @@ class PromptSource:
             for plan, prompt in zip(plans, redirection.prompts, strict=True)
         ]
         if redirection.chunks == 1:
+            if self._blend is not None or self._is_replaced:  # also where the text is the one that there is
+                self._texts = None
             self._blend = None
             self._encode_upcoming()
             return

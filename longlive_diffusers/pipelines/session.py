@@ -6,7 +6,8 @@ number of sessions, advanced in any order.
 
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -80,7 +81,7 @@ class StreamingSession:
         self._parts: tuple[torch.Tensor, ...] = ()  # its latents, divided
         self._next_part = 0
         self._turn = threading.Lock()  # held while a chunk is made and decoded, and while all is freed
-        self._consumer: int | None = None  # the thread that holds it to get a chunk
+        self._threads: set[int] = set()  # those that hold it, or wait for it
         chunks = denoiser.chunks()
         self._source: Prefetcher[DenoisedChunk] | Generator[DenoisedChunk, None, None] = (
             chunks
@@ -94,8 +95,12 @@ class StreamingSession:
     def __next__(self) -> VideoChunk:
         if self._is_busy_here():
             raise ValueError("A callback cannot ask its own session for the next chunk: it is called in mid-chunk.")
-        with self._turn:
-            self._consumer = threading.get_ident()
+        if self._worker is not None and self._worker.thread.is_here:
+            raise ValueError(
+                "A callback of a session with `async_decode` cannot ask another one for its next chunk: both denoise "
+                "in the thread that this callback keeps busy."
+            )
+        with self._own_turn():
             try:
                 return self._next_chunk()
             except StopIteration:
@@ -105,8 +110,6 @@ class StreamingSession:
                 if isinstance(error, torch.OutOfMemoryError):
                     error.add_note(ADVICE)
                 self._fail(error)
-            finally:
-                self._consumer = None
 
     def _next_chunk(self) -> VideoChunk:
         if self._closed:
@@ -243,15 +246,37 @@ class StreamingSession:
 
         Where another thread is making a chunk, this waits until the chunk's current step is over; so a callback of
         this session must not wait for the thread that closes it. In a callback of this session, nothing can be waited
-        for: what it closes is freed when the iteration ends, right after it.
+        for: what it closes is freed when the iteration ends, right after it. So it is in a signal handler that
+        interrupts the iteration, or `close` itself, and in a callback of another session that denoises in the same
+        thread (`async_decode`).
         """
         self._closed = self._denoiser.run.closed = True
         if self._is_busy_here():
             return
         if isinstance(self._source, Prefetcher) and self._agreement.leads:
             self._source.close()  # a consumer that waits for it holds the turn
-        with self._turn:
-            self._end()
+        if self._worker is None or not self._worker.thread.is_here:
+            with self._own_turn():
+                self._end()
+        elif self._turn.acquire(blocking=False):  # whoever holds it waits for this thread, and then ends the session
+            try:
+                self._end()
+            finally:
+                self._turn.release()
+
+    @contextmanager
+    def _own_turn(self) -> Iterator[None]:
+        """Hold the turn. In a signal handler that interrupts this thread meanwhile, `close` cannot wait for it, and
+        leaves the end to this thread: it is noted before it waits."""
+        here = threading.get_ident()
+        self._threads.add(here)
+        try:
+            with self._turn:
+                yield
+        finally:
+            self._threads.discard(here)
+            if self._closed and not self._freed:
+                self.close()
 
     def _end(self) -> None:
         """End the stream on all ranks and free everything, once; the caller holds the turn, so that nothing is being
@@ -302,18 +327,20 @@ class StreamingSession:
 
     def _free(self) -> None:
         self._freed = True
-        self._source.close()
-        if self._worker is not None:
-            self._worker.join_stream()
-        self._decoder = None
-        self._agreement.end()
-        if self._on_close is not None:
-            self._on_close()
+        try:
+            self._source.close()
+            if self._worker is not None:
+                self._worker.join_stream()
+        finally:
+            self._decoder = None
+            self._agreement.end()
+            if self._on_close is not None:
+                self._on_close()
 
     def _is_busy_here(self) -> bool:
         """Whether the calling thread itself is getting or making a chunk, and so cannot wait for it: whether this is
         asked in a callback or a signal handler."""
-        return self._consumer == threading.get_ident() or self._denoiser.is_busy_here
+        return threading.get_ident() in self._threads or self._denoiser.is_busy_here
 
     def __enter__(self) -> "StreamingSession":
         return self
@@ -321,7 +348,7 @@ class StreamingSession:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not self._agreement.is_alone and not self._freed:
             self._closed = self._denoiser.run.closed = True
-            with self._turn:
+            with self._own_turn():
                 self._fail(error)
         self.close()
 

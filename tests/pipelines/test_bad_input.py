@@ -1,11 +1,13 @@
 """Whatever is malformed is one ValueError that states the numbers, before any network has run."""
 
 import re
+from functools import partial
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler
 from tests.support.checks import assert_raises
@@ -440,6 +442,60 @@ def test_parts_need_their_networks():
     pipe = tiny_pipeline(vae=None)
     assert_raises(lambda: pipe.encode_video(PIXELS), "AutoencoderKLWan", "NoneType")
     assert_raises(lambda: pipe.decode_latents(latents(1, 8, 2, 4, 4)), "AutoencoderKLWan", "NoneType")
+
+
+WITHOUT_TRANSFORMER = {
+    "decoding": lambda pipe: pipe.decode_latents(latents(1, 8, 2, 4, 4)),
+    "a card": lambda pipe: pipe.model_card("someone/model"),
+    "a LoRA": lambda pipe: pipe.load_lora_weights({}),
+    "optimizing": lambda pipe: pipe.optimize("exact"),
+    "a video": lambda pipe: pipe(**tiny_arguments()),
+}
+
+
+@pytest.mark.parametrize("call", WITHOUT_TRANSFORMER.values(), ids=WITHOUT_TRANSFORMER)
+def test_what_needs_a_transformer_says_so(call):
+    assert_raises(lambda: call(tiny_pipeline(transformer=None)), "This pipeline has no transformer")
+
+
+def test_another_vae_leaves_latents():
+    """One that has neither the scales nor the latents of Wan's, from the start or put there later."""
+    expected = tiny_pipeline()(**tiny_arguments()).frames
+    for pipe in (tiny_pipeline(vae=AutoencoderTiny()), tiny_pipeline()):
+        pipe.vae = AutoencoderTiny()
+        assert torch.equal(pipe(**tiny_arguments()).frames, expected)
+        assert_raises(lambda pipe=pipe: pipe(**tiny_arguments(output_type="np")), "AutoencoderTiny", "latent")
+
+
+@pytest.mark.parametrize("change", ["prompt", "cut", "blend"])
+def test_a_session_that_cannot_encode_goes_on_as_it_was(change):
+    pipe = tiny_pipeline(tokenizer=None, text_encoder=None)
+    embeds = torch.randn(1, TEXT_LENGTH, TEXT_DIM, generator=torch.Generator().manual_seed(0))
+    with pipe.stream(**tiny_arguments(prompt=None, prompt_embeds=embeds)) as session:
+        expected = [chunk.latents for chunk in session]
+    with pipe.stream(**tiny_arguments(prompt=None, prompt_embeds=embeds)) as session:
+        found = [next(session).latents]
+        change_prompt = partial(setattr, session, "prompt") if change == "prompt" else getattr(session, change)
+        assert_raises(lambda: change_prompt("a dog"), "text encoder", "`prompt_embeds`")
+        found += [chunk.latents for chunk in session]
+    assert torch.equal(torch.cat(found), torch.cat(expected))
+
+
+@pytest.mark.parametrize("given", [1, 3])
+@pytest.mark.parametrize("negative", [None, 1, 3, 6])
+def test_embeddings_that_are_given_are_those_of_prompts(pipe, given, negative):
+    """Both come out for all videos; as many negative ones as there are prompts, or one, or one for each video."""
+    embeds, negative_embeds = (
+        None if count is None else torch.randn(count, TEXT_LENGTH, TEXT_DIM) for count in (given, negative)
+    )
+    options = {"num_videos_per_prompt": 2, "max_sequence_length": TEXT_LENGTH}
+    encode = partial(pipe.encode_prompt, None, prompt_embeds=embeds, negative_prompt_embeds=negative_embeds, **options)
+    if negative is not None and negative not in (1, given, 2 * given):
+        assert_raises(encode, "`negative_prompt_embeds` has batch size", str(negative))
+        return
+    found, found_negative = encode()
+    assert torch.equal(found, embeds.repeat_interleave(2, dim=0))
+    assert found_negative.shape == found.shape
 
 
 def test_a_number_is_not_found_within_another():

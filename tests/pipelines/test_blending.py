@@ -435,3 +435,32 @@ def test_a_closed_session_does_not_blend(pipe):
     session.close()
     with pytest.raises(ValueError, match="This session is closed"):
         session.blend("b")
+
+
+@pytest.mark.parametrize("made", [1, 2, 3])
+def test_a_switch_to_the_prompt_of_a_blend_ends_the_blend(pipe, monkeypatch, made):
+    """Also where nothing is left of it but the last chunk."""
+    streamed = Streamed(pipe, monkeypatch).chunks(1)
+    streamed.session.blend("b", 3)
+    streamed.chunks(made)
+    streamed.session.prompt = "b"
+    streamed.chunks(2)
+    assert torch.equal(streamed.embeds[-1], embeds_of("b")) and torch.equal(streamed.embeds[-2], embeds_of("b"))
+    assert streamed.prompts[-2:] == ["b", "b"]
+    assert streamed.recached == [] or torch.equal(streamed.recached[-1], embeds_of("b"))
+
+
+def test_a_switch_to_the_present_prompt_takes_back_a_callbacks_embeddings(pipe, monkeypatch):
+    streamed = Streamed(pipe, monkeypatch)
+    note, other = streamed.session._denoiser._callback, embeds_of("c")
+
+    def change(step, timestep, tensors):
+        note(step, timestep, tensors)
+        return {"prompt_embeds": other} if step == 1 else {}
+
+    streamed.session._denoiser._callback = change
+    streamed.chunks(2)
+    assert torch.equal(streamed.embeds[1], other)
+    streamed.session.prompt = "a"
+    streamed.chunks(1)
+    assert torch.equal(streamed.embeds[2], embeds_of("a"))

@@ -113,3 +113,20 @@ def test_gradients_flow_through_a_step(pipe, noise):
     assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
     with torch.no_grad():
         write_clean(pipe.transformer, latents.detach(), [cache], conditioning)
+
+
+def test_guidance_that_begins_in_mid_video_is_refused(pipe, noise):
+    """Its negative prompt has no history; to end it is fine."""
+    embeds, negative = embed(pipe, 3.0)
+    conditioning = Conditioning(embeds, negative, guidance_scale=3.0)
+    one = [tiny_cache(pipe.transformer)]
+    one[0].begin_chunk(CHUNK_SIZE)
+    with pytest.raises(ValueError, match="A `guidance_scale` of 3 needs a KV cache of the negative prompt"):
+        chunk_step(pipe.transformer, pipe.scheduler, noise, one, conditioning, num_inference_steps=2)
+
+    def change(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 5.0
+        return {}
+
+    with pytest.raises(ValueError, match="A `guidance_scale` of 5 needs a KV cache"):
+        pipe(**tiny_arguments(callback_on_step_end=change))

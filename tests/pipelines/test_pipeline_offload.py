@@ -39,6 +39,15 @@ def streamed(pipe, **overrides) -> np.ndarray:
         return np.concatenate([chunk.frames for chunk in session], axis=1)
 
 
+def test_what_is_decoded_at_the_end_has_what_decodes_it(monkeypatch):
+    pipe = tiny_pipeline(vae=None)
+    pipe.enable_model_cpu_offload(device=CPU)
+    monkeypatch.setattr(pipe.transformer, "forward", None)
+    for call in (run, streamed):
+        with pytest.raises(ValueError, match="Pixels need an AutoencoderKLWan, this pipeline's VAE is NoneType"):
+            call(pipe)
+
+
 def models_of(pipe) -> dict[str, torch.nn.Module]:
     return {name: getattr(pipe, name) for name in ("text_encoder", "transformer", "vae")}
 

@@ -5,11 +5,10 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from longlive_diffusers.pipelines.prefetch import Prefetcher
+from longlive_diffusers.pipelines.prefetch import OneThread, Prefetcher
 
 
 WAIT = 10  # seconds after which something that should happen is said not to
@@ -18,7 +17,7 @@ WAIT = 10  # seconds after which something that should happen is said not to
 @pytest.fixture
 def prefetch():
     """Create prefetchers that share one worker."""
-    with ThreadPoolExecutor(max_workers=1) as worker:
+    with OneThread("test") as worker:
         yield functools.partial(Prefetcher, worker=worker)
 
 

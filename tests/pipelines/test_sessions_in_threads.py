@@ -1,8 +1,11 @@
 """Sessions that other threads, callbacks and signal handlers reach into: each hears what is said to it, no other."""
 
+import contextlib
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -298,3 +301,87 @@ def failing_on_a_device(create_kv_cache):
         return create_kv_cache(*args, device=device, **kwargs) if device == "meta" else run_out()
 
     return create
+
+
+# -- what else may happen meanwhile ----------------------------------------------------------------------------------
+
+
+@every_mode
+def test_a_session_that_failed_holds_nothing(asynchronous):
+    """While its variable lives: an error has the KV caches in its traceback, which nobody may keep."""
+    pipe, caches = tiny_pipeline(), []
+
+    def fail(pipe, step, timestep, tensors):
+        caches.extend(weakref.ref(cache) for cache in session._denoiser.own_caches)
+        raise torch.OutOfMemoryError("no room")
+
+    session = pipe.stream(**tiny_arguments(callback_on_step_end=fail), async_decode=asynchronous)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        list(session)
+    gc.collect()
+    assert len(caches) == 1 and caches[0]() is None
+
+
+def test_a_callback_and_another_session_of_its_thread(pipe):
+    """Both denoise in one thread: the other cannot make a chunk meanwhile, but be closed, begun or not."""
+    others = [pipe.stream(**tiny_arguments(), async_decode=True) for _ in range(2)]
+    next(others[0])
+    refused = []
+
+    def use_others(pipe, step, timestep, tensors):
+        for other in others:
+            with pytest.raises(ValueError, match="both denoise in the thread that this callback keeps busy"):
+                next(other)
+            other.close()
+        refused.append(step)
+
+    consumer = Consumer(pipe.stream(**tiny_arguments(callback_on_step_end=use_others), async_decode=True))
+    assert consumer.ended() == "ended" and len(refused) == 4
+    assert all(list(other) == [] and other.kv_cache_bytes == 0 for other in others)
+
+
+def test_a_callback_closes_a_session_that_another_thread_waits_for(pipe):
+    """Which cannot come to its end before the callback has."""
+    begun = threading.Event()
+
+    def close_other(pipe, step, timestep, tensors):
+        begun.wait(WAIT)
+        other.session.close()
+
+    first = pipe.stream(**tiny_arguments(callback_on_step_end=close_other), async_decode=True)
+    other = Consumer(pipe.stream(**tiny_arguments(num_frames=None), async_decode=True))
+    begun.set()
+    assert Consumer(first).ended() == "ended"
+    assert other.ended() == "ended" and other.session.kv_cache_bytes == 0
+
+
+class InterruptedLock:
+    """Runs a signal handler before it is taken, when it was, and before it is given back."""
+
+    def __init__(self, handler: Callable[[], object]):
+        self.lock, self.handler = threading.Lock(), handler
+
+    def __enter__(self) -> None:
+        self.handler()
+        self.lock.acquire()
+        self.handler()
+
+    def __exit__(self, *_: object) -> None:
+        self.handler()
+        self.lock.release()
+        self.handler()
+
+
+@every_mode
+@pytest.mark.parametrize("within", ["close", "next"])
+def test_a_signal_handler_closes_at_any_time(within, asynchronous):
+    pipe, freed = tiny_pipeline(), []
+    session = pipe.stream(**tiny_arguments(num_frames=None), async_decode=asynchronous)
+    next(session)
+    session._turn = InterruptedLock(session.close)
+    session._on_close = lambda: (freed.append(True), session.close())
+    closing = threading.Thread(target=session.close if within == "close" else lambda: next(session, None), daemon=True)
+    closing.start()
+    closing.join(WAIT)
+    assert not closing.is_alive() and freed == [True] and session.kv_cache_bytes == 0
+    assert list(session) == []
