@@ -388,7 +388,7 @@ def test_ranks_decode_the_same_numbers_of_frames_at_once(monkeypatch, axis, colu
 
     monkeypatch.setattr(streaming_vae, "decode_frames", note)
     decoder, numbers = StreamingDecoder(tiny_vae()), []
-    for most in (2**30, 20_000, 10_000, 5_000, 1):
+    for most in (2**30, *range(2_000, 80_000, 1_000)):
         monkeypatch.setattr(cached_convolutions, "MOST_ELEMENTS", most)
         for rank, own in enumerate(columns):
             called.clear()
