@@ -186,6 +186,12 @@ def with_callback(pipe: LongLivePipeline) -> torch.Tensor:
     )
 
 
+def with_callback_that_looks(pipe: LongLivePipeline) -> torch.Tensor:
+    """A callback that is shown the prompts, and changes nothing: all ranks compute their keys anew, or none."""
+    looks = {"callback_on_step_end": lambda *_: {}, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    return call(pipe, prompt="a cat", latents=noise(pipe, 2), **looks)
+
+
 def from_image(pipe: LongLivePipeline) -> torch.Tensor:
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(place(pipe)))
     return call(pipe, prompt="a cat", image=image, latents=noise(pipe, 2))
@@ -256,6 +262,7 @@ FEATURES: dict[str, Case] = {
     "NVFP4 weights and activations": (lambda: in_four_bits("emulate"), beside_a_forward),
     "sinks that are no chunks": (odd_sinks, switches),
     "callback": (pipeline, with_callback),
+    "callback that looks, NVFP4 activations": (lambda: in_four_bits("emulate"), with_callback_that_looks),
     "image": (pipeline, from_image),
     "video": (pipeline, from_video),
     "asynchronous": (pipeline, asynchronously),
