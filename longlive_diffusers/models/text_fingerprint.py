@@ -27,16 +27,16 @@ def text_fingerprint(transformer: nn.Module) -> tuple | None:
     """
     Describe the layers that make keys and values of the text, to be compared (`==`) with an earlier description.
 
-    Which tensors they have, in which memory, how often PyTorch has seen them change, and which LoRAs act how much.
-    What is written to a tensor through its `.data` is not counted by PyTorch, and found by a few numbers of each
-    tensor: so not if it is few numbers that change.
+    Which tensors they have, in which memory, how often PyTorch has seen them change, which LoRAs act how much, and
+    whether autocast is enabled. What is written to a tensor through its `.data` is not counted by PyTorch, and found
+    by a few numbers of each tensor: so not if it is few numbers that change.
 
     Returns:
         The description; None where nothing is known for certain: away from the CPU, where to look at numbers would be
         to wait for the device, and computing anew costs next to nothing; for tensors of inference mode, whose changes
         are not counted; and for layers that do more than their weights say (hooks, other adapters than LoRA).
     """
-    described = []
+    described: list[tuple] = [(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))]
     for layer in text_layers(transformer):
         for module in layer.modules():
             tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]

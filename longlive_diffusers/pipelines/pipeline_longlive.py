@@ -389,7 +389,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             relative_rope: Whether time positions are counted from the cached frames; None: in endless videos only.
             async_decode: Whether the next chunk is denoised in a separate thread while this one is decoded (on a GPU,
                 on a separate stream, or on the device that the VAE was moved to). The frames are the same; prompt
-                switches take effect a chunk or two later.
+                switches take effect a chunk or two later. What PyTorch knows of the calling thread, such as
+                `torch.autocast`, does not reach that thread.
             split_first_chunk: Whether the first chunk is handed over in parts, each a latent frame (one frame, then
                 four at a time), so that the first frame does not wait until all of them are decoded. Not for
                 `output_type="latent"`.

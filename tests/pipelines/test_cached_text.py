@@ -241,6 +241,17 @@ def test_attention_kwargs_that_a_callback_sets_change_the_text(files, changed_af
     assert torch.equal(chunks(pipeline(**files), lambda pipe: None, **changes), expected)
 
 
+def test_autocast_that_begins_or_ends_between_chunks_changes_the_text():
+    pipe = pipeline()
+    with pipe.stream(PROMPT, **options()) as session:
+        with torch.autocast("cpu", torch.bfloat16):
+            next(session)
+        found = next(session).latents
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = next(session).latents
+    assert torch.isfinite(found).all() and torch.isfinite(rounded).all()
+
+
 # -- computed once ---------------------------------------------------------------------------------------------------
 
 
