@@ -6,6 +6,8 @@ import sys
 from types import TracebackType
 from typing import TextIO
 
+from tqdm.utils import disp_trim
+
 
 # What every terminal but the oldest understands (ECMA-48, and DEC's save and restore).
 SAVE, RESTORE, CLEAR_REST, WHOLE_SCREEN, UP = "\x1b7", "\x1b8", "\x1b[K", "\x1b[r", "\x1b[1A"
@@ -40,7 +42,7 @@ class StatusLine:
         size = shutil.get_terminal_size()
         if size != self._size:
             self._take_last_row(size)
-        message = " ".join(f"{message}, {subject}".split())[: size.columns - 1]
+        message = disp_trim(" ".join(f"{message}, {subject}".split()), size.columns - 1)  # wide characters take two
         self._write(f"{SAVE}{_row(size.lines)}{message}{CLEAR_REST}{RESTORE}")
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import io
 import os
 import queue
+import select
 import stat
 import sys
 import threading
@@ -73,11 +74,22 @@ class TypedPrompts:
     def _read(self, descriptor: int) -> None:
         # Not sys.stdin's own methods: a thread that waits in one holds a lock that Python needs in order to exit.
         pending = b""
-        while received := os.read(descriptor, 4096):
+        while received := _received(descriptor):
             *lines, pending = (pending + received).split(b"\n")
             for line in lines:
                 self._lines.put(line.decode("utf-8", errors="replace"))
         self._lines.put(pending.decode("utf-8", errors="replace"))
+
+
+def _received(descriptor: int) -> bytes:
+    """Wait for what is typed; nothing at the end, or where a terminal is gone."""
+    while True:
+        try:
+            return os.read(descriptor, 4096)
+        except BlockingIOError:  # another program that has it open has set it not to wait
+            select.select([descriptor], [], [])
+        except OSError:
+            return b""
 
 
 def readable_descriptor(stream: TextIO | None) -> int | None:

@@ -306,8 +306,9 @@ def _scale(
     *,
     source: str,
 ) -> float:
-    stored = settings.get("lora_alpha", settings.get("alpha"))
-    stored = _alpha_of_pattern(settings.get("alpha_pattern") or {}, name, source=source) or stored
+    stored = _alpha_of_pattern(settings.get("alpha_pattern") or {}, name, source=source)
+    if stored is None:
+        stored = settings.get("lora_alpha", settings.get("alpha"))
     if "alpha" in layer:
         if layer["alpha"].numel() != 1:
             raise ValueError(f"{source}: alpha of {name} is {tuple(layer['alpha'].shape)}, one number is expected.")

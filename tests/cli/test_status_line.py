@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+from tqdm.utils import disp_len
 
 from longlive_diffusers.cli.status_line import StatusLine
 
@@ -88,6 +89,8 @@ def test_a_message_fits_in_its_row(terminal):
     with StatusLine(terminal) as status:
         status.show("chunk 0", "a long\nprompt " * 100)
         assert len(terminal.rows[-1]) == COLUMNS - 1
+        status.show("chunk 0", "雪の中の狐" * 100)
+        assert disp_len(terminal.rows[-1]) in (COLUMNS - 2, COLUMNS - 1)
         status.show("chunk 1", "short")
         assert terminal.rows[-1] == "chunk 1, short"
 

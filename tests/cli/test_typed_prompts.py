@@ -1,5 +1,6 @@
 """Typed lines: what each makes a session do, and when the next one has its turn."""
 
+import errno
 import os
 import time
 from types import SimpleNamespace
@@ -99,3 +100,31 @@ def test_a_blend_is_complete_before_the_next_line(typed):
 
 def test_every_form_is_told_of():
     assert all(f"'{form}" in HELP for form in ("/cut TEXT", "/blend TEXT", "/quit")) and str(BLEND_CHUNKS) in HELP
+
+
+def wait_for(condition) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
+
+
+def test_what_was_opened_not_to_wait_is_waited_for():
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    prompts = TypedPrompts(reader)
+    time.sleep(0.02)
+    os.write(writer, b"a dog\n")
+    assert wait_for(lambda: prompts._lines.qsize() == 1)
+    os.close(writer)
+    assert wait_for(lambda: prompts._lines.qsize() == 2)
+    os.close(reader)
+
+
+def test_a_terminal_that_goes_away_is_the_end_of_what_is_typed(monkeypatch):
+    def hung_up(descriptor, size):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "read", hung_up)
+    prompts = TypedPrompts(0)
+    assert wait_for(lambda: prompts._lines.qsize() == 1)

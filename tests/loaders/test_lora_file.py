@@ -57,6 +57,7 @@ ALPHAS = [
     ({"lora_alpha": 8, "use_rslora": True}, 8 / RANK**0.5),
     ({"lora_alpha": 8, "alpha_pattern": {"to_q": 12}}, 3.0),
     ({"lora_alpha": 8, "alpha_pattern": {"to_k": 12}}, 2.0),
+    ({"lora_alpha": 8, "alpha_pattern": {"to_q": 0}}, 0.0),
     ({}, 1.0),
 ]
 
