@@ -155,9 +155,14 @@ def parse_message(text: str) -> FromClient:
         ValueError: If it is not one of the messages; the text says why, and is to be sent back.
     """
     try:
-        values = json.loads(text, parse_constant=_refuse_constant)
-    except RecursionError:
+        return _parsed(text)
+    except RecursionError:  # of a message that is read, or of a part of it that the answer would quote
         raise ValueError("This message is nested too deeply.") from None
+
+
+def _parsed(text: str) -> FromClient:
+    try:
+        values = json.loads(text, parse_constant=_refuse_constant)
     except ValueError as error:  # also of an integer of thousands of digits
         raise ValueError(f"This message is not JSON: {_quoted(text)}.") from error
     if not isinstance(values, dict):
@@ -266,4 +271,5 @@ def _quoted(value: Any) -> str:
     """Quote the beginning of what somebody sent."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-    return repr(text) if isinstance(value, str) else text
+    shown = repr(text) if isinstance(value, str) else text
+    return shown.encode("utf-8", "backslashreplace").decode("utf-8")  # JSON can name halves of characters

@@ -1,6 +1,7 @@
 """What a client may say: every field with its limits, and everything else is refused in words."""
 
 import json
+import sys
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from longlive_diffusers.serve.messages import (
     Chunk,
     Cut,
     End,
+    Error,
     Pause,
     Played,
     Prompt,
@@ -85,6 +87,12 @@ WRONG = {
     '{"type": "blend", "prompt": "a", "chunks": 17}': "chunks must be an integer from 1 to 16, not 17.",
     '{"type": "played", "frame": -1}': "frame must be an integer from 0 to",
     '{"type": "played"}': "A message of type played needs a field frame.",
+    '["\\ud800"]': 'A message is a JSON object with a type, not ["\\ud800"].',  # half of a character
+    '{"type": ["視\\ud800"]}': 'not ["視\\ud800"].',
+    '{"type": "\\udfff"}': "not '\\udfff'.",
+    '{"type": "start", "prompt": "a", "seed": {"\\ud800": 1}}': 'not {"\\ud800": 1}.',
+    '{"type": "start", "prompt": "a", "seconds": "\\ud800"}': "not '\\ud800'.",
+    '{"type": "start", "prompt": "a", "\\ud800": 1}': "has no field '\\ud800'",
 }
 
 
@@ -99,10 +107,19 @@ def test_what_is_no_message_is_refused_in_words(text: str) -> None:
         parse_message(text)
     assert WRONG[text] in str(error.value)
     assert len(str(error.value)) < 300  # whatever was sent
+    assert to_json(Error(str(error.value))).encode()
+
+
+@pytest.mark.parametrize("message", ["%s", '{"type": %s}', '{"type": "start", "prompt": "a", "seed": %s}'])
+def test_any_depth_is_refused_in_words(message: str) -> None:
+    """Some messages are just shallow enough to be read, and too deep to be written again."""
+    for depth in range(sys.getrecursionlimit() - 200, sys.getrecursionlimit() + 1):
+        with pytest.raises(ValueError):
+            parse_message(message % (depth * "[" + depth * "]"))
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("\ud800"),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 NAMES = st.sampled_from(["type", "prompt", "seed", "steps", "frame", "chunks", "image", "video", "seconds"])
@@ -114,7 +131,7 @@ def test_anything_else_is_a_message_or_a_value_error(text: str) -> None:
     try:
         message = parse_message(text)
     except ValueError as error:
-        assert str(error)
+        assert to_json(Error(str(error))).encode()
     else:
         assert type(message) in (Start, Prompt, Cut, Blend, Pause, Resume, Played, Stop)
 
