@@ -46,7 +46,8 @@ class Stage:
         self._waiting: deque[LiveStream] = deque()
         self._lacks_memory = False  # for another stream, until one of those that are on ends
         self._wake = asyncio.Event()
-        self._is_closing = self._is_running = False
+        self._is_running = False
+        self._closing: asyncio.Task | None = None
         self._ends: set[asyncio.Future] = set()  # of encoding, not done yet
 
     @property
@@ -78,7 +79,7 @@ class Stage:
         Raises:
             ValueError: If too many wait already, or the server stops.
         """
-        if self._is_closing:
+        if self._closing is not None:
             raise ValueError("The server stops.")
         if len(self._on) + len(self._waiting) >= self.settings.max_sessions + self.settings.max_queue:
             raise ValueError(
@@ -119,7 +120,7 @@ class Stage:
             self._wake.clear()  # before looking: what changes from now on is looked at once more
             for stream in [stream for stream in self._on if stream.is_over]:
                 await self._take_off(stream)
-            if self._is_closing and not self._on:
+            if self._closing is not None and not self._on:
                 return
             self._admit()
             self._end_idle()
@@ -130,15 +131,20 @@ class Stage:
                 await self._make_chunk(stream)
 
     async def close(self) -> None:
-        """End all streams, and return when all that they had is encoded. After that, nothing is made any more."""
-        if self._is_closing:
-            return
-        self._is_closing = True
+        """End all streams, and return when all that they had is encoded. After that, nothing is made any more. It may
+        be called again: who does not wait for it any longer does not keep it from its end."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         for stream in [*self._waiting, *self._on]:
             self.stop(stream, "server")
         self._wake.set()
-        while self._on and self._is_running:  # else a mistake has ended it, and nothing more comes of them
+        while self._on and self._is_running:
             await asyncio.sleep(0.01)
+        for stream in list(self._on):  # a mistake has ended the making, and whoever watches waits for an end
+            await self._take_off(stream)
         if self._ends:
             await asyncio.wait(self._ends)
         ending = asyncio.get_running_loop().run_in_executor(self._maker, self._sessions.end)
@@ -154,9 +160,8 @@ class Stage:
             stream = self._waiting.popleft()
             self._on.appendleft(stream)  # its viewer has waited the longest for a frame
             self._tell_positions()
-            if stream.deadline is None:
-                seconds = 60 * self.settings.max_minutes
-                stream.deadline = asyncio.get_running_loop().call_later(seconds, self.stop, stream, "time")
+            seconds = 60 * self.settings.max_minutes
+            stream.deadline = asyncio.get_running_loop().call_later(seconds, self.stop, stream, "time")
 
     def _next(self) -> LiveStream | None:
         """Return the stream whose turn it is, and put it behind the others."""
@@ -188,10 +193,8 @@ class Stage:
         await asyncio.wait([making])
         error = making.exception()
         if isinstance(error, MemoryShortage) and len(self._on) > 1:
-            self._on.remove(stream)
-            self._waiting.appendleft(stream)
-            self._lacks_memory = True
-            self._tell_positions()
+            if not stream.is_over:  # meanwhile; then it is taken off like any other
+                self._put_back(stream)
         elif error is not None:
             self._fail(stream, error)
         elif (chunk := making.result()) is None:
@@ -199,6 +202,16 @@ class Stage:
         else:
             self.metrics.count_chunk(chunk)
             self._follow(stream, loop.run_in_executor(self._encoder, stream.encode, chunk))
+
+    def _put_back(self, stream: LiveStream) -> None:
+        """Let a stream that lacks memory wait once more, before all others. Its time begins when it does."""
+        assert stream.deadline is not None
+        stream.deadline.cancel()
+        stream.deadline = None
+        self._on.remove(stream)
+        self._waiting.appendleft(stream)
+        self._lacks_memory = True
+        self._tell_positions()
 
     def _follow(self, stream: LiveStream, encoding: asyncio.Future) -> None:
         """Keep an eye on what the encoder does for a stream."""
