@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 
 import numpy as np
@@ -51,11 +52,13 @@ class LiveStream:
         self._model, self._plan, self._media, self._metrics = model, plan, media, metrics
         self._loop = asyncio.get_running_loop()
         self._began = 0.0  # when its turn came
-        self._held_seconds = 0.0  # since then, in which its viewer wanted no chunk
-        self._last_chunk: float | None = None  # when it left, without the time that it was held
+        self._held_seconds = 0.0  # since then, in which its viewer wanted no chunk, and none was on its way
+        self._num_made = self._num_left = 0  # chunks, or parts of one: made, and encoded
+        self._left = 0.0  # when the last one left
+        self._last_chunk: float | None = None  # the same since it began, without the time that it was held
         self._played_chunk = 0
         self._next_chunk = 0
-        self._changes: list[Change] = []
+        self._changes: deque[Change] = deque()  # which two threads may use at once
         self._session: StreamingSession | None = None
         self._encoder: FrameEncoder | None = None
 
@@ -83,8 +86,9 @@ class LiveStream:
         """End it; a chunk that is being made ends after its current step."""
         if self.end_reason is None:
             self.end_reason = reason
-        if self._session is not None:
-            self._session.interrupt()
+        session = self._session  # the thread that makes chunks may close it meanwhile
+        if session is not None:
+            session.interrupt()
 
     # ------------------------------------------------------------------------------------------- what the stage asks
     @property
@@ -98,11 +102,13 @@ class LiveStream:
         return not self.is_over and not self.paused and self._next_chunk - self._played_chunk <= LEAD_CHUNKS
 
     def note_turn(self, now: float) -> None:
-        """Note, at a time, whether it wants a chunk: the time that its viewer holds it is not the server's."""
+        """Note, at a time, whether it wants a chunk: the time that its viewer holds it is not the server's, but for
+        that in which a chunk is still being encoded."""
         if not self.wants_chunk:
             self.idle_since = self.idle_since or now
         elif self.idle_since is not None:
-            self._held_seconds += now - self.idle_since
+            if self._num_left == self._num_made:
+                self._held_seconds += now - max(self.idle_since, self._left)
             self.idle_since = None
 
     def send(self, message: FromServer | bytes) -> None:
@@ -137,6 +143,7 @@ class LiveStream:
         if chunk is None or self.is_over:  # what was interrupted is noise still
             return None
         self._next_chunk = chunk.index + 1
+        self._num_made += 1
         return chunk
 
     def encode(self, chunk: VideoChunk) -> None:
@@ -187,17 +194,18 @@ class LiveStream:
 
     def _apply_changes(self, session: StreamingSession) -> list[str]:
         """Apply what was asked for since the last chunk, and return what was wrong with it."""
-        changes, self._changes = self._changes, []
         complaints = []
-        for change in changes:
+        while self._changes:
             try:
-                direct(session, change)
+                direct(session, self._changes.popleft())
             except ValueError as error:
                 complaints.append(str(error))
         return complaints
 
     def _count(self, now: float, num_frames: int, begins_chunk: bool) -> None:
         """Count a chunk that has left, or a part of one."""
+        self._num_left += 1
+        self._left = now
         made = now - self._began - self._held_seconds
         self._latency.add(made, num_frames)
         if self._last_chunk is None:
