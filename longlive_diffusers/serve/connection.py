@@ -46,30 +46,16 @@ class Connection:
         self._websocket, self._model, self._stage = websocket, model, stage
         self._stream: LiveStream | None = None
         self._sender: asyncio.Task | None = None
+        self._life = asyncio.timeout(None)  # ends when the client is found to be gone
         self._allowance, self._counted = float(MESSAGE_BURST), time.monotonic()
         self._sending = asyncio.Lock()
 
     async def serve(self) -> None:
         """Answer what the client sends, until it goes."""
         try:
-            while True:
-                text = await self._receive()
-                if text is None:
-                    return
-                message, complaint = None, ""
-                try:
-                    message = parse_message(text)
-                except ValueError as error:
-                    complaint = str(error)
-                if not self._is_within_limits(message):
-                    await self._send(Error(f"More than {MESSAGES_PER_SECOND:g} messages a second; this is the end."))
-                    await self._websocket.close(TOO_MANY_MESSAGES)
-                    return
-                if message is not None:
-                    complaint = await self._handle(message)
-                if complaint:
-                    await self._send(Error(complaint))
-        except CLOSED:
+            async with self._life:
+                await self._converse()
+        except (*CLOSED, TimeoutError):
             pass
         finally:
             self._leave()
@@ -81,15 +67,21 @@ class Connection:
         with contextlib.suppress(*CLOSED):
             await self._websocket.close(SERVICE_RESTART)
 
-    async def _receive(self) -> str | None:
-        """Return the next text message; None at the end."""
-        while True:
-            event = await self._websocket.receive()
-            if event["type"] != "websocket.receive":
-                return None
-            if event.get("text") is not None:
-                return event["text"]
-            await self._send(Error("Messages are text, in JSON; this one is binary."))
+    async def _converse(self) -> None:
+        while (event := await self._websocket.receive())["type"] == "websocket.receive":
+            message, complaint = None, ""
+            try:
+                message = read_message(event.get("text"))
+            except ValueError as error:
+                complaint = str(error)
+            if not self._is_within_limits(message):
+                await self._send(Error(f"More than {MESSAGES_PER_SECOND:g} messages a second; this is the end."))
+                await self._websocket.close(TOO_MANY_MESSAGES)
+                return
+            if message is not None:
+                complaint = await self._handle(message)
+            if complaint:
+                await self._send(Error(complaint))
 
     async def _handle(self, message: FromClient) -> str:
         """Do what a client asks for, and return what is wrong with it; nothing if it is right."""
@@ -146,6 +138,7 @@ class Connection:
                     else:
                         await self._websocket.send_text(to_json(message))
             except TimeoutError:
+                self._life.reschedule(0)  # for the task that waits for what the client says
                 raise WebSocketDisconnect(1006) from None
 
     def _is_within_limits(self, message: FromClient | None) -> bool:
@@ -161,3 +154,15 @@ class Connection:
             self._stage.stop(self._stream, "gone")
         if self._sender is not None:
             self._sender.cancel()
+
+
+def read_message(text: str | None) -> FromClient:
+    """
+    Read what a client sent, None for a binary message.
+
+    Raises:
+        ValueError: As [`messages.parse_message`] does, and of a binary message.
+    """
+    if text is None:
+        raise ValueError("Messages are text, in JSON; this one is binary.")
+    return parse_message(text)
