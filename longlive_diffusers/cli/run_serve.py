@@ -13,7 +13,7 @@ from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.chunk_step import is_guided
 from ..pipelines.inputs import ModelSizes
 from ..pipelines.pipeline_longlive import LongLivePipeline
-from ..serve.access import Access, is_loopback
+from ..serve.access import ORIGIN, Access, is_loopback, is_origin
 from ..serve.app import LiveApp
 from ..serve.model import ServedModel, default_size
 from ..serve.server import listen, make_server, url_of
@@ -79,8 +79,8 @@ def check_access(args: argparse.Namespace) -> None:
     if args.token is not None and not re.fullmatch(r"[!-~]+", args.token):
         raise ValueError("--token must be of letters, digits and signs of ASCII, without spaces")
     for origin in args.origin:
-        if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^/?#@:\[\]\s]+)(:\d{1,5})?", origin):
-            raise ValueError(f"--origin must be like https://example.com or http://localhost:3000, not {origin!r}")
+        if not is_origin(origin):
+            raise ValueError(f"--origin must be {ORIGIN}, not {origin!r}")
     if not is_loopback(args.host) and args.token is None and not args.no_token:
         raise ValueError(
             f"--host {args.host} can be reached from other machines: give a --token, or --no-token to let everybody "

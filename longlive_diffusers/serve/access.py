@@ -8,9 +8,16 @@ loopback names are known.
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+
+
+ORIGIN = (
+    "like https://example.com or http://localhost:3000, as browsers send it: in lower case, a name with other letters "
+    "than those of ASCII as xn--..., and without :80 of http or :443 of https"
+)
 
 
 @dataclass(frozen=True)
@@ -19,12 +26,20 @@ class Access:
     Args:
         host: The address that the server listens on.
         token: What a client has to send; None for nothing.
-        origins: Origins of pages that may use it, beside its own: "https://example.com".
+        origins: Origins of pages that may use it, beside its own, as browsers send them: "https://example.com".
+
+    Raises:
+        ValueError: If one of the origins is none.
     """
 
     host: str = "127.0.0.1"
     token: str | None = None
     origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for origin in self.origins:
+            if not is_origin(origin):
+                raise ValueError(f"`origins` must be {ORIGIN}, not {origin!r}.")
 
     def refusal(self, headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
         """Return why a WebSocket that is being opened is refused; None if it is not.
@@ -58,6 +73,14 @@ class Access:
         kind, _, bearer = authorization.partition(" ")
         given = bearer if kind.lower() == "bearer" else token
         return hmac.compare_digest(given.encode(), self.token.encode())
+
+
+def is_origin(text: str) -> bool:
+    """Whether browsers may send this as the origin of a page, on which a header can name it."""
+    found = re.fullmatch(r"(https?)://(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([1-9][0-9]{0,4}))?", text)
+    if found is None or found.groups() in (("http", "80"), ("https", "443")):
+        return False
+    return found[2] is None or int(found[2]) < 2**16
 
 
 def is_loopback(host: str) -> bool:

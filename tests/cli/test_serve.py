@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import time
@@ -13,6 +14,7 @@ import pytest
 from longlive_diffusers.cli import main
 from longlive_diffusers.cli.command_line import parse_arguments
 from longlive_diffusers.cli.run_serve import check_access, shown_name
+from longlive_diffusers.serve.access import Access
 from tests.support.live_server import PATIENCE, RED, LiveClient
 from tests.support.processes import ForkedProcess, environment, forking_launcher, free_port
 
@@ -28,6 +30,7 @@ REFUSED = {
     "--kv-cache-dtype nvfp4 --window-size 1": "--window-size",
     "--max-pixels 10": "--max-pixels 10: 10 pixels are too few for a picture of the shape 64 x 64",
     "--lora-scale 2": "--lora-scale needs a --lora",
+    "--origin example.com": "--origin must be like https://example.com or",
 }
 
 
@@ -46,17 +49,28 @@ def test_a_token_that_cannot_be_sent_everywhere_is_refused(token: str, capsys: p
     assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("origin", ["", "foo", "example.com", "http://a:b", "https://a.com/path", "ftp://a.com", "*"])
-def test_an_origin_that_no_page_has_is_refused(origin: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--origin", origin]) == 2
-    assert f"--origin must be like https://example.com or http://localhost:3000, not {origin!r}" in (
-        capsys.readouterr().err
-    )
+NO_ORIGINS = """
+    foo|example.com|http://a:b|https://a.com/path|ftp://a.com|*|https://例え.jp|https://bücher.example|http://a:٣|
+    https://a.com;script-src|https://a,b|https://'none'|https://Example.com|http://[::FF]|https://a.com:443|
+    http://a.com:80|http://a:0|http://a:65536|http://a:080
+"""
+
+
+@pytest.mark.parametrize("origin", ["", *NO_ORIGINS.replace("\n", "").replace(" ", "").split("|")])
+def test_an_origin_that_no_page_has_is_refused(origin: str) -> None:
+    expected = "must be like https://example.com or http://localhost:3000, as browsers send it"
+    with pytest.raises(ValueError, match=f"--origin {expected}.*, not {re.escape(repr(origin))}$"):
+        check_access(parse_arguments(["serve", "--origin", origin]))
+    with pytest.raises(ValueError, match=f"`origins` {expected}"):
+        Access(origins=(origin,))
 
 
 def test_origins_that_pages_have_are_taken() -> None:
-    for origin in ("https://example.com", "http://localhost:3000", "http://[::1]:80", "https://a-b.c_d.example"):
+    names = ("example.com", "localhost:3000", "[::1]:8080", "a-b.c_d.example", "xn--r8jz45g.jp", "127.0.0.1:65535")
+    for origin in (f"{scheme}://{name}" for scheme in ("http", "https") for name in names):
         check_access(parse_arguments(["serve", "--origin", origin]))
+        assert Access(origins=(origin,)).refusal({"origin": origin}, {}) is None
+    check_access(parse_arguments(["serve", "--origin", "http://a:443", "--origin", "https://a:80"]))
 
 
 def test_a_port_in_use_is_known_before_models_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:
