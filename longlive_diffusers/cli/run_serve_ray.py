@@ -58,6 +58,7 @@ def load_replica(args: argparse.Namespace) -> ServedModel:
     """Load the models, in the process of a replica and on the machine where it is."""
     log_to_stderr()
     models = check_model(args)
+    check_max_pixels(args, models.folder.sizes)  # Ray's own tools may run where the model is not
     return load_served(models, args, Rank(), choose_decoder(args, models.folder.sizes))
 
 
@@ -73,14 +74,10 @@ def ray_with(replicas: Replicas, host: str, port: int) -> Iterator[None]:
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=logging.WARNING,
     )
-    try:
-        ray.serve.start(
-            http_options={"host": host, "port": port},
-            logging_config=QUIET,
-        )
+    with contextlib.ExitStack() as ends:  # each of them, whatever comes of the others
+        ends.callback(ray.shutdown)
+        ray.serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
+        ends.callback(ray.serve.shutdown)
+        ends.callback(ray.serve.delete, APPLICATION)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # in this process
         yield
-    finally:
-        ray.serve.delete(APPLICATION)
-        ray.serve.shutdown()
-        ray.shutdown()

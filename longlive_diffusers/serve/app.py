@@ -55,6 +55,9 @@ class LiveApp:
         settings: What the server allows, and its defaults.
         access: Who may use it.
         on_failure: Called when it can make no stream any more.
+
+    Raises:
+        ValueError: If the settings allow less than a picture of the model's shape.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class LiveApp:
     ):
         self.model, self.settings = model, settings or ServeSettings()
         self.access = access or Access()
+        self._default_size = default_size(model.pipeline.sizes, self.settings.max_pixels)
         self.has_failed = False  # whether no stream can be made any more
         self._on_failure = on_failure
         self._stage: Stage | None = None  # while it runs
@@ -137,7 +141,7 @@ class LiveApp:
 
     async def _health(self, request: Request) -> Response:
         stage, used = self._stage, memory_in_use(self.model.device)
-        height, width = default_size(self.model.pipeline.sizes, self.settings.max_pixels)
+        height, width = self._default_size
         ready = stage is not None and not self.has_failed
         return JSONResponse(
             {

@@ -25,6 +25,8 @@ from tests.support.processes import environment, free_port
 
 pytest.importorskip("ray.serve", reason="needs the extra ray")
 
+from longlive_diffusers.cli import run_serve_ray
+from longlive_diffusers.cli.command_line import parse_arguments
 from longlive_diffusers.cli.ray_app import app, as_arguments
 from longlive_diffusers.serve.ray_deployment import deployment_options
 from longlive_diffusers.serve.ray_router import FewestClients
@@ -219,6 +221,33 @@ def test_an_application_is_refused_in_one_line(options: dict, message: str) -> N
     with pytest.raises(ValueError) as error:
         app(options)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_replica_that_allows_less_than_a_picture_is_refused_before_its_model_is_loaded(monkeypatch) -> None:
+    monkeypatch.setattr(run_serve_ray, "load_served", lambda *args: pytest.fail("it is loaded"))
+    monkeypatch.setattr(run_serve_ray, "log_to_stderr", lambda: None)
+    with pytest.raises(ValueError, match="--max-pixels 10: 10 pixels are too few"):
+        run_serve_ray.load_replica(parse_arguments(["serve", "--ray", "--device=cpu", "--max-pixels=10"]))
+
+
+@pytest.mark.parametrize("failing", ["serve.start", "serve.delete", "serve.shutdown", None])
+def test_ray_is_shut_down_whatever_fails(failing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def call(name: str) -> None:
+        called.append(name)
+        if name == failing:
+            raise RuntimeError(name)
+
+    for name in ("init", "serve.start", "serve.delete", "serve.shutdown", "shutdown"):
+        monkeypatch.setattr(f"ray.{name}", lambda *args, name=name, **options: call(name))
+    with (
+        pytest.raises(RuntimeError, match=failing) if failing else contextlib.nullcontext(),
+        run_serve_ray.ray_with(Replicas(1, 1, num_gpus=0), "127.0.0.1", 1),
+    ):
+        called.append("block")
+    begun = [] if failing == "serve.start" else ["block", "serve.delete", "serve.shutdown"]
+    assert called == ["init", "serve.start", *begun, "shutdown"]
 
 
 def test_an_application_takes_a_gpu_for_each_replica_unless_it_is_for_cpus() -> None:

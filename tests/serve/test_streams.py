@@ -14,6 +14,8 @@ from longlive_diffusers.assets import toy_decoder_path
 from longlive_diffusers.limits import FPS
 from longlive_diffusers.models.tiny_decoder import TinyVideoDecoder
 from longlive_diffusers.pipelines.pipeline_longlive import LongLivePipeline
+from longlive_diffusers.serve.app import LiveApp
+from longlive_diffusers.serve.model import ServedModel
 from longlive_diffusers.serve.settings import ServeSettings
 from longlive_diffusers.serve.stage import Stage
 from tests.support.live_server import (
@@ -294,6 +296,12 @@ def test_who_asks_for_no_size_gets_one_that_is_allowed(pipe: LongLivePipeline) -
         assert (started["height"], started["width"]) == (48, 48)
         client.send("start", prompt=RED, height=64, width=64)
         assert "64 x 64 = 4096; at most 2304 are allowed" in client.until("error")["message"]
+
+
+def test_a_server_that_allows_less_than_a_picture_is_refused(pipe: LongLivePipeline) -> None:
+    model = ServedModel("the embedded model", {None: pipe})
+    with pytest.raises(ValueError, match="10 pixels are too few for a picture of the shape 64 x 64"):
+        LiveApp(model, ServeSettings(max_pixels=10))
 
 
 def test_settings_of_a_client_reach_the_pipeline(pipe: LongLivePipeline) -> None:
