@@ -183,6 +183,11 @@ def test_pause_holds_the_video_and_its_making(page: Page, server: LiveServer) ->
     page.driver.switch_to.active_element.send_keys(Keys.SPACE)
     page.wait_for_text("status", "Paused")
     held = page.js(TIME)
+    for prompt, pending in ((BLUE, 1), (RED, 0)):  # another prompt, and the old one again: nothing is to come
+        page.write(prompt)
+        page.press("main")
+        assert len(page.texts("#prompts .pending")) == pending
+    page.element("prompt").send_keys(Keys.ESCAPE)
     page.driver.switch_to.active_element.send_keys(Keys.SPACE)
     page.wait_for(f"{TIME} > {held} + 0.2")
     page.press("stop")
@@ -193,7 +198,7 @@ def test_pause_holds_the_video_and_its_making(page: Page, server: LiveServer) ->
 
     sent = page.js("sent")
     assert [message["type"] for message in sent if message["type"] != "played"] == [
-        "start", "pause", "resume", "stop", "start",
+        "start", "pause", "prompt", "prompt", "resume", "stop", "start",
     ]  # fmt: skip
     first, second = [message for message in sent if message["type"] == "start"]
     assert first == {"type": "start", "prompt": RED, "video": "mp4"}
@@ -278,6 +283,12 @@ def test_what_is_refused_is_said_and_can_be_mended(page: Page, server: LiveServe
     page.wait_for("!document.getElementById('notice').hidden")
     assert "1000" in page.text("notice-text")
     assert page.text("main") == "Start"
+    # The same for a start that is stopped before the server has answered it.
+    press_both = "for (const name of ['main', 'stop']) document.getElementById(name).click();"
+    status = "return document.getElementById('status').textContent"
+    assert page.driver.execute_script(press_both + status) == "Stopping"
+    page.wait_for("!document.getElementById('notice').hidden")
+    assert page.text("main") == "Start" and page.element("main").is_enabled()
     page.press("notice-close")
     assert page.js("document.getElementById('notice').hidden")
     page.start(RED, width="", height="", seconds=0.2)
@@ -419,6 +430,88 @@ def test_what_is_kept_and_what_is_let_go(page: Page, server: LiveServer) -> None
     assert kept == [9, 9 * 2**20, 9 * 2**20, 5, 8, 2**20, 3]
     assert positions == [0.01, pytest.approx(2 / 24, abs=1e-4), 8 / 24]  # not beyond the frame after the one drawn
     assert urls == ["ws://host:1/ws", "wss://host/live/ws?token=a+b%26c"]
+
+
+def test_pictures_that_are_not_kept_are_left_out(page: Page, server: LiveServer) -> None:
+    """Eight pictures, of which three are kept and the last two were not seen."""
+    page.open(server)
+    ranges, first, again, failures, error = page.run(
+        """
+        const { Recording } = await import("./recording.js");
+        const { JpegPlayer } = await import("./player_jpeg.js");
+        const canvas = new OffscreenCanvas(8, 8);
+        canvas.getContext("2d").fillRect(0, 0, 8, 8);
+        const picture = await (await canvas.convertToBlob({ type: "image/jpeg" })).arrayBuffer();
+        const recording = new Recording(3 * picture.byteLength);
+        const failures = [];
+        const handlers = { first() {}, failed: (why) => failures.push(why) };
+        const player = new JpegPlayer(canvas, { fps: 100, width: 8, height: 8 }, handlers, recording);
+        const add = (count) => {
+          for (let index = 0; index < count; index += 1) { recording.add(picture); player.append(picture); }
+        };
+        const playTo = async (frame) => {
+          while (player.frame !== frame && !failures.length) {
+            player.run(true);
+            await new Promise((go) => setTimeout(go, 1));
+          }
+          player.run(false);
+          return player.shown;
+        };
+        const ranges = [player.ranges];
+        add(6);
+        const first = await playTo(5);
+        ranges.push(player.ranges);
+        add(2);
+        ranges.push(player.ranges);
+        player.seek(0);
+        const again = (await playTo(7)) - first;
+        let error = null;
+        try { recording.message(3, "image/jpeg"); } catch ({ name }) { error = name; }
+        return [ranges, first, again, failures, error];
+        """
+    )
+    assert ranges == [[], [[0, 0.03]], [[0, 0.03], [0.06, 0.08]]]
+    assert (first, again, failures, error) == (6, 3 + 2, [], "RangeError")
+
+
+def test_what_is_behind_makes_room_for_the_end_of_a_video(page: Page, server: LiveServer) -> None:
+    """A buffer may be full when nothing more is made: what was seen long ago goes, as before."""
+    page.open(server)
+    removed, appended, state = page.run(
+        """
+        let source, appended = 0;
+        const removed = [];
+        class FullBuffer extends EventTarget {
+          appendBuffer() {
+            if (!removed.length) throw new DOMException("full", "QuotaExceededError");
+            appended += 1;
+            queueMicrotask(() => this.dispatchEvent(new Event("updateend")));
+          }
+          remove(from, to) {
+            removed.push([from, to]);
+            queueMicrotask(() => this.dispatchEvent(new Event("updateend")));
+            video.buffered.start = () => to;
+          }
+        }
+        globalThis.MediaSource = class extends EventTarget {
+          static isTypeSupported() { return true; }
+          readyState = "open";
+          constructor() { super(); source = this; }
+          addSourceBuffer() { return new FullBuffer(); }
+          endOfStream() { this.readyState = "ended"; }
+        };
+        URL.createObjectURL = () => "";
+        const video = { currentTime: 60, buffered: { length: 1, start: () => 0, end: () => 61 } };
+        const { MsePlayer } = await import("./player_mse.js?of-a-full-buffer");
+        const player = new MsePlayer(video, { mime: "video/mp4", fps: 24 }, {});
+        player.append(new ArrayBuffer(8 * 2 ** 20));
+        player.finish();
+        source.dispatchEvent(new Event("sourceopen"));
+        await new Promise((go) => setTimeout(go, 10));
+        return [removed, appended, source.readyState];
+        """
+    )
+    assert (removed, appended, state) == ([[0, 50]], 1, "ended")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

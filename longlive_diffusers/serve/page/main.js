@@ -41,6 +41,7 @@ let connection = null;
 let stream = null; // the last one that has begun
 let playback = null; // "waiting", "playing", "held" or "ended"
 let phase = "idle"; // connecting, beginning, queued, running, stopping, ended
+let isAnswered = false; // whether the server has taken the last start
 let place = 0; // in the queue
 let reason = ""; // why the last video ended
 let sent = 0; // when the last start was
@@ -71,6 +72,7 @@ function start() {
   if (tokenRequired && !token) return askForToken();
   notice.hide();
   sent = seconds();
+  isAnswered = false;
   phase = connection?.isUsable ? "beginning" : "connecting";
   if (phase === "connecting") connect();
   const wanted = query.get("video");
@@ -83,8 +85,11 @@ function change(kind) {
   const prompt = promptOrComplaint();
   if (prompt === null || phase !== "running") return;
   connection.send(kind, kind === "blend" ? { prompt, chunks: Number($("blend-chunks").value) } : { prompt });
-  const isSame = timeline.segments.at(-1)?.prompt === prompt && kind !== "cut"; // it may be sent, and changes nothing
-  if (!isSame) timeline.setPending(stream.ask(kind, prompt));
+  // What is on already may be asked for, and changes nothing but what was to come; a new shot that was, it remains.
+  const isCut = kind === "cut" || stream.pending?.kind === "cut";
+  const isSame = timeline.segments.at(-1)?.prompt === prompt && !isCut;
+  if (isSame) stream.forgetPending();
+  timeline.setPending(isSame ? null : stream.ask(isCut ? "cut" : kind, prompt));
 }
 
 /** What the main button does. */
@@ -117,10 +122,9 @@ function toggle() {
 }
 
 function seek(to) {
-  const at = stream ? nearest(stream.ranges, to) : null;
+  const at = stream ? nearest(stream.frames, to) : null;
   if (at === null) return;
-  // The very end shows nothing: the last frame begins before it.
-  stream.seek(Math.max(0, Math.min(at, stream.length - 1 / stream.started.fps)));
+  stream.seek(at);
   tick();
   renderNumbers();
 }
@@ -136,12 +140,14 @@ function connect() {
 
 const on = {
   queued({ position }) {
+    isAnswered = true;
     place = position;
     if (phase !== "stopping") phase = "queued";
     render();
   },
 
   started(message) {
+    isAnswered = true;
     $("token-form").hidden = true; // it was the right one
     if (!isReached) readHealth(); // there is a server again
     if (phase === "queued") sent = seconds(); // what is measured is the model, not the queue
@@ -169,7 +175,7 @@ const on = {
     notice.show(message);
     stream?.forgetPending();
     timeline.setPending(null);
-    if (phase === "beginning" || phase === "connecting") ended("error"); // the start was refused, and no end follows
+    if (!isAnswered) ended("error"); // the start was refused, and no end follows, also of one that was stopped
   },
 
   end(message) {

@@ -55,6 +55,7 @@ export class JpegPlayer {
     if (this.#ticked !== null) {
       const limits = { drawn: this.#drawn, available: this.#received, fps: this.#fps };
       this.#position = advance(this.#position, now - this.#ticked, limits);
+      this.#leap();
       this.#draw();
     }
     this.#ticked = now;
@@ -73,7 +74,9 @@ export class JpegPlayer {
   }
 
   get ranges() {
-    return [[0, Math.min(this.#recording.length, this.#received) / this.#fps]];
+    const [kept, live, end] = [this.#recording.length, this.#firstLive, this.#received];
+    const ranges = live <= kept ? [[0, end]] : [[0, kept], [live, end]];
+    return ranges.filter(([from, to]) => from < to).map((range) => range.map((frame) => frame / this.#fps));
   }
 
   seek(seconds) {
@@ -90,6 +93,25 @@ export class JpegPlayer {
     this.#live.clear();
   }
 
+  /** The first frame that was not seen yet. */
+  get #firstLive() {
+    const [first = this.#received] = this.#live.keys();
+    return first;
+  }
+
+  /** Whether a frame is there, or is to come: those that were seen after the recording was full are not kept. */
+  #isThere(index) {
+    return index < this.#recording.length || index >= this.#firstLive;
+  }
+
+  /** Go on with frames that are there. */
+  #leap() {
+    const index = Math.floor(this.#position * this.#fps + 1e-3);
+    if (index === this.#drawn || this.#isThere(index)) return;
+    this.#position = this.#firstLive / this.#fps;
+    this.#drawn = this.#firstLive - 1; // the clock may go on from there
+  }
+
   /** Draw the frame of the position, unless it is there already. */
   async #draw() {
     const index = Math.min(Math.floor(this.#position * this.#fps + 1e-3), this.#received - 1);
@@ -97,7 +119,8 @@ export class JpegPlayer {
     this.#isDrawing = true;
     const generation = this.#generation;
     try {
-      for (let next = index; next < Math.min(index + DECODE_AHEAD, this.#received); next += 1) this.#decode(next);
+      const ahead = Math.min(index + DECODE_AHEAD, this.#received);
+      for (let next = index; next < ahead; next += 1) if (this.#isThere(next)) this.#decode(next);
       const picture = await this.#decode(index);
       if (generation === this.#generation) this.#show(picture, index);
     } catch {

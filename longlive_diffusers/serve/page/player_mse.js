@@ -136,7 +136,7 @@ export class MsePlayer {
 
   #removeOld() {
     const [first] = this.ranges;
-    if (!first || this.#isComplete) return false;
+    if (!first || (this.#isComplete && this.#queue.length === 0)) return false; // a video that is over stays whole
     const received = this.#received / this.#fps;
     const bytesPerSecond = this.#bytes / received;
     const position = this.#video.currentTime;

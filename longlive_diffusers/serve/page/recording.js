@@ -10,10 +10,15 @@ export class Recording {
   #starts = []; // the byte at which each message begins
   bytes = 0;
   isFull = false; // from then on nothing is kept any more: what is there stays a video that plays
+  #limit;
+
+  constructor(limit = LIMIT) {
+    this.#limit = limit;
+  }
 
   /** Keep one message; says whether it is kept. */
   add(buffer) {
-    this.isFull ||= this.bytes + buffer.byteLength > LIMIT;
+    this.isFull ||= this.bytes + buffer.byteLength > this.#limit;
     if (this.isFull) return false;
     this.#starts.push(this.bytes);
     this.#open.push(buffer);
@@ -27,15 +32,18 @@ export class Recording {
     return true;
   }
 
+  /** How many messages are kept. */
   get length() {
     return this.#starts.length;
   }
 
-  /** One message, or all of them joined. */
+  /** One of the messages that are kept. */
   message(index, type) {
+    if (!(index in this.#starts)) throw new RangeError(`message ${index} is not kept`);
     return this.blob(type).slice(this.#starts[index], this.#starts[index + 1] ?? this.bytes, type);
   }
 
+  /** All of them, joined. */
   blob(type) {
     return new Blob([this.#sealed, ...this.#open], { type });
   }

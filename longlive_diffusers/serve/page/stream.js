@@ -130,6 +130,11 @@ export class Stream {
     return this.#player.ranges;
   }
 
+  /** Where the frames that can be shown begin: from the first of each range to its last, which begins before its end. */
+  get frames() {
+    return this.ranges.map(([start, end]) => [start, Math.max(start, end - 1 / this.started.fps)]);
+  }
+
   get stalls() {
     return this.#pacing.stalls;
   }
