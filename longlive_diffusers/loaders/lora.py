@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from ..nvfp4.format import Weight
+from ..nvfp4.format import NVFP4Tensor, Weight
+from ..nvfp4.lora import check_no_magnitudes
 from ..wording import counted
 from .checkpoint_file import check_finite, named_tensors, read_checkpoint_file
 from .lora_file import LORA_SUFFIXES, LoraFile, read_lora_file
@@ -172,7 +173,8 @@ def check_lora_fits(lora: Mapping[str, torch.Tensor], weights: Mapping[str, Weig
 
     Raises:
         ValueError: If no layer is for the transformer, a layer's target is not among the weights or has other sizes,
-            a layer is incomplete, its halves have different ranks, or it has infinities or NaN.
+            a layer is incomplete, its halves have different ranks, or it has infinities or NaN; for a DoRA of a layer
+            in NVFP4.
     """
     own = {key.removeprefix("transformer."): tensor for key, tensor in lora.items() if key.startswith("transformer.")}
     if not own:
@@ -181,6 +183,8 @@ def check_lora_fits(lora: Mapping[str, torch.Tensor], weights: Mapping[str, Weig
         )
     if any(".lokr_" in key for key in own):
         return  # Kronecker products (LoKr): diffusers knows their layout, and checks it
+    in_nvfp4 = (name for name, weight in weights.items() if isinstance(weight, NVFP4Tensor))
+    check_no_magnitudes(own, (name.removesuffix(".weight") for name in in_nvfp4))
     targets = {name.replace(".base_layer.", "."): tuple(weight.shape) for name, weight in weights.items()}
     problems = {}
     for key, tensor in own.items():

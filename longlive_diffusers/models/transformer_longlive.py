@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from typing import Any
@@ -19,6 +20,7 @@ from diffusers.models.transformers.transformer_wan import (
     WanTimeTextImageEmbedding,
     WanTransformer3DModel,
 )
+from peft import PeftConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -27,7 +29,7 @@ from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
 from ..number_checks import check_booleans
 from ..nvfp4.linear import nvfp4_layers
-from ..nvfp4.lora import adopt_lora_layers
+from ..nvfp4.lora import adopt_lora_layers, check_no_magnitudes, check_takes_adapter
 from ..nvfp4.optimized_layers import check_not_optimized
 from ..parallel.head_exchange import HeadExchange
 from ..parallel.layout import check_heads
@@ -476,23 +478,36 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         check_can_be_saved(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def add_adapter(self, *args, **kwargs) -> None:
+    def add_adapter(self, adapter_config: PeftConfig, adapter_name: str = "default") -> None:
         """Like diffusers' own `add_adapter`.
 
         Raises:
-            ValueError: If the network was optimized, or projections are fused, of which a LoRA would be left out.
+            ValueError: If the network was optimized, or projections are fused, of which a LoRA would be left out; for
+                a DoRA, or another adapter that reads the weights, on layers in NVFP4.
         """
         check_takes_lora(self)
-        super().add_adapter(*args, **kwargs)
+        check_takes_adapter(self, adapter_config)
+        super().add_adapter(adapter_config, adapter_name)
 
-    def load_lora_adapter(self, *args, **kwargs) -> None:
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict,
+        prefix: str | None = "transformer",
+        hotswap: bool = False,
+        **kwargs,
+    ) -> None:
         """Like diffusers' own `load_lora_adapter`.
 
         Raises:
-            ValueError: If the network was optimized, or projections are fused, of which a LoRA would be left out.
+            ValueError: If the network was optimized, or projections are fused, of which a LoRA would be left out; for
+                a dictionary with a DoRA, on layers in NVFP4.
         """
         check_takes_lora(self)
-        super().load_lora_adapter(*args, **kwargs)
+        lora = pretrained_model_name_or_path_or_dict
+        if isinstance(lora, Mapping):
+            start = "" if prefix is None else f"{prefix}."
+            check_no_magnitudes((key.removeprefix(start) for key in lora if key.startswith(start)), nvfp4_layers(self))
+        super().load_lora_adapter(lora, prefix, hotswap, **kwargs)
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Like diffusers' own `compile_repeated_blocks`.
@@ -503,10 +518,17 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         check_not_optimized(self, "be compiled")
         super().compile_repeated_blocks(*args, **kwargs)
 
-    def fuse_lora(self, *args, **kwargs) -> None:
-        """Fuse LoRA like diffusers does, also into NVFP4 weights, which are rounded again and cannot be unfused."""
-        adopt_lora_layers(self)
-        super().fuse_lora(*args, **kwargs)
+    def fuse_lora(
+        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """Fuse LoRA like diffusers does, also into NVFP4 weights, which are rounded again and cannot be unfused.
+
+        Raises:
+            ValueError: If an adapter cannot be fused into NVFP4 weights: because it is no plain LoRA, has infinities
+                or NaN, or has a bias where the layer has none. Nothing is fused then.
+        """
+        adopt_lora_layers(self, adapter_names)
+        super().fuse_lora(lora_scale, safe_fusing, adapter_names)
 
     def fuse_qkv_projections(self) -> None:
         """Fuse the projections of queries, keys and values like diffusers does, which keeps the separate ones.
