@@ -4,6 +4,7 @@ import torch
 
 from .streaming_vae import check_next_latents
 from .tiny_decoder import Memory, TinyVideoDecoder
+from .video_so_far import VideoSoFar
 
 
 class StreamingTinyDecoder:
@@ -33,7 +34,7 @@ class StreamingTinyDecoder:
     def reset(self) -> None:
         """Forget the video so far: the next chunk begins a new one."""
         self._memory: Memory | None = None
-        self._shape: tuple[int, ...] | None = None
+        self._so_far = VideoSoFar()
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -49,11 +50,13 @@ class StreamingTinyDecoder:
 
         Raises:
             ValueError: For latents whose shape does not fit the network or the previous chunk.
+            RuntimeError: If an error has ended the call before, and there was no `reset()` since.
         """
         channels = self.decoder.config.latent_channels
-        self._shape = check_next_latents(latents, channels, self._shape)
+        shape = check_next_latents(latents, channels, self._so_far.shape)
         frames = []
-        for frame in latents.split(1, dim=2):
-            pixels, self._memory = self.decoder(frame, self._memory)
-            frames.append(pixels)
-        return torch.cat(frames, dim=2).clamp(-1, 1)
+        with self._so_far.continued(shape):
+            for frame in latents.split(1, dim=2):
+                pixels, self._memory = self.decoder(frame, self._memory)
+                frames.append(pixels)
+            return torch.cat(frames, dim=2).clamp(-1, 1)

@@ -25,6 +25,7 @@ from ..fused.layers import is_compiled_in_place
 from ..parallel.columns import ColumnSplit, check_group
 from ..parallel.halo import exchanging_halos
 from ..tensor_checks import check_floats
+from .video_so_far import VideoSoFar
 from .wan_decoder.cached_convolutions import frames_at_once
 from .wan_decoder.decode_frames import decode_frames
 from .wan_decoder.history import from_feature_cache, into_feature_cache
@@ -70,7 +71,7 @@ class StreamingDecoder:
     def reset(self) -> None:
         """Forget the video so far: the next chunk begins a new one."""
         self._caches: dict[tuple[int, int, int], list] = {}
-        self._shape: tuple[int, ...] | None = None
+        self._so_far = VideoSoFar()
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -85,13 +86,14 @@ class StreamingDecoder:
 
         Raises:
             ValueError: For latents whose shape does not fit the network or the previous chunk.
+            RuntimeError: If an error has ended the call before, and there was no `reset()` since.
         """
-        shape = check_next_latents(latents, self.vae.config.z_dim, self._shape)
-        first, self._shape = self._shape is None, shape
-        _bring_to_device(self.vae)
-        if self.vae.use_slicing and latents.shape[0] > 1:
-            return torch.cat([self._decode_slice(part, i, first) for i, part in enumerate(latents.split(1))])
-        return self._decode_slice(latents, 0, first)
+        shape = check_next_latents(latents, self.vae.config.z_dim, self._so_far.shape)
+        with self._so_far.continued(shape) as first:
+            _bring_to_device(self.vae)
+            if self.vae.use_slicing and latents.shape[0] > 1:
+                return torch.cat([self._decode_slice(part, i, first) for i, part in enumerate(latents.split(1))])
+            return self._decode_slice(latents, 0, first)
 
     def _decode_slice(self, latents: torch.Tensor, slice_index: int, first: bool) -> torch.Tensor:
         vae, (height, width) = self.vae, latents.shape[-2:]
@@ -219,7 +221,7 @@ class StreamingEncoder:
     def reset(self) -> None:
         """Forget the video so far."""
         self._cache = [None] * self.vae._cached_conv_counts["encoder"]
-        self._shape: tuple[int, ...] | None = None
+        self._so_far = VideoSoFar()
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
@@ -235,16 +237,16 @@ class StreamingEncoder:
         Raises:
             ValueError: For another number of frames (the message states which would do), or for pixels whose shape
                 does not fit the network or the previous frames.
+            RuntimeError: If an error has ended the call before, and there was no `reset()` since.
         """
-        vae, opens_video, scale = self.vae, self._shape is None, self.vae.config.scale_factor_temporal
+        vae, before, scale = self.vae, self._so_far.shape, self.vae.config.scale_factor_temporal
+        opens_video = before is None
         channels = vae.config.in_channels // (vae.config.patch_size or 1) ** 2
         if frames.ndim != 5 or frames.shape[1] != channels:
             raise ValueError(f"Expected pixels [B, {channels}, frames, H, W], got shape {tuple(frames.shape)}.")
         count, shape = frames.shape[2], (frames.shape[0], *frames.shape[-2:])
-        if self._shape not in (None, shape):
-            raise ValueError(
-                f"The video so far has (batch, H, W) = {self._shape}, these frames {shape}: `reset()` first."
-            )
+        if before not in (None, shape):
+            raise ValueError(f"The video so far has (batch, H, W) = {before}, these frames {shape}: `reset()` first.")
         num_latents = latent_frames(count, opens_video=opens_video, temporal_scale=scale)
         if count < 1 or count != pixel_frames(num_latents, opens_video=opens_video, temporal_scale=scale):
             raise ValueError(f"Expected {'1 + ' if opens_video else ''}{scale} n frames, got {count}.")
@@ -255,12 +257,12 @@ class StreamingEncoder:
         if vae.config.patch_size is not None:
             frames = patchify(frames, patch_size=vae.config.patch_size)
         groups = groups_of_latents(frames, opens_video, scale)
-        _bring_to_device(vae)
-        with exchanging_halos(split):
-            encoded = [vae.encoder(group, feat_cache=self._cache, feat_idx=[0]) for group in groups]
-            moments = vae.quant_conv(torch.cat(encoded, dim=2))
-        self._shape = shape
-        return split.gather(moments.chunk(2, dim=1)[0])
+        with self._so_far.continued(shape):
+            _bring_to_device(vae)
+            with exchanging_halos(split):
+                encoded = [vae.encoder(group, feat_cache=self._cache, feat_idx=[0]) for group in groups]
+                moments = vae.quant_conv(torch.cat(encoded, dim=2))
+            return split.gather(moments.chunk(2, dim=1)[0])
 
 
 def check_next_latents(latents: torch.Tensor, channels: int, before: tuple[int, ...] | None) -> tuple[int, ...]:

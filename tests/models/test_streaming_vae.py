@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from longlive_diffusers import StreamingDecoder, StreamingEncoder
+from longlive_diffusers.models import streaming_vae
 from longlive_diffusers.models.streaming_vae import latent_statistics, normalize_latents
 from tests.support.tiny_vae import tiny_vae, wan_2_1_vae
 
@@ -433,3 +434,91 @@ def test_a_vae_may_be_converted_in_mid_video():
     decoder.decode(chunk)
     vae.to(torch.bfloat16)
     assert decoder.decode(chunk.bfloat16()).isfinite().all()
+
+
+# -- errors in the middle --------------------------------------------------------------------------------------------
+
+
+class OutOfMemory:
+    """Out of memory in one of the calls of something, as in `OutOfMemory(2)` for the second; then not any more."""
+
+    def __init__(self, call: int = 1):
+        self.calls_left = call
+
+    def __call__(self, *_):
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            raise torch.OutOfMemoryError("no memory is left")
+
+
+def assert_torn(call, reset, expected: torch.Tensor) -> None:
+    """A call that runs out of memory is refused until a reset, and gives then what it should."""
+    with pytest.raises(torch.OutOfMemoryError):
+        call()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"An error has ended the call before.*`reset\(\)` first"):
+            call()
+    reset()
+    assert torch.equal(call(), expected)
+
+
+DECODER_PARTS = {"at first": "post_quant_conv", "in the middle": "decoder.mid_block", "at last": "decoder.conv_out"}
+
+
+@pytest.mark.parametrize("part", DECODER_PARTS.values(), ids=DECODER_PARTS)
+@pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
+def test_after_an_error_in_the_first_chunk_decoding_begins_again(part, tiled):
+    vae, latents = tiny_vae(), random_latents(2, 4, 4)
+    if tiled:
+        enable_small_tiles(vae)
+    vae.get_submodule(part).register_forward_pre_hook(OutOfMemory())
+    twin = tiny_vae()
+    twin.get_submodule(part).register_forward_pre_hook(lambda *_: None)  # computed by the same modules
+    if tiled:
+        enable_small_tiles(twin)
+    decoder = StreamingDecoder(vae)
+    assert_torn(lambda: decoder.decode(latents), decoder.reset, StreamingDecoder(twin).decode(latents))
+
+
+def test_after_an_error_between_the_frames_of_a_chunk_decoding_begins_again(monkeypatch):
+    vae, latents = tiny_vae(), random_latents(2)
+    expected, decoder, out_of_memory = StreamingDecoder(vae).decode(latents), StreamingDecoder(vae), OutOfMemory(2)
+    decode_frames = streaming_vae.decode_frames
+
+    def decode(*arguments):
+        out_of_memory()
+        return decode_frames(*arguments)
+
+    monkeypatch.setattr(streaming_vae, "decode_frames", decode)
+    assert_torn(lambda: decoder.decode(latents), decoder.reset, expected)
+
+
+def test_after_an_error_in_a_later_chunk_decoding_does_not_go_on():
+    vae, latents = tiny_vae(), random_latents(4)
+    decoder = StreamingDecoder(vae)
+    decoder.decode(latents[:, :, :2])
+    vae.post_quant_conv.register_forward_pre_hook(OutOfMemory())
+    expected = StreamingDecoder(tiny_vae()).decode(latents[:, :, 2:])
+    assert_torn(lambda: decoder.decode(latents[:, :, 2:]), decoder.reset, expected)
+
+
+def test_latents_of_another_shape_leave_the_video_as_it_was():
+    decoder, latents = StreamingDecoder(tiny_vae()), random_latents(2)
+    with pytest.raises(ValueError, match="got shape"):
+        decoder.decode(latents[:, :3])
+    decoder.decode(latents)
+    with pytest.raises(ValueError, match="this chunk"):
+        decoder.decode(latents[..., :2])
+    assert decoder.decode(latents).shape[2] == 8
+
+
+ENCODER_PARTS = {"at first": "encoder.conv_in", "between": "encoder.conv_out", "at last": "quant_conv"}
+
+
+@pytest.mark.parametrize("part", ENCODER_PARTS.values(), ids=ENCODER_PARTS)
+def test_after_an_error_encoding_begins_again(part):
+    vae, pixels = tiny_vae(), random_pixels(5)
+    expected = StreamingEncoder(vae).encode(pixels)
+    vae.get_submodule(part).register_forward_pre_hook(OutOfMemory())
+    encoder = StreamingEncoder(vae)
+    assert_torn(lambda: encoder.encode(pixels), encoder.reset, expected)

@@ -158,6 +158,25 @@ def test_latents_of_other_shapes_are_refused_and_the_video_goes_on(shape, named)
     assert torch.equal(torch.cat([first, streaming.decode(latents[:, :, 2:])], dim=2), decode(decoder, latents))
 
 
+@pytest.mark.parametrize("failing", [1, 2], ids=["first frame", "second frame"])
+def test_after_an_error_decoding_begins_again(failing):
+    network, latents, calls = small_decoder(), random_latents(2), []
+    decoder, expected = StreamingTinyDecoder(network), StreamingTinyDecoder(network).decode(random_latents(2))
+
+    def out_of_memory(*_):
+        calls.append(None)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("no memory is left")
+
+    network.conv_out.register_forward_pre_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.decode(latents)
+    with pytest.raises(RuntimeError, match=r"`reset\(\)` first"):
+        decoder.decode(latents)
+    decoder.reset()
+    assert torch.equal(decoder.decode(latents), expected)
+
+
 @pytest.mark.parametrize("what", [tiny_vae(), None, "a path"], ids=["a VAE", "nothing", "a path"])
 def test_what_is_no_tiny_decoder_is_refused(what):
     with pytest.raises(ValueError, match=f"Expected a TinyVideoDecoder, got {type(what).__name__}"):
