@@ -11,7 +11,6 @@ With a group of ranks, each works on its own columns of the picture, and keeps t
 (`wan_decoder/beside.py`; `parallel/halo.py`, where modules are called).
 """
 
-from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -25,6 +24,7 @@ from ..fused.layers import is_compiled_in_place
 from ..parallel.columns import ColumnSplit, check_group
 from ..parallel.halo import exchanging_halos
 from ..tensor_checks import check_floats
+from .compiled import compiled_for
 from .video_so_far import VideoSoFar
 from .wan_decoder.cached_convolutions import frames_at_once
 from .wan_decoder.decode_frames import decode_frames
@@ -137,7 +137,6 @@ class StreamingDecoder:
         """Compute what the module would, several latent frames at once but for the first of a video."""
         decoder, (batch, _, count, *size) = self.vae.decoder, latents.shape
         is_compiled = is_compiled_in_place(decoder) and split is None  # a compiler does not follow what ranks exchange
-        decode = self._compiled_decode if is_compiled else decode_frames
         if split is not None:  # as many frames on every rank: the widest part, with its neighbors' columns, has to fit
             size[split.axis] = max(split.columns) + 2
         most = frames_at_once(decoder, batch, *size, most=FRAMES_AT_ONCE)
@@ -147,15 +146,11 @@ class StreamingDecoder:
             if frames.shape[2]:
                 # With strides that do not tell the chunk's length, which would be others to a compiler.
                 frames = frames.clone(memory_format=torch.contiguous_format)
+                decode = compiled_for(decode_frames, frames.shape) if is_compiled else decode_frames
                 result, kept = decode(decoder, frames, kept, first and not decoded, split)
                 decoded.append(result)
         into_feature_cache(kept, cache)
         return decoded
-
-    @cached_property
-    def _compiled_decode(self):
-        """A graph for the first latent frame of a video, and one for each number of frames at once."""
-        return torch.compile(decode_frames, dynamic=False)
 
     def _decode_tiles(
         self, latents, slice_index: int, first: bool, tile_height: int, tile_width: int, undivided: ColumnSplit

@@ -1,17 +1,21 @@
 """Who sees whom, and that the ways of computing attention agree."""
 
+import functools
 import shutil
 
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
+from longlive_diffusers.models import flex
 from longlive_diffusers.models.attend import attend
 from longlive_diffusers.models.attention import LongLiveAttnProcessor
 from longlive_diffusers.models.chunk_mask import ChunkMask, prefixes
+from longlive_diffusers.models.compiled import compiled_for
 from longlive_diffusers.models.flex import needs_compilation
 from longlive_diffusers.models.layer_kv_cache import LayerKVCache
 from tests.support.checks import needs_gpu
@@ -279,6 +283,24 @@ def test_flex_attention_is_compiled_where_it_would_materialize_the_scores():
 
     torch.compile(inside, backend="eager")(torch.zeros(1))
     assert compiled == [False], "code that is being compiled compiles it anyway"
+
+
+@torch.no_grad()
+def test_flex_attention_is_compiled_for_every_length_of_the_history(monkeypatch):
+    """From the ninth on, the compiler would call it uncompiled, which materializes the scores."""
+    torch._dynamo.reset()
+    compiled_for.cache_clear()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
+    monkeypatch.setattr(flex, "needs_compilation", lambda device: True)
+    lengths = range(8, 80, 8)
+    for _ in range(2):  # the second time, the graphs are there
+        for length in lengths:
+            query, key = random_states(8)[0], random_states(length)[1]
+            expected = scaled_dot_product_attention(*(states.transpose(1, 2) for states in (query, key, key)))
+            torch.testing.assert_close(flex.flex_attend(query, key, key), expected.transpose(1, 2))
+        assert counter.frame_count == len(lengths)
+    compiled_for.cache_clear()
 
 
 def test_gradients_of_many_chunks_are_summed_in_float32():

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from longlive_diffusers import StreamingDecoder
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.models import streaming_vae
+from longlive_diffusers.models.compiled import compiled_for
 from longlive_diffusers.models.wan_decoder import cached_convolutions, decode_frames
 from longlive_diffusers.models.wan_decoder.norm_silu import norm_silu_after
 from longlive_diffusers.models.wan_decoder.published_modules import is_as_published
@@ -359,16 +360,40 @@ def test_a_video_may_go_on_outside_of_inference_mode():
 # -- compiled --------------------------------------------------------------------------------------------------------
 
 
-def test_a_compiled_decoder_has_a_graph_for_the_first_frame_and_one_for_each_number_of_frames(monkeypatch):
+@pytest.fixture
+def counter(monkeypatch):
+    """Counts the graphs."""
     torch._dynamo.reset()
+    compiled_for.cache_clear()
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    yield counter
+    compiled_for.cache_clear()
+
+
+def smallest_vae() -> tuple[AutoencoderKLWan, AutoencoderKLWan]:
+    """A VAE, and the same one compiled."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=0, temperal_downsample=[True], is_residual=True
     ).eval()
     compiled = copy.deepcopy(vae)
     compiled.decoder.compile()
+    return vae, compiled
+
+
+def test_a_compiled_decoder_has_graphs_for_every_size(counter):
+    vae, compiled = smallest_vae()
+    sizes = [(2, 2), (2, 3), (3, 2), (3, 3), (2, 4)]
+    for _ in range(2):
+        for height, width in sizes:
+            latents = latents_for(vae, 3, height, width)
+            assert_close(stream(compiled, latents, (1, 2)), stream(vae, latents, (1, 2)))
+        assert counter.frame_count == 2 * len(sizes)
+
+
+def test_a_compiled_decoder_has_a_graph_for_the_first_frame_and_one_for_each_number_of_frames(counter):
+    vae, compiled = smallest_vae()
     lengths = (1, 4, 3, 4, 2, 1, 1, 6, 4)
     for _ in range(2):  # another video has the graphs already
         latents = latents_for(vae, sum(lengths))
