@@ -11,7 +11,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.loaders import WanLoraLoaderMixin
+from peft import LoraConfig
 
 import longlive_diffusers
 from tests.support.paths import ROOT
@@ -147,6 +148,12 @@ PRIVATE_NAMES = [
         "diffusers.training_utils:_collate_lora_metadata",
         ("training/run/saving.py",),
         'Pass {"transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict()}.',
+    ),
+    PrivateName(
+        "is_lora_variant of the fields of LoraConfig",
+        (PACKAGE + "nvfp4/lora.py",),
+        "Name the settings with which PEFT's LoRA layer does something else than adding B A: `use_dora` and others.",
+        exists=lambda: any("is_lora_variant" in field.metadata for field in fields(LoraConfig)),
     ),
     # -- diffusers: what a model declares ----------------------------------------------------------------------------
     *(
