@@ -308,7 +308,8 @@ class KVCache:
     def has_text(self, encoder_hidden_states: torch.Tensor, lora_scale: float = 1.0) -> bool:
         """Whether the cached text keys and values were computed from this very tensor, which is unchanged since, with
         LoRAs of this scale."""
-        if self._text_source is None:
+        # An error in the middle of a forward leaves layers without keys and values.
+        if self._text_source is None or any(layer.text is None for layer in self._layers):
             return False
         source, version, scale = self._text_source
         return source is encoder_hidden_states and version == version_of(source) and scale == lora_scale

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from longlive_diffusers import KVCache
 from longlive_diffusers.models.kv_cache import CachedFrame
 from longlive_diffusers.models.rotary import apply_rotary, rotary_embedding
+from tests.support.tiny_pipeline import random_inputs, tiny_cache, tiny_transformer
 
 
 HEADS, HEAD_DIM, HEIGHT, WIDTH = 2, 12, 1, 2
@@ -684,3 +685,25 @@ def test_values_for_each_row_must_be_as_many_as_rows(name):
 def test_sizes_that_leave_no_room_raise_and_state_the_numbers(sizes, message):
     with pytest.raises(ValueError, match=message):
         make_cache(**sizes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("failing", [0, 1])
+def test_after_an_error_in_the_middle_of_a_forward_the_text_is_computed_again(failing):
+    model, inputs = tiny_transformer(), random_inputs(frames=2)
+    cache = tiny_cache(model)
+    cache.begin_chunk(2)
+    expected = model(**inputs, kv_cache=cache).sample
+    cache = tiny_cache(model)
+    cache.begin_chunk(2)
+
+    def out_of_memory(*_):
+        hook.remove()
+        raise torch.OutOfMemoryError("no memory is left")
+
+    hook = model.blocks[failing].register_forward_pre_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(**inputs, kv_cache=cache)
+    assert not cache.has_text(inputs["encoder_hidden_states"])
+    assert torch.equal(model(**inputs, kv_cache=cache).sample, expected)
+    assert cache.has_text(inputs["encoder_hidden_states"])
