@@ -55,7 +55,7 @@ class FP8Linear(nn.Linear):
     def multiply_fp8(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Multiply rows that `rows_to_fp8` gave, and add the bias: bfloat16 `[*shape, out_features]`."""
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-        return fp8_matmul(codes, scale, self.weight_codes, self.weight_scale, bias).unflatten(0, shape)
+        return fp8_matmul(codes, scale, self.weight_codes, self.weight_scale, bias).reshape(*shape, self.out_features)
 
     def _apply(self, fn, recurse: bool = True):
         with keeping_dtypes(self, ("weight_codes", "weight_scale")):

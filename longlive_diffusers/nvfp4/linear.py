@@ -194,7 +194,7 @@ class NVFP4Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
         product = self.product()
         assert isinstance(product, FP8Product)  # see `takes_fp8`
-        return product.multiply(codes, scale, self.weight_nvfp4, bias).unflatten(0, shape)
+        return product.multiply(codes, scale, self.weight_nvfp4, bias).reshape(*shape, self.out_features)
 
     @torch.compiler.disable()
     def _select_backend_uncompiled(self) -> None:

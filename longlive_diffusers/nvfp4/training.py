@@ -39,8 +39,12 @@ class NVFP4TrainingLinear(nn.Linear):
         """`[..., in_features]` -> `[..., out_features]`, in the dtype of `x` or, under autocast, in autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        product = _NVFP4Product.apply(x.reshape(-1, self.in_features), self.weight, self.recipe)
-        product = product.unflatten(0, x.shape[:-1])
+        rows = x.reshape(-1, self.in_features)
+        if len(rows):
+            product = _NVFP4Product.apply(rows, self.weight, self.recipe)
+        else:  # there is no largest number to scale by
+            product = F.linear(rows, self.weight.to(rows.dtype))
+        product = product.reshape(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
     def extra_repr(self) -> str:

@@ -17,7 +17,7 @@ def linear_of(in_features: int = 64, out_features: int = 96, bias: bool = True) 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5,), (2, 3), (1, 1, 1)])
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (1, 1, 1), ()])
 def test_it_computes_what_the_layer_does_to_within_e4m3(shape, dtype, bias):
     linear = linear_of(bias=bias)
     x = torch.randn(*shape, 64, generator=torch.Generator().manual_seed(1))
@@ -104,3 +104,14 @@ def test_layers_that_are_not_all_in_fp8_are_called(other):
         layers, x = [layer.float() for layer in layers], x.float()
     with torch.no_grad():
         assert all(torch.equal(own, layer(x)) for own, layer in zip(apply_together(layers, x), layers, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0)], ids=str)
+def test_single_rows_and_none_are_multiplied_like_by_a_plain_layer(shape):
+    layers = [FP8Linear(linear_of()), NVFP4Linear.from_linear(linear_of(), backend="fp8")]
+    for layer in layers:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.ones(*shape, 64, dtype=dtype)
+            assert layer(x).shape == (*shape, 96) and layer(x).dtype == dtype
+            assert layer.multiply_fp8(*rows_to_fp8(x.reshape(-1, 64)), x.shape[:-1]).shape == (*shape, 96)

@@ -177,3 +177,17 @@ def test_compiled_in_one_graph_with_gradients():
         results.append((y.detach(), layer.weight.grad.clone()))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_single_rows_and_none_are_multiplied_like_by_a_plain_layer(recipe, shape, dtype):
+    linear = nn.Linear(32, 48)
+    layer = NVFP4TrainingLinear.from_linear(linear, RECIPES[recipe])
+    x = torch.ones(*shape, 32, dtype=dtype, requires_grad=True)
+    product = layer(x)
+    assert product.shape == (*shape, 48) and product.dtype == dtype
+    product.float().sum().backward()
+    assert x.grad.shape == x.shape and linear.weight.grad.shape == linear.weight.shape
+    assert linear.weight.grad.isfinite().all() and linear.weight.grad.any() == bool(x.numel())
