@@ -31,13 +31,14 @@ class FusedGELU(GELU):
         if is_plain(proj, PackedLinear, device) and self.approximate == "tanh":
             return proj.multiply(hidden_states, "gelu")
         is_usual = self.approximate == "tanh" and is_plain(proj, nn.Linear, device) and proj.bias is not None
-        if not is_usual or not is_for_inference() or proj.weight.dtype != hidden_states.dtype:
+        is_converted = torch.is_autocast_enabled(device.type) or proj.weight.dtype != hidden_states.dtype
+        if not is_usual or not is_for_inference() or is_converted:
             return super().forward(hidden_states)
         assert proj.bias is not None  # see `is_usual`
         if device.type == "cuda":  # an epilogue of cuBLASLt
-            rows = hidden_states.flatten(0, -2)
+            rows = hidden_states.reshape(-1, proj.in_features)
             product = torch._addmm_activation(proj.bias, rows, proj.weight.t(), use_gelu=True)
-            return product.unflatten(0, hidden_states.shape[:-1])
-        if device.type == "cpu" and onednn.has_onednn(hidden_states.dtype) and not torch.is_autocast_enabled("cpu"):
+            return product.reshape(*hidden_states.shape[:-1], proj.out_features)
+        if device.type == "cpu" and onednn.has_onednn(hidden_states.dtype):
             return onednn.linear(hidden_states, proj.weight, proj.bias, "gelu")
         return super().forward(hidden_states)

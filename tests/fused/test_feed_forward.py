@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from longlive_diffusers.fused.feed_forward import FusedGELU
+from tests.support.checks import needs_gpu
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def inputs(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("dtype", "rounding"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-7), (torch.float16, 1e-3)]
 )
-@pytest.mark.parametrize("shape", [(5,), (2, 7), (1, 1, 1)])
+@pytest.mark.parametrize("shape", [(5,), (2, 7), (1, 1, 1), ()])
 def test_it_computes_what_the_two_do(layer, dtype, rounding, shape):
     x, layer = inputs(dtype, *shape), layer.to(dtype)
     with torch.no_grad():
@@ -91,3 +92,13 @@ def test_under_autocast_it_computes_in_bfloat16(layer):
     x = inputs(torch.float32, 3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(FusedGELU.sharing(layer)(x), layer(x))
+
+
+@needs_gpu
+@torch.no_grad()
+def test_under_autocast_it_computes_in_bfloat16_on_a_gpu(layer):
+    layer, x = layer.to("cuda"), inputs(torch.float32, 5).to("cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        found, expected = FusedGELU.sharing(layer)(x), layer(x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
