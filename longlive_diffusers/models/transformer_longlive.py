@@ -524,9 +524,10 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         """Fuse LoRA like diffusers does, also into NVFP4 weights, which are rounded again and cannot be unfused.
 
         Raises:
-            ValueError: If an adapter cannot be fused into NVFP4 weights: because it is no plain LoRA, has infinities
-                or NaN, or has a bias where the layer has none. Nothing is fused then.
+            ValueError: If the network was optimized, or an adapter cannot be fused into NVFP4 weights: because it is
+                no plain LoRA, has infinities or NaN, or has a bias where the layer has none. Nothing is fused then.
         """
+        check_not_optimized(self, "have a LoRA fused into them")
         adopt_lora_layers(self, adapter_names)
         super().fuse_lora(lora_scale, safe_fusing, adapter_names)
 

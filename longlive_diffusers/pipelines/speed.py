@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.activations import GELU
 from diffusers.models.modeling_utils import get_parameter_dtype
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..fused.feed_forward import FusedGELU
@@ -106,8 +107,9 @@ def _fuse_layers(transformer: LongLiveTransformer3DModel, device: torch.device) 
         if type(child) is GELU and is_undecorated(child.proj):
             setattr(module, name, FusedGELU.sharing(child))
             num_fused += 1
+    adapters = _adapters_of(transformer)
     for module, name, child in _layers_of(transformer):
-        if packs and not hasattr(module, "lora_A") and is_plain(child, nn.Linear, device):
+        if packs and child not in adapters and is_plain(child, nn.Linear, device):
             setattr(module, name, PackedLinear(child, rows))
             num_packed += 1
     choices = []
@@ -122,6 +124,20 @@ def _layers_of(transformer: LongLiveTransformer3DModel) -> list[tuple[nn.Module,
     """Return each layer of the blocks, with the module that has it and its name there."""
     modules = [module for block in transformer.blocks for module in block.modules()]
     return [(module, name, child) for module in modules for name, child in module.named_children()]
+
+
+def _adapters_of(transformer: LongLiveTransformer3DModel) -> set[nn.Module]:
+    """Return what PEFT has put beside layers: its forward reads the weights, of which a packed layer makes copies. And
+    layers that an adapter is fused into: it is taken out of the weight in place."""
+    tuned = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    inner = {
+        own
+        for layer in tuned
+        for name, child in layer.named_children()
+        if name != "base_layer"
+        for own in child.modules()
+    }
+    return inner | {layer.get_base_layer() for layer in tuned if layer.merged}
 
 
 def _use_fewer_bits(transformer: LongLiveTransformer3DModel, vae: nn.Module | None, device: torch.device) -> list[str]:

@@ -196,3 +196,33 @@ def test_layers_that_are_cast_one_by_one_stay_as_they_are():
         "The networks stay in their dtype: layers are offloaded or cast one by one, or have hooks.",
     )
     assert torch.equal(video(pipe), expected)
+
+
+@torch.no_grad()
+def test_of_a_layer_with_a_lora_the_layer_is_packed_and_the_lora_is_not():
+    pipe = tiny_pipeline()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "net.0.proj"], init_lora_weights=False))
+    without_lora = video(tiny_pipeline())
+    pipe.optimize("exact")
+    for layer in (pipe.transformer.blocks[0].attn1.to_q, pipe.transformer.blocks[1].ffn.net[0].proj):
+        assert type(layer.base_layer) is PackedLinear
+        assert type(layer.lora_A["default"]) is type(layer.lora_B["default"]) is nn.Linear
+    assert type(pipe.transformer.blocks[0].attn1.to_k) is PackedLinear
+    with pytest.raises(ValueError, match="cannot have a LoRA fused into them"):  # PEFT adds to a copy of the weight
+        pipe.fuse_lora(components=["transformer"])
+    pipe.unload_lora_weights()
+    assert (video(pipe) - without_lora).abs().max() <= 5e-6 * without_lora.abs().max()
+
+
+@torch.no_grad()
+def test_a_lora_that_was_fused_before_can_be_taken_out():
+    pipe = tiny_pipeline()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    pipe.fuse_lora(components=["transformer"])
+    fused = video(pipe)
+    pipe.optimize("exact")
+    assert (video(pipe) - fused).abs().max() <= 5e-6 * fused.abs().max()
+    pipe.unfuse_lora(components=["transformer"])
+    pipe.unload_lora_weights()
+    expected = video(tiny_pipeline())
+    assert (video(pipe) - expected).abs().max() <= 1e-5 * expected.abs().max()
