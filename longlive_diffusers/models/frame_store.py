@@ -116,8 +116,9 @@ class NVFP4Frames(PackedFrames):
         self.codes = torch.zeros(*frames, tokens, head_dim // 2, dtype=torch.uint8, device=device)
         # float8_e4m3fn, as bytes: that dtype cannot be written by index everywhere.
         self.scales = torch.zeros(*frames, tokens, head_dim // BLOCK, dtype=torch.uint8, device=device)
-        self.amax = torch.zeros(*frames, 1, 1, device=device)
-        self.mean = torch.zeros(*frames, 1, head_dim, device=device) if for_keys else None
+        self.amax = torch.zeros(*frames, 1, 1, dtype=torch.float32, device=device)
+        mean = (*frames, 1, head_dim)
+        self.mean = torch.zeros(mean, dtype=torch.float32, device=device) if for_keys else None
 
     @staticmethod
     def unsupported_reason(head_dim: int) -> str | None:
@@ -176,7 +177,7 @@ class FP8Frames(PackedFrames):
 
     def __init__(self, shape: Shape, device: torch.device, *, for_keys: bool):
         self.codes = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self.scale = torch.zeros(*shape[:3], 1, 1, device=device)
+        self.scale = torch.zeros(*shape[:3], 1, 1, dtype=torch.float32, device=device)
 
     @staticmethod
     def unsupported_reason(head_dim: int) -> str | None:

@@ -149,7 +149,7 @@ def _to_pixels(name: str, frames: Frames, height: int, width: int, skip: int = 0
         dtype: white_level(f"`{name}`", [array for array in arrays if array.dtype == dtype])
         for dtype in {array.dtype for array in arrays}
     }
-    pixels = torch.empty(3, len(frames) - skip, height, width)
+    pixels = torch.empty(3, len(frames) - skip, height, width, dtype=torch.float32)
     for index, frame in enumerate(frames[skip:]):
         white = whites[frame.dtype] if isinstance(frame, np.ndarray) else 255.0
         fractions = torch.from_numpy(_fit(frame, white, height, width))

@@ -49,7 +49,7 @@ class LongLiveScheduler(UniPCMultistepScheduler):
             use_flow_sigmas=True,
             flow_shift=flow_shift,
         )
-        levels = torch.linspace(1, 0, num_train_timesteps + 1)[:-1]
+        levels = torch.linspace(1, 0, num_train_timesteps + 1, dtype=torch.float32)[:-1]
         self.training_sigmas = flow_shift * levels / (1 + (flow_shift - 1) * levels)  # [num_train_timesteps], falling
         self.training_timesteps = self.training_sigmas * num_train_timesteps
         bell = torch.exp(-2 * ((self.training_timesteps - num_train_timesteps / 2) / num_train_timesteps) ** 2)

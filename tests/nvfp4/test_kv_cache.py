@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.models.frame_store import FRAME_STORES, FP8Frames, NVFP4Frames
 from longlive_diffusers.models.rotary import apply_rotary, rotary_embedding
+from tests.support.checks import default_dtype
 from tests.support.nvfp4_models import small_pipeline, small_transformer
 from tests.support.tiny_pipeline import tiny_arguments
 
@@ -24,7 +25,7 @@ def stored(store, states: torch.Tensor) -> torch.Tensor:
     rows = torch.arange(states.shape[0])[:, None]
     for slot in range(states.shape[2]):
         store.write(rows, torch.full_like(rows, slot), states[:, :, slot : slot + 1].transpose(1, 2))
-    target = torch.full(states.shape, torch.nan)
+    target = torch.full(states.shape, torch.nan, dtype=states.dtype)
     store.read_into(target)
     return target
 
@@ -264,3 +265,17 @@ def watched(read_into, given: list[torch.Tensor]):
         read_into(self, target)
 
     return read
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("store", FRAME_STORES.values(), ids=FRAME_STORES)
+@pytest.mark.parametrize("for_keys", [True, False], ids=["keys", "values"])
+def test_frames_are_stored_alike_under_any_default_dtype(store, for_keys, dtype):
+    shape = (1, 2, 2, 4, 16)
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = stored(store(shape, CPU, for_keys=for_keys), states)
+    with default_dtype(dtype):
+        packed = store(shape, CPU, for_keys=for_keys)
+        assert torch.equal(stored(packed, states), expected)
+    assert {part.dtype for part in packed.parts} <= {torch.uint8, torch.float32}

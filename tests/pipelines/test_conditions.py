@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longlive_diffusers.pipelines.conditions import image_to_pixels, video_to_pixels
-from tests.support.checks import assert_raises, logged_by
+from tests.support.checks import assert_raises, default_dtype, logged_by
 
 
 RNG = np.random.default_rng(0)
@@ -244,3 +244,12 @@ def test_images_are_upright_opaque_and_of_all_bits():
     wide = PIL.Image.fromarray(GRAY_LEVELS.astype(np.uint16) * 257)
     assert torch.equal(image_pixels(wide)[0, 1, 0], EXPECTED[0])
     assert torch.equal(video_pixels([wide] * 5)[0, 1, 4], EXPECTED[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_pixels_do_not_depend_on_the_default_dtype(dtype):
+    picture = PIL.Image.fromarray(np.arange(16 * 24 * 3).astype(np.uint8).reshape(16, 24, 3))
+    expected = image_pixels(picture)
+    with default_dtype(dtype):
+        found = image_pixels(picture)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
