@@ -4,8 +4,9 @@ import torch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor to a device, from the CPU to a GPU by pinned memory: from other memory, the copy would wait for
-    all that the GPU has still to do."""
+    """Copy a tensor to a device, from the CPU to a GPU of CUDA's by pinned memory: from other memory, the copy would
+    wait for all that the GPU has still to do. Other devices are waited for: nothing keeps the memory of `tensor` for
+    them, and Metal would read what lies there later."""
     if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

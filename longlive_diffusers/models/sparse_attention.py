@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
+from ..dtypes import float64_device
 from ..number_checks import is_finite
 from .attend import attend
 
@@ -128,7 +129,8 @@ def in_wide_numbers(rows: torch.Tensor) -> torch.Tensor:
     third or a quarter of the time then. The compiler has kernels of its own, and none for complex numbers."""
     places = (*rows.stride()[:-1], rows.storage_offset(), rows.shape[-1])
     is_aligned = rows.stride(-1) == 1 and all(place * rows.itemsize % 16 == 0 for place in places)
-    return rows.view(torch.complex128) if is_aligned and not torch.compiler.is_compiling() else rows
+    has_wide = is_aligned and float64_device(rows.device) == rows.device
+    return rows.view(torch.complex128) if has_wide and not torch.compiler.is_compiling() else rows
 
 
 def in_blocks(states: torch.Tensor, size: int) -> torch.Tensor:

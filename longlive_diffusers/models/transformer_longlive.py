@@ -24,6 +24,7 @@ from peft import PeftConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..dtypes import float64_device
 from ..fused.layers import is_plain
 from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
@@ -689,11 +690,6 @@ def sinusoidal_embedding(timestep: torch.Tensor, channels: int) -> torch.Tensor:
     device = float64_device(timestep.device)
     angles = timestep.to(device, torch.float64)[..., None] * axis_frequencies(channels, TIME_THETA, device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(timestep.device, torch.float32)
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """Return where to compute in float64 what `device` needs: there, or on the CPU, because Metal has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def per_frame(timestep: torch.Tensor, batch: int, frames: int, name: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ from diffusers import UniPCMultistepScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
+from ..dtypes import float64_device
 from ..number_checks import check_booleans, is_count, is_finite
 from .coordinates import step_by_coordinates
 
@@ -157,8 +158,10 @@ class LongLiveScheduler(UniPCMultistepScheduler):
     def x0(self, sample: torch.Tensor, velocity: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the clean latents that a velocity points to, `x_t - sigma v`; `timesteps` are `[B]` or `[B, F]`. The
         product is computed in float64, because it cancels most of `sample` where there is much noise."""
+        device = float64_device(sample.device)
         sigma = self._broadcast_sigmas(timesteps, sample)
-        return (sample.double() - sigma.double() * velocity.double()).type_as(sample)
+        noisy, sigma, velocity = (states.to(device, torch.float64) for states in (sample, sigma, velocity))
+        return (noisy - sigma * velocity).to(sample)
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the loss weight of each timestep (that of the nearest one in the training table); the mean over the

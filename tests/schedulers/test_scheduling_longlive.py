@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longlive_diffusers import LongLiveScheduler
-from tests.support.checks import logged_by
+from longlive_diffusers.dtypes import float64_device
+from longlive_diffusers.schedulers import scheduling_longlive
+from tests.support.checks import default_dtype, logged_by
 from tests.support.paths import GOLDEN
 
 
@@ -460,3 +462,29 @@ def test_schedulers_do_not_share_their_options():
     first.disable_corrector.append(0)
     assert second.disable_corrector == []
     assert LongLiveScheduler().disable_corrector == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_schedule_does_not_depend_on_the_default_dtype(dtype):
+    expected = our_solver(4)
+    with default_dtype(dtype):
+        found = our_solver(4)
+    for name in ("training_sigmas", "training_timesteps", "training_weights", "sigmas", "timesteps"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert getattr(found, name).dtype == getattr(expected, name).dtype
+
+
+def test_clean_latents_are_computed_where_there_is_float64(monkeypatch):
+    """Metal has none: there it is the CPU."""
+    asked = []
+    monkeypatch.setattr(scheduling_longlive, "float64_device", lambda device: asked.append(device) or device)
+    scheduler, sample, timesteps = LongLiveScheduler(), torch.randn(1, 2, 3, 4, 4), torch.tensor([500.0])
+    expected = sample.double() - scheduler.sigmas_at(timesteps).double() * 2 * sample.double()
+    found = scheduler.x0(sample.bfloat16(), 2 * sample.bfloat16(), timesteps)
+    assert found.dtype == torch.bfloat16 and asked == [sample.device]
+    torch.testing.assert_close(scheduler.x0(sample, 2 * sample, timesteps), expected.float())
+
+
+def test_metal_has_no_float64():
+    assert float64_device(torch.device("mps")) == torch.device("cpu")
+    assert float64_device(torch.device("cuda:1")) == torch.device("cuda:1")
