@@ -508,7 +508,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         if isinstance(lora, Mapping):
             start = "" if prefix is None else f"{prefix}."
             check_no_magnitudes((key.removeprefix(start) for key in lora if key.startswith(start)), nvfp4_layers(self))
-        super().load_lora_adapter(lora, prefix, hotswap, **kwargs)
+        # None is for keys without a prefix; diffusers' annotation, made of the default, says less.
+        super().load_lora_adapter(lora, prefix, hotswap, **kwargs)  # pyright: ignore[reportArgumentType]
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Like diffusers' own `compile_repeated_blocks`.
