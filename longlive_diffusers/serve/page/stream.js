@@ -130,7 +130,7 @@ export class Stream {
     return this.#player.ranges;
   }
 
-  /** Where the frames that can be shown begin: from the first of each range to its last, which begins before its end. */
+  /** When the first and the last frame of each range begin. */
   get frames() {
     return this.ranges.map(([start, end]) => [start, Math.max(start, end - 1 / this.started.fps)]);
   }
