@@ -363,10 +363,10 @@ class Trainer:
     def _prepare(self, batch: dict, step: int, purpose: Purpose) -> "Rollout":
         draws = self.objective.draw(batch["sample_id"].tolist(), step, purpose)
         plan = ChunkPlan.of_batch(batch, self.accelerator.device, uses_image=draws.uses_image)
-        # History is rewritten for all videos or for none: under FSDP, every process has to run the same forwards.
-        switches = torch.tensor(plan.switches, dtype=torch.float32, device=self.accelerator.device)
-        switches = self.accelerator.reduce(switches, "sum")
-        return Rollout(replace(plan, switches=(switches > 0).tolist()), draws)
+        # Where one process rewrites history, all run the forwards of that: under FSDP, these have to be the same.
+        rewrites = torch.tensor(plan.rewrites, dtype=torch.float32, device=self.accelerator.device)
+        rewrites = self.accelerator.reduce(rewrites, "sum")
+        return Rollout(replace(plan, rewrites=(rewrites > 0).tolist()), draws)
 
     def _roll_out(self, rollout: "Rollout", differentiated: Sequence[int] = ()) -> list[torch.Tensor]:
         noise = rollout.draws.noise.to(self.accelerator.device)

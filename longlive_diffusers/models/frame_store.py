@@ -64,6 +64,10 @@ class PackedFrames:
         """Copy frames, bit for bit, into a store of n samples with one slot each (`samples`, `slots`, int64 `[n]`)."""
         return self.with_parts([_take(part, samples, slots) for part in self.parts])
 
+    def put(self, samples: torch.Tensor, slots: torch.Tensor, frames: "PackedFrames") -> None:
+        """Store what [`take`] returned, bit for bit, in `slots` of `samples` (int64 `[n]`)."""
+        self._put(samples, slots, [part.squeeze(2) for part in frames.parts])
+
     def pack(self, frames: torch.Tensor) -> torch.Tensor:
         """Quantize frames `[..., heads, tokens, head_dim]` to the bytes that are stored for each, `[..., heads, n]`,
         so that they can be sent to another process."""
@@ -227,6 +231,16 @@ def take_frames(stored: Frames, samples: torch.Tensor, slots: torch.Tensor) -> F
     if isinstance(stored, torch.Tensor):
         return _take(stored, samples, slots)
     return stored.take(samples, slots)
+
+
+def put_frames(stored: Frames, samples: torch.Tensor, slots: torch.Tensor, frames: Frames) -> None:
+    """Store what [`take_frames`] returned of a store of the same kind, bit for bit."""
+    if isinstance(stored, torch.Tensor):
+        assert isinstance(frames, torch.Tensor)
+        stored[samples, :, slots] = frames.squeeze(2)
+    else:
+        assert isinstance(frames, PackedFrames)
+        stored.put(samples, slots, frames)
 
 
 def read_frames(stored: Frames, target: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ unrotated (so that rounding does not pile up in an endless stream). No forward p
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -281,29 +282,55 @@ class KVCache:
         moment = self._journal.remember(places)
         return [ChunkHistory(layer, index, moment, places, chunk) for index, layer in enumerate(self._layers)]
 
-    def recache(self) -> Iterator[list[list[int]]]:
+    def recache(self, rewritten: Sequence[bool] | None = None) -> Iterator[list[list[int]]]:
         """Rewrite every cached frame, oldest first, at its old position.
 
         For each chunk of cached frames, yields the frame indices `[B][n]` whose clean latents the caller must run
         through the network at timestep 0; meanwhile, only frames that were already rewritten can be attended to. This
         is for a prompt switch: afterwards, the history no longer carries the old prompt. The cached text is forgotten.
+
+        Args:
+            rewritten: Which samples are rewritten; None for all. The others take part in the forwards, whose number
+                does not depend on them, but what they hold stays as it is, bit for bit.
+
+        Raises:
+            ValueError: If `rewritten` has not one value for each sample.
         """
+        chosen = self._for_each_sample(True if rewritten is None else rewritten, "rewritten")
         self.clear_text()
-        chronological = [self.cached_frames(sample) for sample in range(self.batch_size)]
-        for sample in self._samples:
-            sample.slots = []
-        # Samples may hold different shots, and parts of chunks: a group ends where a chunk of any sample does.
-        chunks_of_age = [
-            [frame.index // self.chunk_size for frame in frames] for frames in zip(*chronological, strict=True)
+        samples, kept = self._samples, [index for index, is_chosen in enumerate(chosen) if not is_chosen]
+        # What is kept is put back slot by slot, so it is gone through in the order of its slots.
+        order = [samples[index].slots if index in kept else self.cached_frames(index) for index in range(len(samples))]
+        self._samples = [
+            _Sample() if index in kept else replace(sample, slots=[]) for index, sample in enumerate(samples)
         ]
+        # Samples may hold different shots, and parts of chunks: a group ends where a chunk of any sample does.
+        grouped = [own for index, own in enumerate(order) if index not in kept] or order
+        chunks_of_age = [[frame.index // self.chunk_size for frame in frames] for frames in zip(*grouped, strict=True)]
         for _, group in groupby(range(len(chunks_of_age)), key=chunks_of_age.__getitem__):
             ages = list(group)
-            frames = [[own[age] for age in ages] for own in chronological]
-            for sample, rewritten in zip(self._samples, frames, strict=True):
-                sample.slots += rewritten
-            self._chunk = self._slots_of_chunk([ages] * self.batch_size)
+            frames = [[own[age] for age in ages] for own in order]
+            for sample, own in zip(self._samples, frames, strict=True):
+                sample.slots += own
+            self._chunk = self._slots_of_chunk([ages] * self.batch_size, kept=kept)
             self.finish_chunk()
-            yield [[frame.index for frame in rewritten] for rewritten in frames]
+            with self._kept([(sample, slot) for sample in kept for slot in ages]):
+                yield [[frame.index for frame in own] for own in frames]
+        for index in kept:
+            self._samples[index] = samples[index]
+
+    @contextmanager
+    def _kept(self, places: list[Place]) -> Iterator[None]:
+        """When the block ends, put back the keys and values that are at these places now."""
+        if not places:
+            yield
+            return
+        samples, slots = (self._indices(values) for values in zip(*places, strict=True))
+        frames = [[layer.take(part, samples, slots) for part in (KEYS, VALUES)] for layer in self._layers]
+        yield
+        for layer, own in zip(self._layers, frames, strict=True):
+            for part in (KEYS, VALUES):
+                layer.put_back(part, samples, slots, own[part])
 
     def has_text(self, encoder_hidden_states: torch.Tensor, lora_scale: float = 1.0) -> bool:
         """Whether the cached text keys and values were computed from this very tensor, which is unchanged since, with
@@ -385,9 +412,10 @@ class KVCache:
             frames = [layer.take(part, samples, slots) for layer in self._layers]
             self._journal.record(Overwritten(part, asked_for, samples, slots, frames))
 
-    def _slots_of_chunk(self, slots: list[list[int]]) -> ChunkSlots:
+    def _slots_of_chunk(self, slots: list[list[int]], *, kept: Sequence[int] = ()) -> ChunkSlots:
+        """Return where a chunk is written. What the samples `kept` have there is put back by the caller."""
         self._chunk_slots = slots
-        places = [(sample, slot) for sample, chosen in enumerate(slots) for slot in chosen]
+        places = [(sample, slot) for sample, chosen in enumerate(slots) if sample not in kept for slot in chosen]
         for part in (KEYS, VALUES):
             self._record(part, places)
         positions = [

@@ -8,7 +8,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from ..dtypes import DTYPES
 from ..fused.rotation import Destination
 from .attend import attend
-from .frame_store import FRAME_STORES, Frames, FrameStore, NVFP4Frames, Shape, read_frames, take_frames
+from .frame_store import FRAME_STORES, Frames, FrameStore, NVFP4Frames, Shape, put_frames, read_frames, take_frames
 from .rotary import apply_rotary
 from .sparse_attention import AttendedBlocks, attend_to_blocks
 
@@ -172,6 +172,10 @@ class LayerCacheBase:
     def take(self, part: int, samples: torch.Tensor, slots: torch.Tensor) -> Frames:
         """Copy frames of a `part` (`KEYS` or `VALUES`) as they are stored, see [`frame_store.take_frames`]."""
         return take_frames(self._parts[part], samples, slots)
+
+    def put_back(self, part: int, samples: torch.Tensor, slots: torch.Tensor, frames: Frames) -> None:
+        """Store what [`take`] returned for the same places, bit for bit."""
+        put_frames(self._parts[part], samples, slots, frames)
 
     def _rotated(self, samples: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         """Return kept unrotated keys, `[n, heads, tokens, head_dim]`, rotated by `rotary`."""

@@ -248,6 +248,8 @@ def rewrite_history(
     kv_cache: KVCache,
     clean_latents: Mapping[int, torch.Tensor],
     conditioning: Conditioning,
+    *,
+    rewritten: Sequence[bool] | None = None,
 ) -> None:
     """
     Rewrite the cached history so that it carries another prompt (LongLive 1.0, KV recache).
@@ -255,10 +257,11 @@ def rewrite_history(
     Args:
         clean_latents: The clean latents `[B, C, chunk_size, h, w]` of all chunks that have a frame in the cache, by
             the index of the chunk.
+        rewritten: Whose history it is, one value for each sample; None for all. That of the others stays as it is.
         transformer, kv_cache, conditioning: See [`chunk_step`]; the prompt is the new one.
     """
     chunk_size = kv_cache.chunk_size
-    for frames in kv_cache.recache():
+    for frames in kv_cache.recache(rewritten):
         samples = [
             torch.stack([clean_latents[i // chunk_size][sample, :, i % chunk_size] for i in indices], dim=1)
             for sample, indices in enumerate(frames)

@@ -594,6 +594,44 @@ def test_recache_splits_where_a_chunk_of_any_row_ends():
     assert list(cache.recache()) == groups
 
 
+@pytest.mark.parametrize("relative_rope", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "fp8"], ids=str)
+@pytest.mark.parametrize("rewritten", [[True, False], [False, True], [False, False]], ids=str)
+def test_recache_leaves_other_rows_as_they_are(dtype, relative_rope, rewritten):
+    """Frames, slots, keys, values, and what is rotated again later; while the chosen rows are rewritten."""
+    cache, untouched = (make_cache(batch_size=2, dtype=dtype, relative_rope=relative_rope) for _ in range(2))
+    forwards = 0
+
+    def forward(kv_cache: KVCache, seed: int) -> None:
+        key, value, raw = random_states(2, batch=2, seed=seed)
+        kv_cache.finish_chunk()
+        kv_cache[0].load()
+        with torch.no_grad():
+            kv_cache[0].attend(key, key, value, raw, kv_cache.chunk, None)
+        kv_cache[0].store(kv_cache.chunk)
+
+    for number, opens in enumerate(([True, True], [True, False], [False, True], [False, False], [False, True])):
+        if number == 4:
+            for frames in cache.recache(rewritten):
+                assert [len(own) for own in frames] == [2, 2]
+                forward(cache, seed=100 + forwards)
+                forwards += 1
+        for kv_cache in (cache, untouched):
+            kv_cache.begin_chunk(2, opens_shot=opens, rope_offset=[0.0, 5.0])
+            forward(kv_cache, seed=number)
+    assert forwards == 3
+    for row, was_rewritten in enumerate(rewritten):
+        same = [torch.equal(*(c[0].get(6)[part][row] for c in (cache, untouched))) for part in (0, 1)]
+        assert same == [not was_rewritten] * 2
+        if not was_rewritten:
+            assert cache._samples[row] == untouched._samples[row]
+
+
+def test_recache_needs_to_know_of_each_row():
+    with pytest.raises(ValueError, match="`rewritten` has 1 value for a batch of 2"):
+        list(make_cache(batch_size=2).recache([True]))
+
+
 def test_recache_before_anything_is_cached_does_nothing():
     assert list(make_cache().recache()) == []
 

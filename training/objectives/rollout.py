@@ -37,14 +37,17 @@ class ChunkPlan:
         prompt_embeds: The prompt embeddings of each chunk, `[B, L, D]`; the same tensor where they are the same.
         shot_index: The index of each video's shot, for each chunk, `[chunks][B]`.
         cuts: Whether each chunk opens a shot, for each video, `[chunks][B]`.
-        switches: Whether any video's prompt changes at a chunk, within a shot.
+        switches: Whether each video's prompt changes at a chunk, within a shot, `[chunks][B]`.
+        rewrites: Whether history is rewritten at a chunk: where any video switches, in this batch or, where processes
+            have to run the same forwards, in another's. Only that of the videos that switch changes.
         first_frame: The latents `[B, C, 1, h, w]` that the videos begin with (image to video), or None.
     """
 
     prompt_embeds: Sequence[torch.Tensor]
     shot_index: Sequence[Sequence[int]]
     cuts: Sequence[Sequence[bool]]
-    switches: Sequence[bool]
+    switches: Sequence[Sequence[bool]]
+    rewrites: Sequence[bool]
     first_frame: torch.Tensor | None = None
 
     @classmethod
@@ -68,7 +71,8 @@ class ChunkPlan:
             prompt_embeds=embeds,
             shot_index=batch["shot_index"].T.tolist(),
             cuts=batch["cuts"].T.tolist(),
-            switches=batch["switches"].any(dim=0).tolist(),
+            switches=batch["switches"].T.tolist(),
+            rewrites=batch["switches"].any(dim=0).tolist(),
             first_frame=None if image is None else image.to(device),
         )
 
@@ -117,8 +121,8 @@ def roll_out(
         first_frame = plan.first_frame if index == 0 else None
         conditioning = Conditioning(plan.prompt_embeds[index], first_frame=first_frame)
         with torch.no_grad():
-            if plan.switches[index]:
-                rewrite_history(transformer, kv_cache, clean, conditioning)
+            if plan.rewrites[index]:
+                rewrite_history(transformer, kv_cache, clean, conditioning, rewritten=plan.switches[index])
             kv_cache.begin_chunk(
                 size,
                 opens_shot=list(plan.cuts[index]),

@@ -1,5 +1,7 @@
 """The roll-out of distillation: what a pipeline generates, up to the exit step, and what is differentiated of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -53,7 +55,8 @@ def pipeline_plan(prompts_by_chunk, shot_index, cuts, switches=None, first_frame
         prompt_embeds=[embeds[text] for text in prompts_by_chunk],
         shot_index=[[index] for index in shot_index],
         cuts=[[cut] for cut in cuts],
-        switches=switches or [False] * len(prompts_by_chunk),
+        switches=[[switch] for switch in switches or [False] * len(prompts_by_chunk)],
+        rewrites=switches or [False] * len(prompts_by_chunk),
         first_frame=first_frame,
     )
 
@@ -161,6 +164,51 @@ def test_rows_of_a_batch_have_their_own_shots(noise):
         kv_cache = transformer.create_kv_cache(1, SIDE, SIDE, **sizes)
         alone = torch.cat(rolled(transformer, noise[row : row + 1], plan, exit_step=1, kv_cache=kv_cache), dim=2)
         torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=2e-6)
+
+
+SWITCHES = {
+    "one cuts where the other switches": (((0, 1, 1, 1), (0, 0, 0, 0)), [[0, 0, 0, 0], [0, 1, 0, 0]]),
+    "one has cut before the other switches": (((0, 1, 1, 1), (0, 0, 0, 0)), [[0, 0, 0, 0], [0, 0, 0, 1]]),
+    "both switch, one after the other": (((0, 0, 0, 1), (0, 0, 1, 1)), [[0, 1, 0, 0], [0, 1, 0, 1]]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "fp8", "nvfp4"], ids=str)
+@pytest.mark.parametrize("shots, switches", SWITCHES.values(), ids=SWITCHES)
+def test_a_switch_rewrites_the_history_of_its_own_video_alone(noise, shots, switches, dtype):
+    """A row of a batch is what it is alone, whatever is switched beside it; also where its chunks have a gradient."""
+    transformer = tiny_transformer(attention_head_dim=16) if dtype == "nvfp4" else tiny_transformer()
+    items = batch(shots=shots) | {"switches": torch.tensor(switches, dtype=torch.bool)}
+    sizes = {"window_size": 6, "sink_size": 2, "multi_shot_sink": True, "dtype": dtype}
+
+    def made(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        own = {name: value[rows] for name, value in items.items()}
+        plan = ChunkPlan.of_batch(own, torch.device("cpu"), uses_image=True)
+        kv_cache = transformer.create_kv_cache(plan.num_videos, SIDE, SIDE, **sizes)
+        chunks = rolled(transformer, noise[rows], plan, exit_step=1, kv_cache=kv_cache, differentiated=range(4))
+        video = torch.cat(chunks, dim=2)
+        (gradient,) = torch.autograd.grad(video[0].sum(), transformer.blocks[0].attn1.to_q.weight)
+        return video.detach(), gradient
+
+    together, gradient = made(slice(None))
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-3  # a number of few bits may be rounded the other way
+    for row in (0, 1):
+        alone, own_gradient = made(slice(row, row + 1))
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=tolerance)
+        if row == 0:
+            torch.testing.assert_close(gradient, own_gradient, rtol=1e-3, atol=10 * tolerance)
+
+
+def test_a_batch_without_switches_runs_the_forwards_of_another_that_has_some(noise):
+    """Under FSDP, where a forward of one process waits for those of all others."""
+    transformer, plan = tiny_transformer(), plan_of(shots=THREE_SHOTS)
+    runs = []
+    transformer.register_forward_hook(lambda *_: runs.append(1))
+    alone = torch.cat(rolled(transformer, noise, plan, exit_step=1), dim=2)
+    count = len(runs)
+    beside = replace(plan, rewrites=[False, True, False, True])
+    assert torch.equal(torch.cat(rolled(transformer, noise, beside, exit_step=1), dim=2), alone)
+    assert len(runs) - count == count + 1 + 3  # the chunks that were made before chunk 1, and before chunk 3
 
 
 def gradients(networks, loss) -> dict[str, torch.Tensor]:
