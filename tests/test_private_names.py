@@ -145,11 +145,6 @@ PRIVATE_NAMES = [
         "Use the device of the transformer's hook, or its own.",
     ),
     PrivateName(
-        "diffusers.training_utils:_collate_lora_metadata",
-        ("training/run/saving.py",),
-        'Pass {"transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict()}.',
-    ),
-    PrivateName(
         "is_lora_variant of the fields of LoraConfig",
         (PACKAGE + "nvfp4/lora.py",),
         "Name the settings with which PEFT's LoRA layer does something else than adding B A: `use_dora` and others.",

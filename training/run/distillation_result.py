@@ -18,6 +18,7 @@ from objectives.distillation_networks import DistillationNetworks, Role
 from run.averaging import averaged_weights
 from run.distillation_arguments import DistillationArguments, NetworkArguments
 from run.history import SettingsHistory
+from run.lora_settings import lora_settings
 from run.saving import (
     card_details,
     load_transformer,
@@ -30,7 +31,6 @@ from run.sharding import gathered
 
 
 ORIGINAL_LORA = "generator_lora.pt"
-SAVED_SETTINGS = ("r", "lora_alpha", "target_modules")
 INTRO = "Distribution-matching distillation (DMD), with `training/train_dmd.py` of longlive-diffusers."
 
 # Rows of a card, and the settings that they state.
@@ -168,9 +168,7 @@ def _save_lora(
     folder: Path,
     repo_id: str,
 ) -> ModelCard:
-    settings, model, config = arguments.distillation, arguments.model, result.lora_config.to_dict()
-    # Without what a later version of PEFT may have added, which an earlier one would not take.
-    metadata = {name: config[name] for name in SAVED_SETTINGS}
+    settings, model, metadata = arguments.distillation, arguments.model, lora_settings(result.lora_config)
     LongLivePipeline.save_lora_weights(
         folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
     )
@@ -186,7 +184,7 @@ def _save_lora(
         start=settings.start,
         score_context="clean" if settings.sees_clean_history else "noisy",
         trained_from=trained_from,
-        rank=config["r"],
+        rank=metadata["r"],
         teacher_guidance_scale=settings.score_guidance_scale,
         **used,
     )

@@ -4,13 +4,16 @@ possible."""
 import copy
 
 import torch
+from peft import get_peft_model_state_dict
 
 from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.loaders.lora import check_lora_fits
+from longlive_diffusers.loaders.lora_export import original_lora_state_dict
 from longlive_diffusers.nvfp4.linear import weights_of
 from objectives.distillation_networks import DistillationNetworks, Role
 from run.arguments import OptimizationArguments
 from run.distillation_arguments import NetworkArguments
+from run.lora_settings import lora_settings
 from run.network import add_lora, set_computation, use_nvfp4
 from run.saving import load_transformer
 
@@ -40,6 +43,8 @@ def build_networks(
         networks = _separate_networks(transformer, model, optimization, frozen_dtype)
     else:
         networks = _shared_network(transformer, model, optimization, frozen_dtype)
+    if model.save_original_lora:
+        _check_original_lora(transformer)
     for network in networks.values():
         set_computation(network.eval(), optimization)  # no dropout: roll-outs are what will be generated
     return DistillationNetworks(networks, {} if model.rank is None else ADAPTERS)
@@ -99,6 +104,17 @@ def _load_teacher(source: str, student: LongLiveTransformer3DModel, dtype: torch
                 f"The teacher '{source}' cannot see what the generator makes: {name} is {theirs} there and {ours} here"
             )
     return teacher
+
+
+def _check_original_lora(transformer: LongLiveTransformer3DModel) -> None:
+    """Raise a ValueError unless the generator's LoRA can be saved as the reference does, which has no DoRA, one rank
+    for all layers, and no LoRA on some of them."""
+    name = ADAPTERS[Role.GENERATOR]
+    layers = get_peft_model_state_dict(transformer, adapter_name=name)
+    try:
+        original_lora_state_dict(layers, lora_settings(transformer.peft_config[name]))
+    except ValueError as error:
+        raise ValueError(f"--save_original_lora true is not possible: {error}") from error
 
 
 def _load_generator_lora(transformer: LongLiveTransformer3DModel, source: str) -> None:

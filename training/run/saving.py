@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel, _collate_lora_metadata
+from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
 from peft import get_peft_model_state_dict
 
@@ -21,6 +21,7 @@ from run.arguments import Arguments, EncodingArguments, ModelArguments, Optimiza
 from run.averaging import averaged_weights
 from run.cached_prompts import CachedPromptsPipeline, split_shots
 from run.history import SettingsHistory
+from run.lora_settings import lora_settings
 
 
 def load_start(
@@ -142,7 +143,7 @@ def _save_weights(
         LongLivePipeline.save_lora_weights(
             folder,
             transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=weights),
-            **_collate_lora_metadata({"transformer": transformer}),
+            transformer_lora_adapter_metadata=lora_settings(transformer.peft_config["default"]),
         )
         return render_lora_card(repo_id, rank=arguments.model.rank, **details)
     plain = {_plain(name): tensor for name, tensor in weights.items()}
