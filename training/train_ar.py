@@ -46,7 +46,7 @@ from run.output_folder import output_folder
 from run.precision import keep_inputs_in_float32
 from run.process_mesh import ProcessMesh, build_process_mesh
 from run.publishing import make_repository, publish
-from run.saving import load_start, save_result, trained_weights
+from run.saving import generation_settings, load_start, save_result, trained_weights
 from run.script import run_script
 from run.states import EMAState
 from run.validation import Validation
@@ -93,7 +93,7 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
         repo_id = on_main_process(accelerator, lambda: make_repository(run_args))
 
     # 2. The pipeline and the transformer that training starts from.
-    pipe, transformer = load_start(model_args)
+    pipe, transformer = load_start(model_args, **generation_settings(arguments.objective))
     shape = clip_shape(data_args, pipe, transformer)
     layout = FrameLayout(shape.num_latent_frames, mesh.sp_size, shape.chunk_size)
     check_heads(transformer.config.num_attention_heads, mesh.sp_size)
@@ -126,11 +126,10 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
     # 5. The objective.
     recycling = arguments.recycling
     recycler = ErrorRecycler(recycling, shape.chunk_size) if recycling.error_recycling else None
-    rope_offset = arguments.objective.multi_shot_rope_offset
     objective = TeacherForcing(
         pipe.scheduler,
         arguments.objective,
-        multi_shot_rope_offset=pipe.config.multi_shot_rope_offset if rope_offset is None else rope_offset,
+        multi_shot_rope_offset=pipe.config.multi_shot_rope_offset,
         seed=optimization.seed,
         layout=layout,
         rank=mesh.sp_rank,
@@ -139,7 +138,7 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
     )
 
     # 6. The state of the run: its checkpoint and log, its position in the data and in the learning-rate schedules.
-    history = SettingsHistory(settings_of(arguments, accelerator, shape))
+    history = SettingsHistory(settings_of(arguments, accelerator, shape, pipe.config.multi_shot_rope_offset))
     states, shared_states = checkpoint_states(recycler, ema)
     checkpoints = Checkpoints(
         accelerator,
@@ -299,10 +298,12 @@ def run_identity(arguments: Arguments, shape: ClipShape, mesh: ProcessMesh, num_
     }
 
 
-def settings_of(arguments: Arguments, accelerator: Accelerator, shape: ClipShape) -> dict[str, Setting]:
+def settings_of(
+    arguments: Arguments, accelerator: Accelerator, shape: ClipShape, rope_offset: float
+) -> dict[str, Setting]:
     """Return all settings that the result depends on."""
     groups = (arguments.model, arguments.data, arguments.objective, arguments.recycling, arguments.optimization)
-    return settings_in(groups, accelerator) | asdict(shape)
+    return settings_in(groups, accelerator) | asdict(shape) | {"multi_shot_rope_offset": rope_offset}
 
 
 def run(argv: list[str]) -> int:

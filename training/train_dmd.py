@@ -65,7 +65,7 @@ from run.output_folder import output_folder
 from run.precision import compute_dtype, keep_inputs_in_float32
 from run.process_mesh import ProcessMesh, build_process_mesh
 from run.publishing import make_repository, publish
-from run.saving import load_start
+from run.saving import GENERATION, generation_settings, load_start
 from run.script import run_script
 from run.states import EMAState, OptimizerState, TrainedWeights
 from run.validation import Validation
@@ -113,7 +113,8 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
 
     # 2. The networks. Weights that are not trained need not be in float32.
     dtype = compute_dtype(accelerator)
-    pipe, transformer = load_start(model_args, torch.float32 if model_args.rank is None else dtype)
+    start_dtype = torch.float32 if model_args.rank is None else dtype
+    pipe, transformer = load_start(model_args, start_dtype, **generation_settings(settings))
     size = clip_shape(data_args, pipe, transformer)
     shape = RolloutShape.of(settings, size.num_latent_frames, size.chunk_size)
     layout = FrameLayout(shape.scored_frames, mesh.sp_size, shape.chunk_size)
@@ -129,6 +130,7 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
         num_latent_frames=shape.num_frames,
         fps=data_args.fps,
         output=output,
+        kv_cache_dtype=caches.dtype,
     )
     networks = build_networks(transformer, model_args, optimization, frozen_dtype=dtype)
 
@@ -163,12 +165,11 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
     ema = average_of(generator_parameters, optimization)
 
     # 5. The objective.
-    rope_offset = settings.multi_shot_rope_offset
     objective = Distillation(
         pipe.scheduler,
         settings,
         shape,
-        multi_shot_rope_offset=pipe.config.multi_shot_rope_offset if rope_offset is None else rope_offset,
+        multi_shot_rope_offset=pipe.config.multi_shot_rope_offset,
         seed=optimization.seed,
         layout=layout,
         rank=mesh.sp_rank,
@@ -177,7 +178,7 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
     trainer = Trainer(accelerator, networks, objective, mesh, caches, texts.load(negative_prompt))
 
     # 6. The state of the run: its checkpoint and log, its position in the data and in the learning-rate schedules.
-    history = SettingsHistory(settings_of(arguments, accelerator, size, shape, caches))
+    history = SettingsHistory(settings_of(arguments, accelerator, size, shape, pipe.config, caches))
     states, shared_states = checkpoint_states(
         networks, {Role.GENERATOR: generator_optimizers, Role.FAKE_SCORE: critic_optimizers}, ema
     )
@@ -436,10 +437,8 @@ class Rollout:
 
 
 def rollout_caches(settings: DistillationSettings, pipeline: Mapping[str, Any], dtype: torch.dtype) -> RolloutCaches:
-    """Return the caches of roll-outs: as the settings say, else as those of the pipeline."""
-    names = ("window_size", "sink_size", "multi_shot_sink")
-    chosen = {name: vars(settings)[name] for name in names}
-    sizes = {name: pipeline[name] if value is None else value for name, value in chosen.items()}
+    """Return the caches of roll-outs: those of the pipeline, stored as the settings say."""
+    sizes = {name: pipeline[name] for name in ("window_size", "sink_size", "multi_shot_sink")}
     return RolloutCaches(**sizes, dtype=dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype)
 
 
@@ -523,14 +522,12 @@ def settings_of(
     accelerator: Accelerator,
     size: ClipShape,
     shape: RolloutShape,
+    pipeline: Mapping[str, Any],
     caches: RolloutCaches,
 ) -> dict[str, Setting]:
     """Return all settings that the result depends on."""
     groups = (arguments.model, arguments.data, arguments.distillation, arguments.optimization)
-    resolved = {
-        "window_size": caches.window_size,
-        "sink_size": caches.sink_size,
-        "multi_shot_sink": caches.multi_shot_sink,
+    resolved = {name: pipeline[name] for name in GENERATION} | {
         "kv_cache_dtype": str(caches.dtype).removeprefix("torch."),
         "score_latent_frames": shape.scored_frames,
         "gradient_chunks": shape.gradient_chunks,

@@ -6,7 +6,7 @@ package that a reader must install to load these classes. The templates are the 
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,12 @@ def render_lora_card(
     dtype: str = "bfloat16",
     prompt: str = EXAMPLE_PROMPT,
     license: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     tags: Iterable[str] = (),
 ) -> ModelCard:
     """Render the card of LoRA weights, like `render_model_card`; `base_model` is the pipeline on the Hub that they are
-    loaded into, None if it is not there."""
+    loaded into, None if it is not there, and `settings` are arguments of a call that they were trained for, where the
+    pipeline has others (`multi_shot_rope_offset`, ...)."""
     return _render(
         "lora.md",
         repo_id,
@@ -118,6 +120,7 @@ def render_lora_card(
         license=license,
         tags=("lora", *tags),
         prompt=prompt,
+        settings=settings or {},
         rank=rank,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
@@ -138,6 +141,7 @@ def render_distilled_lora_card(
     teacher_guidance_scale: float | None = None,
     other_lora: str | None = None,
     other_num_inference_steps: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     fps: int = 24,
     dtype: str = "bfloat16",
     prompt: str = EXAMPLE_PROMPT,
@@ -157,6 +161,7 @@ def render_distilled_lora_card(
         teacher_guidance_scale: The guidance scale of the real score.
         other_lora, other_num_inference_steps: The repository of a LoRA for another number of steps, for the example of
             switching; by default a placeholder, and 2 steps, or 4 where this one is for 2.
+        settings: Arguments of a call that it was trained for, as in `render_lora_card`.
         fps, dtype, prompt, license, tags: As in `render_model_card`.
 
     Raises:
@@ -175,6 +180,7 @@ def render_distilled_lora_card(
         license=license,
         tags=("lora", "distillation", *tags),
         prompt=prompt,
+        settings=settings or {},
         rank=rank,
         num_inference_steps=num_inference_steps,
         steps="1 step" if num_inference_steps == 1 else f"{num_inference_steps} steps",

@@ -107,6 +107,18 @@ def test_lora_card():
     assert (card.data.base_model, card.data.license_name) == (LONGLIVE, "nvidia-open-model-license")
 
 
+@pytest.mark.parametrize("render", [render_lora_card, distilled_card], ids=["lora", "distilled lora"])
+def test_a_lora_is_used_with_the_settings_that_it_was_trained_for(render):
+    settings = {"multi_shot_rope_offset": 0.0, "multi_shot_sink": False, "window_size": 6}
+    name = [] if render is distilled_card else ["someone/foxes-lora"]
+    calls = [
+        arguments(program, call)
+        for program, call in zip(programs(render(*name, settings=settings)), ("pipe", "pipe.stream"), strict=False)
+    ]
+    assert len(calls) == 1 + (render is distilled_card)
+    assert all(settings.items() <= call.items() for call in calls)
+
+
 @pytest.mark.parametrize(("steps", "other", "words"), [(4, 2, "4 steps"), (2, 4, "2 steps"), (1, 2, "1 step")])
 def test_a_distilled_lora_is_used_with_its_steps_and_without_guidance(steps, other, words):
     card = distilled_card(base_model=LONGLIVE, num_inference_steps=steps)

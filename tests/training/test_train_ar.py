@@ -15,6 +15,7 @@ from data.text_encoder import TextEncoder
 from longlive_diffusers import LongLivePipeline
 from longlive_diffusers.video.reader import read_video
 from run.log import read_log
+from run.validation import Validation
 
 
 VALIDATED = {"validation_prompts": ["a red circle"], "validation_num_inference_steps": 1}
@@ -234,3 +235,19 @@ def test_a_mistake_on_the_command_line_is_told_in_one_line(capsys):
     assert train_ar.run(["--output_dir", "x", "--optimizer", "AdamW"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train_ar.py: error: argument --optimizer: invalid choice: 'AdamW'")
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_the_distance_at_a_cut_is_that_of_training_in_validation_result_and_card(
+    workshop, tmp_path, monkeypatch, rank
+):
+    seen = []
+    monkeypatch.setattr(Validation, "run", lambda self, *_: seen.append(self.pipe.config.multi_shot_rope_offset))
+    options = {"max_train_steps": 1, "validation_prompts": ["a red circle"], "rank": rank}
+    workshop.main(tmp_path / "run", **options, multi_shot_rope_offset=0.5)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert seen == [0.5] and "| distance in time positions at a cut | 0.5 |" in card
+    if rank is None:
+        assert LongLivePipeline.from_pretrained(tmp_path / "run").config.multi_shot_rope_offset == 0.5
+    else:
+        assert "    multi_shot_rope_offset=0.5,\n" in card

@@ -15,6 +15,7 @@ import train_dmd
 from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.video.reader import read_video
 from run.log import read_log
+from run.validation import Validation
 from tests.support import processes
 from tests.support.distillation_run import LONG_RUN, SCRIPT
 from tests.support.training_run import environment, run_script
@@ -189,6 +190,24 @@ def test_all_weights_are_trained_if_that_is_asked_for(studio, tmp_path):
     assert before.keys() == after.keys()
     assert sum(not torch.equal(before[name], after[name]) for name in before) > len(before) // 2
     assert "num_inference_steps=2" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["LoRA", "all weights"])
+def test_validation_result_and_card_have_the_settings_of_the_roll_outs(studio, tmp_path, monkeypatch, whole):
+    settings = {"window_size": 6, "sink_size": 4, "multi_shot_sink": False, "multi_shot_rope_offset": 0.5}
+    seen = []
+    monkeypatch.setattr(Validation, "run", lambda self, *_: seen.append((self.pipe.config, self.kv_cache_dtype)))
+    options = {"max_train_steps": 1, "train_all_weights": whole, "rank": None if whole else 4, **settings}
+    output = tmp_path / "run"
+    studio.main(output, **options, validation_prompts=["a red circle"], kv_cache_dtype="fp8")
+    ((config, dtype),) = seen
+    card = (output / "README.md").read_text()
+    assert settings.items() <= config.items() and dtype == "fp8"
+    assert "| distance in time positions at a cut | 0.5 |" in card
+    if whole:
+        assert settings.items() <= LongLivePipeline.from_pretrained(output).config.items()
+    else:
+        assert all(f"    {name}={value},\n" in card for name, value in settings.items())
 
 
 def test_another_teacher_is_the_real_score(studio, single, tmp_path):

@@ -21,6 +21,7 @@ from run.history import SettingsHistory
 from run.lora_settings import lora_settings
 from run.saving import (
     card_details,
+    generation_settings,
     load_transformer,
     place_result,
     precision_in_words,
@@ -47,6 +48,7 @@ FACTS = {
     "latent frames that it never evicts": "sink_size",
     "frames that opened a shot are kept": "multi_shot_sink",
     "keys and values stored as": "kv_cache_dtype",
+    "distance in time positions at a cut": "multi_shot_rope_offset",
     "image conditioning": "image_conditioning",
     "optimizer": "optimizer",
     "learning rate of the generator": "learning_rate",
@@ -151,7 +153,8 @@ def save_distilled(
 
     def write(folder: Path) -> None:
         if arguments.model.rank is None:
-            pipe = save_pipeline(weights, result.transformer.config, arguments.model, folder)
+            settings = generation_settings(arguments.distillation)
+            pipe = save_pipeline(weights, result.transformer.config, arguments.model, settings, folder)
             card = pipe.model_card(repo_id, **details(arguments))
         else:
             card = _save_lora(weights, result, arguments, folder, repo_id)
@@ -186,6 +189,7 @@ def _save_lora(
         trained_from=trained_from,
         rank=metadata["r"],
         teacher_guidance_scale=settings.score_guidance_scale,
+        settings=generation_settings(settings),
         **used,
     )
 

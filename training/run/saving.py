@@ -24,8 +24,18 @@ from run.history import SettingsHistory
 from run.lora_settings import lora_settings
 
 
+# What a pipeline remembers of how its videos are made, and a run may train with other values of.
+GENERATION = ("window_size", "sink_size", "multi_shot_sink", "multi_shot_rope_offset")
+
+
+def generation_settings(options: Any) -> dict[str, Any]:
+    """Return the settings of generation that a run was given, of which the pipeline has values of its own: what is
+    trained with them is validated, saved and described with them."""
+    return {name: value for name, value in vars(options).items() if name in GENERATION and value is not None}
+
+
 def load_start(
-    arguments: ModelArguments, dtype: torch.dtype = torch.float32
+    arguments: ModelArguments, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> tuple[CachedPromptsPipeline, LongLiveTransformer3DModel]:
     """
     Load the pipeline that training starts from, without its transformer and its text encoder, and the transformer.
@@ -34,6 +44,7 @@ def load_start(
     Args:
         arguments: What to start from.
         dtype: The dtype of the transformer's weights; those that are trained need float32.
+        settings: From [`generation_settings`]; the pipeline has them.
 
     Raises:
         ValueError: If the folder has no transformer that this package can train.
@@ -44,7 +55,7 @@ def load_start(
     if nvfp4_layers(transformer) and arguments.rank is None:
         transformer.dequantize()  # all weights are trained; under a LoRA they stay in 4 bits
     pipe = CachedPromptsPipeline.from_pretrained(
-        source, transformer=None, text_encoder=None, dtype=torch.float32, **options
+        source, transformer=None, text_encoder=None, dtype=torch.float32, **options, **settings
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.requires_grad_(False).eval()
@@ -139,22 +150,27 @@ def _save_weights(
 ) -> ModelCard:
     """Write the LoRA or the complete pipeline, and return its model card, which is not saved yet."""
     details = card_details(arguments.run, arguments.data, arguments.model.pretrained_model_name_or_path)
+    settings = generation_settings(arguments.objective)
     if arguments.model.rank is not None:
         LongLivePipeline.save_lora_weights(
             folder,
             transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=weights),
             transformer_lora_adapter_metadata=lora_settings(transformer.peft_config["default"]),
         )
-        return render_lora_card(repo_id, rank=arguments.model.rank, **details)
+        return render_lora_card(repo_id, rank=arguments.model.rank, settings=settings, **details)
     plain = {_plain(name): tensor for name, tensor in weights.items()}
-    return save_pipeline(plain, transformer.config, arguments.model, folder).model_card(repo_id, **details)
+    return save_pipeline(plain, transformer.config, arguments.model, settings, folder).model_card(repo_id, **details)
 
 
 def save_pipeline(
-    weights: dict[str, torch.Tensor], config: Mapping[str, Any], model: ModelArguments, folder: Path
+    weights: dict[str, torch.Tensor],
+    config: Mapping[str, Any],
+    model: ModelArguments,
+    settings: Mapping[str, Any],
+    folder: Path,
 ) -> LongLivePipeline:
     """Write the pipeline that training started from, with a transformer of this configuration and these weights, and
-    return it."""
+    with the settings that it was trained with, and return it."""
     with torch.device("meta"):
         trained = LongLiveTransformer3DModel.from_config(dict(config))
     trained.load_state_dict(weights, assign=True)
@@ -164,6 +180,7 @@ def save_pipeline(
         dtype=torch.float32,
         revision=model.revision,
         variant=model.variant,
+        **settings,
     )
     pipe.save_pretrained(folder)
     return pipe
@@ -226,6 +243,7 @@ FACTS = {
     "weighting of timesteps": "weighting_scheme",
     "image conditioning, share of clips": "image_probability",
     "prompt dropout": "prompt_dropout",
+    "distance in time positions at a cut": "multi_shot_rope_offset",
     "seed": "seed",
 }
 

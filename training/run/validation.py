@@ -43,6 +43,7 @@ class Validation:
         size: The height and the width of the videos.
         num_latent_frames: The length of the training clips, by default also that of the videos.
         fps: The number of frames per second.
+        kv_cache_dtype: What keys and values are stored as; None for what the network computes them in.
         output: The run's folder; videos are written to `validation/step-N/`.
 
     Raises:
@@ -59,7 +60,9 @@ class Validation:
         num_latent_frames: int,
         fps: float,
         output: Path,
+        kv_cache_dtype: torch.dtype | str | None = None,
     ):
+        self.kv_cache_dtype = kv_cache_dtype
         self.arguments, self.pipe, self.size, self.fps, self.output = arguments, pipe, size, fps, output
         self.num_frames = arguments.validation_num_frames or pixel_frames(num_latent_frames)
         self._check(transformer)
@@ -120,11 +123,12 @@ class Validation:
                 torch.set_rng_state(random_state)
 
     def _make_video(self, accelerator: Accelerator, index: int, prompt: str, step: int) -> None:
+        is_mixed = accelerator.mixed_precision == "bf16"
         with accelerator.autocast():
             frames = self.pipe(
                 **self._options(index, prompt),
                 # The keys and values that the network computes, which has float32 weights, are in bfloat16.
-                kv_cache_dtype=torch.bfloat16 if accelerator.mixed_precision == "bf16" else None,
+                kv_cache_dtype=self.kv_cache_dtype or (torch.bfloat16 if is_mixed else None),
                 # Where weights are sharded, all processes have to run the network, but one decodes.
                 output_type="np" if accelerator.is_main_process else "latent",
             ).frames[0]
