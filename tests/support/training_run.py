@@ -104,7 +104,10 @@ def options(pipeline: Path, videos: Path, cache: Path, output: Path, **changed: 
         "ema_decay": 0.9,
         "ema_start_step": 2,
     }
-    return command_words(settings | changed)
+    settings |= changed
+    if settings["ema_decay"] is None:  # the step that it begins at says nothing then, which is refused
+        settings["ema_start_step"] = None
+    return command_words(settings)
 
 
 def command_words(settings: dict[str, object]) -> list[str]:

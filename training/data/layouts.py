@@ -33,7 +33,7 @@ def scan(
         each of the others, by name.
 
     Raises:
-        ValueError: If there is no such folder, or no complete sample in it.
+        ValueError: If there is no such folder, no complete sample in it, or a `caption_column`, but no list.
     """
     root = user_path(root)
     if not os.path.isdir(root):  # also of a name that no file could have
@@ -52,7 +52,17 @@ def scan(
 def _candidates(root: Path, text_only: bool, caption_column: str | None) -> dict[str, Callable[[], Sample]]:
     """Return the functions that read the samples, by the names of the samples."""
     if (root / "caption").is_dir():
+        _check_has_no_columns(root, caption_column)
         return shot_folders.candidates(root, text_only)
     if metadata := metadata_file.find(root):
         return metadata_file.candidates(metadata, text_only, caption_column)
-    return flat_folder.candidates(root, text_only)
+    candidates = flat_folder.candidates(root, text_only)
+    _check_has_no_columns(root, caption_column)
+    return candidates
+
+
+def _check_has_no_columns(root: Path, caption_column: str | None) -> None:
+    if caption_column is not None:
+        raise ValueError(
+            f"--caption_column {caption_column}: '{root}' has captions in files, and no list with columns"
+        )

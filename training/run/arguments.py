@@ -16,6 +16,7 @@ from objectives.error_recycling import RecyclingSettings
 from objectives.teacher_forcing import TeacherForcingSettings
 from run.allowed import FRACTION, FRAME_RATE, NOT_NEGATIVE, POSITIVE, SEED, check_settings
 from run.command_line import PATH, parse_groups
+from run.unused_options import TEACHER_FORCING_NEEDS
 
 
 POLYNOMIAL_END = 1e-7  # the last learning rate of diffusers' polynomial schedule
@@ -314,6 +315,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         ),
         argv,
         description="Teacher-forcing training of LongLive-2.0 (its AR stage).",
+        needs=TEACHER_FORCING_NEEDS,
     )
     arguments = Arguments(*groups)
     check_arguments(vars(arguments).values(), arguments.model, arguments.optimization, arguments.run)
@@ -336,8 +338,6 @@ def check_arguments(
     check_settings(groups)
     _check_schedule(optimization)
     recipe_named(optimization.nvfp4_recipe)
-    if model.rank is None and model.lora_alpha is not None:
-        raise ValueError(f"--lora_alpha {model.lora_alpha} needs a --rank: without one, all weights train")
     try:
         re.compile(model.lora_layers)
     except re.error as error:

@@ -15,13 +15,16 @@ import yaml
 from transformers import HfArgumentParser
 
 from longlive_diffusers.user_path import user_path
+from run.unused_options import Need, check_needs
 
 
 NULL = "tag:yaml.org,2002:null"
 PATH = "a path, or a name that may be one"  # written beside the type of a setting: `~` in it is the user's home
 
 
-def parse_groups(groups: Sequence[type], argv: list[str], *, description: str) -> tuple[Any, ...]:
+def parse_groups(
+    groups: Sequence[type], argv: list[str], *, description: str, needs: Sequence[Need] = ()
+) -> tuple[Any, ...]:
     """
     Read a command line into settings dataclasses; `--config FILE.yaml` anywhere in it gives defaults, which other
     options override.
@@ -30,10 +33,11 @@ def parse_groups(groups: Sequence[type], argv: list[str], *, description: str) -
         groups: The dataclasses; each field is an option.
         argv: The arguments of the command line.
         description: What `--help` begins with.
+        needs: What options need besides; see `check_needs`.
 
     Raises:
-        ValueError: If an option does not exist, is missing or has a value that it does not take, on the command line
-            or in the file; if the file cannot be read; or if `--config` is abbreviated.
+        ValueError: If an option does not exist, is missing, has a value that it does not take, or lacks what it needs,
+            on the command line or in the file; if the file cannot be read; or if `--config` is abbreviated.
     """
     before = _Parser(add_help=False, allow_abbrev=False)
     before.add_argument(
@@ -41,12 +45,12 @@ def parse_groups(groups: Sequence[type], argv: list[str], *, description: str) -
     )
     file = before.parse_known_args(argv)[0].config
     parser = _GroupsParser(groups, description=description, parents=[before], formatter_class=_HelpFormatter)
-    if file is not None:
-        defaults = _read_defaults(file, groups)
-        for action in parser._actions:
-            if action.dest in defaults:
-                action.required = False
-        parser.set_defaults(**defaults)
+    defaults = {action.dest: parser.get_default(action.dest) for action in parser._actions}
+    recipe = {} if file is None else _read_defaults(file, groups)
+    for action in parser._actions:
+        if action.dest in recipe:
+            action.required = False
+    parser.set_defaults(**recipe)
     *settings, rest, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -56,6 +60,7 @@ def parse_groups(groups: Sequence[type], argv: list[str], *, description: str) -
         raise ValueError(f"write --config in full: '{rest.config}' was not read")
     for group in settings:
         _expand_paths(group)
+    check_needs(needs, defaults, defaults | recipe, vars(parser.parse_args(argv)))
     return tuple(settings)
 
 

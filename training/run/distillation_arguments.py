@@ -13,6 +13,7 @@ from run.arguments import (
     check_arguments,
 )
 from run.command_line import PATH, parse_groups
+from run.unused_options import DISTILLATION_NEEDS
 
 
 @dataclass(eq=False)
@@ -132,6 +133,7 @@ def parse_distillation_arguments(argv: list[str]) -> DistillationArguments:
         ),
         argv,
         description="Distribution-matching distillation of LongLive-2.0, to few steps and no guidance.",
+        needs=DISTILLATION_NEEDS,
     )
     arguments = DistillationArguments(*groups)
     _check(arguments)

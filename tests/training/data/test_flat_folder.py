@@ -104,3 +104,13 @@ def test_every_container(tmp_path):
     assert data.skipped == {} and len(data) == len(VIDEO_SUFFIXES)
     for item in data:
         assert frame_numbers(item["pixels"]) == list(range(5, 26)), item["name"]
+
+
+@pytest.mark.parametrize("layout", ["flat", "shots"])
+def test_captions_in_files_have_no_column(tmp_path, layout):
+    if layout == "flat":
+        (tmp_path / "fox.txt").write_text("A fox")
+    else:
+        (tmp_path / "caption" / "fox").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"--caption_column label: '.*' has captions in files, and no list"):
+        scan(tmp_path, text_only=True, caption_column="label")

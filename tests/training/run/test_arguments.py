@@ -8,6 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from objectives.error_recycling import RecyclingSettings
 from objectives.teacher_forcing import TeacherForcingSettings
 from run.arguments import parse_arguments
+from run.distillation_arguments import parse_distillation_arguments
 from run.optimizers import build_schedules
 from tests.support.paths import CONFIGS
 
@@ -124,7 +125,6 @@ def test_a_value_in_a_file_is_what_it_would_be_on_the_command_line(tmp_path, con
         ("error_warmup_steps", "-1", "must be at least 0, got -1"),
         ("output_dir", " ", "must not be empty"),
         ("revision", "a\0b", "must not contain a null character"),
-        ("lora_layers", "(", "is no regular expression"),
         ("hub_model_id", "///", "must be in the form 'repo_name' or 'namespace/repo_name'"),
         ("hub_model_id", "a/b/c", "must be in the form"),
         ("hub_model_id", "some one/x", "must use alphanumeric chars"),
@@ -136,6 +136,11 @@ def test_what_a_setting_may_not_be(option, value, message):
     with pytest.raises(ValueError, match=message) as error:
         parse_arguments([*NEEDED, f"--{option}={value}"])
     assert option in str(error.value)
+
+
+def test_layers_are_a_regular_expression():
+    with pytest.raises(ValueError, match=r"--lora_layers '\(' is no regular expression"):
+        parse_arguments([*NEEDED, "--rank", "4", "--lora_layers", "("])
 
 
 def test_a_missing_option_is_named():
@@ -177,11 +182,17 @@ def test_a_missing_file_is_named():
         parse_arguments([*NEEDED, "--config", "no-such.yaml"])
 
 
-@pytest.mark.parametrize("name", ["toy_first_chunk.yaml", "toy.yaml", "longlive2_ar.yaml"])
+# The others are accelerate's.
+RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml") if "num_latent_frames" in path.read_text())
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_ready_made_recipes_are_valid(name):
-    arguments = parse_arguments([*NEEDED, "--config", str(CONFIGS / name)])
+    parse = parse_distillation_arguments if "dmd" in name else parse_arguments
+    arguments = parse([*NEEDED, "--config", str(CONFIGS / name)])
     settings = yaml.safe_load((CONFIGS / name).read_text())
     assert arguments.data.num_latent_frames == settings["num_latent_frames"]
+    assert len(RECIPES) == 8
 
 
 def test_the_papers_recipe_is_the_papers():
