@@ -82,8 +82,11 @@ def _separate_networks(
     frozen_dtype: torch.dtype,
 ) -> dict[Role, LongLiveTransformer3DModel]:
     """Copy the network, for all weights of generator and fake score to be trained."""
-    source = model.teacher_model_name_or_path or model.pretrained_model_name_or_path
-    teacher = _load_teacher(source, transformer, frozen_dtype)
+    if model.teacher_model_name_or_path is None:
+        own = {"revision": model.revision, "variant": model.variant}
+        teacher = _load_teacher(model.pretrained_model_name_or_path, transformer, frozen_dtype, **own)
+    else:
+        teacher = _load_teacher(model.teacher_model_name_or_path, transformer, frozen_dtype)
     if optimization.precision == "nvfp4":
         use_nvfp4(transformer, optimization, trains_lora=False)
     return {
@@ -93,10 +96,13 @@ def _separate_networks(
     }
 
 
-def _load_teacher(source: str, student: LongLiveTransformer3DModel, dtype: torch.dtype) -> LongLiveTransformer3DModel:
-    """Load the network that is the real score, and check that it takes what the generator makes."""
+def _load_teacher(
+    source: str, student: LongLiveTransformer3DModel, dtype: torch.dtype, **options: str | None
+) -> LongLiveTransformer3DModel:
+    """Load the network that is the real score, and check that it takes what the generator makes; `options` are
+    `revision` and `variant`, which are those of the model to start from."""
     chunk_size = student.config.chunk_size
-    teacher = load_transformer(source, dtype, chunk_size).requires_grad_(False)
+    teacher = load_transformer(source, dtype, chunk_size, **options).requires_grad_(False)
     for name in ("in_channels", "out_channels", "text_dim", "patch_size"):
         ours, theirs = student.config[name], teacher.config[name]
         if list(ours) != list(theirs) if isinstance(ours, tuple | list) else ours != theirs:
