@@ -122,7 +122,7 @@ def evaluate(
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         raise ValueError(f"There is no section {', '.join(unknown)}, only {', '.join(SECTIONS)}.")
-    evaluation = Evaluation(pipe, settings, Store(output, model), decoder)
+    evaluation = Evaluation(pipe, settings, Store(output, model, dtype=settings.dtype), decoder)
     tables: dict[str, list[Table]] = {}
     for name in sections:
         tables[name] = SECTIONS[name](evaluation)

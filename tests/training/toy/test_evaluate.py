@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from PIL import Image
 
 import evaluate
 from evaluation import vae as evaluate_vae
+from evaluation.diversity import diversity
 from evaluation.scenarios import Story, cuts, image_starts, multi_shots, single_shots, switches
 from evaluation.sections import Evaluation, Settings, events
 from evaluation.store import Store, fingerprint
@@ -322,6 +324,41 @@ def test_a_tiny_decoder_makes_the_frames_in_place_of_the_vae(pipe):
     torch.testing.assert_close(
         evaluate_vae.decode_with(pipe.vae, None)(latents), StreamingDecoder(pipe.vae).decode(latents)
     )
+
+
+def test_diversity_is_that_of_the_decoders_frames(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.diversity.NUM_SEEDS", 2)
+    monkeypatch.setattr("evaluation.diversity.NUM_PROMPTS", 1)
+    torch.manual_seed(0)
+    settings, decoder, seen = replace(SMALL, max_sequence_length=8, num_inference_steps=1), build_decoder(), []
+    stream = LongLivePipeline.stream
+    monkeypatch.setattr(
+        LongLivePipeline, "stream", lambda self, **options: seen.append(options) or stream(self, **options)
+    )
+    for number, made_by in enumerate((None, decoder)):
+        diversity(Evaluation(pipe, settings, Store(tmp_path / str(number), "model"), made_by))
+    assert [options.get("decoder") for options in seen] == [None, decoder]
+
+
+@pytest.mark.parametrize("name", ["dtype", "seed", "max_sequence_length"])
+def test_a_part_of_other_settings_is_not_taken_for_diversity(evaluated, tmp_path, name):
+    oracle, folder, _ = evaluated
+    shutil.copytree(folder / "parts", tmp_path / "parts")
+    value = "bfloat16" if name == "dtype" else 7
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.diversity.NUM_PROMPTS", 2)
+        with pytest.raises(ValueError, match=f"{name} was .*, now {value!r}"):
+            evaluate.evaluate(oracle, tmp_path, replace(SMALL, **{name: value}), ["diversity"], model="oracle")
+
+
+@pytest.mark.parametrize("section", sorted(evaluate.SECTIONS))
+def test_no_part_is_taken_that_was_made_in_another_dtype(evaluated, tmp_path, section):
+    oracle, folder, _ = evaluated
+    shutil.copytree(folder / "parts", tmp_path / "parts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.diversity.NUM_PROMPTS", 2)
+        with pytest.raises(ValueError, match="dtype was 'float32', now 'bfloat16'"):
+            evaluate.evaluate(oracle, tmp_path, replace(SMALL, dtype="bfloat16"), [section], model="oracle")
 
 
 # -------------------------------------------------- bad input, and tables

@@ -26,7 +26,8 @@ def diversity(evaluation: Evaluation) -> list[Table]:
     stories = single_shots(f"diversity {settings.seed}", NUM_PROMPTS, 1, num_things=1, held_out=False)
     captions = [story.segments[0].caption for story in stories]
     asked = {"captions": captions, "seeds": NUM_SEEDS, "steps": settings.num_inference_steps}
-    asked |= {"guidance": settings.guidance_scale, "kv_cache_dtype": settings.kv_cache_dtype}
+    asked |= {"guidance": settings.guidance_scale, "kv_cache_dtype": settings.kv_cache_dtype, "seed": settings.seed}
+    asked |= {"max_sequence_length": settings.max_sequence_length}
     found = evaluation.store.get(
         "diversity/first chunks", asked, lambda: [_spread(evaluation, caption) for caption in captions]
     )
@@ -53,6 +54,7 @@ def _spread(evaluation: Evaluation, caption: str) -> tuple[float, float]:
         max_sequence_length=settings.max_sequence_length,
         generator=[torch.Generator().manual_seed(settings.seed + seed) for seed in range(NUM_SEEDS)],
         output_type="np",
+        **({} if evaluation.decoder is None else {"decoder": evaluation.decoder}),
     ) as session:
         frames = np.stack(list(next(session).frames))
     things = [read_chunk(video).things for video in frames]

@@ -19,10 +19,11 @@ class Store:
     Args:
         folder: The folder of the evaluation; created if it is missing.
         model: A string that tells the model from others; it is part of all settings.
+        shared: Further settings that all parts depend on, of types that JSON has.
     """
 
-    def __init__(self, folder: Path, model: str) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, folder: Path, model: str, **shared: Any) -> None:
+        self.folder, self.shared = folder, {"model": model} | shared
         (folder / "parts").mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str, settings: dict[str, Any], compute: Callable[[], Any]) -> Any:
@@ -30,13 +31,13 @@ class Store:
 
         Args:
             name: The name of the part, `section/part`.
-            settings: What the result depends on besides the model, of types that JSON has.
+            settings: What the result depends on besides what all parts do, of types that JSON has.
             compute: A function that returns lists, dicts, strings, numbers and booleans.
 
         Raises:
             ValueError: If the part is there, but of another model or other settings.
         """
-        settings = json.loads(json.dumps({"model": self.model} | settings))
+        settings = json.loads(json.dumps(self.shared | settings))
         path = self.folder / "parts" / (name.replace("/", " - ") + ".json")
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
