@@ -77,7 +77,7 @@ def open_dataset(
     """
     Scan the videos, encode what is not in the caches, and return the training set and its text embeddings, which
     include those of the empty prompt and of `other_prompts`. Without a training set, only the caches are used, and
-    the text encoder if some of `other_prompts` are missing.
+    the text encoder if some of `other_prompts` are missing, or to tell whether the texts are its own.
 
     Raises:
         ValueError: If there is neither a training set nor a complete cache, nothing in the training set can be used,
@@ -96,7 +96,8 @@ def open_dataset(
             )
         settings |= {"fps": str(frame_rate(arguments.fps)), **module_settings("vae", pipe.vae)}
         dataset = LatentDataset(latents, texts, encoder.max_sequence_length, settings=settings)
-        if missing_prompts(other_prompts, texts):
+        # Of a folder without a text encoder, nobody can tell whether the texts are its own.
+        if encoder.is_there or missing_prompts(other_prompts, texts):
             encode_missing(accelerator, encoder, other_prompts, texts)
             accelerator.wait_for_everyone()
         return dataset, dataset.text

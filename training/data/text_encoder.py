@@ -90,6 +90,11 @@ class TextEncoder:
         pipe.text_encoder.requires_grad_(False).eval()
         return pipe
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the pipeline has a text encoder, as far as can be told without the Hub."""
+        return not Path(self.source).is_dir() or (Path(self.source) / "text_encoder").is_dir()
+
     @cached_property
     def settings(self) -> Settings:
         """What its embeddings depend on; this reads all of its weights."""
@@ -107,8 +112,14 @@ class TextEncoder:
 
     def files(self) -> str:
         """Return a digest of where the files are and when they were written; of a repository on the Hub, of its
-        commit."""
+        commit.
+
+        Raises:
+            ValueError: If the pipeline is a folder, and has no text encoder.
+        """
         folder = Path(self.source) / "text_encoder"
+        if not self.is_there:
+            raise ValueError(f"'{self.source}' has no folder text_encoder/, with which prompts are encoded")
         if folder.is_dir():
             stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
             described = [str(folder.resolve()), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data import clip_index
 from data.loading import ClipShape, open_dataset, read_ahead
@@ -210,3 +211,24 @@ def test_what_fails_ahead_is_raised_where_it_is_needed():
         assert next(ahead) == 0
         with pytest.raises(RuntimeError, match="killed by signal"):
             next(ahead)
+
+
+def test_texts_of_another_encoder_are_named_where_there_are_only_caches(start, monkeypatch):
+    other = start.folder / "other"
+    shutil.copytree(toy_pipeline_path(), other)
+    (weights,) = (other / "text_encoder").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    monkeypatch.setattr("tests.training.data.test_loading.toy_pipeline_path", lambda: other)
+    with pytest.raises(ValueError, match=r"text' was made with other settings: text_encoder.weights is '\w+' there"):
+        start.open(train_data_dir=None)
+
+
+def test_a_folder_without_a_text_encoder_is_enough_where_nothing_has_to_be_encoded(start, monkeypatch):
+    other = start.folder / "other"
+    shutil.copytree(toy_pipeline_path(), other)
+    shutil.rmtree(other / "text_encoder")
+    monkeypatch.setattr("tests.training.data.test_loading.toy_pipeline_path", lambda: other)
+    assert len(start.open(train_data_dir=None)) == 2
+    with pytest.raises(ValueError, match=rf"'{other}' has no folder text_encoder/"):
+        start.open()
