@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from longlive_diffusers import KVCache, LongLiveScheduler, LongLiveTransformer3DModel
-from longlive_diffusers.atomic_write import write_text
+from longlive_diffusers.atomic_write import check_new_file, write_text
 from longlive_diffusers.benchmark.markdown import markdown_table
 from longlive_diffusers.benchmark.measure import as_size
 from longlive_diffusers.nvfp4 import NVFP4Config
@@ -369,6 +369,11 @@ def main() -> None:
     parser.add_argument("--computed", action="store_true", help="Compute everything, with all layers.")
     parser.add_argument("--json", type=user_path, help="Also write the rows to this file.")
     arguments = parser.parse_args()
+    if arguments.json is not None:
+        try:
+            check_new_file(arguments.json)
+        except ValueError as error:
+            parser.error(f"--json: {error}")
     size = SIZES[arguments.size]
     chunk_size = size.config["chunk_size"]
     for frames in arguments.frames:

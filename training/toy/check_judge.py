@@ -6,6 +6,7 @@ might leave them - and the chunks that it reads entirely right are counted. What
 
 import argparse
 import random
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from evaluation.marks import expect, judge_chunk
 from judge import read_chunk
 from longlive_diffusers.video.reader import read_video
 from longlive_diffusers.video.writer import VideoWriter
+from one_line import run
 from world import FPS, draw_scene, render
 
 
@@ -83,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -37,6 +37,7 @@ from longlive_diffusers.pipelines.sharing import strip_local_paths
 from longlive_diffusers.user_path import user_path
 from one_line import run
 from outputs import check_replaceable
+from schedules import one_cycle
 from train_vae import draw_clips, object_weights
 from world import draw_sample
 
@@ -119,9 +120,7 @@ def train(decoder: TinyVideoDecoder, pixels: torch.Tensor, latents: torch.Tensor
     """Train the decoder on these clips."""
     rng = random.Random(args.seed)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.05
-    )
+    schedule = one_cycle(optimizer, args.learning_rate, steps=args.steps, warmup=0.05)
     bar = tqdm(range(args.steps), desc="decoder", unit="step", mininterval=1)
     for _ in bar:
         window, frames, context = draw_windows(pixels, latents, rng)

@@ -26,6 +26,7 @@ from longlive_diffusers.atomic_write import new_folder
 from longlive_diffusers.conversion.output_folder import prepare_output
 from longlive_diffusers.user_path import user_path
 from one_line import run
+from schedules import one_cycle
 from world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, Scene, caption, draw_scene
 
 
@@ -186,7 +187,7 @@ def train_text_encoder(tokenizer: PreTrainedTokenizerFast, steps: int, batch_siz
     reader = Reader(TEXT_DIM)
     parameters = [*encoder.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    schedule = one_cycle(optimizer, 3e-3, steps=steps, warmup=0.1)
 
     def read(texts: list[str]) -> list[torch.Tensor]:
         tokens = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")

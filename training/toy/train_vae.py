@@ -38,6 +38,7 @@ from longlive_diffusers.frame_counts import TEMPORAL_SCALE
 from longlive_diffusers.models.streaming_vae import StreamingDecoder, StreamingEncoder
 from longlive_diffusers.user_path import user_path
 from one_line import run
+from schedules import one_cycle
 from world import draw_sample, render
 
 
@@ -201,7 +202,7 @@ def train(vae: AutoencoderKLWan, settings: Settings, device: str, checkpoint: Pa
     """
     steps, learning_rate = settings.steps, settings.learning_rate
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.02)
+    schedule = one_cycle(optimizer, learning_rate, steps=steps, warmup=0.02)
     parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule}
     first_step = 0
     if checkpoint.exists():
@@ -272,6 +273,7 @@ def main() -> None:
             parser.error(f"--{name} must be a number of at least 0, got {getattr(settings, name)}")
     device = choose_device(device)
     prepare_output(output)
+    output = output.resolve()  # "." has no name that the checkpoint could have beside it
 
     torch.manual_seed(settings.seed)
     if settings.start is None:

@@ -96,3 +96,11 @@ def test_bad_options_are_named(monkeypatch, capsys, words, message):
     with pytest.raises(SystemExit):
         bench_dmd_memory.main()
     assert message in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_dmd_memory, "cases", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--json", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        bench_dmd_memory.main()
+    assert "--json: " in capsys.readouterr().err

@@ -15,9 +15,11 @@ import train_text
 import train_vae
 import world
 from longlive_diffusers.assets import toy_decoder_path, toy_lora_path, toy_pipeline_path
+from tests.support.paths import ROOT
 
 
 TOY, DECODER, LORA = toy_pipeline_path(), toy_decoder_path(), toy_lora_path(4).parent
+TOY_SCRIPTS = (ROOT / "training" / "toy").glob("*.py")
 PARTS = ["--text", TOY, "--vae", TOY / "vae"]
 
 
@@ -89,6 +91,28 @@ def test_nothing_else_is_replaced(script, words, tmp_path, monkeypatch, capsys):
 def test_bad_values_are_one_line(script, words, message, tmp_path, monkeypatch, capsys):
     assert message in told_by(script, monkeypatch, capsys, [*words, "--output", tmp_path / "new"])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_checkpoint_of_a_vae_lies_beside_its_folder_however_that_is_named(tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def begin(vae, settings, device, checkpoint):
+        assert checkpoint == tmp_path / "new.checkpoint.pt"
+        raise Begun
+
+    (tmp_path / "new").mkdir()
+    monkeypatch.setattr(train_vae, "train", begin)
+    for folder, name in (("new", "."), ("", "new"), ("new", "../new")):
+        monkeypatch.chdir(tmp_path / folder)
+        monkeypatch.setattr(sys, "argv", ["train_vae.py", "--output", name, "--device", "cpu"])
+        with pytest.raises(Begun):
+            train_vae.main()
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in TOY_SCRIPTS if "__main__" in path.read_text()))
+def test_every_script_ends_with_one_line_where_something_fails(script):
+    assert "sys.exit(run(main))" in (ROOT / "training" / "toy" / script).read_text()
 
 
 def write_world(monkeypatch, folder: Path, *words: str) -> None:
