@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -31,11 +31,11 @@ from data.text_encoder import text_encoder_of
 from longlive_diffusers.parallel import FrameLayout, check_heads
 from objectives.error_recycling import ErrorRecycler
 from objectives.teacher_forcing import PreparedBatch, TeacherForcing
-from run.agreement import check_processes, on_main_process
+from run.agreement import on_main_process
 from run.arguments import Arguments, parse_arguments
 from run.averaging import average_of, for_inference
 from run.cached_prompts import texts_of
-from run.checkpoints import Checkpoints, check_steps, resolve_checkpoint
+from run.checkpoints import Checkpoints, check_steps, resolve_checkpoint, saved_in
 from run.history import Setting, SettingsHistory
 from run.identity import common_identity, settings_in
 from run.interruption import StopRequest, end_early
@@ -43,8 +43,8 @@ from run.log import LOG_FILE, TrainingLog, check_tracker
 from run.network import check_attention_backend, prepare_transformer
 from run.optimizers import build_optimizers, build_schedules, check_optimizer
 from run.output_folder import output_folder
-from run.precision import keep_inputs_in_float32
 from run.process_mesh import ProcessMesh, build_process_mesh
+from run.processes import build_accelerator
 from run.publishing import make_repository, publish
 from run.saving import generation_settings, load_start, save_result, trained_weights
 from run.script import run_script
@@ -60,13 +60,7 @@ def main(arguments: Arguments) -> None:
     optimization, output = arguments.optimization, arguments.run.output
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     check_tracker(arguments.run.report_to)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=optimization.gradient_accumulation_steps,
-        log_with=arguments.run.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
-    )
-    check_processes(accelerator)
-    keep_inputs_in_float32(accelerator)
+    accelerator = build_accelerator(arguments.run, optimization.gradient_accumulation_steps)
     set_seed(optimization.seed)
     with output_folder(accelerator, output):
         train(accelerator, arguments, output)
@@ -182,7 +176,7 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
     )
     drawn = ([objective.with_draws(next(loader), step) for _ in range(accumulation)] for step in steps)
     stop = StopRequest(accelerator)
-    saved_step = first_step
+    saved_step = saved_in(output, resumed, first_step)
     with stop, read_ahead(drawn) as updates:
         for step in bar:
             fetched = stop.unless_requested(lambda: next(updates))
@@ -202,12 +196,12 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
             loss, gradient_norm = update(
                 accelerator, model, optimizers, objective, prepared, mesh, optimization.max_grad_norm
             )
+            entry = {"loss": loss, "gradient_norm": gradient_norm, "learning_rate": schedules[0].get_last_lr()[0]}
             for schedule in schedules:
                 schedule.step()
             if ema is not None:
                 ema.step(trained)
 
-            entry = {"loss": loss, "gradient_norm": gradient_norm, "learning_rate": schedules[0].get_last_lr()[0]}
             accelerator.log(entry, step=step + 1)
             if log is not None:
                 log.write({"step": step + 1, **entry})
@@ -273,7 +267,12 @@ def update(
     loss = (accelerator.reduce(total, "sum") / count).item()
     if not math.isfinite(loss):
         raise FloatingPointError(f"The loss is {loss}: lower the learning rate, or look at the data of this step.")
-    return loss, float(norm)
+    gradient_norm = float(norm)
+    if not math.isfinite(gradient_norm) and accelerator.scaler is None:  # which passes over such updates, in float16
+        raise FloatingPointError(
+            f"The norm of the gradient is {gradient_norm}: lower the learning rate, or look at the data of this step."
+        )
+    return loss, gradient_norm
 
 
 def checkpoint_states(recycler: ErrorRecycler | None, ema: EMAModel | None) -> tuple[dict, dict]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, fsdp2_prepare_model, set_seed
+from accelerate.utils import fsdp2_prepare_model, set_seed
 from diffusers.training_utils import EMAModel
 from peft.helpers import disable_input_dtype_casting
 from tqdm.auto import tqdm
@@ -47,10 +47,10 @@ from objectives.distillation import (
 )
 from objectives.distillation_networks import DistillationNetworks, Role
 from objectives.rollout import ChunkPlan, RolloutCaches, roll_out
-from run.agreement import check_processes, on_main_process
+from run.agreement import on_main_process
 from run.averaging import average_of, free_gathered
 from run.cached_prompts import CachedPromptsPipeline, texts_of
-from run.checkpoints import Checkpoints, Stateful, check_steps, resolve_checkpoint
+from run.checkpoints import Checkpoints, Stateful, check_steps, resolve_checkpoint, saved_in
 from run.distillation_arguments import DistillationArguments, parse_distillation_arguments
 from run.distillation_result import DistilledNetwork, save_distilled
 from run.distillation_start import build_networks
@@ -62,8 +62,9 @@ from run.log import LOG_FILE, TrainingLog, check_tracker
 from run.network import check_attention_backend
 from run.optimizers import build_optimizers, build_schedules, check_optimizer
 from run.output_folder import output_folder
-from run.precision import compute_dtype, keep_inputs_in_float32
+from run.precision import compute_dtype
 from run.process_mesh import ProcessMesh, build_process_mesh
+from run.processes import build_accelerator
 from run.publishing import make_repository, publish
 from run.saving import GENERATION, generation_settings, load_start
 from run.script import run_script
@@ -79,13 +80,8 @@ def main(arguments: DistillationArguments) -> None:
     output = arguments.run.output
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     check_tracker(arguments.run.report_to)
-    accelerator = Accelerator(
-        log_with=arguments.run.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
-    )
-    check_processes(accelerator)
+    accelerator = build_accelerator(arguments.run)  # what is accumulated, `Trainer` does itself
     check_precision(accelerator)
-    keep_inputs_in_float32(accelerator)
     set_seed(arguments.optimization.seed)
     with output_folder(accelerator, output):
         train(accelerator, arguments, output)
@@ -224,7 +220,7 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
         disable=not accelerator.is_local_main_process,
     )
     stop = StopRequest(accelerator)
-    saved_step, shown = first_step, {}
+    saved_step, shown = saved_in(output, resumed, first_step), {}
     with stop:
         for step in bar:
             fetched = stop.unless_requested(lambda: [next(loader) for _ in range(accumulation)])
@@ -347,11 +343,16 @@ class Trainer:
         parameters = list(self.networks.parameters_of(role).values())
         average_gradients(self.accelerator, parameters)
         free_gathered(self.networks)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The norm of the gradient of the {role} is {norm}: lower the learning rates (--learning_rate, "
+                "--critic_learning_rate), or look at the prompts of this step."
+            )
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return float(norm)
+        return norm
 
     @contextmanager
     def _using(self, role: Role) -> Iterator[Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -251,3 +252,11 @@ def test_the_distance_at_a_cut_is_that_of_training_in_validation_result_and_card
         assert LongLivePipeline.from_pretrained(tmp_path / "run").config.multi_shot_rope_offset == 0.5
     else:
         assert "    multi_shot_rope_offset=0.5,\n" in card
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_a_checkpoint(workshop, tmp_path, monkeypatch):
+    """Though the loss before it is finite."""
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    with pytest.raises(FloatingPointError, match="The norm of the gradient is nan"):
+        workshop.main(tmp_path / "run", max_train_steps=1, checkpointing_steps=1)
+    assert not list(tmp_path.glob("run/checkpoint-*"))

@@ -333,10 +333,11 @@ def test_shots_that_are_never_made_are_named(studio, tmp_path, caplog):
         ({"kv_cache_dtype": "int3"}, "invalid choice: 'int3'"),
         ({"lora_dropout": 0.1}, "--lora_dropout 0.1"),
         ({"lora_layers": "nothing"}, "--lora_layers 'nothing'"),
-        ({"train_all_weights": True, "save_original_lora": True}, "trains no LoRA"),
-        ({"train_all_weights": True, "start": "standalone"}, "--start standalone"),
+        ({"train_all_weights": True, "rank": None, "save_original_lora": True}, "trains no LoRA"),
+        ({"train_all_weights": True, "rank": None, "start": "standalone"}, "--start standalone"),
         ({"ar_model_name_or_path": "x"}, "--ar_model_name_or_path is for --start standalone"),
         ({"start": "standalone", "validation_prompts": ["x"]}, "--validation_prompts need it"),
+        ({"train_all_weights": True}, "--rank 4 needs LoRAs: --train_all_weights true trains none"),
         ({"start": "halfway"}, "--start: invalid choice: 'halfway'"),
         ({"compile": True}, "--compile is not possible here"),
         ({"generator_lora": "nowhere.safetensors"}, "nowhere.safetensors"),
@@ -364,3 +365,10 @@ def test_a_teacher_that_cannot_see_the_videos_is_refused(studio, tmp_path):
     LongLiveTransformer3DModel.from_config(config).save_pretrained(tmp_path / "teacher" / "transformer")
     with pytest.raises(ValueError, match="text_dim is 24 there and 16 here"):
         studio.main(tmp_path / "run", teacher_model_name_or_path=tmp_path / "teacher")
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_a_checkpoint(studio, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(FloatingPointError, match="The norm of the gradient of the generator is inf"):
+        studio.main(tmp_path / "run", max_train_steps=1, checkpointing_steps=1)
+    assert not list(tmp_path.glob("run/checkpoint-*"))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from objectives.teacher_forcing import TeacherForcing
+from run.interruption import StopRequest
 from run.log import read_log
 from tests.support import processes
 from tests.support.processes import ForkedRun
@@ -18,6 +19,7 @@ from tests.support.training_run import LONG_RUN, SCRIPT, environment
 
 
 LOG = "training_log.jsonl"
+WITHOUT_RECYCLING = {name: None for name in LONG_RUN if name.startswith("error_")} | {"error_recycling": False}
 
 
 def start(workshop, output: Path) -> ForkedRun:
@@ -89,7 +91,7 @@ def test_a_run_killed_six_times_gives_the_uninterrupted_one(workshop, long_run, 
         ({"rank": 4}, "rank is None there and 4 here"),
         ({"optimizer": "muon"}, "optimizer is adamw there and torch.optim.Muon here"),
         ({"ema_decay": 0.5}, "ema_decay is 0.9 there and 0.5 here"),
-        ({"error_recycling": False}, "error_recycling is True there and False here"),
+        (WITHOUT_RECYCLING, "error_recycling is True there and False here"),
         ({"error_bucket_size": 4}, "error_bucket_size is 3 there and 4 here"),
         ({"train_batch_size": 1}, "batch is 2 there and 1 here"),
         ({"max_train_steps": 27}, "has 28 updates, more than --max_train_steps 27"),
@@ -111,7 +113,7 @@ def test_what_changes_is_used_named_and_on_the_card(workshop, long_run, tmp_path
     for name, before in {"learning_rate": 0.0003, "lr_scheduler": "cosine", "lr_warmup_steps": 3}.items():
         assert f"{name} was {before} until update 28 and is {changed[name]} from there on" in caplog.text
     rates = [entry["learning_rate"] for entry in read_log(output / LOG)]
-    assert rates == pytest.approx([2e-4 * (32 - step) / 32 for step in range(29, 33)])
+    assert rates == pytest.approx([2e-4 * (32 - step) / 32 for step in range(28, 32)])  # what it was used at
     optimizer = torch.load(output / "checkpoint-32" / "optimizer.bin", weights_only=True)
     (group,) = optimizer["param_groups"]
     assert (group["betas"], group["weight_decay"], group["initial_lr"]) == ((0.5, 0.999), 0.1, 2e-4)
@@ -149,3 +151,16 @@ def test_a_run_that_is_asked_to_end_leaves_a_checkpoint_and_goes_on(
 def test_a_folder_that_is_no_checkpoint_is_refused(workshop, tmp_path):
     with pytest.raises(ValueError, match="it is no checkpoint of this script"):
         workshop.main(tmp_path / "run", resume_from_checkpoint=workshop.folder / "videos")
+
+
+def test_a_run_that_goes_on_in_another_folder_and_ends_before_an_update_can_go_on_there(
+    workshop, long_run, tmp_path, monkeypatch, caplog
+):
+    output, checkpoint = tmp_path / "run", long_run / "checkpoint-28"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(StopRequest, "agreed", lambda _: signal.SIGTERM)
+        workshop.main(output, **LONG_RUN, resume_from_checkpoint=checkpoint)
+    assert "after update 28 of 30; go on with --resume_from_checkpoint latest" in caplog.text
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-28"]
+    workshop.main(output, **LONG_RUN, resume_from_checkpoint="latest")
+    assert [entry["step"] for entry in read_log(output / LOG)] == [29, 30]

@@ -153,7 +153,10 @@ class Checkpoints:
         if self.total_limit is not None:
             own = [path for path in find_checkpoints(self.folder) if _step(path) <= step]
             for path in own[: -self.total_limit]:
-                shutil.rmtree(_set_aside(path))
+                try:
+                    shutil.rmtree(_set_aside(path), ignore_errors=True)
+                except OSError as error:  # the new checkpoint is there: no reason to end the run
+                    logger.warning("the old checkpoint '%s' could not be removed: %s", path, error)
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -230,6 +233,17 @@ def check_steps(checkpoint: Path, step: int, max_train_steps: int, folder: Path)
             f"--output_dir '{folder}' has {', '.join(_results(folder))} of {last} updates, which those of "
             f"--max_train_steps {max_train_steps} would replace: choose another folder, or remove them"
         )
+
+
+def saved_in(folder: Path, resumed: Path | None, step: int) -> int:
+    """Return the update of the newest checkpoint that a run has in its own folder when it begins, 0 if it has none.
+
+    Args:
+        folder: The output folder of the run.
+        resumed: The checkpoint that it resumes from, in this or another folder, or None.
+        step: The number of updates there.
+    """
+    return step if resumed is not None and resumed.resolve().parent == folder.resolve() else 0
 
 
 def _results(folder: Path) -> list[str]:

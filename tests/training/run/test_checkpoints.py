@@ -3,14 +3,16 @@
 import logging
 import os
 import pickle
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from run.checkpoints import Checkpoints, check_steps, find_checkpoints, resolve_checkpoint
+from run.checkpoints import Checkpoints, check_steps, find_checkpoints, resolve_checkpoint, saved_in
 from run.log import LOG_FILE, TrainingLog
 
 
@@ -249,3 +251,31 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(accelerator, 
         checkpoints(accelerator, three).save(4)
     assert {path.name for path in three.iterdir()} == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
     assert resolve_checkpoint(accelerator, three, "latest") == three / "checkpoint-3"
+
+
+def test_what_a_run_has_saved_in_its_own_folder(tmp_path, monkeypatch):
+    (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert saved_in(tmp_path / "run", None, 0) == 0
+    assert saved_in(tmp_path / "run", Path("run/checkpoint-4"), 4) == 4
+    assert saved_in(tmp_path / "other", Path("run/checkpoint-4"), 4) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "original"), [("shutil.rmtree", shutil.rmtree), ("pathlib.Path.rename", Path.rename)]
+)
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    accelerator, tmp_path, monkeypatch, caplog, name, original
+):
+    writer = checkpoints(accelerator, tmp_path, total_limit=1)
+    writer.save(1)
+
+    def fails_for_old(path, *arguments, **options):
+        if "checkpoint-1" in Path(path).name and not options.get("ignore_errors"):
+            raise OSError(39, "Directory not empty", str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(name, fails_for_old)
+    writer.save(2)
+    assert (tmp_path / "checkpoint-2").is_dir()
+    assert ("could not be removed" in caplog.text) == (name == "pathlib.Path.rename")
