@@ -24,6 +24,7 @@ import train_ar
 import train_dmd
 from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.models.transformer_longlive import LongLiveTransformerBlock
+from run import processes
 from run.arguments import parse_arguments
 from run.distillation_arguments import parse_distillation_arguments
 from run.log import read_log
@@ -130,7 +131,7 @@ def train(run: Run, rank: int, port: int) -> None:
         return accelerator
 
     script, parse = SCRIPTS[run.script]
-    script.Accelerator = accelerator_with_fsdp2
+    processes.Accelerator = accelerator_with_fsdp2
     script.main(parse(run.words))
     if run.arrivals is not None:
         Path(f"{run.arrivals}-{rank}.json").write_text(json.dumps(vars(arrivals)))
