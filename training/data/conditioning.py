@@ -2,8 +2,10 @@
 
 Chunks are conditioned as in generation. The first chunk of every shot but the first has the scene-cut prefix before
 its prompt. A prompt switch within a shot is trained as it is generated: a streaming session rewrites the cached
-history under the new prompt, so a chunk after the switch never sees history under an old one. Therefore all chunks of
-that shot before its last switch take the prompt of its last segment; they are that history, and bear no loss.
+history under the new prompt, so a chunk after the switch never sees its shot under an old one. Therefore all chunks of
+that shot before its last switch take the prompt of its last segment; they are that history, and bear no loss. In two
+things a session does more: it leaves out the prefix of what it rewrites, and rewrites what is cached of earlier shots,
+which here keep their prompts, since they bear loss themselves.
 """
 
 from collections.abc import Sequence

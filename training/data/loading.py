@@ -1,7 +1,6 @@
 """From a training set to batches: caches that are not complete are built, then read."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.models.streaming_vae import normalize_latents
 from longlive_diffusers.parallel import FrameLayout, encode_shard
-from longlive_diffusers.pipelines.prefetch import Prefetcher
+from longlive_diffusers.pipelines.prefetch import OneThread, Prefetcher
 from run.arguments import DataArguments, EncodingArguments
 from run.interruption import ignore_stop_requests
 from run.process_mesh import ProcessMesh
@@ -251,7 +250,7 @@ def batches(
 def read_ahead(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
     """Within this, iterate over batches in another thread, which makes the next two while one is trained on. What they
     are must not depend on when they are made."""
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker, Prefetcher(batches, worker) as ahead:
+    with OneThread("batches") as worker, Prefetcher(batches, worker) as ahead:
         yield ahead
 
 
