@@ -335,15 +335,13 @@ class KVCache:
     def has_text(self, encoder_hidden_states: torch.Tensor, lora_scale: float = 1.0) -> bool:
         """Whether the cached text keys and values were computed from this very tensor, which is unchanged since, with
         LoRAs of this scale."""
-        # An error in the middle of a forward leaves layers without keys and values.
-        if self._text_source is None or any(layer.text is None for layer in self._layers):
+        if self._text_source is None:
             return False
         source, version, scale = self._text_source
         return source is encoder_hidden_states and version == version_of(source) and scale == lora_scale
 
     def cache_text(self, encoder_hidden_states: torch.Tensor, lora_scale: float = 1.0) -> None:
-        """Register what the text keys and values that the next forward computes are made of."""
-        self.clear_text()
+        """Register what the text keys and values of the layers were made of, when all have computed them."""
         self._text_source = (encoder_hidden_states, version_of(encoder_hidden_states), lora_scale)
 
     def clear_text(self) -> None:

@@ -304,12 +304,13 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         # Cached text has no graph, or one that an earlier backward has used up: with gradients, it is projected again.
         text_cache = kv_cache if not torch.is_grad_enabled() else None
         scale_of_loras = lora_scale(attention_kwargs)
-        if encoder_hidden_states is not None and (
-            text_cache is None or not text_cache.has_text(encoder_hidden_states, scale_of_loras)
-        ):
-            text = self.condition_embedder.text_embedder(encoder_hidden_states.to(dtype))
+        new_text = encoder_hidden_states
+        if new_text is not None and text_cache is not None and text_cache.has_text(new_text, scale_of_loras):
+            new_text = None
+        if new_text is not None:
+            text = self.condition_embedder.text_embedder(new_text.to(dtype))
             if text_cache is not None:
-                text_cache.cache_text(encoder_hidden_states, scale_of_loras)
+                text_cache.clear_text()
 
         # With gradients, blocks attend to what the cache holds now, which can be read again in the backward. Not so
         # where the whole network is compiled: it reads copies, and a block that ran twice would write twice.
@@ -331,6 +332,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
                 tokens = run(*arguments)
             if layer_cache is not None and chunk is not None:
                 layer_cache.store(chunk)
+        if new_text is not None and text_cache is not None:  # not before: an error leaves none, to be computed again
+            text_cache.cache_text(new_text, scale_of_loras)
 
         if has_clean:
             tokens, temb = tokens[:, tokens.shape[1] // 2 :], temb[:, frames:]

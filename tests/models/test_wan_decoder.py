@@ -382,9 +382,10 @@ def smallest_vae() -> tuple[AutoencoderKLWan, AutoencoderKLWan]:
     return vae, compiled
 
 
+@torch._dynamo.config.patch(recompile_limit=2)  # 8 by itself, which four sizes would reach
 def test_a_compiled_decoder_has_graphs_for_every_size(counter):
     vae, compiled = smallest_vae()
-    sizes = [(2, 2), (2, 3), (3, 2), (3, 3), (2, 4)]
+    sizes = [(2, 2), (2, 3)]
     for _ in range(2):
         for height, width in sizes:
             latents = latents_for(vae, 3, height, width)

@@ -19,6 +19,7 @@ SHARED = SETUPS[2]
 
 @pytest.fixture
 def accelerator() -> Iterator[LedgerAccelerator]:
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield LedgerAccelerator(mixed_precision="bf16", cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -24,6 +24,18 @@ def test_the_first_signal_is_noted_and_the_second_is_as_always(number):
     assert handlers() == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_jobs_in_the_background_ignore_ends_no_run(number):
+    found = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest(Accelerator(cpu=True)) as stop:
+            os.kill(os.getpid(), number)
+            assert stop.agreed() == 0
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, found)
+
+
 def test_handlers_are_those_of_before_after_an_error():
     before = handlers()
     with pytest.raises(FloatingPointError), StopRequest(Accelerator(cpu=True)):
