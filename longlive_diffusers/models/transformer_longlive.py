@@ -39,13 +39,14 @@ from ..parallel.stream_ranks import StreamRanks
 from ..setting_types import check_setting_types
 from .altered_layers import check_can_be_saved, check_takes_lora
 from .attention import LongLiveAttnProcessor
-from .attention_kwargs import Turns, lora_scale, with_lora_scale, with_present_scales
+from .attention_kwargs import lora_scale
 from .chunk_history import ChunkHistory
 from .chunk_mask import ChunkMask
 from .kv_cache import KVCache
 from .layer_kv_cache import ChunkSlots, LayerKVCache, PackedLayerKVCache
 from .lean_feed_forward import feed_forward
 from .lean_norms import add, add_and_norm, norm, remade_in_backward
+from .lora_scaling import Turns, with_lora_scale, with_present_scales
 from .rotary import axis_frequencies, rotary_embedding
 
 

@@ -95,7 +95,7 @@ class StreamingSession:
     def __next__(self) -> VideoChunk:
         if self._is_busy_here():
             raise ValueError("A callback cannot ask its own session for the next chunk: it is called in mid-chunk.")
-        if self._worker is not None and self._worker.thread.is_here:
+        if self._is_in_worker():
             raise ValueError(
                 "A callback of a session with `async_decode` cannot ask another one for its next chunk: both denoise "
                 "in the thread that this callback keeps busy."
@@ -255,7 +255,7 @@ class StreamingSession:
             return
         if isinstance(self._source, Prefetcher) and self._agreement.leads:
             self._source.close()  # a consumer that waits for it holds the turn
-        if self._worker is None or not self._worker.thread.is_here:
+        if not self._is_in_worker():
             with self._own_turn():
                 self._end()
         elif self._turn.acquire(blocking=False):  # whoever holds it waits for this thread, and then ends the session
@@ -341,6 +341,10 @@ class StreamingSession:
         """Whether the calling thread itself is getting or making a chunk, and so cannot wait for it: whether this is
         asked in a callback or a signal handler."""
         return threading.get_ident() in self._threads or self._denoiser.is_busy_here
+
+    def _is_in_worker(self) -> bool:
+        """Whether the calling thread is the one that denoises for this session, perhaps busy with another one."""
+        return self._worker is not None and self._worker.thread.is_here
 
     def __enter__(self) -> "StreamingSession":
         return self
