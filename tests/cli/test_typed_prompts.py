@@ -25,6 +25,13 @@ class Session:
     prompt = property(fset=lambda self, prompt: self.told.append(("prompt", prompt)))
 
 
+def wait_for(condition) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
+
+
 @pytest.fixture
 def typed():
     """Create prompts that were typed, all at once."""
@@ -36,9 +43,7 @@ def typed():
         os.write(writer, "\n".join(lines).encode())
         os.close(writer)
         prompts = TypedPrompts(reader)
-        deadline = time.monotonic() + 10
-        while prompts._lines.qsize() < len(lines) and time.monotonic() < deadline:
-            time.sleep(0.001)
+        wait_for(lambda: prompts._lines.qsize() >= len(lines))
         return prompts
 
     yield type_lines
@@ -100,13 +105,6 @@ def test_a_blend_is_complete_before_the_next_line(typed):
 
 def test_every_form_is_told_of():
     assert all(f"'{form}" in HELP for form in ("/cut TEXT", "/blend TEXT", "/quit")) and str(BLEND_CHUNKS) in HELP
-
-
-def wait_for(condition) -> bool:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return condition()
 
 
 def test_what_was_opened_not_to_wait_is_waited_for():

@@ -31,14 +31,14 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from json_option import add_json_option
 from longlive_diffusers import KVCache, LongLiveScheduler, LongLiveTransformer3DModel
-from longlive_diffusers.atomic_write import check_new_file, write_text
+from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.benchmark.markdown import markdown_table
 from longlive_diffusers.benchmark.measure import as_size
 from longlive_diffusers.nvfp4 import NVFP4Config
 from longlive_diffusers.nvfp4.quantizer import layers_to_convert
 from longlive_diffusers.parallel import FrameLayout
-from longlive_diffusers.user_path import user_path
 from memory_ledger import TRANSIENT, MemoryLedger, Simulated
 from objectives.distillation import Distillation, DistillationSettings, RolloutShape
 from objectives.distillation_networks import DistillationNetworks, Role
@@ -367,13 +367,8 @@ def main() -> None:
         help="The history that the scores see (default: %(default)s).",
     )
     parser.add_argument("--computed", action="store_true", help="Compute everything, with all layers.")
-    parser.add_argument("--json", type=user_path, help="Also write the rows to this file.")
+    add_json_option(parser)
     arguments = parser.parse_args()
-    if arguments.json is not None:
-        try:
-            check_new_file(arguments.json)
-        except ValueError as error:
-            parser.error(f"--json: {error}")
     size = SIZES[arguments.size]
     chunk_size = size.config["chunk_size"]
     for frames in arguments.frames:

@@ -20,11 +20,11 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from tqdm import tqdm
 
+from json_option import add_json_option
 from longlive_diffusers import LongLiveTransformer3DModel
-from longlive_diffusers.atomic_write import check_new_file, write_text
+from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.benchmark.markdown import markdown_table
 from longlive_diffusers.benchmark.measure import peak_memory, reset_peak_memory, synchronize
-from longlive_diffusers.user_path import user_path
 
 
 COLUMNS = (
@@ -212,13 +212,8 @@ def main() -> None:
         help="The dtype of the network; autocast is float32 under autocast to bfloat16 (default: bfloat16 on a GPU, "
         "float32 on a CPU).",
     )
-    parser.add_argument("--json", type=user_path, help="Also write the rows to this file.")
+    add_json_option(parser)
     arguments = parser.parse_args()
-    if arguments.json is not None:
-        try:
-            check_new_file(arguments.json)
-        except ValueError as error:
-            parser.error(f"--json: {error}")
     device = torch.device(arguments.device)
     if arguments.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {arguments.repeats}")
