@@ -34,6 +34,7 @@ PACKAGES = (
 )
 OPTIONAL_PACKAGES = (
     "triton",
+    "nvidia-cudnn-frontend",
     "transformer-engine",
     "flash-attn",
     "torchao",

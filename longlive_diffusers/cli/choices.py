@@ -9,7 +9,7 @@ from ..limits import MAX_STEPS as MAX_STEPS
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-KV_CACHE_DTYPES = (*DTYPES, "nvfp4", "fp8")
+KV_CACHE_DTYPES = (*DTYPES, "nvfp4", "fp8", "fp8_attention")
 CLEAN_PASSES = ("full", "text_free", "last")
 NVFP4_BACKENDS = ("scaled_mm", "te", "fp8", "w4a16", "emulate")
 SCALE_RULES = ("static_6", "static_4", "mse", "mae", "abs_max", "unbiased")

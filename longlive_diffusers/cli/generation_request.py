@@ -22,7 +22,7 @@ from .decoders import choose_decoder
 from .device import choose_device
 from .embedded_lora import choose_embedded_lora
 from .model_request import ModelRequest, check_model
-from .shortcuts import shortcuts
+from .shortcuts import kv_cache_dtype, shortcuts
 from .shots_file import RequestedShot, read_shots
 
 
@@ -41,6 +41,7 @@ class GenerationRequest:
     condition_frames: int
     seed: int
     device: torch.device
+    kv_cache_dtype: str | None
     embedded_lora: Path | None
     decoder: TinyVideoDecoder | None
     notes: list[str]
@@ -62,7 +63,7 @@ class GenerationRequest:
             "window_size": args.window_size,
             "sink_size": args.sink_size,
             "relative_rope": True if args.relative_rope else None,
-            "kv_cache_dtype": None if args.kv_cache_dtype == "auto" else args.kv_cache_dtype,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "split_first_chunk": args.split_first_chunk,
             "generator": torch.Generator().manual_seed(self.seed),
             "output_type": "uint8",
@@ -120,7 +121,16 @@ def check_request(args: argparse.Namespace) -> tuple[GenerationRequest, ModelReq
     if output.is_fifo():
         notes.append(f"'{output}' is a pipe: nothing can be written before somebody reads it")
     request = GenerationRequest(
-        shots, beginning, num_frames, condition_frames, seed, device, embedded_lora, decoder, notes=notes
+        shots,
+        beginning,
+        num_frames,
+        condition_frames,
+        seed,
+        device,
+        kv_cache_dtype(args, device, sizes.head_dim),
+        embedded_lora,
+        decoder,
+        notes,
     )
     return request, models
 

@@ -27,7 +27,7 @@ from .backends import check_attention_backend, check_nvfp4_backend
 from .device import choose_device
 from .devices import check_devices, device_of, prepare, share, start_ranks
 from .launched import own_rank
-from .shortcuts import shortcuts
+from .shortcuts import kv_cache_dtype, shortcuts
 
 
 ROUNDS = 4  # of a comparison
@@ -143,9 +143,9 @@ def requested_options(args: argparse.Namespace) -> BenchOptions:
         check_attention_backend(args.attention_backend, device)
     if args.nvfp4:
         check_nvfp4_backend("--nvfp4", args.nvfp4, size.transformer, device)
-    kv_cache_dtype = None if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
-    if kv_cache_dtype is not None:
-        resolve_kv_cache_dtype(kv_cache_dtype, size.transformer["attention_head_dim"])
+    head_dim = size.transformer["attention_head_dim"]
+    if args.kv_cache_dtype != "auto":
+        resolve_kv_cache_dtype(args.kv_cache_dtype, head_dim)
     return BenchOptions(
         size_name=args.size,
         size=size,
@@ -157,7 +157,7 @@ def requested_options(args: argparse.Namespace) -> BenchOptions:
         compile=args.compile,
         decoder=args.decoder,
         speed=args.speed,
-        stream={"kv_cache_dtype": kv_cache_dtype, **shortcuts(args)},
+        stream={"kv_cache_dtype": kv_cache_dtype(args, device, head_dim), **shortcuts(args)},
     )
 
 

@@ -24,7 +24,7 @@ from .devices import start_ranks
 from .embedded_lora import uses_embedded_lora
 from .launched import Rank, own_rank
 from .model_request import ModelRequest, check_model, load_model
-from .shortcuts import shortcuts
+from .shortcuts import kv_cache_dtype, shortcuts
 from .termination import ends_cleanly
 
 
@@ -108,7 +108,6 @@ def settings_of(args: argparse.Namespace) -> ServeSettings:
         guidance_scale=args.guidance_scale,
         window_size=args.window_size,
         sink_size=args.sink_size,
-        kv_cache_dtype=None if args.kv_cache_dtype == "auto" else args.kv_cache_dtype,
         **shortcuts(args),
         split_first_chunk=args.split_first_chunk,
     )
@@ -135,7 +134,8 @@ def load_served(
     if decoder is not None:
         place_decoder(decoder, pipelines[None].transformer.device)
     shown = "the embedded model" if args.model is None else shown_name(args.model)
-    return ServedModel(shown, pipelines, choose, decoder=decoder)
+    chosen_dtype = kv_cache_dtype(args, models.device, models.folder.sizes.head_dim)
+    return ServedModel(shown, pipelines, choose, decoder=decoder, kv_cache_dtype=chosen_dtype)
 
 
 def shown_name(model: str) -> str:

@@ -1,12 +1,23 @@
-"""Shortcuts: what chunks are made with, as asked for by `--clean-pass`, `--attention-density` and `--speed`."""
+"""What chunks are made with: shortcuts, as asked for by `--clean-pass`, `--attention-density` and `--speed`, and what
+keys and values are stored as."""
 
 import argparse
 from typing import Any
 
-from ..pipelines.speed import arguments_of
+import torch
+
+from ..pipelines.speed import arguments_of, kv_cache_dtype_of
 
 
 def shortcuts(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments for `LongLivePipeline.stream`: what was asked for, or what `--speed` chooses."""
     asked = {"clean_pass": args.clean_pass, "attention_density": args.attention_density}
     return arguments_of(args.speed) | {name: value for name, value in asked.items() if value is not None}
+
+
+def kv_cache_dtype(args: argparse.Namespace, device: torch.device, head_dim: int) -> str | None:
+    """Return what keys and values are stored as: what `--kv-cache-dtype` says, or what `--speed` chooses for heads of
+    this size; None for the network's dtype."""
+    if args.kv_cache_dtype != "auto":
+        return args.kv_cache_dtype
+    return kv_cache_dtype_of(args.speed, device, head_dim, args.attention_backend)

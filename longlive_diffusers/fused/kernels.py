@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..nvfp4.kernels import e4m3_bits
+
 
 @triton.jit
 def add_and_norm_kernel(
@@ -68,6 +70,9 @@ def norm_rotate_and_write_kernel(
     token_slots,
     raw_key_cache,
     raw_slots,
+    query_factor,
+    key_factor,
+    value_factor,
     tokens,
     dim,
     head_dim,
@@ -86,8 +91,10 @@ def norm_rotate_and_write_kernel(
     eps,
     HALF_BLOCK: tl.constexpr,
     KEEPS_RAW: tl.constexpr,
+    CODES: tl.constexpr,
 ):
-    """The second axis of the grid is the query, the key, the value."""
+    """The second axis of the grid is the query, the key, the value. With CODES, what is written is E4M3, a pair of
+    channels as 16 bits; strides and caches are those of pairs then."""
     index, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, token = index // tokens, index % tokens
     pairs = tl.arange(0, HALF_BLOCK)
@@ -96,12 +103,21 @@ def norm_rotate_and_write_kernel(
     head, channel = (2 * pairs) // head_dim, (2 * pairs) % head_dim
     slot = tl.load(token_slots + index)
 
+    if CODES:
+        own_factor = batch * (dim // head_dim) + head
+        place = pairs - head * (head_dim // 2)
+    else:
+        place = channel
+
     if part == 2:
-        where = (
-            value_cache + batch * value_batch_stride + head * value_head_stride + slot * value_slot_stride + channel
-        )
-        tl.store(where, tl.load(value + even, mask).to(value_cache.dtype.element_ty), mask)
-        tl.store(where + 1, tl.load(value + odd, mask).to(value_cache.dtype.element_ty), mask)
+        where = value_cache + batch * value_batch_stride + head * value_head_stride + slot * value_slot_stride + place
+        one, other = tl.load(value + even, mask, other=0.0), tl.load(value + odd, mask, other=0.0)
+        if CODES:
+            factor = tl.load(value_factor + own_factor, mask, other=0.0)
+            tl.store(where, _pair_of_codes(one.to(tl.float32) * factor, other.to(tl.float32) * factor), mask)
+        else:
+            tl.store(where, one.to(value_cache.dtype.element_ty), mask)
+            tl.store(where + 1, other.to(value_cache.dtype.element_ty), mask)
     else:
         states, weight = query, query_weight
         if part == 1:
@@ -115,12 +131,21 @@ def norm_rotate_and_write_kernel(
         cosine, sine = tl.load(angle, mask, other=0.0), tl.load(angle + 1, mask, other=0.0)
         turned_first, turned_second = first * cosine - second * sine, first * sine + second * cosine
         if part == 0:
-            tl.store(rotated + even, turned_first.to(rotated.dtype.element_ty), mask)
-            tl.store(rotated + odd, turned_second.to(rotated.dtype.element_ty), mask)
+            if CODES:
+                factor = tl.load(query_factor + own_factor, mask, other=0.0)
+                codes = _pair_of_codes(turned_first * factor, turned_second * factor)
+                tl.store(rotated + index * (dim // 2) + pairs, codes, mask)
+            else:
+                tl.store(rotated + even, turned_first.to(rotated.dtype.element_ty), mask)
+                tl.store(rotated + odd, turned_second.to(rotated.dtype.element_ty), mask)
         else:
-            where = key_cache + batch * key_batch_stride + head * key_head_stride + slot * key_slot_stride + channel
-            tl.store(where, turned_first.to(key_cache.dtype.element_ty), mask)
-            tl.store(where + 1, turned_second.to(key_cache.dtype.element_ty), mask)
+            where = key_cache + batch * key_batch_stride + head * key_head_stride + slot * key_slot_stride + place
+            if CODES:
+                factor = tl.load(key_factor + own_factor, mask, other=0.0)
+                tl.store(where, _pair_of_codes(turned_first * factor, turned_second * factor), mask)
+            else:
+                tl.store(where, turned_first.to(key_cache.dtype.element_ty), mask)
+                tl.store(where + 1, turned_second.to(key_cache.dtype.element_ty), mask)
             if KEEPS_RAW:
                 tokens_of_a_frame = tokens // num_frames
                 frame = tl.load(raw_slots + batch * num_frames + token // tokens_of_a_frame)
@@ -128,3 +153,9 @@ def norm_rotate_and_write_kernel(
                 where += frame * raw_frame_stride + (token % tokens_of_a_frame) * raw_token_stride
                 tl.store(where, first.to(raw_key_cache.dtype.element_ty), mask)
                 tl.store(where + 1, second.to(raw_key_cache.dtype.element_ty), mask)
+
+
+@triton.jit
+def _pair_of_codes(first, second):
+    """Round two numbers to E4M3; the first is the lower byte, which comes first in memory."""
+    return (e4m3_bits(first).to(tl.uint16) | (e4m3_bits(second).to(tl.uint16) << 8)).to(tl.int16, bitcast=True)

@@ -99,6 +99,9 @@ def norm_rotate_and_write(
     token_slots: torch.Tensor,
     raw_key_cache: torch.Tensor | None,
     raw_slots: torch.Tensor | None,
+    query_factor: torch.Tensor | None = None,
+    key_factor: torch.Tensor | None = None,
+    value_factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Compute [`rotation.norm_rotate_and_write`] in one pass.
@@ -112,13 +115,20 @@ def norm_rotate_and_write(
         token_slots: Where each token goes, int64 `[B, tokens]`.
         raw_key_cache: Where keys go that are not rotated, `[B, heads, frames, tokens of a frame, head_dim]`, or None.
         raw_slots: In which frame of it each frame goes, int64 `[B, num_frames]`, or None.
+        query_factor, key_factor, value_factor: Where the caches are uint8, and get codes in E4M3: what is multiplied
+            before, float32 `[B, heads]`, dense.
 
     Returns:
-        The normalized, rotated queries, `[B, tokens, heads, head_dim]`, in the dtype of `query`.
+        The normalized, rotated queries, `[B, tokens, heads, head_dim]`, in the dtype of `query`; or their codes.
     """
     batch, tokens, dim = query.shape
     heads, head_dim = key_cache.shape[1], key_cache.shape[3]
-    rotated = torch.empty(batch, tokens, heads, head_dim, dtype=query.dtype, device=query.device)
+    result = torch.empty(
+        batch, tokens, heads, head_dim, dtype=_rotated_dtype(query, query_factor), device=query.device
+    )
+    rotated, factors = result, (query_factor, key_factor, value_factor)
+    if query_factor is not None:  # two codes are written at once
+        rotated, key_cache, value_cache = (codes.view(torch.int16) for codes in (result, key_cache, value_cache))
     raw = key_cache if raw_key_cache is None else raw_key_cache
     raw_strides = (0, 0, 0, 0) if raw_key_cache is None else raw_key_cache.stride()[:4]
     launch(
@@ -126,18 +136,27 @@ def norm_rotate_and_write(
         *(states.contiguous() for states in (query, key, value)), query_weight, key_weight, rotary.contiguous(),
         rotated, key_cache, value_cache, token_slots.contiguous(),
         raw, token_slots if raw_slots is None else raw_slots.contiguous(),
+        *(query_weight if factor is None else factor for factor in factors),
         tokens, dim, head_dim, 0 if rotary.shape[0] == 1 else tokens * head_dim,
         *key_cache.stride()[:3], *value_cache.stride()[:3], *raw_strides,
         1 if raw_slots is None else raw_slots.shape[1], eps,
-        HALF_BLOCK=next_power_of_two(dim) // 2, KEEPS_RAW=raw_key_cache is not None,
+        HALF_BLOCK=next_power_of_two(dim) // 2, KEEPS_RAW=raw_key_cache is not None, CODES=query_factor is not None,
         num_warps=warps_for(dim),
     )  # fmt: skip
-    return rotated
+    return result
 
 
 @norm_rotate_and_write.register_fake
-def _(query, key, value, query_weight, key_weight, eps, rotary, key_cache, value_cache, *others) -> torch.Tensor:
-    return query.new_empty(query.shape[0], query.shape[1], key_cache.shape[1], key_cache.shape[3])
+def _(
+    query, key, value, query_weight, key_weight, eps, rotary, key_cache, value_cache, token_slots, raw_key_cache,
+    raw_slots, query_factor=None, key_factor=None, value_factor=None,
+) -> torch.Tensor:  # fmt: skip
+    shape = (*query.shape[:2], key_cache.shape[1], key_cache.shape[3])
+    return query.new_empty(shape, dtype=_rotated_dtype(query, query_factor))
+
+
+def _rotated_dtype(query: torch.Tensor, query_factor: torch.Tensor | None) -> torch.dtype:
+    return query.dtype if query_factor is None else torch.uint8
 
 
 def warps_for(dim: int) -> int:

@@ -11,6 +11,15 @@ from .layers import is_plain, uses_fused_kernels
 
 
 @dataclass(frozen=True)
+class CodeFactors:
+    """What numbers are multiplied by before they are rounded to E4M3, float32 `[B, heads]` each."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Destination:
     """
     Where the keys and values of a chunk go.
@@ -20,6 +29,7 @@ class Destination:
         token_slots: The place of each token in them, int64 `[B, num_frames * tokens]`.
         raw_keys: Where keys are kept that are not rotated, `[B, heads, frames, tokens, head_dim]`, or None.
         raw_slots: In which frame of these each frame goes, int64 `[B, num_frames]`, or None.
+        factors: Where keys and values are codes in E4M3 (uint8): how they and the queries become codes.
     """
 
     keys: torch.Tensor
@@ -27,6 +37,7 @@ class Destination:
     token_slots: torch.Tensor
     raw_keys: torch.Tensor | None = None
     raw_slots: torch.Tensor | None = None
+    factors: CodeFactors | None = None
 
 
 def can_norm_rotate_and_write(query_norm: nn.Module, key_norm: nn.Module, query: torch.Tensor) -> bool:
@@ -56,8 +67,9 @@ def norm_rotate_and_write(
         destination: Where keys and values go.
 
     Returns:
-        The queries, `[B, tokens, heads, head_dim]`.
+        The queries, `[B, tokens, heads, head_dim]`; codes (uint8), where the destination has factors.
     """
+    factors = destination.factors
     return operators.norm_rotate_and_write(
         query,
         key,
@@ -71,4 +83,5 @@ def norm_rotate_and_write(
         destination.token_slots,
         destination.raw_keys,
         destination.raw_slots,
+        *((None, None, None) if factors is None else (factors.query, factors.key, factors.value)),
     )

@@ -14,7 +14,7 @@ from .attend import attend
 from .chunk_history import ChunkHistory
 from .chunk_mask import ChunkMask
 from .flex import flex_attend
-from .layer_kv_cache import ChunkSlots, LayerCacheBase, LayerKVCache, PackedLayerKVCache
+from .layer_kv_cache import ChunkSlots, LayerCacheBase, PackedLayerKVCache
 from .lean_norms import rms_norm
 from .rotary import apply_rotary
 
@@ -35,7 +35,7 @@ class LongLiveAttnProcessor:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: ChunkMask | None = None,
         rotary_emb: torch.Tensor | None = None,
-        layer_cache: LayerKVCache | PackedLayerKVCache | ChunkHistory | None = None,
+        layer_cache: LayerCacheBase | ChunkHistory | None = None,
         chunk: ChunkSlots | None = None,
         sp_mesh: DeviceMesh | None = None,
         exchange: HeadExchange | None = None,
@@ -76,8 +76,8 @@ class LongLiveAttnProcessor:
         else:
             query, key, value = apply_together((attn.to_q, attn.to_k, attn.to_v), hidden_states)
         is_cached = isinstance(layer_cache, LayerCacheBase) and exchange is None
-        if is_cached and can_norm_rotate_and_write(attn.norm_q, attn.norm_k, query):
-            destination = layer_cache.destination(chunk)
+        can_write = is_cached and can_norm_rotate_and_write(attn.norm_q, attn.norm_k, query)
+        if can_write and (destination := layer_cache.destination(chunk)) is not None:
             query = norm_rotate_and_write(query, key, value, attn.norm_q, attn.norm_k, rotary_emb, destination)
             return layer_cache.attend_to_visible(query, chunk, self._attention_backend)
         query, key = rms_norm(attn.norm_q, query), rms_norm(attn.norm_k, key)

@@ -18,7 +18,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from .attend import attend
 from .cache_journal import Moment, Place
 from .frame_store import KEYS, VALUES, read_frames
-from .layer_kv_cache import ChunkSlots, LayerKVCache, PackedLayerKVCache, first_tokens
+from .layer_kv_cache import ChunkSlots, LayerCacheBase, first_tokens
 from .saved_recipes import Recipe, in_plain_autograd, save_recipes
 
 
@@ -38,7 +38,7 @@ class ChunkHistory:
 
     def __init__(
         self,
-        layer: LayerKVCache | PackedLayerKVCache,
+        layer: LayerCacheBase,
         index: int,
         moment: Moment,
         places: frozenset[Place],

@@ -222,7 +222,7 @@ FrameStore = NVFP4Frames | FP8Frames
 FRAME_STORES: dict[str, type[NVFP4Frames] | type[FP8Frames]] = {"nvfp4": NVFP4Frames, "fp8": FP8Frames}
 """The stores in few bits, by their names in `kv_cache_dtype` and on the command line."""
 
-Frames = torch.Tensor | FrameStore
+Frames = torch.Tensor | PackedFrames
 """Frames as they are stored: `[B, heads, slots, tokens, head_dim]`, or in few bits."""
 
 

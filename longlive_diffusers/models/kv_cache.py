@@ -37,10 +37,13 @@ from ..wording import counted
 from .attend import allocate_scratch
 from .cache_journal import CacheJournal, Overwritten, Place
 from .chunk_history import ChunkHistory
+from .fp8_layer_cache import FP8LayerKVCache
 from .frame_store import KEYS, VALUES
 from .layer_kv_cache import (
+    FP8_ATTENTION,
     ChunkSlots,
     DequantBuffers,
+    LayerCacheBase,
     LayerKVCache,
     PackedLayerKVCache,
     resolve_kv_cache_dtype,
@@ -87,7 +90,7 @@ class KVCache:
         relative_rope: Whether time positions are counted from the cached frames (endless video) instead of from the
             video's start.
         dtype: What keys and values are stored as: float32, bfloat16, float16, "nvfp4" (3.5 times smaller than
-            bfloat16) or "fp8"; see `resolve_kv_cache_dtype`.
+            bfloat16), "fp8" or "fp8_attention"; see `resolve_kv_cache_dtype`.
         compute_dtype: The dtype that the network computes in: where `dtype` is packed, that of the buffers it is
             unpacked to, and of the unrotated keys of sinks and pins that relative RoPE keeps.
         device: The device that keys and values are stored on.
@@ -142,11 +145,15 @@ class KVCache:
         # none is rotated again where no frame is ever evicted.
         self._num_raw_slots = sink_size + 2 * self.pin_size if relative_rope and is_evicting else 0
         shape = (batch_size, num_heads, num_slots, grid_height * grid_width, head_dim)
-        self.is_packed = isinstance(dtype, str)
+        self.is_packed = isinstance(dtype, str) and dtype != FP8_ATTENTION
         self._dequant_buffers: DequantBuffers | None = None
-        self._layers: Sequence[LayerKVCache | PackedLayerKVCache]
+        self._layers: Sequence[LayerCacheBase]
         if isinstance(dtype, torch.dtype):
             self._layers = [LayerKVCache(shape, self._num_raw_slots, dtype, self.device) for _ in range(num_layers)]
+        elif dtype == FP8_ATTENTION:
+            self._layers = [
+                FP8LayerKVCache(shape, self._num_raw_slots, compute_dtype, self.device) for _ in range(num_layers)
+            ]
         else:
             buffers = self._dequant_buffers = DequantBuffers(shape, compute_dtype, self.device)
             self._layers = [
@@ -159,7 +166,7 @@ class KVCache:
         self._journal = CacheJournal()
         self.reset()
 
-    def __getitem__(self, layer: int) -> LayerKVCache | PackedLayerKVCache:
+    def __getitem__(self, layer: int) -> LayerCacheBase:
         return self._layers[layer]
 
     def __len__(self) -> int:
@@ -171,6 +178,8 @@ class KVCache:
         self._samples = [_Sample() for _ in range(self.batch_size)]
         self._chunk: ChunkSlots | None = None
         self._chunk_slots: list[list[int]] = []
+        for layer in self._layers:
+            layer.forget()
         self.clear_text()
 
     @property

@@ -13,8 +13,11 @@ from .rotary import apply_rotary
 from .sparse_attention import AttendedBlocks, attend_to_blocks
 
 
-KV_CACHE_DTYPES = (*DTYPES, *FRAME_STORES)
-"""Every way to store keys and values, by name: a floating-point dtype, or a store in few bits."""
+FP8_ATTENTION = "fp8_attention"
+"""The name of the cache in FP8 that attention reads as it lies, see `fp8_layer_cache.py`."""
+
+KV_CACHE_DTYPES = (*DTYPES, *FRAME_STORES, FP8_ATTENTION)
+"""Every way to store keys and values, by name: a floating-point dtype, a store in few bits, or `FP8_ATTENTION`."""
 
 
 def resolve_kv_cache_dtype(dtype: torch.dtype | str, head_dim: int) -> torch.dtype | str:
@@ -26,16 +29,16 @@ def resolve_kv_cache_dtype(dtype: torch.dtype | str, head_dim: int) -> torch.dty
         head_dim: The number of channels of an attention head.
 
     Returns:
-        A `torch.dtype`, or the name of a store in few bits.
+        A `torch.dtype`, or the name of a store in few bits or of `FP8_ATTENTION`.
 
     Raises:
         ValueError: If keys and values cannot be stored as `dtype`, or not with this `head_dim`.
     """
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype in DTYPES.values():
+    if dtype in DTYPES.values() or dtype == FP8_ATTENTION:
         return dtype
     if not isinstance(dtype, str) or dtype not in FRAME_STORES:
-        stores = " or ".join(map(repr, FRAME_STORES))
+        stores = " or ".join(map(repr, (*FRAME_STORES, FP8_ATTENTION)))
         raise ValueError(f"A KV cache is stored as {', '.join(DTYPES)}, {stores}, not as {dtype!r}.")
     if reason := FRAME_STORES[dtype].unsupported_reason(head_dim):
         raise ValueError(f"A KV cache in {dtype.upper()} {reason}.")
@@ -66,11 +69,14 @@ class ChunkSlots:
 
 
 class LayerCacheBase:
-    """What a block of the network uses of its cache: `attend`, and the keys and values of the text.
+    """Keys and values of one layer, `[B, heads, slots, tokens per frame, head_dim]`, preallocated.
 
-    Only these run in a block, and they do the same for every kind of cache, every chunk and every forward of it: a
-    compiled block needs no graph of its own for any of them. What differs, `load` and `store`, runs before and after
-    the block.
+    Heads come before slots so that what one head reads is contiguous. The attention processor and `KVCache` rely on
+    this interface only; the kinds of caches differ in how they store behind it.
+
+    A block of the network uses `attend`, and the keys and values of the text. Only these run in a block, and they do
+    the same for every chunk and every forward of it: a compiled block needs no graph of its own for any of them. What
+    differs, `load` and `store`, runs before and after the block.
     """
 
     visible: tuple[torch.Tensor, torch.Tensor]
@@ -90,6 +96,36 @@ class LayerCacheBase:
     def reset(self) -> None:
         """Forget the text; frames are forgotten by `KVCache.reset`, which owns their bookkeeping."""
         self.text = None
+
+    def forget(self) -> None:
+        """Forget what is known of a video beside its frames: nothing."""
+
+    def begin_chunk(self, length: int) -> None:
+        """Make the first `length` slots visible."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        """Prepare for a forward of the chunk."""
+        raise NotImplementedError
+
+    def store(self, chunk: ChunkSlots) -> None:
+        """Keep what a forward of the chunk wrote."""
+        raise NotImplementedError
+
+    def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first `length` slots as they were stored, `[B, length * tokens, heads, head_dim]`."""
+        raise NotImplementedError
+
+    def rotate_again(
+        self, samples: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
+    ) -> None:
+        """Rotate kept unrotated keys (`samples`, `raw_slots`, int64 `[n]`) to `rotary` and store them in `slots`."""
+        raise NotImplementedError
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory of the stored keys and values, in bytes; those of the text are not counted."""
+        raise NotImplementedError
 
     def attend(
         self,
@@ -134,7 +170,7 @@ class LayerCacheBase:
         self.write(key, value, raw_key, chunk)
         if torch.is_grad_enabled():
             index = (chunk.samples, slice(None), chunk.token_slots)
-            cached = [states.to(key.dtype, copy=True) for states in self.visible]
+            cached = self._copy_visible(key.dtype)
             cached[0][index], cached[1][index] = key, value
         else:
             cached = [states.to(key.dtype) for states in self.visible]
@@ -147,8 +183,8 @@ class LayerCacheBase:
         key, value = (states.to(query.dtype).transpose(1, 2) for states in self.visible)
         return self._attend(query, key, value, chunk, backend)
 
-    def destination(self, chunk: ChunkSlots) -> Destination:
-        """Where a fused kernel writes the chunk's keys and values, in place of [`write`]."""
+    def destination(self, chunk: ChunkSlots) -> Destination | None:
+        """Where a fused kernel writes the chunk's keys and values, in place of [`write`]; None where it cannot."""
         keys, values = self.visible
         return Destination(keys, values, chunk.token_slots, self.raw_key, chunk.raw_slots)
 
@@ -157,10 +193,18 @@ class LayerCacheBase:
         index = (chunk.samples, slice(None), chunk.token_slots)
         for states, new in zip(self.visible, (key, value), strict=True):
             states[index] = new.detach().to(states.dtype)
+        self._write_raw(raw_key, chunk)
+
+    def _write_raw(self, raw_key: torch.Tensor, chunk: ChunkSlots) -> None:
+        """Keep the unrotated keys of a chunk, where they may be rotated again."""
         if self.raw_key is not None:
             assert chunk.raw_slots is not None  # `KVCache` makes both, or neither
             raw_frames = in_frames(raw_key, chunk.num_frames).detach().to(self.raw_key.dtype)
             self.raw_key[chunk.samples, :, chunk.raw_slots] = raw_frames
+
+    def _copy_visible(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Copy what is cached, keys and values, in a floating-point `dtype`."""
+        return [states.to(dtype, copy=True) for states in self.visible]
 
     def read(self, part: int, length: int) -> torch.Tensor:
         """Copy the first `length` slots of a `part` (`KEYS` or `VALUES`), as attention would see them after a forward,
@@ -185,11 +229,7 @@ class LayerCacheBase:
 
 
 class LayerKVCache(LayerCacheBase):
-    """Keys and values of one layer, `[B, heads, slots, tokens per frame, head_dim]`, preallocated.
-
-    Heads come before slots so that what one head reads is contiguous. The attention processor and `KVCache` rely on
-    this interface only; `PackedLayerKVCache` stores fewer bits behind the same interface.
-    """
+    """Keys and values in a floating-point dtype."""
 
     def __init__(self, shape: Shape, num_raw_slots: int, dtype: torch.dtype, device: torch.device):
         super().__init__(shape, num_raw_slots, dtype, device)

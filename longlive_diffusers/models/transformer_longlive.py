@@ -43,7 +43,7 @@ from .attention_kwargs import lora_scale
 from .chunk_history import ChunkHistory
 from .chunk_mask import ChunkMask
 from .kv_cache import KVCache
-from .layer_kv_cache import ChunkSlots, LayerKVCache, PackedLayerKVCache
+from .layer_kv_cache import ChunkSlots, LayerCacheBase
 from .lean_feed_forward import feed_forward
 from .lean_norms import add, add_and_norm, norm, remade_in_backward
 from .lora_scaling import Turns, with_lora_scale, with_present_scales
@@ -78,7 +78,7 @@ class LongLiveTransformerBlock(nn.Module):
         temb: torch.Tensor,
         rotary_emb: torch.Tensor,
         attention_mask: ChunkMask | None = None,
-        layer_cache: LayerKVCache | PackedLayerKVCache | ChunkHistory | None = None,
+        layer_cache: LayerCacheBase | ChunkHistory | None = None,
         chunk: ChunkSlots | None = None,
         sp_mesh: DeviceMesh | None = None,
         exchange: HeadExchange | None = None,
@@ -373,7 +373,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             num_frames: The length of the video in latent frames, where it is known: a shorter video than the window
                 takes memory for its own frames only.
             dtype: What keys and values are stored as: `torch.float32`, `torch.bfloat16`, `torch.float16`, "nvfp4" or
-                "fp8"; by default the dtype of the network.
+                "fp8", "fp8_attention"; by default the dtype of the network.
             device: The device they are stored on; by default that of the network.
             attention_density: The part of the history, besides sinks and pins, that is attended to.
         """

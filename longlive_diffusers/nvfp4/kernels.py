@@ -56,6 +56,15 @@ def _e4m3(x):
 
 
 @triton.jit
+def e4m3_bits(x):
+    """Return the bits of the E4M3 number that is nearest to float32, the largest for what is beyond; uint8."""
+    magnitude = tl.abs(x)
+    bits, _ = _e4m3(tl.minimum(magnitude, 448.0))
+    bits = tl.where(magnitude != magnitude, 127, bits).to(tl.uint8)  # NaN
+    return bits | ((x.to(tl.uint32, bitcast=True) >> 31).to(tl.uint8) << 7)
+
+
+@triton.jit
 def _e4m3_value(code):
     code = code.to(tl.uint32)
     normal = (((code >> 3) + 120) << 23) | ((code & 7) << 20)

@@ -21,6 +21,8 @@ from ..fused.feed_forward import FusedGELU
 from ..fused.layers import is_compiled_in_place, is_plain, is_undecorated
 from ..fused.onednn import has_onednn
 from ..fused.packed_linear import PackedLinear
+from ..models.cudnn_attention import cudnn_unsupported_reason, has_cudnn_fp8
+from ..models.layer_kv_cache import FP8_ATTENTION
 from ..models.transformer_longlive import LongLiveTransformer3DModel
 from ..nvfp4.fp8_linear import FP8Linear, can_be_fp8, fp8_unsupported_reason
 from ..nvfp4.linear import nvfp4_layers
@@ -61,6 +63,22 @@ def arguments_of(speed: str | None) -> dict[str, Any]:
     return dict(FASTEST_ARGUMENTS) if speed == "fastest" else {}
 
 
+def kv_cache_dtype_of(
+    speed: str | None, device: torch.device, head_dim: int, attention_backend: str | None = None
+) -> str | None:
+    """
+    Return what keys and values are stored as at a speed; None for the network's dtype.
+
+    Args:
+        speed: The speed, or None.
+        device: Where the video is made.
+        head_dim: The number of channels of an attention head.
+        attention_backend: The attention kernel that was asked for, which then stays.
+    """
+    uses_fp8 = speed in CHANGE_WEIGHTS and attention_backend is None and has_cudnn_fp8(device, head_dim)
+    return FP8_ATTENTION if uses_fp8 else None
+
+
 def check_speed(speed: object) -> None:
     """Raise a ValueError unless there is such a speed."""
     if not isinstance(speed, str) or speed not in SPEEDS:
@@ -88,9 +106,32 @@ def optimize(
     if speed in CHANGE_WEIGHTS:
         choices += _use_fewer_bits(transformer, vae, device)
     choices += _fuse_layers(transformer, device)
+    arguments = arguments_of(speed)
+    if speed in CHANGE_WEIGHTS and device.type == "cuda":
+        choices += _choose_cache(transformer, speed, device, arguments)
     if speed == "fastest":
         choices.append("Chunks attend to the half of the history that matters more: 2 % of error in a forward.")
-    return SpeedPlan(speed, device, tuple(choices), arguments_of(speed))
+    return SpeedPlan(speed, device, tuple(choices), arguments)
+
+
+def _choose_cache(
+    transformer: LongLiveTransformer3DModel, speed: str, device: torch.device, arguments: dict[str, Any]
+) -> list[str]:
+    """Add to the arguments what keys and values are stored as, and return what there is to say of it."""
+    head_dim, backend = transformer.config.attention_head_dim, attention_backend_of(transformer)
+    if kv_cache_dtype := kv_cache_dtype_of(speed, device, head_dim, backend):
+        arguments["kv_cache_dtype"] = kv_cache_dtype
+        return ["By `arguments`, attention in FP8, from a KV cache in FP8, which takes half the memory."]
+    if reason := cudnn_unsupported_reason(device, head_dim):
+        return [f"Attention stays as it is: in FP8, it {reason}."]
+    return [f"Attention stays as it is: its backend is {backend!r}."]
+
+
+def attention_backend_of(transformer: LongLiveTransformer3DModel) -> str | None:
+    """Return the attention kernel that was set; None for the default."""
+    block: Any = transformer.blocks[0]  # a list of modules does not say of which
+    backend = block.attn1.processor._attention_backend
+    return None if backend is None else str(backend.value)
 
 
 def _fuse_layers(transformer: LongLiveTransformer3DModel, device: torch.device) -> list[str]:

@@ -49,6 +49,7 @@ class ServedModel:
             as those with a LoRA for a number of steps added for good. They share what they do not change.
         choose: Chooses one of them by the number of steps and the guidance scale.
         decoder: Makes the frames in place of the VAE, or None.
+        kv_cache_dtype: What keys and values are stored as; None for the network's dtype.
 
     Attributes:
         sessions: The sessions that are made with them.
@@ -61,7 +62,9 @@ class ServedModel:
         choose: Callable[[int, float], str | None] = lambda steps, guidance_scale: None,
         *,
         decoder: TinyVideoDecoder | None = None,
+        kv_cache_dtype: str | None = None,
     ):
+        self.kv_cache_dtype = kv_cache_dtype
         self.name, self.pipelines, self._choose = name, pipelines, choose
         self.sessions = Sessions(pipelines, decoder)
 
@@ -113,7 +116,7 @@ class ServedModel:
             "guidance_scale": guidance_scale,
             "window_size": settings.window_size,
             "sink_size": settings.sink_size,
-            "kv_cache_dtype": settings.kv_cache_dtype,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "clean_pass": settings.clean_pass,
             "attention_density": settings.attention_density,
             "split_first_chunk": settings.split_first_chunk,

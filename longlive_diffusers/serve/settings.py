@@ -28,7 +28,6 @@ class ServeSettings:
         max_steps: How many a client may ask for: while a chunk is made, all others wait.
         guidance_scale: The scale of classifier-free guidance; 1 for none.
         window_size, sink_size: The frames of the KV cache, in latent frames; None for the model's own.
-        kv_cache_dtype: What keys and values are stored as; None for the network's dtype.
         clean_pass, attention_density, split_first_chunk: As `LongLivePipeline.stream` takes them.
     """
 
@@ -41,7 +40,6 @@ class ServeSettings:
     guidance_scale: float = 1.0
     window_size: int | None = None
     sink_size: int | None = None
-    kv_cache_dtype: str | None = None
     clean_pass: str = "full"
     attention_density: float = 1.0
     split_first_chunk: bool = False

@@ -8,6 +8,7 @@ from longlive_diffusers.cli.beginning import Beginning
 from longlive_diffusers.cli.command_line import parse_arguments
 from longlive_diffusers.cli.generation_request import GenerationRequest
 from longlive_diffusers.cli.run_serve import settings_of
+from longlive_diffusers.cli.shortcuts import kv_cache_dtype
 from longlive_diffusers.models.layer_kv_cache import KV_CACHE_DTYPES, resolve_kv_cache_dtype
 from longlive_diffusers.serve.settings import ServeSettings
 
@@ -133,7 +134,16 @@ SHORTCUT_WORDS = ("--clean-pass", "last", "--attention-density", "0.5", "--split
 
 def test_shortcuts_reach_the_stream_and_are_off_by_default():
     request = GenerationRequest(
-        [], Beginning(), None, 0, seed=0, device=torch.device("cpu"), embedded_lora=None, decoder=None, notes=[]
+        [],
+        Beginning(),
+        None,
+        0,
+        0,
+        torch.device("cpu"),
+        kv_cache_dtype=None,
+        embedded_lora=None,
+        decoder=None,
+        notes=[],
     )
     off = {"clean_pass": "full", "attention_density": 1.0, "split_first_chunk": False}
     for words, expected in ((SHORTCUT_WORDS, SHORTCUTS), ((), off)):
@@ -161,3 +171,22 @@ def test_shortcuts_that_cannot_be_are_refused(command, words, message, capsys):
 def test_a_server_refuses_them_as_well(changes):
     with pytest.raises(ValueError, match=f"`{next(iter(changes))}` must be "):
         ServeSettings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), None),
+        (("--speed", "exact"), None),
+        (("--speed", "fast"), "fp8_attention"),
+        (("--speed", "fastest"), "fp8_attention"),
+        (("--speed", "fast", "--kv-cache-dtype", "nvfp4"), "nvfp4"),
+        (("--speed", "fast", "--attention-backend", "flash"), None),
+        (("--kv-cache-dtype", "fp8_attention"), "fp8_attention"),
+    ],
+)
+@pytest.mark.parametrize("command", [("generate", "a fox"), ("serve",), ("bench",)], ids=lambda words: words[0])
+def test_a_speed_chooses_the_cache_unless_it_is_named(monkeypatch, command, words, expected):
+    monkeypatch.setattr("longlive_diffusers.pipelines.speed.has_cudnn_fp8", lambda device, head_dim: True)
+    args = parse(*command, *words)
+    assert kv_cache_dtype(args, torch.device("cuda"), 128) == expected

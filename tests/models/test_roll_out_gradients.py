@@ -339,7 +339,7 @@ def held_for_backward(window: int, checkpointing: bool, dtype=None, patched: boo
     return watch.alive_bytes()
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, "nvfp4", "fp8"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, "nvfp4", "fp8", "fp8_attention"])
 def test_what_a_forward_keeps_does_not_grow_with_the_window(dtype):
     """Neither with gradient checkpointing nor without, and with it less than half of that."""
     without, checkpointed = (held_for_backward(60, checkpointing, dtype) for checkpointing in (False, True))

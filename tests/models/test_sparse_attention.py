@@ -118,7 +118,7 @@ def seen(kv_cache: KVCache, sample: int) -> set[int]:
 
 
 @pytest.mark.parametrize("relative_rope", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, "fp8", "nvfp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, "fp8", "nvfp4", "fp8_attention"])
 def test_sinks_the_shots_beginning_and_the_own_chunk_are_always_seen(relative_rope, dtype):
     """The second sample begins a shot with frames 4 and 5."""
     kv_cache = cache(relative_rope=relative_rope, dtype=dtype)
@@ -168,6 +168,7 @@ STREAMS = {
     "bfloat16": {"kv_cache_dtype": torch.bfloat16},
     "fp8": {"kv_cache_dtype": "fp8"},
     "nvfp4": {"kv_cache_dtype": "nvfp4"},
+    "attention in fp8": {"kv_cache_dtype": "fp8_attention"},
     "relative RoPE": {"relative_rope": True},
     "relative RoPE, nvfp4": {"relative_rope": True, "kv_cache_dtype": "nvfp4"},
     "guidance": {"guidance_scale": 3.0},

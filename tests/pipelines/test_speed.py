@@ -226,3 +226,33 @@ def test_a_lora_that_was_fused_before_can_be_taken_out():
     pipe.unload_lora_weights()
     expected = video(tiny_pipeline())
     assert (video(pipe) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("speed", ["fast", "fastest"])
+def test_attention_is_in_fp8_where_cudnn_can(hopper, monkeypatch, speed):
+    monkeypatch.setattr("longlive_diffusers.pipelines.speed.has_cudnn_fp8", lambda device, head_dim: True)
+    pipe = small_pipeline()
+    expected = video(pipe)
+    plan = optimize(pipe.transformer, pipe.vae, speed, hopper)
+    assert plan.arguments["kv_cache_dtype"] == "fp8_attention" and "attention in FP8" in str(plan)
+    assert 0 < (video(pipe, **plan.arguments) - expected).norm() / expected.norm() < 0.2
+    assert "kv_cache_dtype" not in optimize(pipe.transformer, pipe.vae, "exact", hopper).arguments
+
+
+def test_a_kernel_that_was_asked_for_stays(hopper, monkeypatch):
+    monkeypatch.setattr("longlive_diffusers.pipelines.speed.has_cudnn_fp8", lambda device, head_dim: True)
+    monkeypatch.setattr("longlive_diffusers.pipelines.speed.cudnn_unsupported_reason", lambda device, head_dim: None)
+    pipe = small_pipeline()
+    try:
+        pipe.transformer.set_attention_backend("_native_math")
+        plan = optimize(pipe.transformer, pipe.vae, "fast", hopper)
+    finally:
+        pipe.transformer.reset_attention_backend()
+    assert plan.arguments == {} and "its backend is '_native_math'" in str(plan)
+
+
+def test_the_package_that_is_missing_is_named(hopper, monkeypatch):
+    monkeypatch.setattr("longlive_diffusers.models.cudnn_attention._load_cudnn", lambda: None)
+    pipe = small_pipeline()
+    plan = optimize(pipe.transformer, pipe.vae, "fast", hopper)
+    assert plan.arguments == {} and "longlive-diffusers[fp8-attention]" in str(plan)

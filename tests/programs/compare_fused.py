@@ -14,12 +14,14 @@ from torch import nn
 
 from longlive_diffusers.fused import layers, operators
 from longlive_diffusers.fused.residual import add, add_and_norm, norm
+from longlive_diffusers.models.e4m3 import to_codes
 from longlive_diffusers.models.rotary import apply_rotary, rotary_embedding
 from tests.programs.compare_branches import as_on_a_gpu, stream
 
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # the interpreter cuts bfloat16 off where a GPU rounds
 STREAM = 1e-5
+NEIGHBORS = 1e-2
 Case = tuple[str, float, list[torch.Tensor], list[torch.Tensor]]
 
 
@@ -89,6 +91,35 @@ def rotations(device: torch.device) -> Iterator[Case]:
         yield name, ROUNDING[dtype], [rotated, found_cache, found_raw], expected
 
 
+def codes(device: torch.device) -> Iterator[Case]:
+    """The same into a cache of E4M3, whose codes may be neighbors where numbers lie between them."""
+    heads, head_dim = 3, 8
+    token_slots = torch.randperm(18, generator=torch.Generator().manual_seed(0))[:12].expand(2, -1)
+    for dtype in ROUNDING:
+        generator = torch.Generator().manual_seed(1)
+        query, key, value = (torch.randn(2, 12, heads * head_dim, generator=generator).to(dtype) for _ in range(3))
+        value[0, 0, 0] = 1e4  # is cut off
+        weight = torch.randn(2, heads * head_dim, generator=generator)
+        rotary = rotary_embedding(torch.tensor([[5.0, 6.0]]), 2, 3, head_dim)
+        factors = 2.0 ** torch.randint(-2, 5, (3, 2, heads), generator=generator)
+        cache = torch.zeros(2, 2, heads, 24, head_dim, dtype=torch.uint8)[:, :, :, :18]
+        found = cache.to(device, copy=True)
+        rotated = operators.norm_rotate_and_write(
+            *(states.to(device) for states in (query, key, value)), *weight.to(device), 1e-6, rotary.to(device),
+            *found, token_slots.to(device), None, None, *factors.to(device),
+        )  # fmt: skip
+        normed = [
+            nn.functional.rms_norm(states.float(), states.shape[-1:], own, 1e-6).unflatten(-1, (heads, -1))
+            for own, states in zip(weight, (query, key), strict=True)
+        ]
+        samples = torch.arange(2)[:, None]
+        turned = [*(apply_rotary(states, rotary) for states in normed), value.unflatten(-1, (heads, -1))]
+        expected, *others = (to_codes(own, by[:, None, :, None]) for own, by in zip(turned, factors, strict=True))
+        for part, own in zip(cache, others, strict=True):
+            part[samples, :, token_slots] = own
+        yield f"rotation to codes, {dtype}", NEIGHBORS, [rotated, found], [expected, cache]
+
+
 def streams() -> Iterator[Case]:
     """Whole streams: two videos with other shots, evictions, a prompt that changes."""
     for relative_rope, num_heads in ((False, 1), (True, 2)):
@@ -97,16 +128,28 @@ def streams() -> Iterator[Case]:
             found = stream(torch.float32, relative_rope, num_heads)
         name = f"stream, {'relative' if relative_rope else 'absolute'} RoPE, {num_heads} heads"
         yield name, STREAM, found, expected
+    expected = stream("fp8_attention", False)
+    with as_on_a_gpu():
+        found = stream("fp8_attention", False)
+    yield "stream, attention in FP8", NEIGHBORS, found, expected
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest, as a part of the largest number; of codes, the part that differs, which all are next to each
+    other."""
+    if found.dtype != torch.uint8:
+        return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+    steps = (found.int() - expected.int()).abs()
+    return steps.bool().float().mean().item() if steps.max() <= 1 else float("inf")
 
 
 @torch.no_grad()
 def compare(device: torch.device) -> list[str]:
     """Print each case, and return the names of those that differ by more than they may."""
     differing = []
-    cases = [*norms(device), *rotations(device), *(streams() if device.type == "cpu" else ())]
+    cases = [*norms(device), *rotations(device), *codes(device), *(streams() if device.type == "cpu" else ())]
     for name, bound, found, expected in cases:
-        pairs = zip(found, expected, strict=True)
-        error = max(((a.cpu().float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)
+        error = max(difference(a.cpu(), b) for a, b in zip(found, expected, strict=True))
         print(f"{name}: {error:.1e}, at most {bound:.1e}")
         if not error <= bound:
             differing.append(name)

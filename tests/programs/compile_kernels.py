@@ -61,14 +61,16 @@ def fused_variants(bits: str):
     tensors = dict.fromkeys(("query", "key", "value", "query_weight", "key_weight"), bits)
     tensors |= {"rotary": "*fp32", "rotated": bits, "key_cache": bits, "value_cache": bits, "token_slots": "*i64"}
     tensors |= {"raw_key_cache": bits, "raw_slots": "*i64"}
+    tensors |= dict.fromkeys(("query_factor", "key_factor", "value_factor"), "*fp32")
     strides = ["rotary_batch_stride"]
     strides += [f"{name}_{axis}_stride" for name in ("key", "value") for axis in ("batch", "head", "slot")]
     strides += [f"raw_{axis}_stride" for axis in ("batch", "head", "frame", "token")]
     sizes = dict.fromkeys(("tokens", "dim", "head_dim"), "i32")
     arguments = tensors | sizes | dict.fromkeys(strides, "i64") | {"num_frames": "i32", "eps": "fp32"}
-    for keeps_raw in (False, True):
-        constants = {"HALF_BLOCK": 2048, "KEEPS_RAW": keeps_raw}
-        yield fused_kernels.norm_rotate_and_write_kernel, arguments, constants
+    for keeps_raw, codes in ((False, False), (True, False), (True, True)):
+        written = dict.fromkeys(("rotated", "key_cache", "value_cache"), "*i16" if codes else bits)
+        constants = {"HALF_BLOCK": 2048, "KEEPS_RAW": keeps_raw, "CODES": codes}
+        yield fused_kernels.norm_rotate_and_write_kernel, arguments | written, constants
 
 
 def compile_for(capability: int, whole: bool) -> tuple[int, int]:

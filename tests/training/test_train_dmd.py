@@ -164,7 +164,7 @@ def test_a_longer_roll_out_than_the_window_carries_gradients_in_its_last_chunks(
     assert "| chunks with a gradient | 2 |" in card and "| latent frames that the scores see | 8 |" in card
 
 
-@pytest.mark.parametrize("dtype", ["nvfp4", "fp8", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["nvfp4", "fp8_attention", "bfloat16"])
 def test_the_roll_outs_cache_may_be_stored_in_fewer_bits(studio, single, tmp_path, dtype):
     try:
         studio.main(tmp_path / "run", kv_cache_dtype=dtype, max_train_steps=1)

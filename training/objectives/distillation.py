@@ -103,7 +103,7 @@ class DistillationSettings:
             "help": "The distance in time positions added at each cut, as in generation (default: the pipeline's)."
         },
     )
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "nvfp4", "fp8"] = field(
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "nvfp4", "fp8", "fp8_attention"] = field(
         default="auto", metadata={"help": "What the roll-out's keys and values are stored as (auto: computed in)."}
     )
 

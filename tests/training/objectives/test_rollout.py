@@ -174,7 +174,8 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), [*((case, torch.float32) for case in SWITCHES), *zip(SWITCHES, ("fp8", "nvfp4"), strict=False)]
+    ("case", "dtype"),
+    [*((case, torch.float32) for case in SWITCHES), *zip(SWITCHES, ("fp8", "nvfp4", "fp8_attention"), strict=False)],
 )
 def test_a_switch_rewrites_the_history_of_its_own_video_alone(noise, case, dtype):
     """A row of a batch is what it is alone, whatever is switched beside it; also where its chunks have a gradient."""
