@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from longlive_diffusers.models.cudnn_attention import cudnn_fp8_attention, cudnn_unsupported_reason
 from longlive_diffusers.models.e4m3 import from_codes, scales_of, to_codes
 from longlive_diffusers.models.fp8_layer_cache import QUERY_FACTOR, FP8LayerKVCache, attend_to_codes
 from longlive_diffusers.models.scaled_frames import ScaledFrames
+from tests.support.attention_kernels import ask_for_kernel
 from tests.support.checks import needs_gpu
 from tests.support.nvfp4_models import small_pipeline, small_transformer
 from tests.support.tiny_pipeline import tiny_arguments
@@ -209,11 +211,8 @@ def test_a_cache_takes_half_of_bfloat16():
 def test_asking_for_a_kernel_keeps_the_cache():
     pipe = small_pipeline()
     expected = video(pipe, 37)
-    try:
-        pipe.transformer.set_attention_backend("_native_math")
-        assert relative(video(pipe, 37), expected) < 2e-3
-    finally:
-        pipe.transformer.reset_attention_backend()
+    ask_for_kernel(pipe.transformer, AttentionBackendName._NATIVE_MATH)
+    assert relative(video(pipe, 37), expected) < 2e-3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers.models.activations import GELU
+from diffusers.models.attention_dispatch import AttentionBackendName
 from peft import LoraConfig
 from torch import nn
 
@@ -14,6 +15,7 @@ from longlive_diffusers.nvfp4.fp8_linear import FP8Linear
 from longlive_diffusers.nvfp4.linear import nvfp4_layers
 from longlive_diffusers.nvfp4.quantizer import quantize_model
 from longlive_diffusers.pipelines.speed import SPEEDS, optimize
+from tests.support.attention_kernels import ask_for_kernel
 from tests.support.nvfp4_models import small_pipeline
 from tests.support.tiny_pipeline import tiny_arguments, tiny_pipeline
 
@@ -243,11 +245,8 @@ def test_a_kernel_that_was_asked_for_stays(hopper, monkeypatch):
     monkeypatch.setattr("longlive_diffusers.pipelines.speed.has_cudnn_fp8", lambda device, head_dim: True)
     monkeypatch.setattr("longlive_diffusers.pipelines.speed.cudnn_unsupported_reason", lambda device, head_dim: None)
     pipe = small_pipeline()
-    try:
-        pipe.transformer.set_attention_backend("_native_math")
-        plan = optimize(pipe.transformer, pipe.vae, "fast", hopper)
-    finally:
-        pipe.transformer.reset_attention_backend()
+    ask_for_kernel(pipe.transformer, AttentionBackendName._NATIVE_MATH)
+    plan = optimize(pipe.transformer, pipe.vae, "fast", hopper)
     assert plan.arguments == {} and "its backend is '_native_math'" in str(plan)
 
 
