@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..nvfp4.kernels import e4m3_bits
+from ..nvfp4.kernels import e4m3_bits, e4m3_number
 
 
 @triton.jit
@@ -153,6 +153,16 @@ def norm_rotate_and_write_kernel(
                 where += frame * raw_frame_stride + (token % tokens_of_a_frame) * raw_token_stride
                 tl.store(where, first.to(raw_key_cache.dtype.element_ty), mask)
                 tl.store(where + 1, second.to(raw_key_cache.dtype.element_ty), mask)
+
+
+@triton.jit
+def decode_heads_kernel(codes, scale, result, tokens, dim, head_dim, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < dim
+    number = e4m3_number(tl.load(codes + index * dim + columns, mask, other=0))
+    own_scale = tl.load(scale + index // tokens * (dim // head_dim) + columns // head_dim, mask, other=0.0)
+    tl.store(result + index * dim + columns, (number * own_scale).to(result.dtype.element_ty), mask)
 
 
 @triton.jit

@@ -159,6 +159,25 @@ def _rotated_dtype(query: torch.Tensor, query_factor: torch.Tensor | None) -> to
     return query.dtype if query_factor is None else torch.uint8
 
 
+@torch.library.custom_op("longlive_diffusers::decode_heads", mutates_args=())
+def decode_heads(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Compute [`decode.decode_heads`] in one pass."""
+    batch, tokens, heads, head_dim = codes.shape
+    result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    dim = heads * head_dim
+    launch(
+        "decode_heads_kernel", (batch * tokens,), codes,
+        codes.contiguous(), scale.contiguous(), result, tokens, dim, head_dim,
+        BLOCK=next_power_of_two(dim), num_warps=warps_for(dim),
+    )  # fmt: skip
+    return result
+
+
+@decode_heads.register_fake
+def _(codes, scale, dtype) -> torch.Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
 def warps_for(dim: int) -> int:
     """The number of warps of a program for a row of `dim` numbers: 16 numbers for each thread."""
     return min(16, max(1, next_power_of_two(dim) // 512))

@@ -8,10 +8,11 @@ Products of keys and queries in 8 bits leave room for one scale for all heads. S
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
+from ..fused.decode import decode_heads
 from ..fused.rotation import CodeFactors, Destination
 from .attend import attend
 from .cudnn_attention import cudnn_fp8_attention, has_cudnn_fp8
-from .e4m3 import LARGEST, from_codes, to_codes
+from .e4m3 import from_codes, to_codes
 from .frame_store import Shape
 from .layer_kv_cache import ChunkSlots, LayerCacheBase, allocate_slots, first_tokens, joined_tokens
 from .scaled_frames import ScaledFrames
@@ -103,7 +104,7 @@ class FP8LayerKVCache(LayerCacheBase):
             key, value = (take_blocks(states, chosen, blocks.size) for states in (key, value))
             by_strip = attend_to_codes(in_strips(query, blocks), key, value, dtype, backend, self.scratch)
             attended = from_strips(by_strip, blocks, query.shape)
-        return attended * self.value.scale[:, None, :, None].to(dtype)
+        return decode_heads(attended, self.value.scale, dtype)
 
     def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` slots as they were stored, `[B, length * tokens, heads, head_dim]`."""
@@ -149,17 +150,16 @@ def attend_to_codes(
     Args:
         query: Codes of queries times `QUERY_FACTOR`, uint8 `[B, tokens, heads, head_dim]`.
         key, value: Codes, uint8 `[B, length, heads, head_dim]`, in whose unit the result is.
-        dtype: That of the result.
+        dtype: What is computed in where cuDNN does not do it.
         backend: The attention kernel; None: cuDNN's for FP8 where it can be had.
         scratch: See [`attend`].
 
     Returns:
-        Numbers of E4M3, `[B, tokens, heads, head_dim]`.
+        Codes, uint8 `[B, tokens, heads, head_dim]`.
     """
     head_dim = query.shape[-1]
     if backend is None and has_cudnn_fp8(query.device, head_dim):
         heads_first = (states.transpose(1, 2) for states in (key, value))
-        return from_codes(cudnn_fp8_attention(query, *heads_first, head_dim**-0.5 / QUERY_FACTOR), dtype)
+        return cudnn_fp8_attention(query, *heads_first, head_dim**-0.5 / QUERY_FACTOR)
     query, key, value = (from_codes(states, dtype) for states in (query, key, value))
-    attended = attend(query / QUERY_FACTOR, key, value, backend, scratch)
-    return attended.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(dtype)
+    return to_codes(attend(query / QUERY_FACTOR, key, value, backend, scratch), 1.0)

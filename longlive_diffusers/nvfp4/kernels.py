@@ -72,7 +72,7 @@ def _e4m3_value(code):
 
 
 @triton.jit
-def _e4m3_signed_value(code):
+def e4m3_number(code):
     magnitude = tl.where((code & 127) == 127, float("nan"), _e4m3_value(code & 127))
     return tl.where(code >= 128, -magnitude, magnitude)
 
@@ -367,7 +367,7 @@ def read_fp8_frames_kernel(
     index = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = index < size
     code = tl.load(codes + frame * size + index, mask=inside, other=0)
-    number = _e4m3_signed_value(code) * tl.load(scales + frame)
+    number = e4m3_number(code) * tl.load(scales + frame)
     pointer = target + head * head_stride + slot * size + index
     if BF16:
         tl.store(pointer, _bf16_bits(number), mask=inside)

@@ -284,8 +284,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_embeds, negative_prompt_embeds: Embeddings `[B, L, D]` in place of prompts.
             window_size, sink_size, multi_shot_sink, multi_shot_rope_offset: Override the pipeline's own settings.
             relative_rope: Whether time positions are counted from the cached frames.
-            kv_cache_dtype: What keys and values are stored as: a dtype, "nvfp4", "fp8", or "fp8_attention", from which attention is
-                computed in FP8; the transformer's dtype by default.
+            kv_cache_dtype: What keys and values are stored as: a dtype, "nvfp4", "fp8", or "fp8_attention", from which
+                attention is computed in FP8; the transformer's dtype by default.
             clean_pass: What the history remembers a chunk by: "full", a forward on its clean latents; "text_free", the
                 same without cross-attention, after which a prompt switch has no history to rewrite; or "last", the
                 last solver step, without a further forward. A chunk that has no last step (of `video`, or interrupted)

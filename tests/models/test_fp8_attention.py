@@ -82,11 +82,9 @@ def test_codes_are_attended_to_and_give_codes(dtype, backend):
     codes = in_codes()
     found = attend_to_codes(*codes, dtype, backend, None)
     exact = attended(*codes)
-    assert found.dtype == dtype
-    assert torch.equal(from_codes(to_codes(found, 1.0), dtype), found), "numbers of E4M3"
-    assert relative(found.double(), exact) < 0.04
+    assert relative(from_codes(found, torch.float64), exact) < 0.04
     if dtype == torch.float32:
-        assert (found - from_codes(to_codes(exact, 1.0), dtype)).abs().max() <= 0.13 * exact.abs().max()
+        assert (found.int() - to_codes(exact, 1.0).int()).abs().max() <= 1
 
 
 @needs_gpu
@@ -107,8 +105,9 @@ def test_cudnn_attends_like_the_formula(shape):
         found = cudnn_fp8_attention(query.to(device), keys, values, shape[-1] ** -0.5 / QUERY_FACTOR)
     assert found.shape == query.shape and found.is_contiguous()
     assert relative(from_codes(found.cpu(), torch.float64), exact) < 0.06
-    layers = attend_to_codes(*(own.to(device) for own in (query, key, value)), torch.bfloat16, None, None)
-    assert torch.equal(layers, from_codes(found, torch.bfloat16))
+    assert torch.equal(
+        attend_to_codes(query.to(device), *(own.to(device) for own in (key, value)), torch.bfloat16, None, None), found
+    )
 
 
 @needs_gpu

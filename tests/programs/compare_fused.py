@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from longlive_diffusers.fused import layers, operators
+from longlive_diffusers.fused.decode import decode_heads
 from longlive_diffusers.fused.residual import add, add_and_norm, norm
 from longlive_diffusers.models.e4m3 import to_codes
 from longlive_diffusers.models.rotary import apply_rotary, rotary_embedding
@@ -118,6 +119,8 @@ def codes(device: torch.device) -> Iterator[Case]:
         for part, own in zip(cache, others, strict=True):
             part[samples, :, token_slots] = own
         yield f"rotation to codes, {dtype}", NEIGHBORS, [rotated, found], [expected, cache]
+        decoded = operators.decode_heads(expected.to(device), factors[0].to(device), dtype)
+        yield f"codes to numbers, {dtype}", 0.0, [decoded], [decode_heads(expected, factors[0], dtype)]
 
 
 def streams() -> Iterator[Case]:

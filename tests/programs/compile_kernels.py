@@ -71,6 +71,8 @@ def fused_variants(bits: str):
         written = dict.fromkeys(("rotated", "key_cache", "value_cache"), "*i16" if codes else bits)
         constants = {"HALF_BLOCK": 2048, "KEEPS_RAW": keeps_raw, "CODES": codes}
         yield fused_kernels.norm_rotate_and_write_kernel, arguments | written, constants
+    codes = {"codes": "*u8", "scale": "*fp32", "result": bits} | dict.fromkeys(("tokens", "dim", "head_dim"), "i32")
+    yield fused_kernels.decode_heads_kernel, codes, {"BLOCK": 4096}
 
 
 def compile_for(capability: int, whole: bool) -> tuple[int, int]:
