@@ -1,11 +1,11 @@
 """Triton kernels: what `format.py` and the stores of the KV cache specify, on a GPU, bit for bit. `operators.py`
 launches them.
 
-Equality is by construction. Every operation is one that IEEE 754 defines to the last bit - products and sums that are
-not fused, quotients by `div_rn` - and where the order of a sum matters it is a tree that both sides follow. Rounding
-to E4M3, E2M1 and bfloat16 is done on the bits, because Triton's interpreter, with which all this is tested on a CPU,
-converts some numbers wrongly. Noise is hashed from the seed and each element's index (`noise.py`), so it does not
-depend on the tiling.
+Equality is by construction, for tensors whose largest number is between 1e-31 and 1e35, so that nothing under- or
+overflows. Every operation is one that IEEE 754 defines to the last bit - products and sums that are not fused,
+quotients by `div_rn` - and where the order of a sum matters it is a tree that both sides follow. Rounding to E4M3, E2M1 and bfloat16 is done on the bits or by sums, because Triton's
+interpreter, with which all this is tested on a CPU, converts some numbers wrongly. Noise is hashed from the seed and
+each element's index (`noise.py`), so it does not depend on the tiling.
 
 Blackwell converts to and from E2M1 in one instruction each, which the kernels use if `PTX` is set; elsewhere the
 conversion is arithmetic.
@@ -49,18 +49,29 @@ def _e4m3(x):
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
     small = x < 0.015625  # below 2^-6, neighbors are 2^-9 apart; adding 2^23 rounds to integers
-    steps = (x * 512.0 + 8388608.0) - 8388608.0
-    value = tl.where(small, steps * 0.001953125, rounded.to(tl.float32, bitcast=True))
-    code = tl.where(small, steps.to(tl.uint32), (rounded >> 20) - 960)
+    shifted = x * 512.0 + 8388608.0
+    value = tl.where(small, (shifted - 8388608.0) * 0.001953125, rounded.to(tl.float32, bitcast=True))
+    code = tl.where(small, shifted.to(tl.uint32, bitcast=True) & 15, (rounded >> 20) - 960)
     return code.to(tl.uint8), value
 
 
 @triton.jit
 def e4m3_bits(x):
-    """Return the bits of the E4M3 number that is nearest to float32, the largest for what is beyond; uint8."""
-    magnitude = tl.abs(x)
+    """Return the bits of the E4M3 numbers that are nearest to float32, saturating; NaN stays NaN."""
+    return _signed_bits(tl.abs(x), x)
+
+
+@triton.jit
+def _e4m3_signed(x, scale):
+    """The same of x / scale."""
+    return _signed_bits(tl.div_rn(tl.abs(x), scale + tl.zeros_like(x)), x)
+
+
+@triton.jit
+def _signed_bits(magnitude, x):
+    """Return the bits of E4M3 numbers near a magnitude, with the signs of x."""
     bits, _ = _e4m3(tl.minimum(magnitude, 448.0))
-    bits = tl.where(magnitude != magnitude, 127, bits).to(tl.uint8)  # NaN
+    bits = tl.where(magnitude != magnitude, 127, bits).to(tl.uint8)
     return bits | ((x.to(tl.uint32, bitcast=True) >> 31).to(tl.uint8) << 7)
 
 
@@ -103,20 +114,31 @@ def _e2m1_pairs(packed, PTX: tl.constexpr):
 
 
 @triton.jit
-def _e2m1(y, noise, STOCHASTIC: tl.constexpr, PTX: tl.constexpr):
-    """Return codes 0 to 7 of |y|, saturating; the sign is added later."""
+def _to_e2m1(y, noise, STOCHASTIC: tl.constexpr, PTX: tl.constexpr):
+    """Round |y| to the magnitude of an E2M1 number, saturating; float32."""
     magnitude = tl.abs(y)
     if STOCHASTIC:
         steps = tl.where(magnitude < 2, magnitude * 2, tl.where(magnitude < 4, magnitude + 2, magnitude * 0.5 + 4))
-        code = tl.minimum(tl.floor(steps + noise), 7.0).to(tl.uint8)
+        value = _e2m1_magnitude(tl.minimum(tl.floor(steps + noise), 7.0).to(tl.uint8))
     elif PTX:
         code = tl.inline_asm_elementwise(_TO_E2M1, "=r,f", [magnitude], dtype=tl.uint32, is_pure=True, pack=1)
-        code = code.to(tl.uint8)
+        value = _e2m1_magnitude(code.to(tl.uint8))
     else:
-        code = (magnitude > 0.25).to(tl.uint8) + (magnitude >= 0.75).to(tl.uint8) + (magnitude > 1.25).to(tl.uint8)
-        code += (magnitude >= 1.75).to(tl.uint8) + (magnitude > 2.5).to(tl.uint8) + (magnitude >= 3.5).to(tl.uint8)
-        code += (magnitude > 5.0).to(tl.uint8)
-    return code
+        # From a power of two to the next, neighbors are half of it apart; below 1, 0.5. In float32, those from 2^22
+        # times the power on are just as far apart, so that adding it rounds, ties to even.
+        magnitude = tl.minimum(magnitude, 6.0, propagate_nan=tl.PropagateNan.ALL)
+        power = tl.maximum(magnitude.to(tl.uint32, bitcast=True) & 0x7F800000, 0x3F800000)
+        large = (power + 0x0B000000).to(tl.float32, bitcast=True)
+        value = (magnitude + large) - large
+    return value
+
+
+@triton.jit
+def _e2m1_code(magnitude):
+    """Return codes 0 to 7, uint32: from 1 on, the last bits of the exponent and the first of the mantissa, but for an
+    offset."""
+    code = (magnitude.to(tl.uint32, bitcast=True) >> 22) - 252
+    return tl.where(magnitude >= 1, code, (magnitude == 0.5).to(tl.uint32))
 
 
 @triton.jit
@@ -193,11 +215,60 @@ def _spread(per_block, TALL: tl.constexpr, BLOCKS: tl.constexpr):
 def _candidate(
     x, scale, decode, noise, STOCHASTIC: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr
 ):
-    """Return codes (without signs) `[n, 16]`, and E4M3 bits and their values, one for each block."""
+    """Return magnitudes of E2M1 `[n, 16]`, and E4M3 bits and their values, one for each block."""
     bits, value = _e4m3(tl.minimum(scale, 448.0))
     inverse = tl.where(value == 0, 0.0, tl.div_rn(1.0, tl.where(value == 0, 1.0, decode * value)))
     rows_inverse = _spread(inverse, TALL, BLOCKS)
-    return _e2m1(x * rows_inverse[:, None], noise, STOCHASTIC, PTX), bits, value
+    return _to_e2m1(x * rows_inverse[:, None], noise, STOCHASTIC, PTX), bits, value
+
+
+@triton.jit
+def _decoded(magnitude, value, amax, SPAN: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return magnitude * value * amax / SPAN. A magnitude is 1 or 1.5 times a power of two, which changes nothing
+    about how numbers are rounded that neither under- nor overflow: a block takes two quotients, not sixteen."""
+    span = SPAN + tl.zeros_like(value)
+    once = _spread(tl.div_rn(value * amax, span), TALL, BLOCKS)
+    more = _spread(tl.div_rn(1.5 * value * amax, span), TALL, BLOCKS)
+    bits = magnitude.to(tl.uint32, bitcast=True)
+    power = (bits & 0xFF800000).to(tl.float32, bitcast=True)
+    return power * tl.where((bits & 0x00400000) == 0, once[:, None], more[:, None])
+
+
+@triton.jit
+def _error(
+    x, magnitude, value, amax, SPAN: tl.constexpr, ERROR: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr
+):
+    decoded = _decoded(magnitude, value, amax, SPAN, TALL, BLOCKS)
+    return _block_error(decoded - tl.abs(x), ERROR, TALL, BLOCKS)
+
+
+@triton.jit
+def _encode(
+    tile, amax, noise, LARGEST_VALUE: tl.constexpr, SPAN: tl.constexpr, ERROR: tl.constexpr,
+    STOCHASTIC: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Encode float32 `[n, 16]` (rows, then blocks): return codes `[n, 16]`, and E4M3 bits, one for each block."""
+    is_zero = amax < 1e-35
+    encode = tl.where(is_zero, 0.0, tl.div_rn(SPAN + tl.zeros_like(amax), tl.where(is_zero, 1.0, amax)))
+    decode = tl.where(is_zero, 0.0, tl.div_rn(1.0 + tl.zeros_like(amax), tl.where(is_zero, 1.0, encode)))
+    peak = tl.max(tl.abs(tile), axis=1)
+    if TALL:
+        peak = tl.max(tl.reshape(peak, (16, BLOCKS)), axis=0)
+    scale = tl.div_rn(peak, LARGEST_VALUE + tl.zeros_like(peak)) * encode
+
+    magnitude, bits, value = _candidate(tile, scale, decode, noise, STOCHASTIC, TALL, BLOCKS, PTX)
+    if ERROR > 0:
+        other, other_bits, other_value = _candidate(tile, scale * 1.5, decode, noise, STOCHASTIC, TALL, BLOCKS, PTX)
+        errors = _error(tile, magnitude, value, amax, SPAN, ERROR, TALL, BLOCKS)
+        other_errors = _error(tile, other, other_value, amax, SPAN, ERROR, TALL, BLOCKS)
+        prefers_four = other_errors < errors  # a tie goes to six
+        bits = tl.where(prefers_four, other_bits, bits)
+        rows_prefer_four = _spread(prefers_four.to(tl.int8), TALL, BLOCKS)
+        magnitude = tl.where((rows_prefer_four == 1)[:, None], other, magnitude)
+
+    # The sign is that of x, also for a zero; where the scale is 0, the product is a zero with the same sign.
+    negative = tile.to(tl.uint32, bitcast=True) >> 31
+    return _e2m1_code(magnitude) | (negative << 3), bits
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels
@@ -232,33 +303,12 @@ def quantize_kernel(
         noise = _noise(seed, index)
 
     amax = tl.load(amax_pointer + tl.program_id(0).to(tl.int64) * ROWS // rows_of_an_amax)
-    is_zero = amax < 1e-35
-    encode = tl.where(is_zero, 0.0, tl.div_rn(SPAN + tl.zeros_like(amax), tl.where(is_zero, 1.0, amax)))
-    decode = tl.where(is_zero, 0.0, tl.div_rn(1.0 + tl.zeros_like(amax), tl.where(is_zero, 1.0, encode)))
-    peak = tl.max(tl.abs(tile), axis=1)
-    if TALL:
-        peak = tl.max(tl.reshape(peak, (16, BLOCKS)), axis=0)
-    scale = tl.div_rn(peak, LARGEST_VALUE + tl.zeros_like(peak)) * encode
-
-    code, bits, value = _candidate(tile, scale, decode, noise, STOCHASTIC, TALL, BLOCKS, PTX)
-    if ERROR > 0:
-        other_code, other_bits, other_value = _candidate(
-            tile, scale * 1.5, decode, noise, STOCHASTIC, TALL, BLOCKS, PTX
-        )
-        errors = _error(tile, code, value, amax, SPAN, ERROR, TALL, BLOCKS)
-        other_errors = _error(tile, other_code, other_value, amax, SPAN, ERROR, TALL, BLOCKS)
-        prefers_four = other_errors < errors  # a tie goes to six
-        bits = tl.where(prefers_four, other_bits, bits)
-        rows_prefer_four = _spread(prefers_four.to(tl.int8), TALL, BLOCKS)
-        code = tl.where((rows_prefer_four == 1)[:, None], other_code, code)
-
-    # The sign is that of x, also for a zero; where the scale is 0, the product is a zero with the same sign.
-    negative = (tile.to(tl.uint32, bitcast=True) >> 31).to(tl.uint8)
-    low, high = tl.split(tl.reshape(code | (negative << 3), (ROWS, TILE // 2, 2)))
+    code, bits = _encode(tile, amax, noise, LARGEST_VALUE, SPAN, ERROR, STOCHASTIC, TALL, BLOCKS, PTX)
+    low, high = tl.split(tl.reshape(code, (ROWS, TILE // 2, 2)))
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     pair = tl.program_id(1).to(tl.int64) * (TILE // 2) + tl.arange(0, TILE // 2)
     inside = (row < rows)[:, None] & (pair < columns // 2)[None, :]
-    tl.store(codes + row[:, None] * (columns // 2) + pair[None, :], low | (high << 4), mask=inside)
+    tl.store(codes + row[:, None] * (columns // 2) + pair[None, :], (low | (high << 4)).to(tl.uint8), mask=inside)
     block = tl.program_id(1).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = (row < rows)[:, None] & (block < columns // 16)[None, :]
     tile_bits = tl.reshape(_spread(bits, TALL, BLOCKS), (ROWS, BLOCKS))
@@ -294,21 +344,8 @@ def quantize_rows_kernel(x, codes, scales, columns, row_stride, column_stride, T
     for first in range(0, columns, TILE):
         column = first + tl.arange(0, TILE)
         number = _load_row(x, column, columns, row_stride, column_stride)
-        scaled = tl.div_rn(tl.abs(number), scale + tl.zeros_like(number))
-        bits, _ = _e4m3(tl.minimum(scaled, 448.0))
-        bits = tl.where(scaled != scaled, 127, bits).to(tl.uint8)  # NaN
-        negative = (number.to(tl.uint32, bitcast=True) >> 31).to(tl.uint8)
         code = tl.program_id(0).to(tl.int64) * columns + column
-        tl.store(codes + code, bits | (negative << 7), mask=column < columns)
-
-
-@triton.jit
-def _error(x, code, value, amax, SPAN: tl.constexpr, ERROR: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr):
-    magnitude = _e2m1_magnitude(code)
-    signed = tl.where((x.to(tl.uint32, bitcast=True) >> 31) == 1, -magnitude, magnitude)
-    decoded = signed * _spread(value, TALL, BLOCKS)[:, None] * amax
-    decoded = tl.div_rn(decoded, SPAN + tl.zeros_like(decoded))
-    return _block_error(decoded - x, ERROR, TALL, BLOCKS)
+        tl.store(codes + code, _e4m3_signed(number, scale), mask=column < columns)
 
 
 @triton.jit
