@@ -11,7 +11,7 @@ from tests.programs import on_fake_cuda
 from tests.support.fake_backward import backward
 from tests.support.fake_cuda import fake_gpu
 from tests.support.tiny_pipeline import teacher_forcing_inputs, tiny_transformer
-from tests.support.traffic import Traffic, most_moving
+from tests.support.traffic import Traffic, most_moving, moved_tensors
 
 
 def test_it_says_what_it_needs_where_pytorch_has_no_cuda(monkeypatch, capsys):
@@ -60,6 +60,14 @@ def test_traffic_of_values_written_by_index():
     with Traffic("cpu") as traffic:
         x[index] = values
     assert traffic.totals.num_bytes == 2 * values.nbytes + index.nbytes
+
+
+def test_traffic_of_frames_written_to_a_cache_in_few_bits():
+    """Of a window of four frames and their places, the two that are written."""
+    window, codes, scale = torch.zeros(1, 2, 4, 5, 8), torch.zeros(1, 2, 6, 5, 8), torch.zeros(1, 2, 6, 1, 1)
+    arguments = (window, torch.tensor([[3, 1]]), codes.to(torch.uint8), scale)
+    moved = moved_tensors(torch.ops.longlive_diffusers.fp8_write_frames.default, arguments, {}, None)
+    assert [tensor.nbytes for tensor in moved] == [2 * 2 * 5 * 8 * 4, 2 * 2 * 5 * 8, 2 * 2 * 4]
 
 
 def test_traffic_is_listed_by_operator_and_of_one_kind_of_device():

@@ -1,9 +1,9 @@
 """Storage of the keys or values of latent frames in few bits: NVFP4, or FP8 for those who want more of them.
 
 What is cached is read by every later chunk and written once, so it pays to write it small. The stores have one
-interface (`write`, `take`, `read_into`, `num_bytes`, `unsupported_reason`) and stand in one registry, `FRAME_STORES`,
-from which `kv_cache_dtype`, the command line's choices and the checks take their names. Each frame of each head has
-its own scales, so that frames can be replaced one by one, or taken out as they are (`take`).
+interface (`write`, `write_from`, `take`, `read_into`, `num_bytes`, `unsupported_reason`) and stand in one registry,
+`FRAME_STORES`, from which `kv_cache_dtype`, the command line's choices and the checks take their names. Each frame of
+each head has its own scales, so that frames can be replaced one by one, or taken out as they are (`take`).
 
 Keys in NVFP4 are *centered* first: the mean over the tokens of a frame is subtracted, for each head and channel, kept
 in float32, and added back when the keys are read. Channels of keys have large offsets that all tokens share; with
@@ -20,14 +20,14 @@ from typing import Self
 import torch
 
 from ..nvfp4.format import BLOCK, in_block_scales, quantize_unchecked
-from ..nvfp4.operators import read_fp8_frames, read_nvfp4_frames
+from ..nvfp4.operators import read_fp8_frames, read_nvfp4_frames, write_fp8_frames, write_nvfp4_frames
 from ..nvfp4.rules import MAX_SCALE, scale_rule_named
 from ..triton_launch import uses_kernels
 
 
 Shape = tuple[int, int, int, int, int]  # batch, heads, slots, tokens of a frame, head_dim
 KEYS, VALUES = 0, 1  # the two parts of a cache
-READ_BY_KERNELS = (torch.float32, torch.bfloat16)
+FOR_KERNELS = (torch.float32, torch.bfloat16)
 
 
 class PackedFrames:
@@ -59,6 +59,12 @@ class PackedFrames:
         """Quantize frames `[..., heads, tokens, head_dim]` into `slots` of `samples` (int64, broadcasting to
         `[...]`)."""
         self._put(samples, slots, self._quantized(frames))
+
+    def write_from(self, window: torch.Tensor, slots: torch.Tensor) -> None:
+        """Quantize those frames of a window, `[B, heads, length, tokens, head_dim]`, that stand in `slots` (int64
+        `[B, n]`) into the same slots."""
+        samples = torch.arange(len(slots), device=slots.device)[:, None]
+        self.write(samples, slots, window[samples, :, slots])
 
     def take(self, samples: torch.Tensor, slots: torch.Tensor) -> Self:
         """Copy frames, bit for bit, into a store of n samples with one slot each (`samples`, `slots`, int64 `[n]`)."""
@@ -152,12 +158,24 @@ class NVFP4Frames(PackedFrames):
         packed = quantize_unchecked(states, self.scale_rule, amax=amax)
         return [packed.codes, packed.scales.view(torch.uint8), amax, *means]
 
+    def write_from(self, window: torch.Tensor, slots: torch.Tensor) -> None:
+        """Quantize frames of a window, see [`PackedFrames.write_from`]. The kernel takes the sum of a mean in an order
+        of its own, so that the mean's last bits may differ; given the mean, all others are the same."""
+        if self._has_kernels_for(window):
+            write_nvfp4_frames(window, slots, self.codes, self.scales, self.amax, self.mean, self.scale_rule)
+        else:
+            super().write_from(window, slots)
+
+    def _has_kernels_for(self, window: torch.Tensor) -> bool:
+        head_dim = window.shape[-1]
+        return head_dim & (head_dim - 1) == 0 and window.dtype in FOR_KERNELS and uses_kernels(window)
+
     def read_into(self, target: torch.Tensor) -> None:
         """Dequantize the first slots into `target`, `[B, heads, length, tokens, head_dim]`, for as many as it has."""
-        length, head_dim = target.shape[2], target.shape[-1]
+        length = target.shape[2]
         if not length:
             return
-        if head_dim & (head_dim - 1) == 0 and target.dtype in READ_BY_KERNELS and uses_kernels(target):
+        if self._has_kernels_for(target):
             read_nvfp4_frames(self.codes, self.scales, self.amax, self.mean, self.scale_rule, target)
             return
         codes, scales, amax = (part[:, :, :length] for part in (self.codes, self.scales, self.amax))
@@ -205,12 +223,19 @@ class FP8Frames(PackedFrames):
         codes = (states / scale.clamp(min=1e-30)).clamp(-MAX_SCALE, MAX_SCALE).to(torch.float8_e4m3fn)
         return [codes.view(torch.uint8), scale]
 
+    def write_from(self, window: torch.Tensor, slots: torch.Tensor) -> None:
+        """Quantize frames of a window, see [`PackedFrames.write_from`]."""
+        if window.dtype in FOR_KERNELS and uses_kernels(window):
+            write_fp8_frames(window, slots, self.codes, self.scale)
+        else:
+            super().write_from(window, slots)
+
     def read_into(self, target: torch.Tensor) -> None:
         """Dequantize slots, like [`NVFP4Frames.read_into`]."""
         length = target.shape[2]
         if not length:
             return
-        if target.dtype in READ_BY_KERNELS and uses_kernels(target):
+        if target.dtype in FOR_KERNELS and uses_kernels(target):
             read_fp8_frames(self.codes, self.scale, target)
             return
         codes = self.codes[:, :, :length].view(torch.float8_e4m3fn)

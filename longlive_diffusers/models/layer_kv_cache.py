@@ -350,7 +350,7 @@ class PackedLayerKVCache(LayerCacheBase):
             self._received = None
         elif chunk.finished:
             for stored, states in zip((self.key, self.value), self.visible, strict=True):
-                stored.write(chunk.samples, chunk.slots, self._by_slot(states)[chunk.samples, :, chunk.slots])
+                stored.write_from(self._by_slot(states), chunk.slots)
 
     def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` slots as they were stored, `[B, length * tokens, heads, head_dim]`."""

@@ -3,7 +3,8 @@ launches them.
 
 Equality is by construction, for tensors whose largest number is between 1e-31 and 1e35, so that nothing under- or
 overflows. Every operation is one that IEEE 754 defines to the last bit - products and sums that are not fused,
-quotients by `div_rn` - and where the order of a sum matters it is a tree that both sides follow. Rounding to E4M3, E2M1 and bfloat16 is done on the bits or by sums, because Triton's
+quotients by `div_rn` - and where the order of a sum matters it is a tree that both sides follow. (The mean of cached
+keys is the only exception.) Rounding to E4M3, E2M1 and bfloat16 is done on the bits or by sums, because Triton's
 interpreter, with which all this is tested on a CPU, converts some numbers wrongly. Noise is hashed from the seed and
 each element's index (`noise.py`), so it does not depend on the tiling.
 
@@ -410,3 +411,100 @@ def read_fp8_frames_kernel(
         tl.store(pointer, _bf16_bits(number), mask=inside)
     else:
         tl.store(pointer, number, mask=inside)
+
+
+@triton.jit
+def _head_and_slot(chosen, heads, frames):
+    """Return which head of which sample a program has, counted through, and which of the `frames` slots `chosen` of
+    that sample."""
+    head = (tl.program_id(0) // frames).to(tl.int64)
+    return head, tl.load(chosen + head // heads * frames + tl.program_id(0) % frames)
+
+
+@triton.jit
+def center_frames_kernel(
+    window, chosen, mean, amax, head_stride, heads, frames, slots, tokens, DIM: tl.constexpr, TOKENS: tl.constexpr
+):
+    """Store the mean over the tokens of a frame of a head, and the largest absolute number that is left without it."""
+    head, slot = _head_and_slot(chosen, heads, frames)
+    row, column = tl.arange(0, TOKENS)[:, None], tl.arange(0, DIM)
+    pointer = window + head * head_stride + slot * tokens * DIM + row * DIM + column[None, :]
+    total = tl.zeros((TOKENS, DIM), tl.float32)
+    lowest = tl.full((TOKENS, DIM), float("inf"), tl.float32)
+    highest = -lowest
+    whole = tokens // TOKENS * TOKENS
+    for start in tl.range(0, whole, TOKENS, loop_unroll_factor=2):
+        number = tl.load(pointer + start * DIM).to(tl.float32)
+        total += number
+        lowest, highest = tl.minimum(lowest, number), tl.maximum(highest, number)
+    inside = whole + row < tokens
+    number = tl.load(pointer + whole * DIM, mask=inside, other=0.0).to(tl.float32)
+    total += number
+    lowest = tl.minimum(lowest, tl.where(inside, number, float("inf")))
+    highest = tl.maximum(highest, tl.where(inside, number, float("-inf")))
+    total = tl.sum(total, axis=0)
+    center = tl.div_rn(total, tokens + tl.zeros_like(total))
+    frame = head * slots + slot
+    tl.store(mean + frame * DIM + column, center)
+    # Rounding keeps the order of numbers: of no token is more left than of a channel's lowest or highest. A NaN is not
+    # compared, but makes the mean one.
+    left = _magnitude_bits(tl.min(lowest, axis=0) - center)
+    left = tl.maximum(left, _magnitude_bits(tl.max(highest, axis=0) - center))
+    tl.store(amax + frame, tl.max(left, axis=0).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def frame_amax_kernel(
+    window, chosen, amax, head_stride, heads, frames, slots, size, DIVISOR: tl.constexpr, TILE: tl.constexpr
+):
+    """Store the largest absolute number of a frame of a head, divided by `DIVISOR`."""
+    head, slot = _head_and_slot(chosen, heads, frames)
+    index = tl.arange(0, TILE)
+    pointer = window + head * head_stride + slot * size + index
+    largest = tl.zeros((TILE,), tl.uint32)
+    whole = size // TILE * TILE
+    for start in tl.range(0, whole, TILE, loop_unroll_factor=2):
+        largest = tl.maximum(largest, _magnitude_bits(tl.load(pointer + start).to(tl.float32)))
+    rest = tl.load(pointer + whole, mask=whole + index < size, other=0.0).to(tl.float32)
+    largest = tl.maximum(largest, _magnitude_bits(rest))
+    number = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+    tl.store(amax + head * slots + slot, tl.div_rn(number, DIVISOR + tl.zeros_like(number)))
+
+
+@triton.jit
+def write_nvfp4_frames_kernel(
+    window, chosen, codes, scales, amax, mean, head_stride, heads, frames, slots, tokens,
+    LARGEST_VALUE: tl.constexpr, SPAN: tl.constexpr, ERROR: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
+    HAS_MEAN: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    head, slot = _head_and_slot(chosen, heads, frames)
+    frame = head * slots + slot
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    inside = (token < tokens)[:, None]
+    column = tl.arange(0, DIM)
+    first = window + head * head_stride + slot * tokens * DIM
+    number = tl.load(first + token[:, None] * DIM + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_MEAN:
+        number -= tl.load(mean + frame * DIM + column)[None, :]
+    BLOCKS: tl.constexpr = TOKENS * DIM // 16
+    block = tl.reshape(number, (BLOCKS, 16))
+    code, bits = _encode(block, tl.load(amax + frame), block, LARGEST_VALUE, SPAN, ERROR, False, False, BLOCKS, PTX)
+    low, high = tl.split(tl.reshape(code, (TOKENS, DIM // 2, 2)))
+    row = (frame * tokens + token)[:, None]
+    tl.store(codes + row * (DIM // 2) + tl.arange(0, DIM // 2)[None, :], (low | (high << 4)).to(tl.uint8), mask=inside)
+    bits = tl.reshape(bits, (TOKENS, DIM // 16))
+    tl.store(scales + row * (DIM // 16) + tl.arange(0, DIM // 16)[None, :], bits, mask=inside)
+
+
+@triton.jit
+def write_fp8_frames_kernel(
+    window, chosen, codes, scales, head_stride, heads, frames, slots, size, TILE: tl.constexpr
+):
+    head, slot = _head_and_slot(chosen, heads, frames)
+    frame = head * slots + slot
+    index = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = index < size
+    number = tl.load(window + head * head_stride + slot * size + index, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scales + frame)
+    scale = tl.where(scale < 1e-30, 1e-30, scale)  # a NaN stays
+    tl.store(codes + frame * size + index, _e4m3_signed(number, scale), mask=inside)

@@ -12,13 +12,15 @@ from functools import partial
 import torch
 
 from ..triton_launch import launch_from
-from .rules import scale_rule_named
+from .rules import MAX_SCALE, scale_rule_named
 
 
 ERRORS = {"mse": 1, "mae": 2, "abs_max": 3}  # four-over-six's measures of error; 0: there is only one candidate
 TILE = {False: 1024, True: 128}  # columns of a program's tile, which has 1 row (False) or 16 (True)
 
 ROW_TILE = 4096  # where blocks do not matter
+
+Shape = tuple[int, int, int, int, int]  # of a cache's frames: batch, heads, slots, tokens of a frame, head_dim
 
 launch = partial(launch_from, f"{__package__}.kernels")
 
@@ -164,14 +166,9 @@ def read_nvfp4_frames(
     Raises:
         ValueError: If a shape is another one, or a tensor is not contiguous.
     """
-    batch, heads, slots, tokens, packed = codes.shape
-    frames, head_dim = (batch, heads, slots), 2 * packed
-    check_frames("codes", codes, (*frames, tokens, packed))
-    check_frames("scales", scales, (*frames, tokens, head_dim // 16))
-    check_frames("amax", amax, (*frames, 1, 1))
-    if mean is not None:
-        check_frames("mean", mean, (*frames, 1, head_dim))
-    length, head_stride = check_target(target, (*frames, tokens, head_dim))
+    shape = check_nvfp4_frames(codes, scales, amax, mean)
+    batch, heads, slots, tokens, head_dim = shape
+    length, head_stride = check_window(target, shape)
     launch(
         "read_nvfp4_frames_kernel", (batch * heads * length, parts(tokens, 16)), codes,
         codes, scales, amax, amax if mean is None else mean, as_bits(target), head_stride, length, slots, tokens,
@@ -198,10 +195,9 @@ def read_fp8_frames(codes: torch.Tensor, scale: torch.Tensor, target: torch.Tens
     Raises:
         ValueError: If a shape is another one, or a tensor is not contiguous.
     """
-    batch, heads, slots, tokens, head_dim = codes.shape
-    check_frames("codes", codes, (batch, heads, slots, tokens, head_dim))
-    check_frames("scale", scale, (batch, heads, slots, 1, 1))
-    length, head_stride = check_target(target, (batch, heads, slots, tokens, head_dim))
+    shape = check_fp8_frames(codes, scale)
+    batch, heads, slots, tokens, head_dim = shape
+    length, head_stride = check_window(target, shape)
     size = tokens * head_dim
     launch(
         "read_fp8_frames_kernel", (batch * heads * length, parts(size, ROW_TILE)), codes,
@@ -215,27 +211,147 @@ def _(codes, scale, target) -> None:
     return None
 
 
-def check_frames(name: str, part: torch.Tensor, shape: tuple[int, ...]) -> None:
+@torch.library.custom_op("longlive_diffusers::nvfp4_write_frames", mutates_args=("codes", "scales", "amax", "mean"))
+def write_nvfp4_frames(
+    window: torch.Tensor,
+    chosen: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    amax: torch.Tensor,
+    mean: torch.Tensor | None,
+    scale_rule: str,
+) -> None:
+    """
+    Quantize frames of a window into the same slots of a cache in NVFP4, in two launches: what all numbers of a frame
+    have in common, then their codes.
+
+    Args:
+        window: float `[B, heads, length, tokens, head_dim]`, laid out like the target of [`read_nvfp4_frames`].
+        chosen: The slots of each sample, int64 `[B, n]`.
+        codes, scales, amax, mean, scale_rule: As in [`read_nvfp4_frames`].
+
+    Raises:
+        ValueError: If a shape is another one, or a tensor is not contiguous.
+    """
+    shape = check_nvfp4_frames(codes, scales, amax, mean)
+    programs, place = chosen_frames(window, chosen, shape)
+    tokens, head_dim = shape[3:]
+    rule = scale_rule_named(scale_rule)
+    if mean is None:
+        launch_frame_amax(window, chosen, amax, shape, divisor=1.0)
+    else:
+        launch(
+            "center_frames_kernel", (programs,), window,
+            window, chosen, mean, amax, *place, tokens, DIM=head_dim, TOKENS=32, num_warps=8,
+        )  # fmt: skip
+    launch(
+        "write_nvfp4_frames_kernel", (programs, parts(tokens, 16)), window,
+        window, chosen, codes, scales, amax, amax if mean is None else mean, *place, tokens,
+        LARGEST_VALUE=rule.largest_value, SPAN=rule.span, ERROR=0 if rule.error is None else ERRORS[rule.name],
+        DIM=head_dim, TOKENS=16, HAS_MEAN=mean is not None, PTX=has_fp4_instructions(window.device),
+    )  # fmt: skip
+
+
+@write_nvfp4_frames.register_fake
+def _(window, chosen, codes, scales, amax, mean, scale_rule) -> None:
+    return None
+
+
+@torch.library.custom_op("longlive_diffusers::fp8_write_frames", mutates_args=("codes", "scale"))
+def write_fp8_frames(window: torch.Tensor, chosen: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """
+    Quantize frames of a window into the same slots of a cache in FP8, like [`write_nvfp4_frames`].
+
+    Args:
+        window, chosen: As in [`write_nvfp4_frames`].
+        codes, scale: As in [`read_fp8_frames`].
+
+    Raises:
+        ValueError: If a shape is another one, or a tensor is not contiguous.
+    """
+    shape = check_fp8_frames(codes, scale)
+    programs, place = chosen_frames(window, chosen, shape)
+    size = shape[3] * shape[4]
+    launch_frame_amax(window, chosen, scale, shape, divisor=MAX_SCALE)
+    launch(
+        "write_fp8_frames_kernel", (programs, parts(size, ROW_TILE)), window,
+        window, chosen, codes, scale, *place, size, TILE=ROW_TILE,
+    )  # fmt: skip
+
+
+@write_fp8_frames.register_fake
+def _(window, chosen, codes, scale) -> None:
+    return None
+
+
+def launch_frame_amax(
+    window: torch.Tensor, chosen: torch.Tensor, amax: torch.Tensor, shape: Shape, *, divisor: float
+) -> None:
+    """Write the largest absolute number of each chosen frame of each head, divided, to its slot of `amax`."""
+    programs, place = chosen_frames(window, chosen, shape)
+    launch(
+        "frame_amax_kernel", (programs,), window,
+        window, chosen, amax, *place, shape[3] * shape[4], DIVISOR=divisor, TILE=2 * ROW_TILE, num_warps=8,
+    )  # fmt: skip
+
+
+def chosen_frames(window: torch.Tensor, chosen: torch.Tensor, shape: Shape) -> tuple[int, tuple[int, int, int, int]]:
+    """Return how many frames of heads are chosen, and what tells a kernel where each of them is: how far heads are
+    from each other, and the numbers of heads, of chosen frames and of slots. Raise a ValueError if shapes do not
+    fit."""
+    batch, heads, slots, *_ = shape
+    _, head_stride = check_window(window, shape)
+    if chosen.ndim != 2 or chosen.shape[0] != batch or chosen.dtype != torch.int64 or not chosen.is_contiguous():
+        raise ValueError(
+            f"The chosen slots are int64 [{batch}, n], contiguous; got {chosen.dtype} {tuple(chosen.shape)} with "
+            f"strides {chosen.stride()}."
+        )
+    return chosen.numel() * heads, (head_stride, heads, chosen.shape[1], slots)
+
+
+def check_nvfp4_frames(
+    codes: torch.Tensor, scales: torch.Tensor, amax: torch.Tensor, mean: torch.Tensor | None
+) -> Shape:
+    """Return the shape of the frames of a cache in NVFP4; raise a ValueError if a part does not fit."""
+    batch, heads, slots, tokens, packed = codes.shape
+    frames, head_dim = (batch, heads, slots), 2 * packed
+    check_part("codes", codes, (*frames, tokens, packed))
+    check_part("scales", scales, (*frames, tokens, head_dim // 16))
+    check_part("amax", amax, (*frames, 1, 1))
+    if mean is not None:
+        check_part("mean", mean, (*frames, 1, head_dim))
+    return (*frames, tokens, head_dim)
+
+
+def check_fp8_frames(codes: torch.Tensor, scale: torch.Tensor) -> Shape:
+    """Return the shape of the frames of a cache in FP8; raise a ValueError if a part does not fit."""
+    batch, heads, slots, tokens, head_dim = codes.shape
+    check_part("codes", codes, (batch, heads, slots, tokens, head_dim))
+    check_part("scale", scale, (batch, heads, slots, 1, 1))
+    return batch, heads, slots, tokens, head_dim
+
+
+def check_part(name: str, part: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless a part of a cache is contiguous and of this shape."""
     if tuple(part.shape) != shape or not part.is_contiguous():
         found = f"{tuple(part.shape)}{'' if part.is_contiguous() else ', not contiguous'}"
-        raise ValueError(f"Frames are read with `{name}` {shape}, contiguous; got {found}.")
+        raise ValueError(f"A cache's `{name}` are {shape}, contiguous; got {found}.")
 
 
-def check_target(target: torch.Tensor, shape: tuple[int, int, int, int, int]) -> tuple[int, int]:
-    """Return how many slots `target` has, and how far one head of a sample, or of the next, is from the one before;
+def check_window(window: torch.Tensor, shape: Shape) -> tuple[int, int]:
+    """Return how many slots a window has, and how far one head of a sample, or of the next, is from the one before;
     raise a ValueError unless frames of a cache of this shape can be read into it."""
     batch, heads, slots, tokens, head_dim = shape
     # The stride of a dimension of size 1 is any number: a view of an only head need not keep what it was.
     apart = 1 if heads > 1 else 0
-    length, head_stride = (target.shape[2], target.stride(apart)) if target.ndim == 5 else (0, 0)
+    length, head_stride = (window.shape[2], window.stride(apart)) if window.ndim == 5 else (0, 0)
     strides = (heads * head_stride, head_stride, tokens * head_dim, head_dim, 1)
-    fits = 0 < length <= slots and tuple(target.shape) == (batch, heads, length, tokens, head_dim)
-    sizes = zip(target.stride(), strides, target.shape, strict=False)
+    fits = 0 < length <= slots and tuple(window.shape) == (batch, heads, length, tokens, head_dim)
+    sizes = zip(window.stride(), strides, window.shape, strict=False)
     if not fits or any(own != other for own, other, size in sizes if size > 1):
         raise ValueError(
-            f"Frames of a cache {shape} are read into 1 to {slots} of its slots, contiguous for each head; got "
-            f"{tuple(target.shape)} with strides {target.stride()}."
+            f"A window on a cache {shape} has 1 to {slots} of its slots, contiguous for each head; got "
+            f"{tuple(window.shape)} with strides {window.stride()}."
         )
     return length, head_stride
 

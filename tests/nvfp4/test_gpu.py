@@ -85,6 +85,18 @@ def test_a_cache_is_unpacked_as_on_a_cpu(kind, dtype):
     assert torch.equal(found.cpu(), expected)
 
 
+@pytest.mark.parametrize("kind", [FP8Frames, NVFP4Frames])
+def test_a_finished_chunk_is_stored_as_on_a_cpu(kind):
+    """Values, which have no mean, bit for bit."""
+    shape, chosen = (2, 3, 8, 880, 128), torch.tensor([[6, 1, 7], [2, 0, 5]])
+    window = allocate_slots(shape, torch.bfloat16, torch.device("cuda"))
+    window.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    on_cpu, on_gpu = (kind(shape, torch.device(device), for_keys=False) for device in ("cpu", "cuda"))
+    on_cpu.write_from(window.cpu(), chosen)
+    on_gpu.write_from(window, chosen.cuda())
+    assert all(torch.equal(part.cpu(), own) for part, own in zip(on_gpu.parts, on_cpu.parts, strict=True))
+
+
 @needs_two_gpus
 def test_kernels_run_where_their_tensors_are():
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))

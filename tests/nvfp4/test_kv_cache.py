@@ -6,7 +6,9 @@ from torch.nn import functional as F
 
 from longlive_diffusers import LongLiveTransformer3DModel
 from longlive_diffusers.models.frame_store import FRAME_STORES, FP8Frames, NVFP4Frames
+from longlive_diffusers.models.layer_kv_cache import allocate_slots
 from longlive_diffusers.models.rotary import apply_rotary, rotary_embedding
+from longlive_diffusers.nvfp4.operators import write_fp8_frames
 from tests.support.checks import default_dtype
 from tests.support.nvfp4_models import small_pipeline, small_transformer
 from tests.support.tiny_pipeline import tiny_arguments
@@ -74,6 +76,34 @@ def test_a_frame_is_read_as_it_was_written_and_alone(make, gate):
     assert torch.equal(target[1, :, 2], torch.zeros(3, 64, 32))
     assert torch.equal(target[0, :, :3], first[0, :, :3]) and torch.equal(target[1, :, :2], first[1, :, :2])
     assert target[:, :, 3].isnan().all()  # what is not filled is not read
+
+
+@pytest.mark.parametrize("for_keys", [True, False], ids=["keys", "values"])
+@pytest.mark.parametrize("store", FRAME_STORES.values(), ids=FRAME_STORES)
+def test_frames_of_a_window_are_written_to_the_slots_they_stand_in(store, for_keys):
+    shape = (2, 3, 4, 5, 16)
+    window = allocate_slots(shape, torch.float32, CPU)
+    window.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    one_by_one, found = (store(shape, CPU, for_keys=for_keys) for _ in range(2))
+    chosen = [[3, 0], [1, 2]]
+    for sample, slots in enumerate(chosen):
+        for slot in slots:
+            one_by_one.write(torch.tensor([sample]), torch.tensor([slot]), window[sample, :, slot][None])
+    found.write_from(window, torch.tensor(chosen))
+    assert all(torch.equal(part, own) for part, own in zip(found.parts, one_by_one.parts, strict=True))
+    assert not found.codes[0, :, 1:3].any() and found.codes[0, :, 3].any()
+
+
+def test_windows_that_kernels_cannot_write_from_are_refused():
+    """Before anything is launched."""
+    shape = (2, 3, 4, 5, 16)
+    store, window, chosen = FP8Frames(shape, CPU, for_keys=True), torch.zeros(shape), torch.tensor([[3, 0], [1, 2]])
+    for wrong in (window[:1], window.transpose(3, 4), window[..., ::2], torch.zeros(2, 3, 5, 5, 16)):
+        with pytest.raises(ValueError, match=r"A window on a cache .* has 1 to 4 of its slots, contiguous for each"):
+            write_fp8_frames(wrong, chosen, *store.parts)
+    for wrong in (chosen[0], chosen[:1], chosen.int(), chosen.T):
+        with pytest.raises(ValueError, match=r"The chosen slots are int64 \[2, n\], contiguous; got "):
+            write_fp8_frames(window, wrong, *store.parts)
 
 
 def test_sizes_that_do_not_divide_are_refused():

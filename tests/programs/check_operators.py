@@ -28,10 +28,12 @@ def check() -> None:
     frames = (1, 2, 3)
     codes = torch.full((*frames, 4, 8), 0x72, dtype=torch.uint8)
     scales, amax = torch.full((*frames, 4, 1), 0x30, dtype=torch.uint8), torch.ones(*frames, 1, 1)
-    target = torch.zeros(*frames, 4, 16)
+    target, slots = torch.zeros(*frames, 4, 16), torch.tensor([[1]])
     for mean in (None, torch.ones(*frames, 1, 16)):
         opcheck(operators.read_nvfp4_frames, (codes, scales, amax, mean, "mse", target[:, :, :2]))
+        opcheck(operators.write_nvfp4_frames, (target[:, :, :2], slots, codes, scales, amax, mean, "mse"))
     opcheck(operators.read_fp8_frames, (codes, amax, torch.zeros(*frames, 4, 8)[:, :, :2]))
+    opcheck(operators.write_fp8_frames, (torch.zeros(*frames, 4, 8)[:, :, :2], slots, codes, amax))
     check_fused()
 
 

@@ -2,14 +2,15 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from longlive_diffusers.models.frame_store import FP8Frames, NVFP4Frames
+from longlive_diffusers.models.frame_store import FP8Frames, FrameStore, NVFP4Frames, Shape
 from longlive_diffusers.models.layer_kv_cache import allocate_slots
 from longlive_diffusers.nvfp4 import e2m1, operators
 from longlive_diffusers.nvfp4.backends import rows_to_fp8
-from longlive_diffusers.nvfp4.format import NVFP4Tensor, encode_matrix
+from longlive_diffusers.nvfp4.format import NVFP4Tensor, encode_matrix, quantize_unchecked
 from longlive_diffusers.nvfp4.hadamard import random_hadamard
 from longlive_diffusers.nvfp4.noise import uniform_noise
 from longlive_diffusers.nvfp4.rules import RULES
@@ -106,7 +107,8 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
             expected_codes, expected_scales = rows_to_fp8(matrix.cpu())
             same = torch.equal(codes.cpu().view(torch.uint8), expected_codes.view(torch.uint8))
             check(f"FP8, {name} {shape} {dtype}", same and torch.equal(scales.cpu(), expected_scales))
-    for name, same in compare_frames(device):
+    written = (1, 3, 4, 880, 128) if large else (2, 2, 3, 40, 256)
+    for name, same in itertools.chain(compare_frames(device), compare_written_frames(device, written)):
         check(name, same)
     return differing, total
 
@@ -135,6 +137,74 @@ def compare_frames(device: torch.device) -> Iterator[tuple[str, bool]]:
             stored = (store.codes.to(device), store.scales.to(device), store.amax.to(device), mean)
             operators.read_nvfp4_frames(*stored, store.scale_rule, found[:, :, :2])
         yield f"frames, {name} {dtype}", torch.equal(found.cpu(), expected)
+
+
+WRITTEN = {
+    "nvfp4": (partial(NVFP4Frames, for_keys=False), torch.float32),
+    "nvfp4, absolute errors": (partial(NVFP4Frames, for_keys=False, scale_rule="mae"), torch.bfloat16),
+    "nvfp4, centered": (partial(NVFP4Frames, for_keys=True), torch.bfloat16),
+    "nvfp4, centered, without a choice": (partial(NVFP4Frames, for_keys=True, scale_rule="static_6"), torch.float32),
+    "fp8, float32": (partial(FP8Frames, for_keys=True), torch.float32),
+    "fp8, bfloat16": (partial(FP8Frames, for_keys=True), torch.bfloat16),
+}
+
+
+def compare_written_frames(device: torch.device, shape: Shape) -> Iterator[tuple[str, bool]]:
+    """Write two of the slots of a window: the name of each case, and whether all bits are as on a CPU. The numbers are
+    such that their sums are exact, and so are means in any order. Where a frame has a NaN, all of it is NaN."""
+    cpu = torch.device("cpu")
+    chosen = torch.tensor([[2, 0], [1, 2]])[: shape[0]]
+    for name, (make, dtype) in WRITTEN.items():
+        window = allocate_slots(shape, dtype, cpu)
+        window.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(64).round() / 64)
+        window[0, 0, 2], window[-1, 1, 2], window[0, 1, 0] = 0.0, -0.0, 1.5
+        window[0, 0, 0, 33, 5] = torch.nan
+        expected, found = make(shape, cpu), make(shape, cpu)
+        expected.write_from(window, chosen)
+        write_by_kernels(found, window, chosen, device)
+        read, found_read = torch.zeros(shape), torch.zeros(shape)
+        expected.read_into(read)
+        found.read_into(found_read)
+        numbers = ~read.isnan().any(-1).any(-1)
+        same = all(
+            torch.equal(own[numbers], part[numbers]) for own, part in zip(found.parts, expected.parts, strict=True)
+        )
+        yield (
+            f"written frames, {name}",
+            same and torch.equal(read.isnan(), found_read.isnan()) and not numbers[0, 0, 0],
+        )
+    yield "written frames, a mean that is rounded", mean_is_near(device, shape)
+
+
+def mean_is_near(device: torch.device, shape: Shape) -> bool:
+    """Whether the mean that the kernel takes from keys is right but for rounding, and all else is right given it."""
+    cpu = torch.device("cpu")
+    window, chosen = allocate_slots(shape, torch.float32, cpu), torch.zeros(shape[0], 1, dtype=torch.long)
+    window.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 3)
+    found = NVFP4Frames(shape, cpu, for_keys=True)
+    write_by_kernels(found, window, chosen, device)
+    codes, scales, amax, mean = (part[:, :, 0] for part in found.parts)
+    centered = window[:, :, 0] - mean
+    expected = quantize_unchecked(centered, found.scale_rule, amax=amax)
+    return (
+        (window[:, :, 0].double().mean(-2, keepdim=True) - mean).abs().max().item() < 1e-6
+        and torch.equal(amax, centered.abs().amax((-2, -1), keepdim=True))
+        and equal(codes, scales, expected)
+    )
+
+
+def write_by_kernels(store: FrameStore, window: torch.Tensor, chosen: torch.Tensor, device: torch.device) -> None:
+    """Write to a store on the CPU what kernels make on the device; the window is laid out there as it is here."""
+    on_device = allocate_slots(tuple(window.shape), window.dtype, device)
+    on_device.copy_(window)
+    parts = [part.to(device) for part in store.parts]
+    if isinstance(store, FP8Frames):
+        operators.write_fp8_frames(on_device, chosen.to(device), *parts)
+    else:
+        mean = None if store.mean is None else parts[3]
+        operators.write_nvfp4_frames(on_device, chosen.to(device), *parts[:3], mean, store.scale_rule)
+    for own, part in zip(store.parts, parts, strict=True):
+        own.copy_(part)
 
 
 if __name__ == "__main__":

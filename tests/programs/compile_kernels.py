@@ -45,7 +45,23 @@ def variants(ptx: bool):
         yield kernels.hadamard_amax_kernel, {"x": dtype, "amax": "*fp32"} | MATRIX, {"TILE": 1024}
         rows = {"x": dtype, "codes": "*u8", "scales": "*fp32", "columns": "i32"} | strides
         yield kernels.quantize_rows_kernel, rows, {"TILE": 4096}
+    yield from variants_that_write_frames(ptx)
     yield from fused_variants("*bf16")
+
+
+def variants_that_write_frames(ptx: bool):
+    """The kernels that write to the KV cache."""
+    window, float32 = {"window": "*bf16", "chosen": "*i64"}, {"mean": "*fp32", "amax": "*fp32"}
+    place = {"head_stride": "i64"} | dict.fromkeys(("heads", "frames", "slots"), "i32")
+    yield kernels.center_frames_kernel, window | float32 | place | {"tokens": "i32"}, {"DIM": 128, "TOKENS": 32}
+    amax = window | {"amax": "*fp32"} | place | {"size": "i32"}
+    yield kernels.frame_amax_kernel, amax, {"DIVISOR": 448.0, "TILE": 8192}
+    frames = window | {"codes": "*u8", "scales": "*fp32"} | place | {"size": "i32"}
+    yield kernels.write_fp8_frames_kernel, frames, {"TILE": 4096}
+    frames = window | {"codes": "*u8", "scales": "*u8", "amax": "*fp32", "mean": "*fp32"} | place | {"tokens": "i32"}
+    rule = {"LARGEST_VALUE": 6.0, "SPAN": 1536.0, "DIM": 128, "TOKENS": 16, "PTX": ptx}
+    yield kernels.write_nvfp4_frames_kernel, frames, rule | {"ERROR": 1, "HAS_MEAN": True}
+    yield kernels.write_nvfp4_frames_kernel, frames | {"window": "*fp32"}, rule | {"ERROR": 0, "HAS_MEAN": False}
 
 
 def fused_variants(bits: str):

@@ -17,6 +17,7 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 VIEWS = {"_unsafe_view"}  # whose schema does not say so
 SELECTIONS = {"embedding", "gather", "index", "index_select"}  # read of their first input what they return
 OVERWRITING = {"copy_", "fill_", "normal_", "random_", "uniform_", "zero_"}  # without reading it first
+WRITES_OF_FRAMES = {"fp8_write_frames", "nvfp4_write_frames"}  # as many of a window as are chosen
 WIDE = {torch.float32, torch.float64, torch.complex64}
 
 
@@ -85,6 +86,10 @@ def moved_tensors(func, args: tuple, kwargs: dict, result) -> list[torch.Tensor]
         # Of the caches, the slots of the keys and values; queries, keys, values and rotation are read in full.
         key, value, rotary, raw_keys = args[1], args[2], args[6], args[10]
         read, written = [args[0], key, value, rotary], [result, key, value] + [key] * (raw_keys is not None)
+    elif name in WRITES_OF_FRAMES:
+        window, chosen = args[:2]
+        read = [window[:, :, : chosen.shape[1]]]
+        written = [part[:, :, : chosen.shape[1]] for part in written]
     elif name.endswith("_") and name not in OVERWRITING:
         read += written
     return read + written
