@@ -236,7 +236,7 @@ def write_nvfp4_frames(
     shape = check_nvfp4_frames(codes, scales, amax, mean)
     programs, place = chosen_frames(window, chosen, shape)
     tokens, head_dim = shape[3:]
-    rule = scale_rule_named(scale_rule)
+    size, rule = tokens * head_dim, scale_rule_named(scale_rule)
     if mean is None:
         launch_frame_amax(window, chosen, amax, shape, divisor=1.0)
     else:
@@ -245,10 +245,10 @@ def write_nvfp4_frames(
             window, chosen, mean, amax, *place, tokens, DIM=head_dim, TOKENS=32, num_warps=8,
         )  # fmt: skip
     launch(
-        "write_nvfp4_frames_kernel", (programs, parts(tokens, 16)), window,
-        window, chosen, codes, scales, amax, amax if mean is None else mean, *place, tokens,
+        "write_nvfp4_frames_kernel", (programs, parts(size, 16 * 128)), window,
+        window, chosen, codes, scales, amax, amax if mean is None else mean, *place, size,
         LARGEST_VALUE=rule.largest_value, SPAN=rule.span, ERROR=0 if rule.error is None else ERRORS[rule.name],
-        DIM=head_dim, TOKENS=16, HAS_MEAN=mean is not None, PTX=has_fp4_instructions(window.device),
+        DIM=head_dim, BLOCKS=128, HAS_MEAN=mean is not None, PTX=has_fp4_instructions(window.device),
     )  # fmt: skip
 
 

@@ -58,8 +58,8 @@ def variants_that_write_frames(ptx: bool):
     yield kernels.frame_amax_kernel, amax, {"DIVISOR": 448.0, "TILE": 8192}
     frames = window | {"codes": "*u8", "scales": "*fp32"} | place | {"size": "i32"}
     yield kernels.write_fp8_frames_kernel, frames, {"TILE": 4096}
-    frames = window | {"codes": "*u8", "scales": "*u8", "amax": "*fp32", "mean": "*fp32"} | place | {"tokens": "i32"}
-    rule = {"LARGEST_VALUE": 6.0, "SPAN": 1536.0, "DIM": 128, "TOKENS": 16, "PTX": ptx}
+    frames = window | {"codes": "*u8", "scales": "*u8", "amax": "*fp32", "mean": "*fp32"} | place | {"size": "i32"}
+    rule = {"LARGEST_VALUE": 6.0, "SPAN": 1536.0, "DIM": 128, "BLOCKS": 128, "PTX": ptx}
     yield kernels.write_nvfp4_frames_kernel, frames, rule | {"ERROR": 1, "HAS_MEAN": True}
     yield kernels.write_nvfp4_frames_kernel, frames | {"window": "*fp32"}, rule | {"ERROR": 0, "HAS_MEAN": False}
 
