@@ -24,10 +24,12 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 
 from ..dtypes import float64_device
 from ..number_checks import is_finite
+from ..triton_launch import launch_from, uses_kernels
 from .attend import attend
 
 
 MOST_BLOCK_TOKENS = 64  # and at most a quarter of a frame
+TILE = 4096  # numbers of a block that a program of the kernel copies
 MOST_STRIPS = 2  # each copies what it chooses; a second one halves the error at low densities, more gain little
 
 
@@ -97,16 +99,21 @@ def attend_to_blocks(
         blocks: How much of it is attended to.
         backend, scratch: See [`attend`].
     """
-    chosen = choose_blocks(query, key, blocks)
-    key, value = (take_blocks(states, chosen, blocks.size) for states in (key, value))
-    attended = attend(in_strips(query, blocks), key, value, backend, scratch)
+    by_strip = in_strips(query, blocks)
+    chosen = choose_blocks(by_strip, key, blocks)
+    if can_take_by_kernel(key, value):
+        key, value = (taken.transpose(1, 2) for taken in take_blocks_of_both(key, value, chosen, blocks.size))
+    else:
+        key, value = (take_blocks(states, chosen, blocks.size) for states in (key, value))
+    attended = attend(by_strip, key, value, backend, scratch)
     return from_strips(attended, blocks, query.shape)
 
 
-def choose_blocks(query: torch.Tensor, key: torch.Tensor, blocks: AttendedBlocks) -> torch.Tensor:
-    """Return the indices of the chosen blocks, in ascending order, int64 `[B, strips, heads, count]`."""
-    by_strip = in_strips(query, blocks).unflatten(0, (-1, blocks.strips))
-    mean_query = by_strip.mean(dim=2, dtype=torch.float32)  # [B, strips, heads, head_dim]
+def choose_blocks(by_strip: torch.Tensor, key: torch.Tensor, blocks: AttendedBlocks) -> torch.Tensor:
+    """Return the indices of the blocks that queries (see [`in_strips`]) choose, in ascending order, int64 `[B, strips,
+    heads, count]`."""
+    queries = by_strip.unflatten(0, (-1, blocks.strips))
+    mean_query = queries.mean(dim=2, dtype=torch.float32)  # [B, strips, heads, head_dim]
     mean_key = in_blocks(key, blocks.size).mean(dim=3, dtype=torch.float32)  # [B, heads, blocks, head_dim]
     scores = torch.einsum("bshd,bhkd->bshk", mean_query, mean_key)
     scores = scores.masked_fill(blocks.is_always_seen[:, None, None], math.inf)
@@ -122,6 +129,45 @@ def take_blocks(states: torch.Tensor, chosen: torch.Tensor, size: int) -> torch.
     rows = in_blocks(states, size).flatten(3)  # [B, heads, blocks, size * head_dim]
     taken = in_wide_numbers(rows)[samples, own_heads, chosen].view(states.dtype)  # [B, strips, heads, count, ...]
     return taken.unflatten(-1, (size, -1)).flatten(0, 1).flatten(2, 3).transpose(1, 2)
+
+
+def can_take_by_kernel(key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether [`take_blocks_of_both`] can take the place of [`take_blocks`]: what one head has is contiguous."""
+    is_dense = all(states.stride(1) == states.shape[3] and states.stride(3) == 1 for states in (key, value))
+    return is_dense and uses_kernels(key)
+
+
+@torch.library.custom_op("longlive_diffusers::take_blocks", mutates_args=())
+def take_blocks_of_both(
+    key: torch.Tensor, value: torch.Tensor, chosen: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Copy chosen blocks of keys and values in one pass, on a GPU.
+
+    Args:
+        key, value: `[B, slots * tokens, heads, head_dim]`, where what one head has is contiguous.
+        chosen: The indices of the blocks, int64 `[B, strips, heads, count]`.
+        size: The number of tokens of a block.
+
+    Returns:
+        Those of the keys and of the values, `[B * strips, heads, count * size, head_dim]`.
+    """
+    batch, strips, heads, count = chosen.shape
+    numbers = size * key.shape[3]
+    taken = [states.new_empty(batch * strips, heads, count * size, states.shape[3]) for states in (key, value)]
+    launch_from(
+        f"{__package__}.block_kernels", "take_blocks_kernel", (chosen.numel(), -(-numbers // TILE)), key,
+        key, value, chosen.contiguous(), *taken, key.stride(0), key.stride(2), value.stride(0), value.stride(2),
+        strips, heads, count, numbers, TILE=TILE,
+    )  # fmt: skip
+    return taken[0], taken[1]
+
+
+@take_blocks_of_both.register_fake
+def _(key, value, chosen, size) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, strips, heads, count = chosen.shape
+    shape = (batch * strips, heads, count * size, key.shape[3])
+    return key.new_empty(shape), value.new_empty(shape)
 
 
 def in_wide_numbers(rows: torch.Tensor) -> torch.Tensor:

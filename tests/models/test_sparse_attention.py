@@ -10,6 +10,7 @@ from longlive_diffusers.models.sparse_attention import (
     AttendedBlocks,
     attend_to_blocks,
     choose_blocks,
+    in_strips,
     largest_divisor,
     plan_blocks,
 )
@@ -36,7 +37,7 @@ def planned(density: float, always_seen=ALWAYS_SEEN, tokens: int = TOKENS) -> At
 
 def masked(query, key, value, blocks: AttendedBlocks) -> torch.Tensor:
     """Dense attention under a mask of the blocks that each token's strip and head has chosen."""
-    chosen = choose_blocks(query, key, blocks)
+    chosen = choose_blocks(in_strips(query, blocks), key, blocks)
     strip_of_token = torch.arange(query.shape[1]) % blocks.tokens // (blocks.tokens // blocks.strips)
     block_of_key = torch.arange(key.shape[1]) // blocks.size
     by_block = torch.zeros(*chosen.shape[:3], key.shape[1] // blocks.size, dtype=torch.bool).scatter(3, chosen, True)
@@ -88,7 +89,7 @@ def test_each_head_and_strip_chooses_what_it_points_to():
     for (strip, head), block in wanted.items():
         query[:, strip * 8 : strip * 8 + 8, head, strip] = 1.0
         key[:, block * 4 : block * 4 + 4, head, strip] = 1.0
-    chosen = choose_blocks(query, key, blocks)
+    chosen = choose_blocks(in_strips(query, blocks), key, blocks)
     for (strip, head), block in wanted.items():
         own = set(chosen[0, strip, head].tolist())
         assert block in own and {0, 1, 2, 3, 16, 17, 18, 19} <= own

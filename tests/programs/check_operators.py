@@ -6,6 +6,7 @@ import torch
 from torch.library import opcheck
 
 from longlive_diffusers.fused import operators as fused_operators
+from longlive_diffusers.models.sparse_attention import take_blocks_of_both
 from longlive_diffusers.nvfp4 import operators
 
 
@@ -34,6 +35,8 @@ def check() -> None:
         opcheck(operators.write_nvfp4_frames, (target[:, :, :2], slots, codes, scales, amax, mean, "mse"))
     opcheck(operators.read_fp8_frames, (codes, amax, torch.zeros(*frames, 4, 8)[:, :, :2]))
     opcheck(operators.write_fp8_frames, (torch.zeros(*frames, 4, 8)[:, :, :2], slots, codes, amax))
+    key, chosen = torch.randn(1, 2, 6, 4).transpose(1, 2), torch.tensor([[[[0], [2]]]])
+    opcheck(take_blocks_of_both, (key, key.clone(), chosen, 2))
     check_fused()
 
 

@@ -7,6 +7,7 @@ a part of the largest number, and with what it may be.
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -17,6 +18,12 @@ from longlive_diffusers.fused.decode import decode_heads
 from longlive_diffusers.fused.residual import add, add_and_norm, norm
 from longlive_diffusers.models.e4m3 import to_codes
 from longlive_diffusers.models.rotary import apply_rotary, rotary_embedding
+from longlive_diffusers.models.sparse_attention import (
+    attend_to_blocks,
+    plan_blocks,
+    take_blocks,
+    take_blocks_of_both,
+)
 from tests.programs.compare_branches import as_on_a_gpu, stream
 
 
@@ -123,6 +130,30 @@ def codes(device: torch.device) -> Iterator[Case]:
         yield f"codes to numbers, {dtype}", 0.0, [decoded], [decode_heads(expected, factors[0], dtype)]
 
 
+def blocks(device: torch.device) -> Iterator[Case]:
+    """Two videos, whose two strips choose two of three blocks of each head; a block is two programs, the last of which
+    is not full. Copies are exact. The keys' heads have room between them, the values' do not."""
+    size = 20
+    chosen = torch.tensor([[0, 1], [0, 2], [1, 2], [0, 1], [1, 2], [0, 2], [0, 1], [1, 2]]).view(2, 2, 2, 2)
+    for dtype in ROUNDING:
+        generator = torch.Generator().manual_seed(2)
+        key, value = (torch.randn(2, 2, tokens, 256, generator=generator).to(dtype) for tokens in (70, 60))
+        visible = [states.transpose(1, 2)[:, :60] for states in (key, value)]
+        expected = [take_blocks(states, chosen, size).transpose(1, 2) for states in visible]
+        on_device = [states.to(device).transpose(1, 2)[:, :60] for states in (key, value)]
+        found = take_blocks_of_both(*on_device, chosen.to(device), size)
+        yield f"blocks, {dtype}", 0.0, list(found), expected
+    query, states = torch.randn(2, 16, 2, 8, generator=generator), torch.randn(2, 48, 2, 8, generator=generator)
+    plan = plan_blocks([[True, False, True], [False, True, True]], 16, 0.5)
+    assert plan is not None
+    expected = attend_to_blocks(query, states, -states, plan)
+    plan = replace(plan, is_always_seen=plan.is_always_seen.to(device))
+    query, states = query.to(device), states.transpose(1, 2).contiguous().to(device).transpose(1, 2)
+    with as_on_a_gpu():
+        found = attend_to_blocks(query, states, -states, plan)
+    yield "attention to blocks", STREAM, [found], [expected]
+
+
 def streams() -> Iterator[Case]:
     """Whole streams: two videos with other shots, evictions, a prompt that changes."""
     for relative_rope, num_heads in ((False, 1), (True, 2)):
@@ -150,7 +181,8 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 def compare(device: torch.device) -> list[str]:
     """Print each case, and return the names of those that differ by more than they may."""
     differing = []
-    cases = [*norms(device), *rotations(device), *codes(device), *(streams() if device.type == "cpu" else ())]
+    cases = [*norms(device), *rotations(device), *codes(device), *blocks(device)]
+    cases += streams() if device.type == "cpu" else ()
     for name, bound, found, expected in cases:
         error = max(difference(a.cpu(), b) for a, b in zip(found, expected, strict=True))
         print(f"{name}: {error:.1e}, at most {bound:.1e}")

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longlive_diffusers.fused import kernels as fused_kernels
+from longlive_diffusers.models.block_kernels import take_blocks_kernel
 from longlive_diffusers.nvfp4 import kernels
 
 
@@ -65,7 +66,7 @@ def variants_that_write_frames(ptx: bool):
 
 
 def fused_variants(bits: str):
-    """The kernels of `fused`, for a network of width 3072 in `bits`."""
+    """The kernels of `fused`, and of sparse attention, for a network of width 3072 in `bits`."""
     tensors = dict.fromkeys(("hidden_states",), "*fp32") | {"update": bits} | dict.fromkeys(("gate",), "*fp32")
     tensors |= {"weight": "*fp32", "bias": "*fp32", "added": "*fp32", "normed": bits}
     sizes = dict.fromkeys(("rows", "rows_of_a_frame", "dim"), "i32")
@@ -89,6 +90,10 @@ def fused_variants(bits: str):
         yield fused_kernels.norm_rotate_and_write_kernel, arguments | written, constants
     codes = {"codes": "*u8", "scale": "*fp32", "result": bits} | dict.fromkeys(("tokens", "dim", "head_dim"), "i32")
     yield fused_kernels.decode_heads_kernel, codes, {"BLOCK": 4096}
+    tensors = {"key": bits, "value": bits, "chosen": "*i64", "taken_key": bits, "taken_value": bits}
+    strides = [f"{name}_{axis}_stride" for name in ("key", "value") for axis in ("batch", "head")]
+    arguments = tensors | dict.fromkeys(strides, "i64") | dict.fromkeys(("strips", "heads", "count", "size"), "i32")
+    yield take_blocks_kernel, arguments, {"TILE": 4096}
 
 
 def compile_for(capability: int, whole: bool) -> tuple[int, int]:
