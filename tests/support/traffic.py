@@ -80,6 +80,8 @@ def moved_tensors(func, args: tuple, kwargs: dict, result) -> list[torch.Tensor]
         written = tensors_in(result)
         if name in SELECTIONS:
             read[0] = written[0]
+        elif name == "take_blocks":  # of keys and values
+            read[:2] = written
     elif name == "index_put_":
         written = read[-1:]  # the new values
     elif name == "norm_rotate_and_write":
