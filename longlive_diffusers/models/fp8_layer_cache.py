@@ -16,7 +16,7 @@ from .e4m3 import from_codes, to_codes
 from .frame_store import Shape
 from .layer_kv_cache import ChunkSlots, LayerCacheBase, allocate_slots, first_tokens, joined_tokens
 from .scaled_frames import ScaledFrames
-from .sparse_attention import choose_blocks, from_strips, in_strips, take_blocks
+from .sparse_attention import choose_blocks, from_strips, in_strips, take_chosen
 
 
 QUERY_FACTOR = 16.0
@@ -100,10 +100,11 @@ class FP8LayerKVCache(LayerCacheBase):
         if (blocks := chunk.blocks) is None:
             attended = attend_to_codes(query, key, value, dtype, backend, self.scratch)
         else:
-            chosen = choose_blocks(from_codes(query, dtype), from_codes(key, dtype), blocks)
-            key, value = (take_blocks(states, chosen, blocks.size) for states in (key, value))
-            by_strip = attend_to_codes(in_strips(query, blocks), key, value, dtype, backend, self.scratch)
-            attended = from_strips(by_strip, blocks, query.shape)
+            by_strip = in_strips(query, blocks)
+            chosen = choose_blocks(from_codes(by_strip, dtype), from_codes(key, dtype), blocks)
+            key, value = take_chosen(key, value, chosen, blocks)
+            attended = attend_to_codes(by_strip, key, value, dtype, backend, self.scratch)
+            attended = from_strips(attended, blocks, query.shape)
         return decode_heads(attended, self.value.scale, dtype)
 
     def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -100,11 +100,7 @@ def attend_to_blocks(
         backend, scratch: See [`attend`].
     """
     by_strip = in_strips(query, blocks)
-    chosen = choose_blocks(by_strip, key, blocks)
-    if can_take_by_kernel(key, value):
-        key, value = (taken.transpose(1, 2) for taken in take_blocks_of_both(key, value, chosen, blocks.size))
-    else:
-        key, value = (take_blocks(states, chosen, blocks.size) for states in (key, value))
+    key, value = take_chosen(key, value, choose_blocks(by_strip, key, blocks), blocks)
     attended = attend(by_strip, key, value, backend, scratch)
     return from_strips(attended, blocks, query.shape)
 
@@ -118,6 +114,17 @@ def choose_blocks(by_strip: torch.Tensor, key: torch.Tensor, blocks: AttendedBlo
     scores = torch.einsum("bshd,bhkd->bshk", mean_query, mean_key)
     scores = scores.masked_fill(blocks.is_always_seen[:, None, None], math.inf)
     return scores.topk(blocks.count, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def take_chosen(
+    key: torch.Tensor, value: torch.Tensor, chosen: torch.Tensor, blocks: AttendedBlocks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy the blocks that were chosen of keys and values `[B, slots * tokens, heads, head_dim]`; each `[B * strips,
+    count * size, heads, head_dim]`."""
+    if can_take_by_kernel(key, value):
+        taken_key, taken_value = take_blocks_of_both(key, value, chosen, blocks.size)
+        return taken_key.transpose(1, 2), taken_value.transpose(1, 2)
+    return take_blocks(key, chosen, blocks.size), take_blocks(value, chosen, blocks.size)
 
 
 def take_blocks(states: torch.Tensor, chosen: torch.Tensor, size: int) -> torch.Tensor:
