@@ -287,7 +287,7 @@ PRIVATE_NAMES = [
             "WanMidBlock": ("published_modules",),
             "WanResidualBlock": ("cached_convolutions", "decode_frames", "published_modules"),
             "WanResidualUpBlock": ("cached_convolutions", "decode_frames", "published_modules"),
-            "WanRMS_norm": ("decode_frames", "published_modules"),
+            "WanRMS_norm": ("published_modules",),
             "WanUpBlock": ("cached_convolutions", "decode_frames", "published_modules"),
             "WanUpsample": ("published_modules",),
         }.items()

@@ -30,8 +30,8 @@ def test_interpreted_fused_kernels_are_near_the_functions_they_stand_for():
     run_program(compare_fused, TRITON_INTERPRET="1")
 
 
-def test_the_interpreted_kernel_of_the_decoder_does_what_plain_pytorch_does():
-    """By itself, and in a stream of chunks."""
+def test_the_interpreted_kernels_of_the_decoder_do_what_plain_pytorch_does():
+    """By themselves, and in a stream of chunks."""
     assert run_program(wan_decoder_kernel, TRITON_INTERPRET="1").splitlines() == ["0 differ"]
 
 
@@ -45,7 +45,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     assert told.splitlines() == ["80 14 0", "120 14 4", "90 28 0", "100 20 8"]
 
 
-def test_the_kernel_of_the_decoder_compiles_for_gpus_that_are_not_here(tmp_path):
+def test_the_kernels_of_the_decoder_compile_for_gpus_that_are_not_here(tmp_path):
     told = run_program(wan_decoder_kernel, "90", "100", "120", TRITON_CACHE_DIR=str(tmp_path))
     assert told.splitlines() == ["90 4", "100 4", "120 4"]
 

@@ -1,6 +1,7 @@
 """The own forward of the VAE's decoder: its parts against diffusers' modules, and which decoders it is for."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -11,13 +12,15 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D, WanDecoder3d, WanResample, WanRMS_norm
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longlive_diffusers import StreamingDecoder
 from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.models import streaming_vae
 from longlive_diffusers.models.compiled import compiled_for
-from longlive_diffusers.models.wan_decoder import cached_convolutions, decode_frames
+from longlive_diffusers.models.wan_decoder import cached_convolutions, decode_frames, operators
 from longlive_diffusers.models.wan_decoder.norm_silu import norm_silu_after
+from longlive_diffusers.models.wan_decoder.pending_sum import PendingSum
 from longlive_diffusers.models.wan_decoder.published_modules import is_as_published
 from longlive_diffusers.models.wan_decoder.upsample import add_repeated, double_and_convolve
 from longlive_diffusers.parallel.columns import HEIGHT, WIDTH, ColumnSplit
@@ -112,6 +115,50 @@ def test_it_takes_a_fraction_of_the_operators_and_bytes_of_the_modules():
     assert own_bytes < 0.6 * num_bytes
 
 
+# -- on a GPU: as far as it can be seen on tensors without numbers ----------------------------------------------------
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """Returns a VAE without numbers and latents for it, for which the operators of a GPU are called."""
+    monkeypatch.setattr(operators, "runs_kernels", lambda frames: True)
+
+    def prepare(make_vae: Callable[[], AutoencoderKLWan], frames: int) -> tuple[AutoencoderKLWan, torch.Tensor]:
+        vae = make_vae().to("meta").requires_grad_(False)
+        return vae, torch.empty(1, vae.config.z_dim, frames, 4, 4, device="meta")
+
+    return prepare
+
+
+class Biases(TorchDispatchMode):
+    """Counts the convolutions, those that add a bias, and the kernels that do."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        place = {"convolution": 2, "wan_norm_silu_after": 3, "wan_add_": 1}.get(func.overloadpacket.__name__)
+        if place is not None:
+            name = func.overloadpacket.__name__
+            self.counts[name == "convolution", args[place] is not None] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@every_vae
+def test_on_a_gpu_kernels_add_the_biases_of_convolutions(on_meta, make_vae):
+    """Each once, and no convolution its own, which would take another pass; but that of `post_quant_conv`, which is
+    small."""
+    vae, latents = on_meta(make_vae, 3)
+    decoder = StreamingDecoder(vae)
+    decoder.decode(latents)
+    with Biases() as biases:
+        decoder.decode(latents)
+    by_convolutions, without, by_kernels = (biases.counts[key] for key in ((True, True), (True, False), (False, True)))
+    assert by_convolutions == 1
+    assert by_kernels == without > 10
+
+
 # -- several frames at once ------------------------------------------------------------------------------------------
 
 WAN_2_2 = {
@@ -177,7 +224,7 @@ def test_a_transposed_convolution_doubles_and_convolves(height, width, dtype):
     module = WanResample(12, "upsample2d").to(dtype)
     frames = random(2, 3, height, width, 12).to(dtype)
     with torch.no_grad():
-        found = double_and_convolve(module.resample[1], frames, None)
+        found = double_and_convolve(module.resample[1], frames, None).add_up()
         expected = module(frames.movedim(-1, 1)).movedim(1, -1)
     torch.testing.assert_close(found, expected, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=0)
 
@@ -190,7 +237,8 @@ def test_repetitions_are_those_of_the_module(channels, factor_t, first):
     frames = random(2, 1 if first else 3, 2, 5, channels[0])
     expected = module(frames.movedim(-1, 1), first_chunk=first).movedim(1, -1)
     before = random(*expected.shape, seed=1)
-    assert torch.equal(add_repeated(before.clone(), module, frames, first), before + expected)
+    found = add_repeated(PendingSum(before.clone()), module, frames, first).add_up()
+    assert torch.equal(found, before + expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -202,7 +250,7 @@ def test_norm_and_activation_are_those_of_the_modules(dtype, size):
     kept, frames = random(2, 2, 3, 2, 12, seed=2).to(dtype), (size * random(2, 3, 3, 2, 12)).to(dtype)
     frames[0, 1, 2, 1] = 0
     with torch.no_grad():
-        joined, after = norm_silu_after(kept, frames, norm.gamma)
+        joined, after = norm_silu_after(kept, PendingSum(frames), norm.gamma)
         expected = F.silu(norm(frames.movedim(-1, 1))).movedim(1, -1)
     assert torch.equal(joined[:, :2], kept)
     assert torch.equal(after, joined[:, -2:])

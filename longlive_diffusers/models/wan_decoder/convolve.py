@@ -7,9 +7,10 @@ from torch import nn
 from ...fused.onednn import has_onednn
 from ...parallel.columns import ColumnSplit
 from .beside import put_beside
+from .pending_sum import PendingSum, bias_now_and_later
 
 
-def convolve(module: nn.Conv3d, frames: torch.Tensor, split: ColumnSplit | None) -> torch.Tensor:
+def convolve(module: nn.Conv3d, frames: torch.Tensor, split: ColumnSplit | None) -> PendingSum:
     """
     Convolve, with zeros around every frame, and none before the first or after the last.
 
@@ -21,7 +22,7 @@ def convolve(module: nn.Conv3d, frames: torch.Tensor, split: ColumnSplit | None)
     Returns:
         `[B, T - t + 1, H, W, C']`.
     """
-    weight, bias = module.weight, module.bias
+    weight, (bias, later) = module.weight, bias_now_and_later(module.bias, frames)
     padding = [0, *(size // 2 for size in weight.shape[-2:])]
     if split is not None and padding[split.axis]:
         frames, padding[split.axis] = put_beside(frames, split), 0
@@ -31,7 +32,8 @@ def convolve(module: nn.Conv3d, frames: torch.Tensor, split: ColumnSplit | None)
         result = torch.ops.mkldnn._convolution_pointwise(channels_first, weight, bias, *settings)
     else:
         result = F.conv3d(channels_first, weight, bias, padding=padding)
-    return result.movedim(1, -1).contiguous()  # which it is, where there is a kernel for this layout
+    result = result.movedim(1, -1).contiguous()  # which it is, where there is a kernel for this layout
+    return PendingSum(result, later)
 
 
 def _is_for_onednn(frames: torch.Tensor) -> bool:

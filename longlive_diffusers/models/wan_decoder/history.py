@@ -7,6 +7,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d
 
 from .cached_convolutions import KEPT, CachedConvolution, cached_convolutions
 from .norm_silu import last_frames, norm_silu_after
+from .pending_sum import PendingSum
 
 
 Tensor = torch.Tensor
@@ -23,7 +24,7 @@ class History:
     `after` has the same for the next call.
     """
 
-    def __init__(self, before: Sequence[Tensor]):
+    def __init__(self, before: list[Tensor]):
         self._before, self.after = before, []
 
     def put_before(self, frames: Tensor) -> Tensor:
@@ -32,9 +33,9 @@ class History:
         self.after.append(last_frames(joined))
         return joined
 
-    def put_before_normalized(self, frames: Tensor, gamma: Tensor) -> Tensor:
-        """The same after RMS norm and SiLU of these frames."""
-        joined, kept = norm_silu_after(self._before[len(self.after)], frames, gamma)
+    def put_before_normalized(self, features: PendingSum, gamma: Tensor, adds_up: bool = False) -> Tensor:
+        """The same after RMS norm and SiLU of these features, which may be added up for somebody else, too."""
+        joined, kept = norm_silu_after(self._before[len(self.after)], features, gamma, adds_up)
         self.after.append(kept)
         return joined
 
@@ -45,7 +46,7 @@ class History:
 
 def from_feature_cache(decoder: WanDecoder3d, cache: list, latents: Tensor) -> list[Tensor]:
     """
-    Take what a convolution keeps from a feature cache, as diffusers' modules or `into_feature_cache` leave it.
+    Take what convolutions keep from a feature cache, as diffusers' modules or `into_feature_cache` leave it.
 
     Args:
         decoder: The decoder.

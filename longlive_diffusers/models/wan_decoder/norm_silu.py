@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from ...triton_launch import uses_kernels
 from . import operators
 from .cached_convolutions import KEPT
+from .pending_sum import PendingSum
 
 
 SMALLEST_NORM = 1e-12  # that of `F.normalize`
@@ -28,22 +28,29 @@ def rms_norm(frames: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
 
 
 def norm_silu_after(
-    kept: torch.Tensor, frames: torch.Tensor, gamma: torch.Tensor
+    kept: torch.Tensor, features: PendingSum, gamma: torch.Tensor, adds_up: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Put what is kept of earlier frames before these ones, which are normalized and activated.
 
     Args:
         kept: `[B, 2, H, W, C]`, normalized already.
-        frames: `[B, T, H, W, C]`.
+        features: `[B, T, H, W, C]`.
         gamma: The norm's factor for each channel.
+        adds_up: Whether the features are needed afterwards: a kernel that adds them up writes their sum, too.
 
     Returns:
-        Both together, `[B, 2 + T, H, W, C]`, of the dtype of `frames`; and a copy of the last two.
+        Both together, `[B, 2 + T, H, W, C]`, of the dtype of the features; and a copy of the last two.
     """
-    # A compiler makes such a kernel itself.
-    if not torch.compiler.is_compiling() and frames.dtype != torch.float64 and uses_kernels(frames):
-        return operators.norm_silu_after(kept, frames, gamma)
+    frames = features.frames
+    if operators.runs_kernels(frames):
+        returns_sum = adds_up and features.is_pending
+        joined, kept_after, total = operators.norm_silu_after(
+            kept, frames, gamma, features.bias, features.shortcut, returns_sum
+        )
+        if returns_sum:
+            features.settle(total)
+        return joined, kept_after
     batch, count, *shape = frames.shape
     joined = frames.new_empty(batch, KEPT + count, *shape)
     joined[:, :KEPT].copy_(kept)
