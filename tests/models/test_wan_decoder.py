@@ -19,11 +19,14 @@ from longlive_diffusers.assets import toy_pipeline_path
 from longlive_diffusers.models import streaming_vae
 from longlive_diffusers.models.compiled import compiled_for
 from longlive_diffusers.models.wan_decoder import cached_convolutions, decode_frames, operators
+from longlive_diffusers.models.wan_decoder.history import from_feature_cache, into_feature_cache
 from longlive_diffusers.models.wan_decoder.norm_silu import norm_silu_after
 from longlive_diffusers.models.wan_decoder.pending_sum import PendingSum
 from longlive_diffusers.models.wan_decoder.published_modules import is_as_published
 from longlive_diffusers.models.wan_decoder.upsample import add_repeated, double_and_convolve
 from longlive_diffusers.parallel.columns import HEIGHT, WIDTH, ColumnSplit
+from tests.support.fake_cuda import as_cudnn_returns
+from tests.support.storage_watch import StorageWatch
 from tests.support.tiny_vae import tiny_vae, wan_2_1_vae
 from tests.support.traffic import Traffic
 
@@ -157,6 +160,34 @@ def test_on_a_gpu_kernels_add_the_biases_of_convolutions(on_meta, make_vae):
     by_convolutions, without, by_kernels = (biases.counts[key] for key in ((True, True), (True, False), (False, True)))
     assert by_convolutions == 1
     assert by_kernels == without > 10
+
+
+class Peak(StorageWatch):
+    """The most bytes that are held at once."""
+
+    peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.overloadpacket.__name__ == "convolution":
+            result = as_cudnn_returns(result, args[0])
+        self.peak = max(self.peak, self.alive_bytes())
+        return result
+
+
+def test_features_are_freed_when_the_next_ones_are_there(on_meta):
+    """Four are held at most: a sum, its two terms, and what is normalized of it, with two more frames. What a
+    convolution keeps of the frames before is freed as soon as there is what it keeps of these."""
+    vae, latents = on_meta(tiny_vae, 4)
+    cache = [None] * vae._cached_conv_counts["decoder"]
+    with Peak([*vae.parameters(), latents]) as watch:
+        into_feature_cache(from_feature_cache(vae.decoder, cache, latents), cache)
+        kept = from_feature_cache(vae.decoder, cache, latents)
+        size = sum(frames.nbytes for frames in kept)
+        decode_frames.decode_frames(vae.decoder, latents, kept, False)
+    largest = latents.new_empty(1, 16, 32, 32, 8).nbytes
+    assert kept == [] and set(cache) == {None}
+    assert watch.peak <= (4 + 4 / 16) * largest + size
 
 
 # -- several frames at once ------------------------------------------------------------------------------------------

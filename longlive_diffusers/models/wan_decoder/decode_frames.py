@@ -34,7 +34,7 @@ def decode_frames(
     Args:
         decoder: Has the parameters.
         latents: The next latent frames `[B, z_dim, T, h, w]`, after `post_quant_conv`.
-        kept: What the convolutions keep of the frames before, as [`History`] takes it.
+        kept: What the convolutions keep of the frames before, as [`History`] takes it; emptied.
         first: Whether this is the first latent frame of a video; it has to come alone.
         split: Who has which columns, where latents and kept frames are a part of the picture, and other ranks call
             this with the others. By default they are all of it.

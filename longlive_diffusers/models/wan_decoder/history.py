@@ -19,7 +19,7 @@ class History:
 
     Args:
         before: For each convolution the last two frames of its input so far, `[B, 2, H, W, C]`; zeros for those before
-            the video.
+            the video. The list is emptied, so that each is freed when the convolution keeps others: they are large.
 
     `after` has the same for the next call.
     """
@@ -29,24 +29,25 @@ class History:
 
     def put_before(self, frames: Tensor) -> Tensor:
         """Return a convolution's input `[B, 2 + T, H, W, C]`: the kept frames, and these."""
-        joined = torch.cat([self._before[len(self.after)], frames], dim=1)
+        joined = torch.cat([self._before.pop(0), frames], dim=1)
         self.after.append(last_frames(joined))
         return joined
 
     def put_before_normalized(self, features: PendingSum, gamma: Tensor, adds_up: bool = False) -> Tensor:
         """The same after RMS norm and SiLU of these features, which may be added up for somebody else, too."""
-        joined, kept = norm_silu_after(self._before[len(self.after)], features, gamma, adds_up)
+        joined, kept = norm_silu_after(self._before.pop(0), features, gamma, adds_up)
         self.after.append(kept)
         return joined
 
     def pass_by(self) -> None:
         """Leave out a convolution: it keeps what it has."""
-        self.after.append(self._before[len(self.after)])
+        self.after.append(self._before.pop(0))
 
 
 def from_feature_cache(decoder: WanDecoder3d, cache: list, latents: Tensor) -> list[Tensor]:
     """
-    Take what convolutions keep from a feature cache, as diffusers' modules or `into_feature_cache` leave it.
+    Take what convolutions keep out of a feature cache, as diffusers' modules or `into_feature_cache` leave it. Nothing
+    stays there, as it would not be freed.
 
     Args:
         decoder: The decoder.
@@ -68,7 +69,9 @@ def from_feature_cache(decoder: WanDecoder3d, cache: list, latents: Tensor) -> l
         return filled
 
     convolutions = cached_convolutions(decoder)
-    return [kept(convolution, entry) for convolution, entry in zip(convolutions, cache, strict=False)]
+    taken = [kept(convolution, entry) for convolution, entry in zip(convolutions, cache, strict=False)]
+    cache[:] = [None] * len(cache)
+    return taken
 
 
 def into_feature_cache(history: Sequence[Tensor], cache: list) -> None:
