@@ -61,3 +61,8 @@ def launch_from(
 def next_power_of_two(number: int) -> int:
     """The least power of two that is not less, as Triton wants the sizes of what a program holds."""
     return 1 << (number - 1).bit_length()
+
+
+def warps_for(dim: int) -> int:
+    """The number of warps of a program for a row of `dim` numbers: 16 numbers a thread, and more of long rows."""
+    return min(16, max(1, next_power_of_two(dim) // 512))

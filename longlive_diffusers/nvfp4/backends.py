@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..triton_launch import uses_kernels
 from .format import NVFP4Tensor, quantize_unchecked
+from .fp8_rows import rows_to_fp8
 from .matmul import (
     capability_unsupported_reason,
     emulate,
@@ -27,8 +27,6 @@ from .matmul import (
     multiply_in_hardware,
     swizzle,
 )
-from .operators import quantize_rows
-from .rules import MAX_SCALE
 from .transformer_engine import TEProduct, te_unsupported_reason
 
 
@@ -175,14 +173,6 @@ def quantize_rows_of(x: torch.Tensor, scale_rule: str, share_amax: ShareAmax | N
     if share_amax is None:
         return quantize_unchecked(x, scale_rule)
     return quantize_unchecked(x, scale_rule, amax=share_amax(x.abs().amax().float().reshape(1)))
-
-
-def rows_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize to float8_e4m3fn `[rows, cols]`; also return the scales of the rows, float32 `[rows, 1]`."""
-    if uses_kernels(x):
-        return quantize_rows(x)
-    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / MAX_SCALE
-    return (x.float() / scale).clamp(-MAX_SCALE, MAX_SCALE).to(torch.float8_e4m3fn), scale
 
 
 def _fp8_unsupported_reason(layer: LayerShape, device: torch.device) -> str | None:

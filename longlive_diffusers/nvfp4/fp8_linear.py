@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..fused.layers import is_plain
-from .backends import rows_to_fp8
+from .fp8_rows import FP8Rows, rows_to_fp8
 from .kept_dtypes import keeping_dtypes
 from .matmul import capability_unsupported_reason, fp8_matmul
 
@@ -46,16 +46,17 @@ class FP8Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` -> `[..., out_features]`, in the dtype of `x`, rounded to bfloat16."""
-        return self.multiply_fp8(*rows_to_fp8(x.reshape(-1, self.in_features)), x.shape[:-1]).to(x.dtype)
+        return self.multiply_fp8(FP8Rows.of(x)).to(x.dtype)
 
     def takes_fp8(self, x: torch.Tensor) -> bool:
         """Whether [`multiply_fp8`] gives what a call with `x` does."""
         return x.dtype == torch.bfloat16
 
-    def multiply_fp8(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Multiply rows that `rows_to_fp8` gave, and add the bias: bfloat16 `[*shape, out_features]`."""
+    def multiply_fp8(self, x: FP8Rows) -> torch.Tensor:
+        """Multiply an input that is quantized already, and add the bias: bfloat16 `[..., out_features]`."""
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-        return fp8_matmul(codes, scale, self.weight_codes, self.weight_scale, bias).reshape(*shape, self.out_features)
+        product = fp8_matmul(x.codes, x.scale, self.weight_codes, self.weight_scale, bias)
+        return product.reshape(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn, recurse: bool = True):
         with keeping_dtypes(self, ("weight_codes", "weight_scale")):

@@ -12,9 +12,9 @@ from .backends import (
     ShareAmax,
     check_backend_name,
     choose_backend,
-    rows_to_fp8,
 )
 from .format import BLOCK, NVFP4Tensor, Weights, check_buffers, quantize
+from .fp8_rows import FP8Rows
 from .kept_dtypes import keeping_dtypes
 from .matmul import connected_to
 from .rules import scale_rule_named
@@ -161,7 +161,7 @@ class NVFP4Linear(nn.Linear):
         """`[..., in_features]` -> `[..., out_features]`, in the dtype of `x`; the bias is added after rounding, but by
         the backend `fp8` in bfloat16, whose product adds it before."""
         if self.takes_fp8(x):
-            return self.multiply_fp8(*rows_to_fp8(x.reshape(-1, self.in_features)), x.shape[:-1])
+            return self.multiply_fp8(FP8Rows.of(x))
         rows = x.reshape(-1, self.in_features)
         if not len(rows):
             product = rows.new_zeros(0, self.out_features)
@@ -189,12 +189,13 @@ class NVFP4Linear(nn.Linear):
         is_bf16 = x.dtype == torch.bfloat16 and x.numel() > 0 and not torch.is_grad_enabled()
         return is_bf16 and isinstance(self.product(), FP8Product)
 
-    def multiply_fp8(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Multiply rows that `rows_to_fp8` gave, and add the bias: bfloat16 `[*shape, out_features]`."""
+    def multiply_fp8(self, x: FP8Rows) -> torch.Tensor:
+        """Multiply an input that is quantized already, and add the bias: bfloat16 `[..., out_features]`."""
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
         product = self.product()
         assert isinstance(product, FP8Product)  # see `takes_fp8`
-        return product.multiply(codes, scale, self.weight_nvfp4, bias).reshape(*shape, self.out_features)
+        rows = product.multiply(x.codes, x.scale, self.weight_nvfp4, bias)
+        return rows.reshape(*x.shape[:-1], self.out_features)
 
     @torch.compiler.disable()
     def _select_backend_uncompiled(self) -> None:

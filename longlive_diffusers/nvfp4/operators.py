@@ -8,17 +8,18 @@ The operators exist without Triton, which is imported when one is first run.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
-from ..triton_launch import launch_from
+from ..triton_launch import launch_from, next_power_of_two, warps_for
 from .rules import MAX_SCALE, scale_rule_named
 
 
 ERRORS = {"mse": 1, "mae": 2, "abs_max": 3}  # four-over-six's measures of error; 0: there is only one candidate
 TILE = {False: 1024, True: 128}  # columns of a program's tile, which has 1 row (False) or 16 (True)
 
-ROW_TILE = 4096  # where blocks do not matter
+FRAME_TILE = 4096  # where blocks do not matter
 
 Shape = tuple[int, int, int, int, int]  # of a cache's frames: batch, heads, slots, tokens of a frame, head_dim
 
@@ -28,6 +29,11 @@ launch = partial(launch_from, f"{__package__}.kernels")
 def has_fp4_instructions(device: torch.device) -> bool:
     """Whether the device has instructions that convert to and from E2M1."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
+
+
+def has_fp8_instructions(device: torch.device) -> bool:
+    """Whether the device has an instruction that converts to E4M3."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def parts(total: int, size: int) -> int:
@@ -104,21 +110,43 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix to FP8, as `backends.rows_to_fp8` does, in one pass.
 
     Args:
-        x: float32, bfloat16 or float16 `[rows, cols]`, with any strides.
+        x: float32, bfloat16 or float16 `[rows, cols]`, with any strides; cols is a multiple of 8.
 
     Returns:
         float8_e4m3fn `[rows, cols]`, and the scales of the rows, float32 `[rows, 1]`.
     """
     rows, columns = x.shape
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    launch("quantize_rows_kernel", (rows,), x, x, codes, scales, columns, *x.stride(), TILE=ROW_TILE)
-    return codes.view(torch.float8_e4m3fn), scales
+    codes, scales = empty_rows(rows, columns, x.device)
+    launch(
+        "quantize_rows_kernel", (rows,), x,
+        x, codes.view(torch.uint8), scales, columns, *x.stride(), **row_constants(columns, x.device),
+    )  # fmt: skip
+    return codes, scales
 
 
 @quantize_rows.register_fake
 def _(x) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    rows, columns = x.shape
+    return empty_rows(rows, columns, x.device)
+
+
+def empty_rows(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocate what [`quantize_rows`] returns.
+
+    Raises:
+        ValueError: If the columns are not a multiple of 8: so many codes are stored together.
+    """
+    if columns % 8:
+        raise ValueError(f"Rows in FP8 have multiples of 8 numbers, got {columns}.")
+    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
+    return codes, torch.empty(rows, 1, dtype=torch.float32, device=device)
+
+
+def row_constants(columns: int, device: torch.device) -> dict[str, Any]:
+    """The constants of a kernel that quantizes a row in each program, which holds all of it, and at least four numbers
+    for each thread: so many are converted together."""
+    block = max(128, next_power_of_two(columns))
+    return {"BLOCK": block, "PTX": has_fp8_instructions(device), "num_warps": warps_for(columns)}
 
 
 @torch.library.custom_op("longlive_diffusers::nvfp4_dequantize_matrix", mutates_args=())
@@ -200,9 +228,9 @@ def read_fp8_frames(codes: torch.Tensor, scale: torch.Tensor, target: torch.Tens
     length, head_stride = check_window(target, shape)
     size = tokens * head_dim
     launch(
-        "read_fp8_frames_kernel", (batch * heads * length, parts(size, ROW_TILE)), codes,
+        "read_fp8_frames_kernel", (batch * heads * length, parts(size, FRAME_TILE)), codes,
         codes, scale, as_bits(target), head_stride, length, slots, size,
-        TILE=ROW_TILE, BF16=target.dtype == torch.bfloat16,
+        TILE=FRAME_TILE, BF16=target.dtype == torch.bfloat16,
     )  # fmt: skip
 
 
@@ -274,8 +302,8 @@ def write_fp8_frames(window: torch.Tensor, chosen: torch.Tensor, codes: torch.Te
     size = shape[3] * shape[4]
     launch_frame_amax(window, chosen, scale, shape, divisor=MAX_SCALE)
     launch(
-        "write_fp8_frames_kernel", (programs, parts(size, ROW_TILE)), window,
-        window, chosen, codes, scale, *place, size, TILE=ROW_TILE,
+        "write_fp8_frames_kernel", (programs, parts(size, FRAME_TILE)), window,
+        window, chosen, codes, scale, *place, size, TILE=FRAME_TILE,
     )  # fmt: skip
 
 
@@ -291,7 +319,7 @@ def launch_frame_amax(
     programs, place = chosen_frames(window, chosen, shape)
     launch(
         "frame_amax_kernel", (programs,), window,
-        window, chosen, amax, *place, shape[3] * shape[4], DIVISOR=divisor, TILE=2 * ROW_TILE, num_warps=8,
+        window, chosen, amax, *place, shape[3] * shape[4], DIVISOR=divisor, TILE=2 * FRAME_TILE, num_warps=8,
     )  # fmt: skip
 
 

@@ -1,28 +1,37 @@
-"""Several layers on one input, which is quantized once for all of them."""
+"""Several layers on one input, which is quantized once for all of them, or was before."""
 
 from collections.abc import Sequence
-from typing import TypeGuard
 
 import torch
 from torch import nn
 
 from ..fused.layers import is_plain
-from .backends import rows_to_fp8
 from .fp8_linear import FP8Linear
+from .fp8_rows import FP8Rows
 from .linear import NVFP4Linear
 
 
-def apply_together(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
-    """Apply several layers to one input, which is quantized once where all of them take it in FP8."""
-    in_fp8: list[NVFP4Linear | FP8Linear] = [layer for layer in layers if takes_fp8(layer, x)]
-    if len(in_fp8) == len(layers):
-        codes, scale = rows_to_fp8(x.flatten(0, -2))
-        return [layer.multiply_fp8(codes, scale, x.shape[:-1]) for layer in in_fp8]
-    return [layer(x) for layer in layers]
+def apply_together(layers: Sequence[nn.Module], x: torch.Tensor | FP8Rows) -> list[torch.Tensor]:
+    """Apply several layers to one input, which is quantized once where all of them take it in FP8.
+
+    Args:
+        layers: The layers.
+        x: Their input, `[..., in_features]`; in FP8 only where [`take_fp8`] said so of the layers.
+    """
+    if isinstance(x, torch.Tensor):
+        if not take_fp8(layers, x):
+            return [layer(x) for layer in layers]
+        x = FP8Rows.of(x)
+    return [layer.multiply_fp8(x) for layer in layers if isinstance(layer, NVFP4Linear | FP8Linear)]
 
 
-def takes_fp8(layer: nn.Module, x: torch.Tensor) -> TypeGuard[NVFP4Linear | FP8Linear]:
-    """Whether the layer's product with `x` is that of both in FP8, and nothing is around the layer."""
+def take_fp8(layers: Sequence[nn.Module], x: torch.Tensor) -> bool:
+    """Whether there are layers, the product of each with `x` is that of both in FP8, and nothing is around a layer. Of
+    `x`, only shape, dtype and device count."""
+    return bool(layers) and all(_takes_fp8(layer, x) for layer in layers)
+
+
+def _takes_fp8(layer: nn.Module, x: torch.Tensor) -> bool:
     if is_plain(layer, NVFP4Linear, x.device) or is_plain(layer, FP8Linear, x.device):
         return layer.takes_fp8(x)
     return False

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from longlive_diffusers.nvfp4 import NVFP4Linear
-from longlive_diffusers.nvfp4.backends import rows_to_fp8
 from longlive_diffusers.nvfp4.fp8_linear import FP8Linear, fp8_unsupported_reason
+from longlive_diffusers.nvfp4.fp8_rows import FP8Rows, rows_to_fp8
 from longlive_diffusers.nvfp4.together import apply_together
 
 
@@ -76,10 +76,13 @@ def test_an_input_of_several_fp8_layers_is_quantized_once(monkeypatch, in_nvfp4)
 
     with torch.no_grad():
         expected = [layer(x) for layer in layers]
-        monkeypatch.setattr("longlive_diffusers.nvfp4.together.rows_to_fp8", counted)
+        monkeypatch.setattr("longlive_diffusers.nvfp4.fp8_rows.rows_to_fp8", counted)
         found = apply_together(layers, x)
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-    assert calls == [(10, 32)]
+        rows = FP8Rows.of(x)
+        again = apply_together(layers, rows)
+    assert all(torch.equal(*outputs) for own in (found, again) for outputs in zip(own, expected, strict=True))
+    assert calls == [(10, 32), (10, 32)]  # once for each input; nothing for one that was quantized before
+    assert (rows.shape, rows.dtype, rows.codes.shape, rows.scale.shape) == (x.shape, x.dtype, (10, 32), (10, 1))
 
 
 def test_the_bias_of_an_fp8_product_is_added_before_it_is_rounded():
@@ -114,4 +117,4 @@ def test_single_rows_and_none_are_multiplied_like_by_a_plain_layer(shape):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.ones(*shape, 64, dtype=dtype)
             assert layer(x).shape == (*shape, 96) and layer(x).dtype == dtype
-            assert layer.multiply_fp8(*rows_to_fp8(x.reshape(-1, 64)), x.shape[:-1]).shape == (*shape, 96)
+            assert layer.multiply_fp8(FP8Rows.of(x)).shape == (*shape, 96)

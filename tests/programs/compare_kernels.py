@@ -9,8 +9,8 @@ import torch
 from longlive_diffusers.models.frame_store import FP8Frames, FrameStore, NVFP4Frames, Shape
 from longlive_diffusers.models.layer_kv_cache import allocate_slots
 from longlive_diffusers.nvfp4 import e2m1, operators
-from longlive_diffusers.nvfp4.backends import rows_to_fp8
 from longlive_diffusers.nvfp4.format import NVFP4Tensor, encode_matrix, quantize_unchecked
+from longlive_diffusers.nvfp4.fp8_rows import rows_to_fp8
 from longlive_diffusers.nvfp4.hadamard import random_hadamard
 from longlive_diffusers.nvfp4.noise import uniform_noise
 from longlive_diffusers.nvfp4.rules import RULES
@@ -41,7 +41,7 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
     """Names of the cases that differ, and the number of all."""
     differing, total = [], 0
 
-    def check(name: str, same: bool) -> None:
+    def check(name: str, same: bool | torch.Tensor) -> None:
         nonlocal total
         total += 1
         if not same:
@@ -107,6 +107,11 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
             expected_codes, expected_scales = rows_to_fp8(matrix.cpu())
             same = torch.equal(codes.cpu().view(torch.uint8), expected_codes.view(torch.uint8))
             check(f"FP8, {name} {shape} {dtype}", same and torch.equal(scales.cpu(), expected_scales))
+        odd = torch.ones(2, 16, dtype=dtype)
+        odd[0, 3], odd[1, 5] = torch.nan, torch.inf
+        codes, scales = (part.cpu() for part in operators.quantize_rows(odd.to(device)))
+        lost = codes.float().isnan()
+        check(f"FP8, NaN and infinity {dtype}", lost[0].all() and lost[1, 5] and not scales.isfinite().any())
     written = (1, 3, 4, 880, 128) if large else (2, 2, 3, 40, 256)
     for name, same in itertools.chain(compare_frames(device), compare_written_frames(device, written)):
         check(name, same)
