@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..nvfp4.kernels import e4m3_bits, e4m3_number
+from ..nvfp4.kernels import e4m3_bits, e4m3_number, store_row_in_fp8
 
 
 @triton.jit
@@ -15,6 +15,7 @@ def add_and_norm_kernel(
     bias,
     added,
     normed,
+    scales,
     rows,
     rows_of_a_frame,
     dim,
@@ -29,6 +30,8 @@ def add_and_norm_kernel(
     ADDS: tl.constexpr,
     GATED: tl.constexpr,
     NORMS: tl.constexpr,
+    QUANTIZES: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
     batch, row = index // rows, index % rows
@@ -53,7 +56,21 @@ def add_and_norm_kernel(
         factor = tl.load(weight + batch * weight_batch_stride + frame * weight_stride + columns, mask, other=0.0)
         shift = tl.load(bias + batch * bias_batch_stride + frame * bias_stride + columns, mask, other=0.0)
         result = centered * scale * factor.to(tl.float32) + shift.to(tl.float32)
-        tl.store(normed + place, result.to(normed.dtype.element_ty), mask)
+        if QUANTIZES:  # what is rounded to bfloat16, as it would be to be read by the layer
+            store_row_in_fp8(result.to(tl.bfloat16), normed, scales, index, dim, mask, BLOCK, PTX)
+        else:
+            tl.store(normed + place, result.to(normed.dtype.element_ty), mask)
+
+
+@triton.jit
+def gelu_in_fp8_kernel(x, codes, scales, columns, BLOCK: tl.constexpr, PTX: tl.constexpr):
+    """x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))), which is GELU in its tanh approximation."""
+    index, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    mask = column < columns
+    number = tl.load(x + index * columns + column, mask, other=0.0).to(tl.float32)
+    exponent = number * (-2.302208198 - 0.1029432397 * number * number)  # of 2
+    result = (number / (1.0 + tl.exp2(exponent))).to(x.dtype.element_ty)
+    store_row_in_fp8(result, codes, scales, index, columns, mask, BLOCK, PTX)
 
 
 @triton.jit

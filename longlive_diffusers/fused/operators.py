@@ -4,7 +4,8 @@ from functools import partial
 
 import torch
 
-from ..triton_launch import launch_from, next_power_of_two
+from ..nvfp4.operators import empty_rows, row_constants
+from ..triton_launch import launch_from, next_power_of_two, warps_for
 
 
 launch = partial(launch_from, f"{__package__}.kernels", fuses=True)
@@ -21,6 +22,21 @@ def norm_rows(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
 @norm_rows.register_fake
 def _(hidden_states, weight, bias, eps) -> torch.Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("longlive_diffusers::norm_rows_in_fp8", mutates_args=())
+def norm_rows_in_fp8(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute [`residual.norm_in_fp8`] in one pass: codes and scales, as `quantize_rows` returns them."""
+    codes, scales = _empty_rows_like(hidden_states)
+    _launch_by_rows(hidden_states, None, None, weight, bias, eps, None, codes.view(torch.uint8), scales)
+    return codes, scales
+
+
+@norm_rows_in_fp8.register_fake
+def _(hidden_states, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_rows_like(hidden_states)
 
 
 @torch.library.custom_op("longlive_diffusers::add_and_norm_rows", mutates_args=())
@@ -45,6 +61,28 @@ def _(hidden_states, update, gate, weight, bias, eps) -> tuple[torch.Tensor, tor
     return added, torch.empty_like(added, dtype=update.dtype)
 
 
+@torch.library.custom_op("longlive_diffusers::add_and_norm_rows_in_fp8", mutates_args=())
+def add_and_norm_rows_in_fp8(
+    hidden_states: torch.Tensor,
+    update: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute [`residual.add_and_norm_in_fp8`] in one pass: the sum, codes and scales."""
+    added = torch.empty_like(hidden_states, dtype=torch.float32, memory_format=torch.contiguous_format)
+    codes, scales = _empty_rows_like(hidden_states)
+    _launch_by_rows(hidden_states, update, gate, weight, bias, eps, added, codes.view(torch.uint8), scales)
+    return added, codes, scales
+
+
+@add_and_norm_rows_in_fp8.register_fake
+def _(hidden_states, update, gate, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    added = torch.empty_like(hidden_states, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return added, *_empty_rows_like(hidden_states)
+
+
 @torch.library.custom_op("longlive_diffusers::add_rows", mutates_args=())
 def add_rows(
     hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype
@@ -60,8 +98,13 @@ def _(hidden_states, update, gate, dtype) -> torch.Tensor:
     return torch.empty_like(hidden_states, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _launch_by_rows(hidden_states, update, gate, weight, bias, eps: float, added, normed) -> None:
-    """Launch the kernel of the operators above; what they do without is None."""
+def _empty_rows_like(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, rows, dim = hidden_states.shape
+    return empty_rows(batch * rows, dim, hidden_states.device)
+
+
+def _launch_by_rows(hidden_states, update, gate, weight, bias, eps: float, added, normed, scales=None) -> None:
+    """Launch the kernel of the operators above; what they do without is None. With `scales`, `normed` is codes."""
     batch, rows, dim = hidden_states.shape
     tensors, strides, frames = [], [], 1
     for tensor in (gate, weight, bias):
@@ -76,11 +119,30 @@ def _launch_by_rows(hidden_states, update, gate, weight, bias, eps: float, added
     launch(
         "add_and_norm_kernel", (batch * rows,), hidden_states,
         hidden_states.contiguous(), hidden_states if update is None else update.contiguous(), *tensors,
-        hidden_states if added is None else added, hidden_states if normed is None else normed,
+        *(hidden_states if result is None else result for result in (added, normed, scales)),
         rows, rows // frames, dim, *strides, eps,
-        BLOCK=next_power_of_two(dim), ADDS=update is not None, GATED=gate is not None, NORMS=normed is not None,
-        num_warps=warps_for(dim),
+        ADDS=update is not None, GATED=gate is not None, NORMS=normed is not None, QUANTIZES=scales is not None,
+        **row_constants(dim, hidden_states.device),
     )  # fmt: skip
+
+
+@torch.library.custom_op("longlive_diffusers::gelu_rows_in_fp8", mutates_args=())
+def gelu_rows_in_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute [`feed_forward.gelu_in_fp8`] of `[rows, columns]` in one pass: codes and scales, as `quantize_rows`
+    returns them."""
+    rows, columns = x.shape
+    codes, scales = empty_rows(rows, columns, x.device)
+    launch(
+        "gelu_in_fp8_kernel", (rows,), x,
+        x.contiguous(), codes.view(torch.uint8), scales, columns, **row_constants(columns, x.device),
+    )  # fmt: skip
+    return codes, scales
+
+
+@gelu_rows_in_fp8.register_fake
+def _(x) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = x.shape
+    return empty_rows(rows, columns, x.device)
 
 
 @torch.library.custom_op(
@@ -176,8 +238,3 @@ def decode_heads(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -
 @decode_heads.register_fake
 def _(codes, scale, dtype) -> torch.Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
-
-
-def warps_for(dim: int) -> int:
-    """The number of warps of a program for a row of `dim` numbers: 16 numbers for each thread."""
-    return min(16, max(1, next_power_of_two(dim) // 512))

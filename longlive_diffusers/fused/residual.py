@@ -4,13 +4,16 @@ next layer's input.
     add_and_norm:  hidden_states += gate * update;  normed = layer_norm(hidden_states) * weight + bias
 
 On a GPU, this is one kernel, which reads and writes every number once: 12 bytes of each in bfloat16, in place of 36.
+Where the layer multiplies in FP8, the kernel also quantizes its input, which is then never in memory in bfloat16; the
+bits are those of the two one after the other, as the kernel rounds to bfloat16 in between.
 """
 
 import torch
 import torch.nn.functional as F
 
+from ..nvfp4.fp8_rows import FP8Rows
 from .layers import uses_fused_kernels
-from .operators import add_and_norm_rows, add_rows, norm_rows
+from .operators import add_and_norm_rows, add_and_norm_rows_in_fp8, add_rows, norm_rows, norm_rows_in_fp8
 
 
 def norm(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float) -> torch.Tensor:
@@ -28,6 +31,14 @@ def norm(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, 
     if uses_fused_kernels(hidden_states):
         return norm_rows(hidden_states, weight, bias, eps)
     return _plain_norm(wide(hidden_states), weight, bias, eps).to(hidden_states.dtype)
+
+
+def norm_in_fp8(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float) -> FP8Rows:
+    """Compute [`norm`] in bfloat16, and quantize it."""
+    if uses_fused_kernels(hidden_states):
+        codes, scale = norm_rows_in_fp8(hidden_states, weight, bias, eps)
+        return FP8Rows(codes, scale, hidden_states.shape)
+    return FP8Rows.of(norm(hidden_states, weight, bias, eps=eps).bfloat16())
 
 
 def add_and_norm(
@@ -57,6 +68,23 @@ def add_and_norm(
         return add_and_norm_rows(hidden_states, update, gate, weight, bias, eps)
     hidden_states = add(hidden_states, update, gate, dtype=wide(hidden_states).dtype)
     return hidden_states, _plain_norm(hidden_states, weight, bias, eps).to(update.dtype)
+
+
+def add_and_norm_in_fp8(
+    hidden_states: torch.Tensor,
+    update: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    eps: float,
+) -> tuple[torch.Tensor, FP8Rows]:
+    """Compute [`add_and_norm`], its normalized tokens in bfloat16, and quantize these."""
+    if uses_fused_kernels(hidden_states):
+        added, codes, scale = add_and_norm_rows_in_fp8(hidden_states, update, gate, weight, bias, eps)
+        return added, FP8Rows(codes, scale, hidden_states.shape)
+    added, normed = add_and_norm(hidden_states, update, gate, weight, bias, eps=eps)
+    return added, FP8Rows.of(normed.bfloat16())
 
 
 def add(

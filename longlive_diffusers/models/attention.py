@@ -4,9 +4,12 @@ and to the prompt embeddings of each chunk."""
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttention
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..fused.layers import is_plain
 from ..fused.rotation import can_norm_rotate_and_write, norm_rotate_and_write
+from ..nvfp4.fp8_rows import FP8Rows
 from ..nvfp4.together import apply_together
 from ..parallel.all_to_all import gather_heads, scatter_heads
 from ..parallel.head_exchange import HeadExchange
@@ -31,7 +34,7 @@ class LongLiveAttnProcessor:
     def __call__(
         self,
         attn: WanAttention,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | FP8Rows,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: ChunkMask | None = None,
         rotary_emb: torch.Tensor | None = None,
@@ -43,7 +46,8 @@ class LongLiveAttnProcessor:
         """
         Args:
             attn: The module whose projections are used.
-            hidden_states: The hidden states of the tokens, `[B, tokens, dim]`.
+            hidden_states: The hidden states of the tokens, `[B, tokens, dim]`; in FP8 where the [`first_layers`] take
+                them so.
             encoder_hidden_states: The projected prompt embeddings, `[B, L, dim]`, or one prompt for each chunk,
                 `[B, chunks, L, dim]`, for cross-attention.
             attention_mask: Which chunks see which, for self-attention without a cache; cross-attention takes the
@@ -65,7 +69,7 @@ class LongLiveAttnProcessor:
             states = self._attend_to_frames(
                 attn, hidden_states, attention_mask, rotary_emb, layer_cache, chunk, sp_mesh, exchange
             )
-        states = states.flatten(2, 3).type_as(hidden_states)
+        states = states.flatten(2, 3).to(hidden_states.dtype)
         return attn.to_out[1](attn.to_out[0](states))
 
     def _attend_to_frames(
@@ -113,7 +117,7 @@ class LongLiveAttnProcessor:
         return attention_mask.dense(query, key, value, self._attention_backend)
 
     def _attend_to_text(self, attn, hidden_states, encoder_hidden_states, attention_mask, layer_cache):
-        query = attn.to_q(hidden_states)
+        (query,) = apply_together((attn.to_q,), hidden_states)
         (query,) = split_heads(attn, rms_norm(attn.norm_q, query))
         if layer_cache is not None and not torch.is_grad_enabled():
             if layer_cache.text is None:
@@ -134,6 +138,15 @@ class LongLiveAttnProcessor:
         )
         states = states.unflatten(0, (-1, chunks)).unflatten(2, (halves, -1))
         return states.transpose(1, 2).flatten(1, 3)
+
+
+def first_layers(attn: WanAttention, device: torch.device) -> tuple[nn.Module, ...]:
+    """Return the layers that read the hidden states of an attention module, if nothing else does: nothing is around
+    it, and it is computed here."""
+    is_usual = is_plain(attn, WanAttention, device) and type(attn.processor) is LongLiveAttnProcessor
+    if not is_usual or (attn.fused_projections and not attn.is_cross_attention):
+        return ()
+    return (attn.to_q,) if attn.is_cross_attention else (attn.to_q, attn.to_k, attn.to_v)
 
 
 def is_stored_as_sent(layer_cache: object, chunk: ChunkSlots | None) -> bool:

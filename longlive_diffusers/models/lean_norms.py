@@ -8,7 +8,7 @@ it: 24 bytes a number and norm, in place of 2 where the stream between blocks is
 While compiling, the compiler decides what is kept, and without gradients nothing is: the plain functions are called.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..fused import residual
 from ..fused.layers import is_plain
+from ..nvfp4.fp8_rows import FP8Rows
 from .saved_recipes import in_plain_autograd, saved_as_recipe
 
 
@@ -65,16 +66,20 @@ def rms_norm(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     return layer(states).type_as(states)
 
 
-def remade_in_backward(normed: torch.Tensor, *parts: torch.Tensor | None, eps: float) -> AbstractContextManager[None]:
+def remade_in_backward(
+    normed: torch.Tensor | FP8Rows, *parts: torch.Tensor | None, eps: float
+) -> AbstractContextManager[None]:
     """
     Within this, layers that would keep `normed` for the gradients of their weights keep `parts` instead, of which it
     is made again.
 
     Args:
-        normed: What [`norm`] or [`add_and_norm`] returned.
+        normed: What [`norm`] or [`add_and_norm`] returned; in FP8, it has no gradients.
         parts: What it was made of: the arguments of that call.
         eps: Its `eps`.
     """
+    if isinstance(normed, FP8Rows):
+        return nullcontext()
     given = [part for part in parts if part is not None]  # there may be no gate
     return saved_as_recipe(normed, partial(_remake, normed.dtype, eps), *given)
 

@@ -29,6 +29,7 @@ from ..fused.layers import is_plain
 from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
 from ..number_checks import check_booleans
+from ..nvfp4.fp8_rows import FP8Rows
 from ..nvfp4.linear import nvfp4_layers
 from ..nvfp4.lora import adopt_lora_layers, check_no_magnitudes, check_takes_adapter
 from ..nvfp4.optimized_layers import check_not_optimized
@@ -45,8 +46,9 @@ from .chunk_mask import ChunkMask
 from .kv_cache import KVCache
 from .layer_kv_cache import ChunkSlots, LayerCacheBase
 from .lean_feed_forward import feed_forward
-from .lean_norms import add, add_and_norm, norm, remade_in_backward
+from .lean_norms import add, norm, remade_in_backward
 from .lora_scaling import Turns, with_lora_scale, with_present_scales
+from .norms_of_inputs import add_and_norm_for, norm_for
 from .rotary import axis_frequencies, rotary_embedding
 
 
@@ -100,7 +102,7 @@ class LongLiveTransformerBlock(nn.Module):
         # Layers run in `dtype`; within the block, the residual stream is in float32.
         dtype, eps = hidden_states.dtype, self.norm1.eps
         weight, bias = 1 + scale_msa, shift_msa
-        normed = norm(hidden_states, weight, bias, eps=eps)
+        normed = norm_for(self.attn1, hidden_states, weight, bias, eps=eps)
         with remade_in_backward(normed, hidden_states, weight, bias, eps=eps):
             update = self.attn1(
                 normed,
@@ -120,20 +122,20 @@ class LongLiveTransformerBlock(nn.Module):
             gate = None
 
         weight, bias = 1 + scale_ffn, shift_ffn
-        hidden_states, normed = add_and_norm(hidden_states, update, gate, weight, bias, eps=eps)
+        hidden_states, normed = add_and_norm_for(self.ffn, hidden_states, update, gate, weight, bias, eps=eps)
         with remade_in_backward(normed, hidden_states, weight, bias, eps=eps):
             update = feed_forward(self.ffn, normed)
         return add(hidden_states, update, gate_ffn, dtype=dtype)
 
     def _add_and_norm2(
         self, hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, AbstractContextManager[None]]:
-        """[`add_and_norm`] with the norm before cross-attention, which is a module with weights, or none at all; and
-        what is to be entered while its result is used."""
+    ) -> tuple[torch.Tensor, torch.Tensor | FP8Rows, AbstractContextManager[None]]:
+        """[`add_and_norm_for`] with the norm before cross-attention, which is a module with weights, or none at all;
+        and what is to be entered while its result is used."""
         norm2 = self.norm2
         if is_plain(norm2, FP32LayerNorm, hidden_states.device):
             parts = hidden_states, update, gate, norm2.weight, norm2.bias
-            hidden_states, normed = add_and_norm(*parts, eps=norm2.eps)
+            hidden_states, normed = add_and_norm_for(self.attn2, *parts, eps=norm2.eps)
             return hidden_states, normed, remade_in_backward(normed, *parts, eps=norm2.eps)
         hidden_states = add(hidden_states, update, gate, dtype=torch.float32)
         return hidden_states, norm2(hidden_states).to(update.dtype), nullcontext()

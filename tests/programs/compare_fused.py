@@ -7,15 +7,19 @@ a part of the largest number, and with what it may be.
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from longlive_diffusers.fused import layers, operators
 from longlive_diffusers.fused.decode import decode_heads
-from longlive_diffusers.fused.residual import add, add_and_norm, norm
+from longlive_diffusers.fused.feed_forward import gelu_in_fp8
+from longlive_diffusers.fused.residual import add, add_and_norm, add_and_norm_in_fp8, norm, norm_in_fp8
+from longlive_diffusers.models import norms_of_inputs
 from longlive_diffusers.models.e4m3 import to_codes
 from longlive_diffusers.models.rotary import apply_rotary, rotary_embedding
 from longlive_diffusers.models.sparse_attention import (
@@ -24,12 +28,18 @@ from longlive_diffusers.models.sparse_attention import (
     take_blocks,
     take_blocks_of_both,
 )
-from tests.programs.compare_branches import as_on_a_gpu, stream
+from longlive_diffusers.nvfp4 import operators as nvfp4_operators
+from longlive_diffusers.nvfp4.fp8_linear import FP8Linear, can_be_fp8
+from longlive_diffusers.nvfp4.fp8_rows import FP8Rows
+from tests.programs.compare_branches import WIDTH, as_on_a_gpu, stream
+from tests.support.nvfp4_models import small_transformer
+from tests.support.tiny_pipeline import CHUNK_SIZE, SIDE, TEXT_DIM, TEXT_LENGTH
 
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # the interpreter cuts bfloat16 off where a GPU rounds
 STREAM = 1e-5
 NEIGHBORS = 1e-2
+STEP_OF_FP8 = 2**-3
 Case = tuple[str, float, list[torch.Tensor], list[torch.Tensor]]
 
 
@@ -56,6 +66,86 @@ def norms(device: torch.device) -> Iterator[Case]:
         with as_on_a_gpu():
             found = run(device)
         yield f"norm, width {dim}, {dtype}", ROUNDING[dtype], found, expected
+
+
+def norms_in_fp8(device: torch.device) -> Iterator[Case]:
+    """One kernel gives the bits of the two, norm and quantization: two videos of two frames with two tokens."""
+    for dim in (128, 144):
+        generator = torch.Generator().manual_seed(dim)
+        hidden_states, update = (torch.randn(2, 4, dim, generator=generator).to(device) for _ in range(2))
+        gate, weight, bias = torch.randn(3, 2, 2, 1, dim, generator=generator).to(device)
+        affine = torch.randn(2, dim, generator=generator).to(device)
+        states, update = hidden_states.bfloat16(), update.bfloat16()
+        found, expected = [], []
+        with as_on_a_gpu():
+            rows, normed = (f(states, weight, bias, eps=1e-6) for f in (norm_in_fp8, norm))
+            found += parts_of(rows)
+            expected += parts_of(FP8Rows.of(normed))
+            for values in ((hidden_states, update, gate, weight, bias), (states, update, None, *affine)):
+                (added, rows), (expected_sum, normed) = (
+                    f(*values, eps=1e-6) for f in (add_and_norm_in_fp8, add_and_norm)
+                )
+                found += [added, *parts_of(rows)]
+                expected += [expected_sum, *parts_of(FP8Rows.of(normed))]
+        yield f"norm in FP8, width {dim}", 0.0, found, expected
+
+
+def parts_of(rows: FP8Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    return rows.codes, rows.scale
+
+
+def gelus_in_fp8(device: torch.device) -> Iterator[Case]:
+    """GELU of rows of all sizes; in float32, where the interpreter cuts nothing off, by the code."""
+    x = 3 * torch.randn(5, 144, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, 5)[:, None]
+    x[2, :3] = torch.tensor([0.0, -200.0, 1e5])
+    for dtype, bound in ((torch.float32, 0.0 if device.type == "cpu" else STEP_OF_FP8), (torch.bfloat16, STEP_OF_FP8)):
+        with as_on_a_gpu():
+            found = gelu_in_fp8(x.to(dtype).to(device))
+        expected = FP8Rows.of(F.gelu(x.to(dtype).double(), approximate="tanh").to(dtype))
+        pairs = [(rows.codes.cpu().float() * rows.scale.cpu()).unbind() for rows in (found, expected)]
+        yield f"GELU in FP8, {dtype}", bound, *map(list, pairs)
+
+
+def network_in_fp8() -> Iterator[Case]:
+    """A chunk of two videos by a network of one block in FP8, whose norms quantize; and one whose norms do not."""
+    model = small_transformer(num_layers=1).bfloat16()
+    for module in model.blocks.modules():
+        for name, child in list(module.named_children()):
+            if can_be_fp8(child):
+                setattr(module, name, FP8Linear(child))
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(2, TEXT_LENGTH, TEXT_DIM, generator=generator).bfloat16()
+    latents = torch.randn(2, model.config.in_channels, CHUNK_SIZE, SIDE, WIDTH, generator=generator).bfloat16()
+    results, runs = [], []
+    for reads in (norms_of_inputs.reads_fp8, lambda reader, x: False):
+        cache = model.create_kv_cache(2, SIDE, WIDTH, window_size=4, sink_size=0, multi_shot_sink=False)
+        cache.begin_chunk(CHUNK_SIZE)
+        with (
+            as_on_a_gpu(),
+            mock.patch.object(norms_of_inputs, "reads_fp8", reads),
+            launches_of(operators) as run,
+            launches_of(nvfp4_operators) as others,
+        ):
+            results.append([model(latents, torch.full((2,), 500.0), text, kv_cache=cache).sample])
+        runs.append((sorted(run), sorted(others)))
+    in_fp8, apart = runs
+    assert in_fp8[0] == sorted([*apart[0], "gelu_in_fp8_kernel"]), in_fp8
+    # Keys and values of the text, and what two attentions and, without fusion, three norms and GELU give.
+    assert (len(in_fp8[1]), len(apart[1])) == (3, 7), runs
+    yield "network in FP8", ROUNDING[torch.bfloat16], *results
+
+
+@contextmanager
+def launches_of(module) -> Iterator[list[str]]:
+    """The names of the kernels that a module of operators launches meanwhile."""
+    names, launch = [], module.launch
+
+    def noted(kernel: str, *arguments, **constants) -> None:
+        names.append(kernel)
+        launch(kernel, *arguments, **constants)
+
+    with mock.patch.object(module, "launch", noted):
+        yield names
 
 
 def rotations(device: torch.device) -> Iterator[Case]:
@@ -181,10 +271,12 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 def compare(device: torch.device) -> list[str]:
     """Print each case, and return the names of those that differ by more than they may."""
     differing = []
-    cases = [*norms(device), *rotations(device), *codes(device), *blocks(device)]
-    cases += streams() if device.type == "cpu" else ()
+    cases = [*norms(device), *norms_in_fp8(device), *gelus_in_fp8(device), *rotations(device), *codes(device)]
+    cases += blocks(device)
+    if device.type == "cpu":
+        cases += [*network_in_fp8(), *streams()]
     for name, bound, found, expected in cases:
-        error = max(difference(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+        error = max(difference(a.cpu(), b.cpu()) for a, b in zip(found, expected, strict=True))
         print(f"{name}: {error:.1e}, at most {bound:.1e}")
         if not error <= bound:
             differing.append(name)

@@ -1,9 +1,9 @@
 """Compiles the Triton kernels for GPUs that need not be there:
 python -m tests.programs.compile_kernels 80 --whole 90 100
 
-Prints, for each compute capability, how many variants the assembler took, and how many use E2M1's instructions. The
-first variant of each kernel is compiled; after `--whole` all, which takes a while, but for the kernels that do not use
-E2M1's instructions where there are some: they are the same as where there are none.
+Prints, for each compute capability, how many variants the assembler took, and how many use the instructions that
+convert to and from E2M1, and to E4M3. The first variant of each kernel is compiled; after `--whole` all, which takes a
+while, but from Blackwell on, those without such instructions are the same as on Hopper.
 """
 
 import sys
@@ -25,8 +25,9 @@ QUANTIZE = (
 PACKED = {"codes": "*u8", "scales": "*u8", "amax_pointer": "*fp32"}
 
 
-def variants(ptx: bool):
+def variants(capability: int):
     """Kernel, types of its arguments in order, and its constants."""
+    ptx, to_e4m3 = capability >= 100, capability >= 89
     wide, tall = {"TALL": False, "TILE": 1024}, {"TALL": True, "TILE": 128}
     rules = ((False, 0, "*fp16", wide), (False, 1, "*bf16", wide), (True, 3, "*fp32", wide), (True, 3, "*fp32", tall))
     for stochastic, error, dtype, shape in rules:
@@ -45,9 +46,9 @@ def variants(ptx: bool):
         strides = {"row_stride": "i64", "column_stride": "i64"}
         yield kernels.hadamard_amax_kernel, {"x": dtype, "amax": "*fp32"} | MATRIX, {"TILE": 1024}
         rows = {"x": dtype, "codes": "*u8", "scales": "*fp32", "columns": "i32"} | strides
-        yield kernels.quantize_rows_kernel, rows, {"TILE": 4096}
+        yield kernels.quantize_rows_kernel, rows, {"BLOCK": 4096, "PTX": to_e4m3}
     yield from variants_that_write_frames(ptx)
-    yield from fused_variants("*bf16")
+    yield from fused_variants("*bf16", to_e4m3)
 
 
 def variants_that_write_frames(ptx: bool):
@@ -65,16 +66,20 @@ def variants_that_write_frames(ptx: bool):
     yield kernels.write_nvfp4_frames_kernel, frames | {"window": "*fp32"}, rule | {"ERROR": 0, "HAS_MEAN": False}
 
 
-def fused_variants(bits: str):
+def fused_variants(bits: str, to_e4m3: bool):
     """The kernels of `fused`, and of sparse attention, for a network of width 3072 in `bits`."""
     tensors = dict.fromkeys(("hidden_states",), "*fp32") | {"update": bits} | dict.fromkeys(("gate",), "*fp32")
-    tensors |= {"weight": "*fp32", "bias": "*fp32", "added": "*fp32", "normed": bits}
+    tensors |= {"weight": "*fp32", "bias": "*fp32", "added": "*fp32", "normed": bits, "scales": "*fp32"}
     sizes = dict.fromkeys(("rows", "rows_of_a_frame", "dim"), "i32")
     strides = [f"{name}_{kind}stride" for name in ("gate", "weight", "bias") for kind in ("batch_", "")]
     arguments = tensors | sizes | dict.fromkeys(strides, "i64") | {"eps": "fp32"}
     for adds, gated, norms in ((False, False, True), (True, False, True), (True, True, True), (True, True, False)):
-        constants = {"BLOCK": 4096, "ADDS": adds, "GATED": gated, "NORMS": norms}
-        yield fused_kernels.add_and_norm_kernel, arguments, constants
+        constants = {"BLOCK": 4096, "ADDS": adds, "GATED": gated, "NORMS": norms, "PTX": to_e4m3}
+        yield fused_kernels.add_and_norm_kernel, arguments, constants | {"QUANTIZES": False}
+        if norms:
+            yield fused_kernels.add_and_norm_kernel, arguments | {"normed": "*u8"}, constants | {"QUANTIZES": True}
+    rows = {"x": bits, "codes": "*u8", "scales": "*fp32", "columns": "i32"}
+    yield fused_kernels.gelu_in_fp8_kernel, rows, {"BLOCK": 16384, "PTX": to_e4m3, "num_warps": 16}
     tensors = dict.fromkeys(("query", "key", "value", "query_weight", "key_weight"), bits)
     tensors |= {"rotary": "*fp32", "rotated": bits, "key_cache": bits, "value_cache": bits, "token_slots": "*i64"}
     tensors |= {"raw_key_cache": bits, "raw_slots": "*i64"}
@@ -96,18 +101,19 @@ def fused_variants(bits: str):
     yield take_blocks_kernel, arguments, {"TILE": 4096}
 
 
-def compile_for(capability: int, whole: bool) -> tuple[int, int]:
-    """Variants compiled, and those whose assembly has an instruction of E2M1."""
-    compiled, with_instruction = Counter(), 0
-    for kernel, types, constants in variants(ptx=capability >= 100):
+def compile_for(capability: int, whole: bool) -> tuple[int, int, int]:
+    """Variants compiled, and those whose assembly has an instruction of E2M1, and of E4M3."""
+    compiled, with_instruction = Counter(), Counter()
+    for kernel, types, constants in variants(capability):
         if compiled[kernel] and not (whole and ("PTX" in constants or capability < 100)):
             continue
+        options = {"enable_fp_fusion": False, "num_warps": constants.pop("num_warps", 4)}
         source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
-        made = triton.compile(source, GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
+        made = triton.compile(source, GPUTarget("cuda", capability, 32), options=options)
         assert made.asm["cubin"]
         compiled[kernel] += 1
-        with_instruction += "e2m1x2" in made.asm["ptx"]
-    return compiled.total(), with_instruction
+        with_instruction.update(kind for kind in ("e2m1x2", "e4m3x2") if kind in made.asm["ptx"])
+    return compiled.total(), with_instruction["e2m1x2"], with_instruction["e4m3x2"]
 
 
 if __name__ == "__main__":
