@@ -105,7 +105,7 @@ def _e4m3_quotients(x, scale, PTX: tl.constexpr):
     if PTX:
         inverse = tl.div_rn(1.0 + tl.zeros_like(scale), scale)
         bits = tl.inline_asm_elementwise(
-            _TO_E4M3, "=r" + 12 * ",f", [x, -scale, inverse], dtype=tl.uint8, is_pure=True, pack=4
+            _TO_E4M3, "=r,f,f,f,f,f,f,f,f,f,f,f,f", [x, -scale, inverse], dtype=tl.uint8, is_pure=True, pack=4
         )
     else:
         bits = _e4m3_signed(x, scale)
