@@ -55,7 +55,7 @@ def _round_bf16(x):
     """Round float32 to bfloat16's precision, ties to even."""
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return rounded.to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)  # NaN of a GPU would overflow to 0
 
 
 @triton.jit
