@@ -27,6 +27,7 @@ PACKAGE_FLOORS = [
         "triton_launch",
     },
     {"schedulers", "video"},
+    {"fp8"},
     {"fused", "parallel"},
     {"nvfp4"},
     {"loaders"},

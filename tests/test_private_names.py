@@ -178,7 +178,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "_attention_backend of an attention processor",
-        (PACKAGE + "models/attention.py",),
+        (PACKAGE + "models/attention.py", PACKAGE + "pipelines/speed.py"),
         "Look at what set_attention_backend writes.",
         lambda: "processor._attention_backend = " in source_of("diffusers.models.modeling_utils"),
     ),

@@ -69,7 +69,7 @@ class GenerationRequest:
             "output_type": "uint8",
             "decoder": self.decoder,
             "async_decode": args.stream,
-            **shortcuts(args),
+            **shortcuts(args, self.device),
         }
 
 

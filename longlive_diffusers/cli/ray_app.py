@@ -40,7 +40,8 @@ def app(options: Mapping[str, object]) -> ray.serve.Application:
         raise ValueError(said.getvalue().strip().rpartition("error: ")[2]) from None
     check_access(args)
     check_replica_options(args)
-    return application(args, replicas_on(torch.device(args.device), args))
+    device = torch.device(args.device)
+    return application(args, device, replicas_on(device, args))
 
 
 def as_arguments(options: Mapping[str, object]) -> Iterator[str]:

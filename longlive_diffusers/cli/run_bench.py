@@ -157,7 +157,7 @@ def requested_options(args: argparse.Namespace) -> BenchOptions:
         compile=args.compile,
         decoder=args.decoder,
         speed=args.speed,
-        stream={"kv_cache_dtype": kv_cache_dtype(args, device, head_dim), **shortcuts(args)},
+        stream={"kv_cache_dtype": kv_cache_dtype(args, device, head_dim), **shortcuts(args, device)},
     )
 
 

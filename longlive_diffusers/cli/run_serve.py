@@ -8,6 +8,8 @@ import socket
 import sys
 from urllib.parse import quote
 
+import torch
+
 from ..assets import TOY_LORA_STEPS, toy_lora_path
 from ..models.tiny_decoder import TinyVideoDecoder
 from ..pipelines.chunk_step import is_guided
@@ -48,7 +50,7 @@ def serve(args: argparse.Namespace) -> int:
     served = load_served(models, args, rank, decoder)
     app = LiveApp(
         served,
-        settings_of(args),
+        settings_of(args, models.device),
         access=Access(args.host, args.token, tuple(args.origin)),
         on_failure=lambda: server.stop(),
     )
@@ -96,8 +98,8 @@ def check_max_pixels(args: argparse.Namespace, sizes: ModelSizes) -> None:
         raise ValueError(f"--max-pixels {args.max_pixels}: {error}") from error
 
 
-def settings_of(args: argparse.Namespace) -> ServeSettings:
-    """Return what the server allows, and its defaults."""
+def settings_of(args: argparse.Namespace, device: torch.device) -> ServeSettings:
+    """Return what the server allows, and its defaults, for streams that are made on this device."""
     return ServeSettings(
         max_sessions=args.max_sessions,
         max_queue=args.max_queue,
@@ -108,7 +110,7 @@ def settings_of(args: argparse.Namespace) -> ServeSettings:
         guidance_scale=args.guidance_scale,
         window_size=args.window_size,
         sink_size=args.sink_size,
-        **shortcuts(args),
+        **shortcuts(args, device),
         split_first_chunk=args.split_first_chunk,
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import ray  # pyright: ignore[reportMissingImports]
 import ray.serve  # pyright: ignore[reportMissingImports]
+import torch
 
 from ..serve.access import Access
 from ..serve.model import ServedModel
@@ -42,16 +43,16 @@ def serve(args: argparse.Namespace) -> int:
     for note in models.notes:
         print(f"longlive: {note}", file=sys.stderr)
     with ray_with(replicas, host, port), ends_cleanly("all streams were ended"):  # in place of what Ray does
-        ray.serve.run(application(args, replicas), name=APPLICATION, logging_config=QUIET)
+        ray.serve.run(application(args, models.device, replicas), name=APPLICATION, logging_config=QUIET)
         print(f"longlive: {replicas} on {models.device}: {page} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     return 0
 
 
-def application(args: argparse.Namespace, replicas: Replicas) -> ray.serve.Application:
-    """Return the application that Ray runs."""
+def application(args: argparse.Namespace, device: torch.device, replicas: Replicas) -> ray.serve.Application:
+    """Return the application that Ray runs, whose replicas make streams on devices of this kind."""
     access = Access(args.host, args.token, tuple(args.origin))
-    return live_application(functools.partial(load_replica, args), settings_of(args), access, replicas)
+    return live_application(functools.partial(load_replica, args), settings_of(args, device), access, replicas)
 
 
 def load_replica(args: argparse.Namespace) -> ServedModel:

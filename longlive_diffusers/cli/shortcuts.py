@@ -9,10 +9,11 @@ import torch
 from ..pipelines.speed import arguments_of, kv_cache_dtype_of
 
 
-def shortcuts(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments for `LongLivePipeline.stream`: what was asked for, or what `--speed` chooses."""
+def shortcuts(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Return the arguments for `LongLivePipeline.stream`: what was asked for, or what `--speed` chooses for a
+    device."""
     asked = {"clean_pass": args.clean_pass, "attention_density": args.attention_density}
-    return arguments_of(args.speed) | {name: value for name, value in asked.items() if value is not None}
+    return arguments_of(args.speed, device) | {name: value for name, value in asked.items() if value is not None}
 
 
 def kv_cache_dtype(args: argparse.Namespace, device: torch.device, head_dim: int) -> str | None:

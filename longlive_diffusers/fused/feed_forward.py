@@ -4,13 +4,11 @@ in any case: before a product writes it, or where it is quantized for the next o
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GELU
-from diffusers.models.attention import FeedForward
 from torch import nn
 
-from ..nvfp4.fp8_rows import FP8Rows
-from ..nvfp4.together import apply_together, take_fp8
+from ..fp8.rows import FP8Rows
 from . import onednn
-from .layers import is_for_inference, is_plain, is_undecorated, uses_fused_kernels
+from .layers import is_for_inference, is_plain, uses_fused_kernels
 from .operators import gelu_rows_in_fp8
 from .packed_linear import PackedLinear
 
@@ -47,30 +45,6 @@ class FusedGELU(GELU):
         if device.type == "cpu" and onednn.has_onednn(hidden_states.dtype):
             return onednn.linear(hidden_states, proj.weight, proj.bias, "gelu")
         return super().forward(hidden_states)
-
-
-def first_layers(layers: FeedForward, device: torch.device) -> tuple[nn.Module, ...]:
-    """Return what reads the input of feed-forward layers: their first, if [`feed_forward_in_fp8`] computes what a call
-    of them does, and else nothing."""
-    if not is_plain(layers, FeedForward, device) or len(layers.net) != 3:
-        return ()
-    activation, dropout = layers.net[0], layers.net[1]
-    if not is_plain(dropout, nn.Dropout, device) or not isinstance(activation, GELU):
-        return ()
-    return (activation.proj,) if type(activation) in (GELU, FusedGELU) and is_undecorated(activation) else ()
-
-
-def feed_forward_in_fp8(layers: FeedForward, x: FP8Rows) -> torch.Tensor:
-    """Compute feed-forward layers whose input is quantized already, because their [`first_layers`] take it so:
-    bfloat16 `[..., dim]`. Where the last one does, too, what it reads is never in memory in bfloat16."""
-    activation, dropout, last = layers.net
-    assert isinstance(activation, GELU) and isinstance(dropout, nn.Dropout)  # see `first_layers`
-    (before,) = apply_together((activation.proj,), x)
-    drops = dropout.training and dropout.p > 0
-    if drops or activation.approximate != "tanh" or not take_fp8((last,), before):
-        return last(dropout(activation.gelu(before)))
-    (update,) = apply_together((last,), gelu_in_fp8(before))
-    return update
 
 
 def gelu_in_fp8(x: torch.Tensor) -> FP8Rows:

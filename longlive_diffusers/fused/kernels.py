@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..nvfp4.kernels import e4m3_bits, e4m3_number, store_row_in_fp8
+from ..fp8.kernels import e4m3_number, pair_of_codes, store_row
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def add_and_norm_kernel(
         shift = tl.load(bias + batch * bias_batch_stride + frame * bias_stride + columns, mask, other=0.0)
         result = centered * scale * factor.to(tl.float32) + shift.to(tl.float32)
         if QUANTIZES:  # what is rounded to bfloat16, as it would be to be read by the layer
-            store_row_in_fp8(result.to(tl.bfloat16), normed, scales, index, dim, mask, BLOCK, PTX)
+            store_row(result.to(tl.bfloat16), normed, scales, index, dim, mask, BLOCK, PTX)
         else:
             tl.store(normed + place, result.to(normed.dtype.element_ty), mask)
 
@@ -70,7 +70,7 @@ def gelu_in_fp8_kernel(x, codes, scales, columns, BLOCK: tl.constexpr, PTX: tl.c
     number = tl.load(x + index * columns + column, mask, other=0.0).to(tl.float32)
     exponent = number * (-2.302208198 - 0.1029432397 * number * number)  # of 2
     result = (number / (1.0 + tl.exp2(exponent))).to(x.dtype.element_ty)
-    store_row_in_fp8(result, codes, scales, index, columns, mask, BLOCK, PTX)
+    store_row(result, codes, scales, index, columns, mask, BLOCK, PTX)
 
 
 @triton.jit
@@ -109,6 +109,7 @@ def norm_rotate_and_write_kernel(
     HALF_BLOCK: tl.constexpr,
     KEEPS_RAW: tl.constexpr,
     CODES: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """The second axis of the grid is the query, the key, the value. With CODES, what is written is E4M3, a pair of
     channels as 16 bits; strides and caches are those of pairs then."""
@@ -131,7 +132,7 @@ def norm_rotate_and_write_kernel(
         one, other = tl.load(value + even, mask, other=0.0), tl.load(value + odd, mask, other=0.0)
         if CODES:
             factor = tl.load(value_factor + own_factor, mask, other=0.0)
-            tl.store(where, _pair_of_codes(one.to(tl.float32) * factor, other.to(tl.float32) * factor), mask)
+            tl.store(where, pair_of_codes(one.to(tl.float32) * factor, other.to(tl.float32) * factor, PTX), mask)
         else:
             tl.store(where, one.to(value_cache.dtype.element_ty), mask)
             tl.store(where + 1, other.to(value_cache.dtype.element_ty), mask)
@@ -150,7 +151,7 @@ def norm_rotate_and_write_kernel(
         if part == 0:
             if CODES:
                 factor = tl.load(query_factor + own_factor, mask, other=0.0)
-                codes = _pair_of_codes(turned_first * factor, turned_second * factor)
+                codes = pair_of_codes(turned_first * factor, turned_second * factor, PTX)
                 tl.store(rotated + index * (dim // 2) + pairs, codes, mask)
             else:
                 tl.store(rotated + even, turned_first.to(rotated.dtype.element_ty), mask)
@@ -159,7 +160,7 @@ def norm_rotate_and_write_kernel(
             where = key_cache + batch * key_batch_stride + head * key_head_stride + slot * key_slot_stride + place
             if CODES:
                 factor = tl.load(key_factor + own_factor, mask, other=0.0)
-                tl.store(where, _pair_of_codes(turned_first * factor, turned_second * factor), mask)
+                tl.store(where, pair_of_codes(turned_first * factor, turned_second * factor, PTX), mask)
             else:
                 tl.store(where, turned_first.to(key_cache.dtype.element_ty), mask)
                 tl.store(where + 1, turned_second.to(key_cache.dtype.element_ty), mask)
@@ -180,9 +181,3 @@ def decode_heads_kernel(codes, scale, result, tokens, dim, head_dim, BLOCK: tl.c
     number = e4m3_number(tl.load(codes + index * dim + columns, mask, other=0))
     own_scale = tl.load(scale + index // tokens * (dim // head_dim) + columns // head_dim, mask, other=0.0)
     tl.store(result + index * dim + columns, (number * own_scale).to(result.dtype.element_ty), mask)
-
-
-@triton.jit
-def _pair_of_codes(first, second):
-    """Round two numbers to E4M3; the first is the lower byte, which comes first in memory."""
-    return (e4m3_bits(first).to(tl.uint16) | (e4m3_bits(second).to(tl.uint16) << 8)).to(tl.int16, bitcast=True)

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from ..nvfp4.operators import empty_rows, row_constants
+from ..fp8.operators import empty_rows, has_fp8_instructions, row_constants
 from ..triton_launch import launch_from, next_power_of_two, warps_for
 
 
@@ -203,6 +203,7 @@ def norm_rotate_and_write(
         *key_cache.stride()[:3], *value_cache.stride()[:3], *raw_strides,
         1 if raw_slots is None else raw_slots.shape[1], eps,
         HALF_BLOCK=next_power_of_two(dim) // 2, KEEPS_RAW=raw_key_cache is not None, CODES=query_factor is not None,
+        PTX=has_fp8_instructions(query.device),
         num_warps=warps_for(dim),
     )  # fmt: skip
     return result

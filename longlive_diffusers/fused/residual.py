@@ -11,7 +11,7 @@ bits are those of the two one after the other, as the kernel rounds to bfloat16 
 import torch
 import torch.nn.functional as F
 
-from ..nvfp4.fp8_rows import FP8Rows
+from ..fp8.rows import FP8Rows
 from .layers import uses_fused_kernels
 from .operators import add_and_norm_rows, add_and_norm_rows_in_fp8, add_rows, norm_rows, norm_rows_in_fp8
 

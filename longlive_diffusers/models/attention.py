@@ -7,9 +7,9 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..fp8.rows import FP8Rows
 from ..fused.layers import is_plain
 from ..fused.rotation import can_norm_rotate_and_write, norm_rotate_and_write
-from ..nvfp4.fp8_rows import FP8Rows
 from ..nvfp4.together import apply_together
 from ..parallel.all_to_all import gather_heads, scatter_heads
 from ..parallel.head_exchange import HeadExchange

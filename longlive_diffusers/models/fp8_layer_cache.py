@@ -8,11 +8,11 @@ Products of keys and queries in 8 bits leave room for one scale for all heads. S
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
+from ..fp8.e4m3 import from_codes, to_codes
 from ..fused.decode import decode_heads
 from ..fused.rotation import CodeFactors, Destination
 from .attend import attend
 from .cudnn_attention import cudnn_fp8_attention, has_cudnn_fp8
-from .e4m3 import from_codes, to_codes
 from .frame_store import Shape
 from .layer_kv_cache import ChunkSlots, LayerCacheBase, allocate_slots, first_tokens, joined_tokens
 from .scaled_frames import ScaledFrames

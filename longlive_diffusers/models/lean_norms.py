@@ -17,9 +17,9 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..fp8.rows import FP8Rows
 from ..fused import residual
 from ..fused.layers import is_plain
-from ..nvfp4.fp8_rows import FP8Rows
 from .saved_recipes import in_plain_autograd, saved_as_recipe
 
 

@@ -5,11 +5,11 @@ import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_wan import WanAttention
 
-from ..fused import feed_forward, residual
+from ..fp8.rows import FP8Rows
+from ..fused import residual
 from ..fused.layers import is_compiled_in_place, uses_fused_kernels
-from ..nvfp4.fp8_rows import FP8Rows
 from ..nvfp4.together import take_fp8
-from . import attention, lean_norms
+from . import attention, fp8_feed_forward, lean_norms
 
 
 Reader = WanAttention | FeedForward
@@ -46,5 +46,5 @@ def reads_fp8(reader: Reader, x: torch.Tensor) -> bool:
     if not uses_fused_kernels(x) or is_compiled_in_place(reader):
         return False
     if isinstance(reader, FeedForward):
-        return take_fp8(feed_forward.first_layers(reader, x.device), x)
+        return take_fp8(fp8_feed_forward.first_layers(reader, x.device), x)
     return take_fp8(attention.first_layers(reader, x.device), x)

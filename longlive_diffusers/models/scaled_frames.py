@@ -4,7 +4,7 @@ from typing import Self
 
 import torch
 
-from .e4m3 import from_codes, scales_of, to_codes
+from ..fp8.e4m3 import from_codes, scales_of, to_codes
 from .frame_store import PackedFrames
 
 

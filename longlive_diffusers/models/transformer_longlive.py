@@ -25,11 +25,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..dtypes import float64_device
+from ..fp8.rows import FP8Rows
 from ..fused.layers import is_plain
 from ..loaders.diffusers_models import check_all_weights_loaded, check_plain_wan
 from ..loaders.original import load_original_transformer
 from ..number_checks import check_booleans
-from ..nvfp4.fp8_rows import FP8Rows
 from ..nvfp4.linear import nvfp4_layers
 from ..nvfp4.lora import adopt_lora_layers, check_no_magnitudes, check_takes_adapter
 from ..nvfp4.optimized_layers import check_not_optimized

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..fp8.rows import rows_to_fp8
 from .format import NVFP4Tensor, quantize_unchecked
-from .fp8_rows import rows_to_fp8
 from .matmul import (
     capability_unsupported_reason,
     emulate,

@@ -5,8 +5,8 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
+from ..fp8.rows import FP8Rows, rows_to_fp8
 from ..fused.layers import is_plain
-from .fp8_rows import FP8Rows, rows_to_fp8
 from .kept_dtypes import keeping_dtypes
 from .matmul import capability_unsupported_reason, fp8_matmul
 

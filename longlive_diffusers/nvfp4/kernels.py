@@ -9,7 +9,7 @@ interpreter, with which all this is tested on a CPU, converts some numbers wrong
 each element's index (`noise.py`), so it does not depend on the tiling.
 
 Blackwell converts to and from E2M1 in one instruction each, which the kernels use if `PTX` is set; elsewhere the
-conversion is arithmetic. So it is with rows in E4M3, from Ada and Hopper on.
+conversion is arithmetic.
 
 Nothing here waits for the device: the kernels read `amax` and the seed from device memory.
 """
@@ -17,6 +17,7 @@ Nothing here waits for the device: the kernels read `amax` and the seed from dev
 import triton
 import triton.language as tl
 
+from ..fp8.kernels import e4m3_magnitude, e4m3_number, e4m3_quotient_bits, e4m3_value, magnitude_bits
 from .hadamard import NEGATIVE
 from .noise import FACTORS, SHIFTS
 
@@ -28,25 +29,6 @@ _NEGATIVE = tl.constexpr(NEGATIVE)
 # For compute capability 10 and up. Two numbers share a byte; the first operand becomes its upper half.
 _TO_E2M1 = tl.constexpr("{.reg .b8 pair; cvt.rn.satfinite.e2m1x2.f32 pair, 0f00000000, $1; cvt.u32.u8 $0, pair;}")
 _FROM_E2M1 = tl.constexpr("{.reg .b8 pair; cvt.u8.u32 pair, $1; cvt.rn.f16x2.e2m1x2 $0, pair;}")
-# For compute capability 8.9 and up: the quotients of the numbers $1 to $4 by a scale, as four bytes. $5 is minus the
-# scale, $9 its inverse. Element by element, this takes half the registers that the same in Triton does, and it has no
-# branches, as `div_rn` does. The product with the inverse, which is rounded to nearest, is nearly the quotient;
-# corrected by its remainder, it is wrong by less than one unit in the last place, and corrected once more it is the
-# quotient, rounded to nearest (Markstein, "Computation of elementary functions on the IBM RISC System/6000", 1990).
-_SCALED = """
-    abs.f32 x, ${x};
-    mul.rn.f32 y{i}, x, $9;
-    fma.rn.f32 rest, y{i}, $5, x;
-    fma.rn.f32 y{i}, rest, $9, y{i};
-    fma.rn.f32 rest, y{i}, $5, x;
-    fma.rn.f32 y{i}, rest, $9, y{i};
-    copysign.f32 y{i}, ${x}, y{i};
-"""
-_TO_E4M3 = tl.constexpr(
-    "{.reg .f32 x, rest, y0, y1, y2, y3; .reg .b16 low, high;"
-    + "".join(_SCALED.format(i=i, x=i + 1) for i in range(4))
-    + "cvt.rn.satfinite.e4m3x2.f32 low, y1, y0; cvt.rn.satfinite.e4m3x2.f32 high, y3, y2; mov.b32 $0, {low, high};}"
-)
 
 
 # ------------------------------------------------------------------------------------------------- pieces of kernels
@@ -61,68 +43,6 @@ def _round_bf16(x):
 @triton.jit
 def _bf16_bits(x):
     return (_round_bf16(x).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
-
-
-@triton.jit
-def _e4m3(x):
-    """Return the bits of the E4M3 number that is nearest to float32 in [0, 448], ties to even; and that number."""
-    bits = x.to(tl.uint32, bitcast=True)
-    rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
-    small = x < 0.015625  # below 2^-6, neighbors are 2^-9 apart; adding 2^23 rounds to integers
-    shifted = x * 512.0 + 8388608.0
-    value = tl.where(small, (shifted - 8388608.0) * 0.001953125, rounded.to(tl.float32, bitcast=True))
-    code = tl.where(small, shifted.to(tl.uint32, bitcast=True) & 15, (rounded >> 20) - 960)
-    return code.to(tl.uint8), value
-
-
-@triton.jit
-def e4m3_bits(x):
-    """Return the bits of the E4M3 numbers that are nearest to float32, saturating; NaN stays NaN."""
-    return _signed_bits(tl.abs(x), x)
-
-
-@triton.jit
-def _e4m3_signed(x, scale):
-    """The same of x / scale."""
-    return _signed_bits(tl.div_rn(tl.abs(x), scale + tl.zeros_like(x)), x)
-
-
-@triton.jit
-def _signed_bits(magnitude, x):
-    """Return the bits of E4M3 numbers near a magnitude, with the signs of x."""
-    bits, _ = _e4m3(tl.minimum(magnitude, 448.0))
-    bits = tl.where(magnitude != magnitude, 127, bits).to(tl.uint8)
-    return bits | ((x.to(tl.uint32, bitcast=True) >> 31).to(tl.uint8) << 7)
-
-
-@triton.jit
-def _e4m3_quotients(x, scale, PTX: tl.constexpr):
-    """Return the bits of the E4M3 numbers that are nearest to float32 x / scale, saturating, ties to even.
-
-    The instruction forgets the sign of NaN. With an infinite scale, all are NaN by `PTX`, and else those of
-    infinities: all products with the row are NaN in either case.
-    """
-    if PTX:
-        inverse = tl.div_rn(1.0 + tl.zeros_like(scale), scale)
-        bits = tl.inline_asm_elementwise(
-            _TO_E4M3, "=r,f,f,f,f,f,f,f,f,f,f,f,f", [x, -scale, inverse], dtype=tl.uint8, is_pure=True, pack=4
-        )
-    else:
-        bits = _e4m3_signed(x, scale)
-    return bits
-
-
-@triton.jit
-def _e4m3_value(code):
-    code = code.to(tl.uint32)
-    normal = (((code >> 3) + 120) << 23) | ((code & 7) << 20)
-    return tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def e4m3_number(code):
-    magnitude = tl.where((code & 127) == 127, float("nan"), _e4m3_value(code & 127))
-    return tl.where(code >= 128, -magnitude, magnitude)
 
 
 @triton.jit
@@ -208,34 +128,6 @@ def _hadamard(x, N: tl.constexpr):
 
 
 @triton.jit
-def _magnitude_bits(x):
-    """Return |x| as an integer, in whose order NaN comes after all numbers: `tl.max` of numbers would drop a NaN."""
-    return x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def store_row_in_fp8(number, codes, scales, row, columns, mask, BLOCK: tl.constexpr, PTX: tl.constexpr):
-    """Quantize a row, `[BLOCK]`, to E4M3 by the scale of its largest number; beyond its columns, it is 0.
-
-    The largest is found in the dtype that the row has, in which it is kept in registers meanwhile: in float32, a long
-    row would leave no place for a second program.
-    """
-    if number.dtype.primitive_bitwidth == 16:
-        largest = tl.max(number.to(tl.uint16, bitcast=True) & 0x7FFF, axis=0).to(tl.uint16)
-    else:
-        largest = tl.max(_magnitude_bits(number), axis=0)
-    amax = largest.to(number.dtype, bitcast=True).to(tl.float32)
-    amax = tl.where(amax < 1e-12, 1e-12, amax)  # a NaN stays
-    scale = tl.div_rn(amax, 448.0 + tl.zeros_like(amax))
-    tl.store(scales + row, scale)
-    bits = _e4m3_quotients(number.to(tl.float32), scale, PTX)
-    # By eights, as 16-bit numbers are loaded, and not by sixteens: each thread then holds the same numbers as in a
-    # kernel that does not quantize, and sums are made in the same order.
-    place = tl.multiple_of(codes + row * columns + tl.arange(0, BLOCK), 8)
-    tl.store(place, bits, mask)
-
-
-@triton.jit
 def _sum_of_16(x, N: tl.constexpr):
     """Sum `[N, 16]` to `[N]`, neighbors first."""
     even, odd = tl.split(tl.reshape(x, (N, 8, 2)))
@@ -275,7 +167,7 @@ def _candidate(
     x, scale, decode, noise, STOCHASTIC: tl.constexpr, TALL: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr
 ):
     """Return magnitudes of E2M1 `[n, 16]`, and E4M3 bits and their values, one for each block."""
-    bits, value = _e4m3(tl.minimum(scale, 448.0))
+    bits, value = e4m3_magnitude(tl.minimum(scale, 448.0))
     inverse = tl.where(value == 0, 0.0, tl.div_rn(1.0, tl.where(value == 0, 1.0, decode * value)))
     rows_inverse = _spread(inverse, TALL, BLOCKS)
     return _to_e2m1(x * rows_inverse[:, None], noise, STOCHASTIC, PTX), bits, value
@@ -378,18 +270,9 @@ def quantize_kernel(
 def hadamard_amax_kernel(x, amax, rows, columns, row_stride, column_stride, TILE: tl.constexpr):
     """Store each tile's largest absolute number after the transform, as `quantize_kernel` computes it."""
     tile, _ = _load_tile(x, rows, columns, row_stride, column_stride, False, TILE)
-    largest = tl.max(tl.max(_magnitude_bits(_hadamard(tile, TILE // 16)), axis=1), axis=0)
+    largest = tl.max(tl.max(magnitude_bits(_hadamard(tile, TILE // 16)), axis=1), axis=0)
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(amax + program, largest.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def quantize_rows_kernel(x, codes, scales, columns, row_stride, column_stride, BLOCK: tl.constexpr, PTX: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    mask = column < columns
-    pointer = x + row * row_stride + column.to(tl.int64) * column_stride
-    number = tl.load(pointer, mask=mask, other=0.0)
-    store_row_in_fp8(number, codes, scales, row, columns, mask, BLOCK, PTX)
 
 
 @triton.jit
@@ -402,7 +285,7 @@ def dequantize_kernel(
     pair = tl.arange(0, 8)
     packed = tl.load(codes + block[:, None] * 8 + pair[None, :], mask=inside[:, None], other=0)
     value = tl.reshape(_e2m1_pairs(packed, PTX), (BLOCKS, 16))
-    scale = _e4m3_value(tl.load(scales + block, mask=inside, other=0))
+    scale = e4m3_value(tl.load(scales + block, mask=inside, other=0))
     number = tl.div_rn(value * scale[:, None] * tl.load(amax_pointer), SPAN + tl.zeros_like(value))
     target = out + block[:, None] * 16 + tl.arange(0, 16)[None, :]
     if BF16:
@@ -426,7 +309,7 @@ def read_nvfp4_frames_kernel(
     value = tl.reshape(_e2m1_pairs(packed, PTX), (TOKENS * DIM // 16, 16))
     bits = tl.load(scales + row[:, None] * (DIM // 16) + tl.arange(0, DIM // 16)[None, :], mask=inside, other=0)
     amax = tl.load(amax_pointer + frame)
-    scale = _e4m3_value(tl.reshape(bits, (TOKENS * DIM // 16,))) * tl.div_rn(amax, SPAN + tl.zeros_like(amax))
+    scale = e4m3_value(tl.reshape(bits, (TOKENS * DIM // 16,))) * tl.div_rn(amax, SPAN + tl.zeros_like(amax))
     number = tl.reshape(value * scale[:, None], (TOKENS, DIM))
     if HAS_MEAN:
         number += tl.load(mean + frame * DIM + tl.arange(0, DIM))[None, :]
@@ -491,8 +374,8 @@ def center_frames_kernel(
     tl.store(mean + frame * DIM + column, center)
     # Rounding keeps the order of numbers: of no token is more left than of a channel's lowest or highest. A NaN is not
     # compared, but makes the mean one.
-    left = _magnitude_bits(tl.min(lowest, axis=0) - center)
-    left = tl.maximum(left, _magnitude_bits(tl.max(highest, axis=0) - center))
+    left = magnitude_bits(tl.min(lowest, axis=0) - center)
+    left = tl.maximum(left, magnitude_bits(tl.max(highest, axis=0) - center))
     tl.store(amax + frame, tl.max(left, axis=0).to(tl.float32, bitcast=True))
 
 
@@ -507,9 +390,9 @@ def frame_amax_kernel(
     largest = tl.zeros((TILE,), tl.uint32)
     whole = size // TILE * TILE
     for start in tl.range(0, whole, TILE, loop_unroll_factor=2):
-        largest = tl.maximum(largest, _magnitude_bits(tl.load(pointer + start).to(tl.float32)))
+        largest = tl.maximum(largest, magnitude_bits(tl.load(pointer + start).to(tl.float32)))
     rest = tl.load(pointer + whole, mask=whole + index < size, other=0.0).to(tl.float32)
-    largest = tl.maximum(largest, _magnitude_bits(rest))
+    largest = tl.maximum(largest, magnitude_bits(rest))
     number = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
     tl.store(amax + head * slots + slot, tl.div_rn(number, DIVISOR + tl.zeros_like(number)))
 
@@ -554,4 +437,4 @@ def write_fp8_frames_kernel(
     number = tl.load(window + head * head_stride + slot * size + index, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(scales + frame)
     scale = tl.where(scale < 1e-30, 1e-30, scale)  # a NaN stays
-    tl.store(codes + frame * size + index, _e4m3_signed(number, scale), mask=inside)
+    tl.store(codes + frame * size + index, e4m3_quotient_bits(number, scale), mask=inside)

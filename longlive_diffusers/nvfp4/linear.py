@@ -5,6 +5,7 @@ import warnings
 import torch
 from torch import nn
 
+from ..fp8.rows import FP8Rows
 from .backends import (
     FP8Product,
     LayerShape,
@@ -14,7 +15,6 @@ from .backends import (
     choose_backend,
 )
 from .format import BLOCK, NVFP4Tensor, Weights, check_buffers, quantize
-from .fp8_rows import FP8Rows
 from .kept_dtypes import keeping_dtypes
 from .matmul import connected_to
 from .rules import scale_rule_named

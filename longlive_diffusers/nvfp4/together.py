@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..fp8.rows import FP8Rows
 from ..fused.layers import is_plain
 from .fp8_linear import FP8Linear
-from .fp8_rows import FP8Rows
 from .linear import NVFP4Linear
 
 

@@ -149,7 +149,7 @@ def test_shortcuts_reach_the_stream_and_are_off_by_default():
     for words, expected in ((SHORTCUT_WORDS, SHORTCUTS), ((), off)):
         arguments = off | request.stream_arguments(parse("generate", "a fox", *words))
         assert {name: arguments[name] for name in SHORTCUTS} == expected
-        settings = settings_of(parse("serve", *words))
+        settings = settings_of(parse("serve", *words), torch.device("cpu"))
         assert {name: getattr(settings, name) for name in SHORTCUTS} == expected
 
 

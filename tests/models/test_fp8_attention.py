@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
+from longlive_diffusers.fp8.e4m3 import from_codes, scales_of, to_codes
 from longlive_diffusers.models.cudnn_attention import cudnn_fp8_attention, cudnn_unsupported_reason
-from longlive_diffusers.models.e4m3 import from_codes, scales_of, to_codes
 from longlive_diffusers.models.fp8_layer_cache import QUERY_FACTOR, FP8LayerKVCache, attend_to_codes
 from longlive_diffusers.models.scaled_frames import ScaledFrames
 from tests.support.attention_kernels import ask_for_kernel

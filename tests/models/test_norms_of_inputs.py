@@ -10,14 +10,14 @@ from peft import LoraConfig
 from torch import nn
 
 from longlive_diffusers import LongLiveTransformer3DModel
-from longlive_diffusers.fused import feed_forward, residual
+from longlive_diffusers.fp8.rows import FP8Rows
+from longlive_diffusers.fused import residual
 from longlive_diffusers.fused.feed_forward import FusedGELU
 from longlive_diffusers.fused.layers import is_for_inference
-from longlive_diffusers.models import norms_of_inputs
+from longlive_diffusers.models import fp8_feed_forward, norms_of_inputs
 from longlive_diffusers.models.transformer_longlive import LongLiveTransformerBlock
 from longlive_diffusers.nvfp4 import NVFP4Linear
 from longlive_diffusers.nvfp4.fp8_linear import FP8Linear
-from longlive_diffusers.nvfp4.fp8_rows import FP8Rows
 from tests.support.nvfp4_models import small_transformer
 from tests.support.tiny_pipeline import stream_chunks
 
@@ -71,7 +71,7 @@ def forwards(model: LongLiveTransformer3DModel) -> tuple[torch.Tensor, list[str]
         mock.patch.object(norms_of_inputs, "uses_fused_kernels", lambda x: is_for_inference()),
         noted(residual, "norm_in_fp8"),
         noted(residual, "add_and_norm_in_fp8"),
-        noted(feed_forward, "gelu_in_fp8"),
+        noted(fp8_feed_forward, "gelu_in_fp8"),
     ):
         result = stream_chunks(model, NUM_CHUNKS)
     of_a_forward = names[: len(names) // NUM_CHUNKS]
@@ -186,5 +186,5 @@ def test_dropout_that_drops_is_called(model):
     torch.manual_seed(0)
     expected = ffn(x)
     torch.manual_seed(0)
-    assert torch.equal(feed_forward.feed_forward_in_fp8(ffn, FP8Rows.of(x)), expected)
+    assert torch.equal(fp8_feed_forward.feed_forward_in_fp8(ffn, FP8Rows.of(x)), expected)
     assert not torch.equal(expected, ffn.eval()(x))

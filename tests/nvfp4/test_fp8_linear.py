@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from longlive_diffusers.fp8.rows import FP8Rows, rows_to_fp8
 from longlive_diffusers.nvfp4 import NVFP4Linear
 from longlive_diffusers.nvfp4.fp8_linear import FP8Linear, fp8_unsupported_reason
-from longlive_diffusers.nvfp4.fp8_rows import FP8Rows, rows_to_fp8
 from longlive_diffusers.nvfp4.together import apply_together
 
 
@@ -76,7 +76,7 @@ def test_an_input_of_several_fp8_layers_is_quantized_once(monkeypatch, in_nvfp4)
 
     with torch.no_grad():
         expected = [layer(x) for layer in layers]
-        monkeypatch.setattr("longlive_diffusers.nvfp4.fp8_rows.rows_to_fp8", counted)
+        monkeypatch.setattr("longlive_diffusers.fp8.rows.rows_to_fp8", counted)
         found = apply_together(layers, x)
         rows = FP8Rows.of(x)
         again = apply_together(layers, rows)

@@ -9,11 +9,11 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from longlive_diffusers import NVFP4Config
+from longlive_diffusers.fp8.rows import rows_to_fp8
 from longlive_diffusers.models.frame_store import FP8Frames, NVFP4Frames
 from longlive_diffusers.models.layer_kv_cache import allocate_slots
 from longlive_diffusers.nvfp4 import NVFP4Linear, nvfp4_layers, quantize, quantize_model
 from longlive_diffusers.nvfp4.backends import BACKENDS
-from longlive_diffusers.nvfp4.fp8_rows import rows_to_fp8
 from tests.nvfp4.test_linear import inputs, plain_linear, relative
 from tests.support.checks import NEEDS_GPU, needs_two_gpus
 from tests.support.nvfp4_models import small_pipeline, small_transformer

@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 python -m tests.programs.check_operators
 import torch
 from torch.library import opcheck
 
+from longlive_diffusers.fp8.operators import quantize_rows
 from longlive_diffusers.fused import operators as fused_operators
 from longlive_diffusers.models.sparse_attention import take_blocks_of_both
 from longlive_diffusers.nvfp4 import operators
@@ -23,7 +24,7 @@ def check() -> None:
     opcheck(operators.quantize_matrix, (x, amax, "mse", (16, 16), None))
     opcheck(operators.quantize_matrix, (transposed, amax, "static_6", (1, 16), seed, True))
     opcheck(operators.hadamard_amax, (transposed,))
-    opcheck(operators.quantize_rows, (transposed,))
+    opcheck(quantize_rows, (transposed,))
     quantized = operators.quantize_matrix(x[:2], amax, "mse", (1, 16), None)
     opcheck(operators.dequantize_matrix, (*quantized, amax, "mse", torch.bfloat16), test_utils=WITHOUT_SCHEMA)
     frames = (1, 2, 3)

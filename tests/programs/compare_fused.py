@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from longlive_diffusers.fp8 import operators as fp8_operators
+from longlive_diffusers.fp8.e4m3 import to_codes
+from longlive_diffusers.fp8.rows import FP8Rows
 from longlive_diffusers.fused import layers, operators
 from longlive_diffusers.fused.decode import decode_heads
 from longlive_diffusers.fused.feed_forward import gelu_in_fp8
 from longlive_diffusers.fused.residual import add, add_and_norm, add_and_norm_in_fp8, norm, norm_in_fp8
 from longlive_diffusers.models import norms_of_inputs
-from longlive_diffusers.models.e4m3 import to_codes
 from longlive_diffusers.models.rotary import apply_rotary, rotary_embedding
 from longlive_diffusers.models.sparse_attention import (
     attend_to_blocks,
@@ -28,9 +30,7 @@ from longlive_diffusers.models.sparse_attention import (
     take_blocks,
     take_blocks_of_both,
 )
-from longlive_diffusers.nvfp4 import operators as nvfp4_operators
 from longlive_diffusers.nvfp4.fp8_linear import FP8Linear, can_be_fp8
-from longlive_diffusers.nvfp4.fp8_rows import FP8Rows
 from tests.programs.compare_branches import WIDTH, as_on_a_gpu, stream
 from tests.support.nvfp4_models import small_transformer
 from tests.support.tiny_pipeline import CHUNK_SIZE, SIDE, TEXT_DIM, TEXT_LENGTH
@@ -124,7 +124,7 @@ def network_in_fp8() -> Iterator[Case]:
             as_on_a_gpu(),
             mock.patch.object(norms_of_inputs, "reads_fp8", reads),
             launches_of(operators) as run,
-            launches_of(nvfp4_operators) as others,
+            launches_of(fp8_operators) as others,
         ):
             results.append([model(latents, torch.full((2,), 500.0), text, kv_cache=cache).sample])
         runs.append((sorted(run), sorted(others)))

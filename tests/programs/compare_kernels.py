@@ -6,11 +6,12 @@ from functools import partial
 
 import torch
 
+from longlive_diffusers.fp8.operators import quantize_rows
+from longlive_diffusers.fp8.rows import rows_to_fp8
 from longlive_diffusers.models.frame_store import FP8Frames, FrameStore, NVFP4Frames, Shape
 from longlive_diffusers.models.layer_kv_cache import allocate_slots
 from longlive_diffusers.nvfp4 import e2m1, operators
 from longlive_diffusers.nvfp4.format import NVFP4Tensor, encode_matrix, quantize_unchecked
-from longlive_diffusers.nvfp4.fp8_rows import rows_to_fp8
 from longlive_diffusers.nvfp4.hadamard import random_hadamard
 from longlive_diffusers.nvfp4.noise import uniform_noise
 from longlive_diffusers.nvfp4.rules import RULES
@@ -103,13 +104,13 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
             if hadamard:
                 check(f"{name}, amax {shape} {dtype}", torch.equal(operators.hadamard_amax(on_device).cpu(), amax))
         for name, matrix in (("rows", x if large else x[1:4]), ("transposed rows", (x if large else x[:, :2]).T)):
-            codes, scales = operators.quantize_rows(matrix.to(device))
+            codes, scales = quantize_rows(matrix.to(device))
             expected_codes, expected_scales = rows_to_fp8(matrix.cpu())
             same = torch.equal(codes.cpu().view(torch.uint8), expected_codes.view(torch.uint8))
             check(f"FP8, {name} {shape} {dtype}", same and torch.equal(scales.cpu(), expected_scales))
         odd = torch.ones(2, 16, dtype=dtype)
         odd[0, 3], odd[1, 5] = torch.nan, torch.inf
-        codes, scales = (part.cpu() for part in operators.quantize_rows(odd.to(device)))
+        codes, scales = (part.cpu() for part in quantize_rows(odd.to(device)))
         lost = codes.float().isnan()
         check(f"FP8, NaN and infinity {dtype}", lost[0].all() and lost[1, 5] and not scales.isfinite().any())
     written = (1, 3, 4, 880, 128) if large else (2, 2, 3, 40, 256)

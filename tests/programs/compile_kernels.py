@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from longlive_diffusers.fp8 import kernels as fp8_kernels
 from longlive_diffusers.fused import kernels as fused_kernels
 from longlive_diffusers.models.block_kernels import take_blocks_kernel
 from longlive_diffusers.nvfp4 import kernels
@@ -46,7 +47,7 @@ def variants(capability: int):
         strides = {"row_stride": "i64", "column_stride": "i64"}
         yield kernels.hadamard_amax_kernel, {"x": dtype, "amax": "*fp32"} | MATRIX, {"TILE": 1024}
         rows = {"x": dtype, "codes": "*u8", "scales": "*fp32", "columns": "i32"} | strides
-        yield kernels.quantize_rows_kernel, rows, {"BLOCK": 4096, "PTX": to_e4m3}
+        yield fp8_kernels.quantize_rows_kernel, rows, {"BLOCK": 4096, "PTX": to_e4m3}
     yield from variants_that_write_frames(ptx)
     yield from fused_variants("*bf16", to_e4m3)
 
@@ -91,7 +92,7 @@ def fused_variants(bits: str, to_e4m3: bool):
     arguments = tensors | sizes | dict.fromkeys(strides, "i64") | {"num_frames": "i32", "eps": "fp32"}
     for keeps_raw, codes in ((False, False), (True, False), (True, True)):
         written = dict.fromkeys(("rotated", "key_cache", "value_cache"), "*i16" if codes else bits)
-        constants = {"HALF_BLOCK": 2048, "KEEPS_RAW": keeps_raw, "CODES": codes}
+        constants = {"HALF_BLOCK": 2048, "KEEPS_RAW": keeps_raw, "CODES": codes, "PTX": to_e4m3}
         yield fused_kernels.norm_rotate_and_write_kernel, arguments | written, constants
     codes = {"codes": "*u8", "scale": "*fp32", "result": bits} | dict.fromkeys(("tokens", "dim", "head_dim"), "i32")
     yield fused_kernels.decode_heads_kernel, codes, {"BLOCK": 4096}

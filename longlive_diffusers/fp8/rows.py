@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from ..triton_launch import uses_kernels
+from .e4m3 import LARGEST
 from .operators import quantize_rows
-from .rules import MAX_SCALE
 
 
 @dataclass(frozen=True)
@@ -40,5 +40,5 @@ def rows_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize to float8_e4m3fn `[rows, cols]`; also return the scales of the rows, float32 `[rows, 1]`."""
     if uses_kernels(x):
         return quantize_rows(x)
-    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / MAX_SCALE
-    return (x.float() / scale).clamp(-MAX_SCALE, MAX_SCALE).to(torch.float8_e4m3fn), scale
+    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
