@@ -61,7 +61,7 @@ def e4m3_quotient_bits(x, scale):
 @triton.jit
 def _signed_bits(magnitude, x):
     """Return the bits of E4M3 numbers near a magnitude, with the signs of x."""
-    bits, _ = e4m3_magnitude(tl.minimum(magnitude, 448.0))
+    bits, _ = e4m3_magnitude(tl.minimum(magnitude, 448.0))  # pyright: ignore[reportGeneralTypeIssues]
     bits = tl.where(magnitude != magnitude, 127, bits).to(tl.uint8)
     return bits | ((x.to(tl.uint32, bitcast=True) >> 31).to(tl.uint8) << 7)
 
