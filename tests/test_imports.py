@@ -17,6 +17,7 @@ PACKAGE_FLOORS = [
         "atomic_write",
         "dtypes",
         "frame_counts",
+        "eager_operator",
         "host_copies",
         "hub_cards",
         "json_files",

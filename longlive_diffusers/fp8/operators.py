@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..eager_operator import eager_operator
 from ..triton_launch import launch_from, next_power_of_two, warps_for
 
 
@@ -16,7 +17,7 @@ def has_fp8_instructions(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-@torch.library.custom_op("longlive_diffusers::fp8_quantize_rows", mutates_args=())
+@eager_operator("longlive_diffusers::fp8_quantize_rows")
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix to FP8, as `rows.rows_to_fp8` does, in one pass.
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from ..eager_operator import eager_operator
 from ..fp8.operators import empty_rows, has_fp8_instructions, row_constants
 from ..triton_launch import launch_from, next_power_of_two, warps_for
 
@@ -11,7 +12,7 @@ from ..triton_launch import launch_from, next_power_of_two, warps_for
 launch = partial(launch_from, f"{__package__}.kernels", fuses=True)
 
 
-@torch.library.custom_op("longlive_diffusers::norm_rows", mutates_args=())
+@eager_operator("longlive_diffusers::norm_rows")
 def norm_rows(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """Compute [`residual.norm`] in one pass."""
     normed = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
@@ -24,7 +25,7 @@ def _(hidden_states, weight, bias, eps) -> torch.Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("longlive_diffusers::norm_rows_in_fp8", mutates_args=())
+@eager_operator("longlive_diffusers::norm_rows_in_fp8")
 def norm_rows_in_fp8(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +40,7 @@ def _(hidden_states, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor]:
     return _empty_rows_like(hidden_states)
 
 
-@torch.library.custom_op("longlive_diffusers::add_and_norm_rows", mutates_args=())
+@eager_operator("longlive_diffusers::add_and_norm_rows")
 def add_and_norm_rows(
     hidden_states: torch.Tensor,
     update: torch.Tensor,
@@ -61,7 +62,7 @@ def _(hidden_states, update, gate, weight, bias, eps) -> tuple[torch.Tensor, tor
     return added, torch.empty_like(added, dtype=update.dtype)
 
 
-@torch.library.custom_op("longlive_diffusers::add_and_norm_rows_in_fp8", mutates_args=())
+@eager_operator("longlive_diffusers::add_and_norm_rows_in_fp8")
 def add_and_norm_rows_in_fp8(
     hidden_states: torch.Tensor,
     update: torch.Tensor,
@@ -83,7 +84,7 @@ def _(hidden_states, update, gate, weight, bias, eps) -> tuple[torch.Tensor, tor
     return added, *_empty_rows_like(hidden_states)
 
 
-@torch.library.custom_op("longlive_diffusers::add_rows", mutates_args=())
+@eager_operator("longlive_diffusers::add_rows")
 def add_rows(
     hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -126,7 +127,7 @@ def _launch_by_rows(hidden_states, update, gate, weight, bias, eps: float, added
     )  # fmt: skip
 
 
-@torch.library.custom_op("longlive_diffusers::gelu_rows_in_fp8", mutates_args=())
+@eager_operator("longlive_diffusers::gelu_rows_in_fp8")
 def gelu_rows_in_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute [`feed_forward.gelu_in_fp8`] of `[rows, columns]` in one pass: codes and scales, as `quantize_rows`
     returns them."""
@@ -145,7 +146,7 @@ def _(x) -> tuple[torch.Tensor, torch.Tensor]:
     return empty_rows(rows, columns, x.device)
 
 
-@torch.library.custom_op(
+@eager_operator(
     "longlive_diffusers::norm_rotate_and_write", mutates_args=("key_cache", "value_cache", "raw_key_cache")
 )
 def norm_rotate_and_write(
@@ -222,7 +223,7 @@ def _rotated_dtype(query: torch.Tensor, query_factor: torch.Tensor | None) -> to
     return query.dtype if query_factor is None else torch.uint8
 
 
-@torch.library.custom_op("longlive_diffusers::decode_heads", mutates_args=())
+@eager_operator("longlive_diffusers::decode_heads")
 def decode_heads(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Compute [`decode.decode_heads`] in one pass."""
     batch, tokens, heads, head_dim = codes.shape

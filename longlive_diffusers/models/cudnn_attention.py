@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..eager_operator import eager_operator
+
 
 PACKAGE = "nvidia-cudnn-frontend"
 WEIGHT_SCALE = 256.0  # softmax's weights are at most 1, and E4M3 ends at 448
@@ -39,7 +41,7 @@ def has_cudnn_fp8(device: torch.device, head_dim: int) -> bool:
     return cudnn_unsupported_reason(device, head_dim) is None
 
 
-@torch.library.custom_op("longlive_diffusers::cudnn_fp8_attention", mutates_args=())
+@eager_operator("longlive_diffusers::cudnn_fp8_attention")
 def cudnn_fp8_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logit_scale: float
 ) -> torch.Tensor:

@@ -8,6 +8,7 @@ scales to 4 with zeros. (This is cuBLASLt's layout for 1D block scaling; torch c
 import torch
 from torch.nn import functional as F
 
+from ..eager_operator import eager_operator
 from .format import NVFP4Tensor, global_scale, in_block_scales
 
 
@@ -90,7 +91,7 @@ def _(codes, scales, tensor_scale, other_codes, other_scales, other_tensor_scale
     return codes.new_empty((codes.shape[0], other_codes.shape[0]), dtype=torch.bfloat16)
 
 
-@torch.library.custom_op("longlive_diffusers::fp8_matmul", mutates_args=())
+@eager_operator("longlive_diffusers::fp8_matmul")
 def fp8_matmul(
     codes: torch.Tensor,
     scales: torch.Tensor,

@@ -24,7 +24,7 @@ def check() -> None:
     opcheck(operators.quantize_matrix, (x, amax, "mse", (16, 16), None))
     opcheck(operators.quantize_matrix, (transposed, amax, "static_6", (1, 16), seed, True))
     opcheck(operators.hadamard_amax, (transposed,))
-    opcheck(quantize_rows, (transposed,))
+    opcheck(quantize_rows.registered, (transposed,))
     quantized = operators.quantize_matrix(x[:2], amax, "mse", (1, 16), None)
     opcheck(operators.dequantize_matrix, (*quantized, amax, "mse", torch.bfloat16), test_utils=WITHOUT_SCHEMA)
     frames = (1, 2, 3)
@@ -44,17 +44,17 @@ def check() -> None:
 def check_fused() -> None:
     """The operators of `fused`: two videos of two frames, with three tokens of two heads of four channels."""
     tokens, by_frame, row = torch.randn(2, 6, 8), torch.randn(2, 2, 1, 8), torch.randn(8)
-    opcheck(fused_operators.norm_rows, (tokens, by_frame, by_frame, 1e-6))
-    opcheck(fused_operators.add_and_norm_rows, (tokens, tokens.bfloat16(), by_frame, row, row, 1e-6))
-    opcheck(fused_operators.norm_rows_in_fp8, (tokens, by_frame, by_frame, 1e-6))
-    opcheck(fused_operators.add_and_norm_rows_in_fp8, (tokens, tokens.bfloat16(), by_frame, row, row, 1e-6))
-    opcheck(fused_operators.gelu_rows_in_fp8, (tokens[0, :2],))
-    opcheck(fused_operators.add_rows, (tokens, tokens, by_frame, torch.bfloat16))
+    opcheck(fused_operators.norm_rows.registered, (tokens, by_frame, by_frame, 1e-6))
+    opcheck(fused_operators.add_and_norm_rows.registered, (tokens, tokens.bfloat16(), by_frame, row, row, 1e-6))
+    opcheck(fused_operators.norm_rows_in_fp8.registered, (tokens, by_frame, by_frame, 1e-6))
+    opcheck(fused_operators.add_and_norm_rows_in_fp8.registered, (tokens, tokens.bfloat16(), by_frame, row, row, 1e-6))
+    opcheck(fused_operators.gelu_rows_in_fp8.registered, (tokens[0, :2],))
+    opcheck(fused_operators.add_rows.registered, (tokens, tokens, by_frame, torch.bfloat16))
     cache, raw, rotary = torch.zeros(2, 2, 12, 4), torch.zeros(2, 2, 3, 3, 4), torch.randn(1, 6, 1, 2, 2)
     slots = torch.arange(6).expand(2, 6)
     projected = (tokens, tokens.clone(), tokens.clone(), row, row, 1e-6, rotary, cache, cache.clone(), slots)
     for keeps_raw in ((None, None), (raw, torch.tensor([[0, 2], [1, 2]]))):
-        opcheck(fused_operators.norm_rotate_and_write, (*projected, *keeps_raw))
+        opcheck(fused_operators.norm_rotate_and_write.registered, (*projected, *keeps_raw))
 
 
 if __name__ == "__main__":
