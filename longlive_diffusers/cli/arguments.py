@@ -158,7 +158,8 @@ def add_cache_options(parser: argparse._ActionsContainer) -> None:
         "--kv-cache-dtype",
         choices=("auto", *KV_CACHE_DTYPES),
         default="auto",
-        help="What keys and values are stored as: nvfp4 takes 4 bits, fp8 takes 8 (default: the network's dtype).",
+        help="What keys and values are stored as: nvfp4 takes 4 bits, fp8 takes 8, and so does fp8_attention, from "
+        "which attention is computed in FP8 (default: the network's dtype, or what --speed chooses).",
     )
 
 

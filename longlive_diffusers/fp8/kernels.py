@@ -85,6 +85,7 @@ def _quotients(x, scale, PTX: tl.constexpr):
 
 @triton.jit
 def e4m3_value(code):
+    """Return the numbers, float32, that codes below 127 stand for."""
     code = code.to(tl.uint32)
     normal = (((code >> 3) + 120) << 23) | ((code & 7) << 20)
     return tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal.to(tl.float32, bitcast=True))
@@ -92,6 +93,7 @@ def e4m3_value(code):
 
 @triton.jit
 def e4m3_number(code):
+    """Return the numbers, float32, that any codes stand for."""
     magnitude = tl.where((code & 127) == 127, float("nan"), e4m3_value(code & 127))
     return tl.where(code >= 128, -magnitude, magnitude)
 
