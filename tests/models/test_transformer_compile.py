@@ -88,7 +88,7 @@ def latents_of_a_stream(pipe, seed: int, **settings) -> torch.Tensor:
 
 # Not all pairs, since each compiles four graphs, which takes seconds: what is stored is read the same way for both
 # kinds of positions. A plain cache, the default, is read where it lies; that with relative ones is streamed above.
-KINDS_OF_CACHES = [(None, False), ("fp8", False), ("nvfp4", True), ("fp8_attention", False)]
+KINDS_OF_CACHES = [(None, False), ("nvfp4", True), ("fp8_attention", False)]
 
 
 @pytest.mark.parametrize(("kv_cache_dtype", "relative_rope"), KINDS_OF_CACHES)
