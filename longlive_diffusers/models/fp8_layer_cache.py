@@ -14,7 +14,7 @@ from ..fused.rotation import CodeFactors, Destination
 from .attend import attend
 from .cudnn_attention import cudnn_fp8_attention, has_cudnn_fp8
 from .frame_store import Shape
-from .layer_kv_cache import ChunkSlots, LayerCacheBase, allocate_slots, first_tokens, joined_tokens
+from .layer_kv_cache import ChunkSlots, LayerCacheBase, allocate_slots, first_tokens
 from .scaled_frames import ScaledFrames
 from .sparse_attention import choose_blocks, from_strips, in_strips, take_chosen
 
@@ -107,34 +107,12 @@ class FP8LayerKVCache(LayerCacheBase):
             attended = from_strips(attended, blocks, query.shape)
         return decode_heads(attended, self.value.scale, dtype)
 
-    def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the first `length` slots as they were stored, `[B, length * tokens, heads, head_dim]`."""
-        key, value = (self._read_all(stored, length, dtype or torch.float32) for stored in (self.key, self.value))
-        return joined_tokens(key), joined_tokens(value)
-
-    def rotate_again(
-        self, samples: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
-    ) -> None:
-        """Rotate kept unrotated keys and store them, like [`LayerKVCache.rotate_again`]."""
-        self.key.write(samples, slots, self._rotated(samples, raw_slots, rotary))
-
-    @property
-    def num_bytes(self) -> int:
-        """The memory of the stored keys and values, in bytes."""
-        raw = 0 if self.raw_key is None else self.raw_key.nbytes
-        return self.key.num_bytes + self.value.num_bytes + raw
-
     def _copy_visible(self, dtype: torch.dtype) -> list[torch.Tensor]:
         stored = (self.key, self.value)
         return [
             from_codes(codes, dtype).mul_(own.scale[..., None, None].to(dtype))
             for codes, own in zip(self.visible, stored, strict=True)
         ]
-
-    def _read_all(self, stored: ScaledFrames, length: int, dtype: torch.dtype) -> torch.Tensor:
-        target = torch.empty(*self._shape[:2], length, *self._shape[3:], dtype=dtype, device=self._device)
-        stored.read_into(target)
-        return target
 
 
 def attend_to_codes(

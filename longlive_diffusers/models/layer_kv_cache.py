@@ -8,7 +8,17 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from ..dtypes import DTYPES
 from ..fused.rotation import Destination
 from .attend import attend
-from .frame_store import FRAME_STORES, Frames, FrameStore, NVFP4Frames, Shape, put_frames, read_frames, take_frames
+from .frame_store import (
+    FRAME_STORES,
+    KEYS,
+    Frames,
+    FrameStore,
+    NVFP4Frames,
+    Shape,
+    put_frames,
+    read_frames,
+    take_frames,
+)
 from .rotary import apply_rotary
 from .sparse_attention import AttendedBlocks, attend_to_blocks
 
@@ -114,18 +124,28 @@ class LayerCacheBase:
 
     def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` slots as they were stored, `[B, length * tokens, heads, head_dim]`."""
-        raise NotImplementedError
+        shape = (*self._shape[:2], length, *self._shape[3:])
+        key, value = (torch.zeros(shape, dtype=dtype or torch.float32, device=self._device) for _ in range(2))
+        for stored, target in zip(self._parts, (key, value), strict=True):
+            read_frames(stored, target)
+        return joined_tokens(key), joined_tokens(value)
 
     def rotate_again(
         self, samples: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
     ) -> None:
         """Rotate kept unrotated keys (`samples`, `raw_slots`, int64 `[n]`) to `rotary` and store them in `slots`."""
-        raise NotImplementedError
+        keys, rotated = self._parts[KEYS], self._rotated(samples, raw_slots, rotary)
+        if isinstance(keys, torch.Tensor):
+            keys[samples, :, slots] = rotated
+        else:
+            keys.write(samples, slots, rotated)
 
     @property
     def num_bytes(self) -> int:
-        """The memory of the stored keys and values, in bytes; those of the text are not counted."""
-        raise NotImplementedError
+        """The memory of the stored keys and values, in bytes; those of the text, and what layers share, are not
+        counted."""
+        raw = 0 if self.raw_key is None else self.raw_key.nbytes
+        return raw + sum(own.nbytes if isinstance(own, torch.Tensor) else own.num_bytes for own in self._parts)
 
     def attend(
         self,
@@ -252,17 +272,6 @@ class LayerKVCache(LayerCacheBase):
         key, value = (joined_tokens(states[:, :, :length]) for states in (self.key, self.value))
         return key.to(dtype or key.dtype), value.to(dtype or value.dtype)
 
-    def rotate_again(
-        self, samples: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
-    ) -> None:
-        """Rotate kept unrotated keys (`samples`, `raw_slots`, int64 `[n]`) to `rotary` and store them in `slots`."""
-        self.key[samples, :, slots] = self._rotated(samples, raw_slots, rotary)
-
-    @property
-    def num_bytes(self) -> int:
-        """The memory of the stored keys and values, in bytes; those of the text are not counted."""
-        return sum(buffer.nbytes for buffer in (self.key, self.value, self.raw_key) if buffer is not None)
-
 
 class DequantBuffers:
     """The buffers that packed layers unpack into what a forward attends to: one pair for all layers, since these run
@@ -351,27 +360,6 @@ class PackedLayerKVCache(LayerCacheBase):
         elif chunk.finished:
             for stored, states in zip((self.key, self.value), self.visible, strict=True):
                 stored.write_from(self._by_slot(states), chunk.slots)
-
-    def get(self, length: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the first `length` slots as they were stored, `[B, length * tokens, heads, head_dim]`."""
-        shape = (*self._shape[:2], length, *self._shape[3:])
-        device = self._dequant_buffers.key.device
-        key, value = (torch.zeros(shape, dtype=dtype or torch.float32, device=device) for _ in range(2))
-        self.key.read_into(key)
-        self.value.read_into(value)
-        return joined_tokens(key), joined_tokens(value)
-
-    def rotate_again(
-        self, samples: torch.Tensor, slots: torch.Tensor, raw_slots: torch.Tensor, rotary: torch.Tensor
-    ) -> None:
-        """Rotate kept unrotated keys and store them, like [`LayerKVCache.rotate_again`]."""
-        self.key.write(samples, slots, self._rotated(samples, raw_slots, rotary))
-
-    @property
-    def num_bytes(self) -> int:
-        """The memory of the stored keys and values, in bytes, without the [`DequantBuffers`] that all layers share."""
-        raw = 0 if self.raw_key is None else self.raw_key.nbytes
-        return self.key.num_bytes + self.value.num_bytes + raw
 
     def _by_slot(self, states: torch.Tensor) -> torch.Tensor:
         """View `[B, heads, length * tokens, head_dim]` as `[B, heads, length, tokens, head_dim]`."""
