@@ -92,7 +92,6 @@ def norm_rotate_and_write_kernel(
     value_factor,
     tokens,
     dim,
-    head_dim,
     rotary_batch_stride,
     key_batch_stride,
     key_head_stride,
@@ -106,7 +105,8 @@ def norm_rotate_and_write_kernel(
     raw_token_stride,
     num_frames,
     eps,
-    HALF_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     KEEPS_RAW: tl.constexpr,
     CODES: tl.constexpr,
     PTX: tl.constexpr,
@@ -115,62 +115,62 @@ def norm_rotate_and_write_kernel(
     channels as 16 bits; strides and caches are those of pairs then."""
     index, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, token = index // tokens, index % tokens
-    pairs = tl.arange(0, HALF_BLOCK)
-    mask = 2 * pairs < dim
-    even, odd = index * dim + 2 * pairs, index * dim + 2 * pairs + 1
-    head, channel = (2 * pairs) // head_dim, (2 * pairs) % head_dim
+    columns = tl.arange(0, BLOCK)
+    mask = columns < dim
+    row, head, channel = index * dim + columns, columns // HEAD_DIM, columns % HEAD_DIM
+    pair = tl.arange(0, BLOCK // 2)
+    pair_mask, pair_head, pair_channel = pair < dim // 2, pair // (HEAD_DIM // 2), pair % (HEAD_DIM // 2)
+    own_factor = batch * (dim // HEAD_DIM) + pair_head
     slot = tl.load(token_slots + index)
 
-    if CODES:
-        own_factor = batch * (dim // head_dim) + head
-        place = pairs - head * (head_dim // 2)
-    else:
-        place = channel
-
     if part == 2:
-        where = value_cache + batch * value_batch_stride + head * value_head_stride + slot * value_slot_stride + place
-        one, other = tl.load(value + even, mask, other=0.0), tl.load(value + odd, mask, other=0.0)
+        cached = value_cache + batch * value_batch_stride + slot * value_slot_stride
+        number = tl.load(value + row, mask, other=0.0)
         if CODES:
-            factor = tl.load(value_factor + own_factor, mask, other=0.0)
-            tl.store(where, pair_of_codes(one.to(tl.float32) * factor, other.to(tl.float32) * factor, PTX), mask)
+            factor = tl.load(value_factor + own_factor, pair_mask, other=0.0)
+            codes = _pairs_of_codes(number.to(tl.float32), factor, BLOCK, PTX)
+            tl.store(cached + pair_head * value_head_stride + pair_channel, codes, pair_mask)
         else:
-            tl.store(where, one.to(value_cache.dtype.element_ty), mask)
-            tl.store(where + 1, other.to(value_cache.dtype.element_ty), mask)
+            tl.store(cached + head * value_head_stride + channel, number.to(value_cache.dtype.element_ty), mask)
     else:
         states, weight = query, query_weight
         if part == 1:
             states, weight = key, key_weight
-        first = tl.load(states + even, mask, other=0.0).to(tl.float32)
-        second = tl.load(states + odd, mask, other=0.0).to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(first * first + second * second, 0) / dim + eps)
-        first = first * scale * tl.load(weight + 2 * pairs, mask, other=0.0).to(tl.float32)
-        second = second * scale * tl.load(weight + 2 * pairs + 1, mask, other=0.0).to(tl.float32)
-        angle = rotary + batch * rotary_batch_stride + token * head_dim + channel
-        cosine, sine = tl.load(angle, mask, other=0.0), tl.load(angle + 1, mask, other=0.0)
-        turned_first, turned_second = first * cosine - second * sine, first * sine + second * cosine
+        x = tl.load(states + row, mask, other=0.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / dim + eps)
+        x = x * scale * tl.load(weight + columns, mask, other=0.0).to(tl.float32)
+        angle = rotary + batch * rotary_batch_stride + token * HEAD_DIM + channel
+        cosine, sine = tl.split(tl.reshape(tl.load(angle, mask, other=0.0), (BLOCK // 2, 2)))
+        first, second = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
+        turned = tl.reshape(tl.join(first * cosine - second * sine, first * sine + second * cosine), (BLOCK,))
         if part == 0:
             if CODES:
-                factor = tl.load(query_factor + own_factor, mask, other=0.0)
-                codes = pair_of_codes(turned_first * factor, turned_second * factor, PTX)
-                tl.store(rotated + index * (dim // 2) + pairs, codes, mask)
+                factor_of_query = tl.load(query_factor + own_factor, pair_mask, other=0.0)
+                codes_of_query = _pairs_of_codes(turned, factor_of_query, BLOCK, PTX)
+                tl.store(rotated + index * (dim // 2) + pair, codes_of_query, pair_mask)
             else:
-                tl.store(rotated + even, turned_first.to(rotated.dtype.element_ty), mask)
-                tl.store(rotated + odd, turned_second.to(rotated.dtype.element_ty), mask)
+                tl.store(rotated + row, turned.to(rotated.dtype.element_ty), mask)
         else:
-            where = key_cache + batch * key_batch_stride + head * key_head_stride + slot * key_slot_stride + place
+            key_place = key_cache + batch * key_batch_stride + slot * key_slot_stride
             if CODES:
-                factor = tl.load(key_factor + own_factor, mask, other=0.0)
-                tl.store(where, pair_of_codes(turned_first * factor, turned_second * factor, PTX), mask)
+                factor_of_key = tl.load(key_factor + own_factor, pair_mask, other=0.0)
+                codes_of_key = _pairs_of_codes(turned, factor_of_key, BLOCK, PTX)
+                tl.store(key_place + pair_head * key_head_stride + pair_channel, codes_of_key, pair_mask)
             else:
-                tl.store(where, turned_first.to(key_cache.dtype.element_ty), mask)
-                tl.store(where + 1, turned_second.to(key_cache.dtype.element_ty), mask)
+                tl.store(key_place + head * key_head_stride + channel, turned.to(key_cache.dtype.element_ty), mask)
             if KEEPS_RAW:
                 tokens_of_a_frame = tokens // num_frames
                 frame = tl.load(raw_slots + batch * num_frames + token // tokens_of_a_frame)
                 where = raw_key_cache + batch * raw_batch_stride + head * raw_head_stride + channel
                 where += frame * raw_frame_stride + (token % tokens_of_a_frame) * raw_token_stride
-                tl.store(where, first.to(raw_key_cache.dtype.element_ty), mask)
-                tl.store(where + 1, second.to(raw_key_cache.dtype.element_ty), mask)
+                tl.store(where, x.to(raw_key_cache.dtype.element_ty), mask)
+
+
+@triton.jit
+def _pairs_of_codes(x, factor, BLOCK: tl.constexpr, PTX: tl.constexpr):
+    """Round `[BLOCK]` numbers, each two times their own factor, to E4M3: `[BLOCK / 2]` pairs."""
+    first, second = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
+    return pair_of_codes(first * factor, second * factor, PTX)
 
 
 @triton.jit

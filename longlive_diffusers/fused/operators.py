@@ -200,12 +200,11 @@ def norm_rotate_and_write(
         rotated, key_cache, value_cache, token_slots.contiguous(),
         raw, token_slots if raw_slots is None else raw_slots.contiguous(),
         *(query_weight if factor is None else factor for factor in factors),
-        tokens, dim, head_dim, 0 if rotary.shape[0] == 1 else tokens * head_dim,
+        tokens, dim, 0 if rotary.shape[0] == 1 else tokens * head_dim,
         *key_cache.stride()[:3], *value_cache.stride()[:3], *raw_strides,
         1 if raw_slots is None else raw_slots.shape[1], eps,
-        HALF_BLOCK=next_power_of_two(dim) // 2, KEEPS_RAW=raw_key_cache is not None, CODES=query_factor is not None,
-        PTX=has_fp8_instructions(query.device),
-        num_warps=warps_for(dim),
+        BLOCK=next_power_of_two(dim), HEAD_DIM=head_dim, KEEPS_RAW=raw_key_cache is not None,
+        CODES=query_factor is not None, PTX=has_fp8_instructions(query.device), num_warps=warps_for(dim),
     )  # fmt: skip
     return result
 

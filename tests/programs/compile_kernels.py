@@ -88,11 +88,11 @@ def fused_variants(bits: str, to_e4m3: bool):
     strides = ["rotary_batch_stride"]
     strides += [f"{name}_{axis}_stride" for name in ("key", "value") for axis in ("batch", "head", "slot")]
     strides += [f"raw_{axis}_stride" for axis in ("batch", "head", "frame", "token")]
-    sizes = dict.fromkeys(("tokens", "dim", "head_dim"), "i32")
+    sizes = dict.fromkeys(("tokens", "dim"), "i32")
     arguments = tensors | sizes | dict.fromkeys(strides, "i64") | {"num_frames": "i32", "eps": "fp32"}
     for keeps_raw, codes in ((False, False), (True, False), (True, True)):
         written = dict.fromkeys(("rotated", "key_cache", "value_cache"), "*i16" if codes else bits)
-        constants = {"HALF_BLOCK": 2048, "KEEPS_RAW": keeps_raw, "CODES": codes, "PTX": to_e4m3}
+        constants = {"BLOCK": 4096, "HEAD_DIM": 128, "KEEPS_RAW": keeps_raw, "CODES": codes, "PTX": to_e4m3}
         yield fused_kernels.norm_rotate_and_write_kernel, arguments | written, constants
     codes = {"codes": "*u8", "scale": "*fp32", "result": bits} | dict.fromkeys(("tokens", "dim", "head_dim"), "i32")
     yield fused_kernels.decode_heads_kernel, codes, {"BLOCK": 4096}
