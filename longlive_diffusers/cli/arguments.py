@@ -169,15 +169,14 @@ def add_shortcut_options(parser: argparse._ActionsContainer) -> None:
         "--clean-pass",
         choices=CLEAN_PASSES,
         help="What the history remembers a chunk by: full, a forward on its clean latents; text_free, one without the "
-        "prompt, so that a new prompt leaves no history to be rewritten; last, the last solver step (default: full, "
-        "or what --speed fastest chooses).",
+        "prompt, so that a new prompt leaves no history to be rewritten; last, the last solver step (default: full).",
     )
     parser.add_argument(
         "--attention-density",
         type=number(0, 1, above=True),
         metavar="PART",
         help="The part of the history, besides sinks and the beginning of the shot, that is attended to: what matters "
-        "most to each head (default: 1, everything, or what --speed fastest chooses).",
+        "most to each head (default: 1, everything, or on a CPU what --speed fastest chooses).",
     )
 
 

@@ -9,14 +9,16 @@ import torch
 
 
 LARGEST = 448.0
+MOST_OCTAVES = 100  # of a scale or its inverse, so that both are normal numbers of float32
 ROOM = 8.0
 """How many times as large as the first numbers later ones may be; what is larger still is cut off."""
 
 
 def scales_of(states: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    """Return the power of two that brings the largest number along `dims` to between 28 and 56; 1 where all are 0."""
+    """Return the power of two that brings the largest number along `dims` to between 28 and 56; 1 where all are 0, and
+    2^-100 where they are tiny."""
     amax = states.detach().abs().amax(dim=dims).float()
-    exponent = torch.frexp(amax * (ROOM / LARGEST)).exponent
+    exponent = torch.frexp(amax * (ROOM / LARGEST)).exponent.clamp(-MOST_OCTAVES, MOST_OCTAVES)
     return torch.where(amax > 0, torch.ldexp(torch.ones_like(amax), exponent), 1.0)
 
 

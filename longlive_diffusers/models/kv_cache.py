@@ -145,12 +145,13 @@ class KVCache:
         # none is rotated again where no frame is ever evicted.
         self._num_raw_slots = sink_size + 2 * self.pin_size if relative_rope and is_evicting else 0
         shape = (batch_size, num_heads, num_slots, grid_height * grid_width, head_dim)
-        self.is_packed = isinstance(dtype, str) and dtype != FP8_ATTENTION
+        self._has_scales = dtype == FP8_ATTENTION
+        self.is_packed = isinstance(dtype, str) and not self._has_scales
         self._dequant_buffers: DequantBuffers | None = None
         self._layers: Sequence[LayerCacheBase]
         if isinstance(dtype, torch.dtype):
             self._layers = [LayerKVCache(shape, self._num_raw_slots, dtype, self.device) for _ in range(num_layers)]
-        elif dtype == FP8_ATTENTION:
+        elif self._has_scales:
             self._layers = [
                 FP8LayerKVCache(shape, self._num_raw_slots, compute_dtype, self.device) for _ in range(num_layers)
             ]
@@ -164,6 +165,7 @@ class KVCache:
         for layer in self._layers:
             layer.scratch = scratch
         self._journal = CacheJournal()
+        self._samples: list[_Sample] = []
         self.reset()
 
     def __getitem__(self, layer: int) -> LayerCacheBase:
@@ -174,6 +176,10 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget every frame and the cached text; the memory is kept for the next video."""
+        if self._has_scales:  # without which frames could not be read any more
+            places = [(index, slot) for index, sample in enumerate(self._samples) for slot in range(len(sample.slots))]
+            for part in (KEYS, VALUES):
+                self._record(part, places)
         self.num_frames_seen = 0
         self._samples = [_Sample() for _ in range(self.batch_size)]
         self._chunk: ChunkSlots | None = None

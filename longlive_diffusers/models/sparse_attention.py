@@ -180,10 +180,12 @@ def _(key, value, chosen, size) -> tuple[torch.Tensor, torch.Tensor]:
 def in_wide_numbers(rows: torch.Tensor) -> torch.Tensor:
     """View rows as numbers of 16 bytes, where they are made of such: indexing copies number by number, which takes a
     third or a quarter of the time then. The compiler has kernels of its own, and none for complex numbers."""
+    if torch.compiler.is_compiling():
+        return rows
     places = (*rows.stride()[:-1], rows.storage_offset(), rows.shape[-1])
     is_aligned = rows.stride(-1) == 1 and all(place * rows.itemsize % 16 == 0 for place in places)
     has_wide = is_aligned and float64_device(rows.device) == rows.device
-    return rows.view(torch.complex128) if has_wide and not torch.compiler.is_compiling() else rows
+    return rows.view(torch.complex128) if has_wide else rows
 
 
 def in_blocks(states: torch.Tensor, size: int) -> torch.Tensor:

@@ -40,6 +40,13 @@ def test_scales_are_powers_of_two_with_room_for_larger_numbers(size, dtype):
     assert (largest >= 28).all() and (largest <= 56).all()
 
 
+def test_tiny_numbers_leave_normal_scales():
+    assert scales_of(torch.full((1, 1, 1, 1), 1e-38), (1, 3)) == 2.0**-100
+    for number in (1e-45, 1e-38, 1e-30, 3e38):
+        scale = scales_of(torch.full((1, 1, 1, 1), number), (1, 3))
+        assert scale.isfinite() and scale.reciprocal().isfinite()
+
+
 def test_the_scale_of_nothing_is_one():
     assert torch.equal(scales_of(torch.zeros(1, 4, 2, 8), (1, 3)), torch.ones(1, 2))
 
@@ -170,6 +177,45 @@ def test_a_video_of_a_batch_is_what_it_is_alone():
                 sample = model(latents, torch.full((batch,), 500.0), text.expand(batch, -1, -1), kv_cache=cache).sample
             found[batch] = sample[:1]
         assert relative(found[2], found[1]) < 2e-3  # a number may be rounded the other way
+
+
+def test_who_is_beside_a_video_changes_no_bit_of_it():
+    model = small_transformer()
+    generator = torch.Generator().manual_seed(0)
+    chunks, text = torch.randn(4, 1, 8, 2, 4, 4, generator=generator), torch.randn(2, 8, 16, generator=generator)
+    found = []
+    for factor in (1.0, 50.0):
+        cache, own = model.create_kv_cache(2, 4, 4, **SETTINGS), []
+        for chunk in chunks:
+            cache.begin_chunk(2)
+            with torch.no_grad():
+                latents = torch.cat([chunk, factor * chunk.flip(2)])
+                own.append(model(latents, torch.full((2,), 500.0), text, kv_cache=cache).sample[0])
+        found.append(torch.stack(own))
+    assert torch.equal(*found)
+
+
+def test_a_backward_after_a_reset_reads_the_history_with_its_own_scales():
+    model = small_transformer()
+
+    def gradient(between) -> torch.Tensor:
+        cache = model.create_kv_cache(1, 4, 4, **SETTINGS)
+        for seed in range(2):
+            forward(model, cache, seed)
+        cache.begin_chunk(2)
+        latents = torch.randn(1, 8, 2, 4, 4, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        text = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(6))
+        sample = model(latents, torch.full((1,), 500.0), text, kv_cache=cache).sample
+        between(cache)
+        return torch.autograd.grad(sample.square().sum(), model.blocks[0].attn1.to_q.weight)[0]
+
+    def another_video(cache) -> None:
+        cache.reset()
+        forward(model, cache, 9, size=100.0)
+
+    expected = gradient(lambda cache: None)
+    assert torch.equal(gradient(lambda cache: cache.reset()), expected)
+    assert torch.equal(gradient(another_video), expected)
 
 
 def test_numbers_beyond_the_room_are_cut_off():

@@ -91,6 +91,14 @@ def latents_of_a_stream(pipe, seed: int, **settings) -> torch.Tensor:
 KINDS_OF_CACHES = [(None, False), ("nvfp4", True), ("fp8_attention", False)]
 
 
+@pytest.mark.parametrize("kv_cache_dtype", [None, "fp8_attention"])
+def test_compiled_blocks_attend_to_a_part_of_the_history(kv_cache_dtype):
+    pipe, arguments = small_pipeline(), {"num_frames": 45, "kv_cache_dtype": kv_cache_dtype, "attention_density": 0.3}
+    expected = pipe(**tiny_arguments(**arguments)).frames
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(pipe(**tiny_arguments(**arguments)).frames, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("kv_cache_dtype", "relative_rope"), KINDS_OF_CACHES)
 def test_whatever_happens_in_a_stream_four_graphs_are_enough(kv_cache_dtype, relative_rope):
     """For the first window and for all later ones, each with a text that is new and one that is cached."""
