@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from ..version import __version__
 from .arguments import with_values_joined
@@ -60,11 +61,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)  # shows the help or the version, or says what is wrong, and exits
 
 
-def _build_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+class CommandParser(argparse.ArgumentParser):
+    """argparse's own, but that help which cannot be written is an error: argparse passes over that, where the text is
+    longer than the buffer of the output."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Write the help to a file, by default to the standard output, if there is one."""
+        stream = sys.stdout if file is None else file
+        if stream is not None:
+            stream.write(self.format_help())
+
+
+def _build_parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     """Build the parser of the whole command line, and those of the commands, by name."""
-    parser = argparse.ArgumentParser(
-        prog="longlive", description="Streaming, multi-shot video with LongLive-2.0 and diffusers."
-    )
+    parser = CommandParser(prog="longlive", description="Streaming, multi-shot video with LongLive-2.0 and diffusers.")
     parser.add_argument("--version", action="version", version=f"longlive_diffusers {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_parser in (add_generate, add_serve, add_convert, add_quantize, add_bench, add_env):

@@ -8,14 +8,13 @@ import sys
 import pytest
 
 from longlive_diffusers.cli import main
+from longlive_diffusers.cli.command_line import CommandParser
 from tests.support.paths import ROOT
 
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "av", "PIL")
 LONGLIVE = [sys.executable, "-m", "longlive_diffusers.cli"]
-# Unbuffered, argparse itself meets the errors of stdout, and keeps them to itself.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-ENVIRONMENT["PYTHONPATH"] = str(ROOT)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 PARSE_EVERYTHING = f"""
 import sys
@@ -47,10 +46,29 @@ def test_a_reader_that_is_gone_ends_the_command_without_a_word():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_output_that_does_not_fit_is_one_line():
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_output_that_does_not_fit_is_one_line(unbuffered):
+    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "wb") as full:
-        run = subprocess.run([*LONGLIVE, "generate", "--help"], stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        run = subprocess.run([*LONGLIVE, "generate", "--help"], stdout=full, stderr=subprocess.PIPE, env=environment)
     assert (run.returncode, run.stderr) == (1, b"longlive: error: No space left on device\n")
+
+
+@pytest.mark.parametrize("length", [10, 100_000])
+def test_help_that_cannot_be_written_is_an_error_however_long_it_is(length, monkeypatch):
+    class Full:
+        def write(self, text: str) -> None:
+            assert len(text) > length
+            raise OSError(28, "No space left on device")
+
+    parser = CommandParser(prog="longlive", epilog=length * "x")
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(OSError, match="No space left"):
+        parser.parse_args(["--help"])
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--help"])
+    assert ended.value.code == 0
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
