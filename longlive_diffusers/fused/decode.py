@@ -3,6 +3,7 @@ product."""
 
 import torch
 
+from ..fp8.e4m3 import from_codes
 from . import operators
 from .layers import uses_fused_kernels
 
@@ -18,4 +19,4 @@ def decode_heads(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -
     """
     if uses_fused_kernels(codes):
         return operators.decode_heads(codes, scale, dtype)
-    return codes.view(torch.float8_e4m3fn).to(dtype).mul_(scale[:, None, :, None].to(dtype))
+    return from_codes(codes, dtype).mul_(scale[:, None, :, None].to(dtype))

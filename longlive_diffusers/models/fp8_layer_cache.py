@@ -74,21 +74,6 @@ class FP8LayerKVCache(LayerCacheBase):
             states[index] = to_codes(new, stored.scale.reciprocal()[:, None, :, None])
         self._write_raw(raw_key, chunk)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        raw_key: torch.Tensor,
-        chunk: ChunkSlots,
-        backend: AttentionBackendName | None,
-    ) -> torch.Tensor:
-        """Write the chunk's keys and values and attend to everything that is cached."""
-        if torch.is_grad_enabled():
-            return super().attend(query, key, value, raw_key, chunk, backend)
-        self.write(key, value, raw_key, chunk)
-        return self.attend_to_visible(query, chunk, backend)
-
     def attend_to_visible(
         self, query: torch.Tensor, chunk: ChunkSlots, backend: AttentionBackendName | None
     ) -> torch.Tensor:

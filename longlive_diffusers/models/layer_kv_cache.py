@@ -158,8 +158,11 @@ class LayerCacheBase:
     ) -> torch.Tensor:
         """Write the chunk's keys and values and attend to everything that is cached; see [`update`] and
         [`attend.attend`]."""
-        key, value = self.update(key, value, raw_key, chunk)
-        return self._attend(query, key, value, chunk, backend)
+        if torch.is_grad_enabled():
+            key, value = self.update(key, value, raw_key, chunk)
+            return self._attend(query, key, value, chunk, backend)
+        self.write(key, value, raw_key, chunk)
+        return self.attend_to_visible(query, chunk, backend)
 
     def _attend(
         self,
