@@ -55,7 +55,9 @@ def compare(device: torch.device, large: bool = False) -> tuple[list[str], int]:
     for shape, dtype in shapes:
         x = sample(*shape, dtype)
         amax = x.abs().amax().float().reshape(1)
-        for rule, block, noise_seed in itertools.product(RULES.values(), ((1, 16), (16, 16)), (None, seed)):
+        # How a number is loaded has nothing to do with the rule, of which an interpreted kernel takes two in bfloat16.
+        rules = list(RULES.values()) if large or dtype == torch.float32 else [RULES["mse"], RULES["static_6"]]
+        for rule, block, noise_seed in itertools.product(rules, ((1, 16), (16, 16)), (None, seed)):
             matrix = x if large else x[:2] if block[0] == 1 else x[:, :160]  # few rows and tiles, thus programs
             noise = None if noise_seed is None else uniform_noise(noise_seed, matrix.shape)
             expected = encode_matrix(matrix, amax, rule, block, noise)

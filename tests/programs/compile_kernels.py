@@ -1,9 +1,9 @@
 """Compiles the Triton kernels for GPUs that need not be there:
-python -m tests.programs.compile_kernels 80 --whole 90 100
+python -m tests.programs.compile_kernels 90 100 120 80
 
 Prints, for each compute capability, how many variants the assembler took, and how many use the instructions that
-convert to and from E2M1, and to E4M3. The first variant of each kernel is compiled; after `--whole` all, which takes a
-while, but from Blackwell on, those without such instructions are the same as on Hopper.
+convert to and from E2M1, and to E4M3. A variant that was compiled for an earlier one is compiled again only where it
+uses such instructions, which the assembler of this one may not know, and it is the kernel's first.
 """
 
 import sys
@@ -102,12 +102,14 @@ def fused_variants(bits: str, to_e4m3: bool):
     yield take_blocks_kernel, arguments, {"TILE": 4096}
 
 
-def compile_for(capability: int, whole: bool) -> tuple[int, int, int]:
+def compile_for(capability: int, seen: set[str]) -> tuple[int, int, int]:
     """Variants compiled, and those whose assembly has an instruction of E2M1, and of E4M3."""
     compiled, with_instruction = Counter(), Counter()
     for kernel, types, constants in variants(capability):
-        if compiled[kernel] and not (whole and ("PTX" in constants or capability < 100)):
+        variant = str((kernel.__name__, types, constants))
+        if variant in seen and (compiled[kernel] or not constants.get("PTX")):
             continue
+        seen.add(variant)
         options = {"enable_fp_fusion": False, "num_warps": constants.pop("num_warps", 4)}
         source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
         made = triton.compile(source, GPUTarget("cuda", capability, 32), options=options)
@@ -118,7 +120,6 @@ def compile_for(capability: int, whole: bool) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
-    once, _, whole = " ".join(sys.argv[1:]).partition("--whole")
-    for capabilities, has_all in ((once, False), (whole, True)):
-        for capability in map(int, capabilities.split()):
-            print(capability, *compile_for(capability, has_all))
+    seen: set[str] = set()
+    for capability in map(int, sys.argv[1:]):
+        print(capability, *compile_for(capability, seen))

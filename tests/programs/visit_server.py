@@ -23,9 +23,9 @@ PICTURE = PIL.Image.new("RGBA", (5000, 5000), (200, 30, 30, 128))  # of as many 
 
 
 def connections(server: LiveServer) -> Iterator[int]:
-    """200 streams that end in every way there is; what is held after each 25."""
+    """120 streams that end in every way there is; what is held after each 15."""
     chance = random.Random(0)
-    for index in range(200):
+    for index in range(120):
         client = server.client()
         kind = index % 5
         if kind == 0:
@@ -42,7 +42,7 @@ def connections(server: LiveServer) -> Iterator[int]:
             client.until("started")
         client.socket.close() if index % 2 else client.vanish()
         server.wait_until(lambda: server.is_empty)
-        if index % 25 == 24:
+        if index % 15 == 14:
             yield held_bytes()
     assert server.app.model.sessions.num_open == 0
 

@@ -60,7 +60,7 @@ def test_what_is_simulated_takes_the_memory_of_what_is_computed(accelerator):
 
 def test_layers_are_alike(accelerator):
     """So that a network of many is measured by two of few; and networks differ in nothing but their weights."""
-    size = replace(TINY, config=TINY.config | {"num_layers": 4})
+    size = replace(TINY, config=TINY.config | {"num_layers": 3})
     shared, three = (
         measure(size, Case(setup, True, 4, 4, "noisy"), accelerator, Simulated()) for setup in (SHARED, THREE)
     )
