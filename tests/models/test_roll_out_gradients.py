@@ -16,6 +16,7 @@ from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
 from longlive_diffusers import KVCache, LongLiveTransformer3DModel
+from longlive_diffusers.models.activation_offloading import checkpoint_on_host
 from longlive_diffusers.models.cache_journal import Moment, Overwritten
 from longlive_diffusers.models.chunk_history import ChunkHistory
 from longlive_diffusers.nvfp4 import NVFP4Config, quantize_model
@@ -285,7 +286,9 @@ def to_the_end(run, *arguments):
     return checkpoint(run, *arguments, use_reentrant=False, early_stop=False)
 
 
-@pytest.mark.parametrize("function", [reentrant, to_the_end, lambda run, *arguments: run(*arguments)])
+@pytest.mark.parametrize(
+    "function", [reentrant, to_the_end, checkpoint_on_host, lambda run, *arguments: run(*arguments)]
+)
 @pytest.mark.parametrize("dtype", [None, "nvfp4"])
 def test_checkpointing_functions_of_the_callers_own(function, dtype):
     roll_out = RollOut(plain_model(), {"relative_rope": True, "dtype": dtype})

@@ -150,8 +150,9 @@ def test_accumulated_batches_are_one_batch(studio, single, tmp_path):
     same_updates(log(tmp_path / "run"), log(single), 2e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(studio, single, tmp_path):
-    studio.main(tmp_path / "run", train_batch_size=4, gradient_checkpointing=True)
+@pytest.mark.parametrize("offloads", [False, True])
+def test_gradient_checkpointing_changes_nothing(studio, single, tmp_path, offloads):
+    studio.main(tmp_path / "run", train_batch_size=4, gradient_checkpointing=True, activation_offloading=offloads)
     same_updates(log(tmp_path / "run"), log(single), 1e-6)
 
 

@@ -44,7 +44,8 @@ class Kind:
     @property
     def changed(self) -> dict[str, object]:
         """An update is of two clips: accumulated by the two ranks that share each, or one for each of two pairs."""
-        changed = {"train_batch_size": 1, "gradient_checkpointing": not self.is_float32}
+        changed = {"train_batch_size": 1}
+        changed |= dict.fromkeys(("gradient_checkpointing", "activation_offloading"), not self.is_float32)
         return changed | ({"gradient_accumulation_steps": 2} if self.num_ranks == 2 else {})
 
     def runs(self, workshop, folder: Path) -> list[dict]:

@@ -16,14 +16,17 @@ What kernels allocate inside of themselves is not seen, nor are the gaps between
 nothing is computed: tensors have shapes and no numbers, and the 5B model fits any machine. Networks of two and three
 layers are measured then, and continued to all layers, which are alike. With `--computed`, everything is computed.
 
-Ratios are to three networks in bfloat16, two of them with a LoRA, in the same update.
+Checkpoints wait on the device or, with `--activation_offloading`, on the host, whose memory is not counted.
+Ratios are to three networks in bfloat16, two of them with a LoRA, in the same update, with checkpoints on the device.
 """
 
 import argparse
 import copy
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Literal
 
@@ -36,6 +39,8 @@ from longlive_diffusers import KVCache, LongLiveScheduler, LongLiveTransformer3D
 from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.benchmark.markdown import markdown_table
 from longlive_diffusers.benchmark.measure import as_size
+from longlive_diffusers.host_copies import HostCopy
+from longlive_diffusers.models.activation_offloading import checkpoint_on_host
 from longlive_diffusers.nvfp4 import NVFP4Config
 from longlive_diffusers.nvfp4.quantizer import layers_to_convert
 from longlive_diffusers.parallel import FrameLayout
@@ -54,7 +59,7 @@ from train_dmd import Trainer
 
 WEIGHTS, TRAINED, CACHE, KEPT = "weights", "trained", "cache", "kept"
 PARTS = (WEIGHTS, TRAINED, CACHE, KEPT, TRANSIENT)
-COLUMNS = ("update of", "networks", "checkpointing", "latent frames", "peak", *PARTS, "ratio")
+COLUMNS = ("update of", "networks", "checkpoints", "latent frames", "peak", *PARTS, "ratio")
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class Case:
         frames: The length of a roll-out, in latent frames.
         scored_frames: How many of the last ones the scores see; all of these carry a gradient.
         score_context: The history that the scores see.
+        offloading: Whether the inputs of checkpoints wait on the host, whose memory is not counted.
     """
 
     setup: Setup
@@ -127,6 +133,7 @@ class Case:
     frames: int
     scored_frames: int
     score_context: Literal["clean", "noisy"]
+    offloading: bool = False
 
 
 @dataclass(frozen=True)
@@ -224,6 +231,9 @@ def measure(size: Size, case: Case, accelerator: LedgerAccelerator, simulation: 
             attention_backend="native",  # what a GPU takes; by itself, a CPU would take matrix products
         )
         networks = make_networks(size, case.setup, optimization, accelerator.device)
+        if case.offloading:
+            for role in Role:
+                networks.network(role).enable_gradient_checkpointing(offloading_beside(ledger))
         optimizers = {role: filled_optimizers(networks, role, accelerator, optimization) for role in ADAPTERS}
         ledger.label([*networks.parameters(), *networks.buffers()], WEIGHTS)
         for role in ADAPTERS:
@@ -244,6 +254,17 @@ def measure(size: Size, case: Case, accelerator: LedgerAccelerator, simulation: 
             peak = ledger.peak()
             rows.append(Row(case, str(role), {part: peak[part] for part in PARTS}))
     return rows
+
+
+def offloading_beside(ledger: MemoryLedger) -> Callable[..., torch.Tensor]:
+    """Return the checkpointing whose copies on the host the ledger leaves out, though the host may be all there is."""
+
+    def left_out(tensor: torch.Tensor) -> HostCopy:
+        made = HostCopy(tensor)
+        ledger.leave_out(made.copy)
+        return made
+
+    return partial(checkpoint_on_host, copy=left_out)
 
 
 def filled_optimizers(
@@ -326,8 +347,8 @@ def cases(size: Size, lengths: list[int], score_context: Literal["clean", "noisy
     """Return what is measured: roll-outs that are longer than the window also with scores of a window only."""
     scored = [(frames, seen) for frames in lengths for seen in sorted({min(frames, size.window_size), frames})]
     return [
-        Case(setup, checkpointing, frames, seen, score_context)
-        for checkpointing in (True, False)
+        Case(setup, checkpointing, frames, seen, score_context, offloading)
+        for checkpointing, offloading in ((True, True), (True, False), (False, False))
         for frames, seen in scored
         for setup in SETUPS
     ]
@@ -343,12 +364,12 @@ def print_table(rows: list[Row]) -> None:
             [
                 row.role,
                 case.setup.name,
-                "yes" if case.checkpointing else "no",
+                ("on the host" if case.offloading else "yes") if case.checkpointing else "no",
                 f"{case.frames}"
                 if case.scored_frames == case.frames
                 else f"{case.frames}, {case.scored_frames} scored",
                 *(as_size(number) for number in numbers),
-                f"{row.num_bytes / baseline[replace(case, setup=THREE), row.role]:.2f}",
+                f"{row.num_bytes / baseline[replace(case, setup=THREE, offloading=False), row.role]:.2f}",
             ]
         )
     print(markdown_table(COLUMNS, cells))

@@ -161,6 +161,13 @@ class OptimizationArguments:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Save memory by computing the blocks twice."}
     )
+    activation_offloading: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the inputs of the blocks, which --gradient_checkpointing computes them from again, in the "
+            "memory of the host."
+        },
+    )
     sp_size: Annotated[int | None, POSITIVE] = field(
         default=None,
         metadata={
@@ -337,6 +344,8 @@ def check_arguments(
     """
     check_settings(groups)
     _check_schedule(optimization)
+    if optimization.activation_offloading and not optimization.gradient_checkpointing:
+        raise ValueError("--activation_offloading moves what --gradient_checkpointing keeps: set both")
     recipe_named(optimization.nvfp4_recipe)
     try:
         re.compile(model.lora_layers)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from peft import LoraConfig
 
 from longlive_diffusers import LongLiveTransformer3DModel
+from longlive_diffusers.models.activation_offloading import checkpoint_on_host
 from longlive_diffusers.nvfp4 import NVFP4Config, nvfp4_layers, quantize_model
 from longlive_diffusers.nvfp4.recipes import recipe_named
 from longlive_diffusers.nvfp4.training import train_in_nvfp4
@@ -44,7 +45,7 @@ def check_attention_backend(accelerator: Accelerator, optimization: Optimization
 def set_computation(transformer: LongLiveTransformer3DModel, optimization: OptimizationArguments) -> None:
     """Choose gradient checkpointing and the attention backend as the options say."""
     if optimization.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing(checkpoint_on_host if optimization.activation_offloading else None)
     if optimization.attention_backend is not None:
         transformer.set_attention_backend(optimization.attention_backend)
 

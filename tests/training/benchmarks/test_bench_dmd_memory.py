@@ -53,7 +53,7 @@ def test_the_ledger_sees_a_backward():
 
 def test_what_is_simulated_takes_the_memory_of_what_is_computed(accelerator):
     size = replace(TINY, window_size=2, sink_size=0, config=TINY.config | {"num_layers": 1})
-    case = Case(SHARED, True, frames=4, scored_frames=2, score_context="clean")
+    case = Case(SHARED, True, frames=4, scored_frames=2, score_context="clean", offloading=True)
     computed = measure(size, case, accelerator, None)
     assert measure(size, case, accelerator, Simulated(from_bytes=2**14)) == computed
 
@@ -67,6 +67,17 @@ def test_layers_are_alike(accelerator):
     assert bench_dmd_memory.simulate(size, shared[0].case, accelerator) == shared
     for own, others in zip(shared, three, strict=True):
         assert others.parts == own.parts | {WEIGHTS: 3 * own.parts[WEIGHTS]}
+
+
+def test_checkpoints_on_the_host_are_not_kept(accelerator):
+    case = Case(SHARED, True, 4, 4, "clean")
+    on_device, on_host = (
+        measure(TINY, replace(case, offloading=offloading), accelerator, Simulated(from_bytes=2**14))
+        for offloading in (False, True)
+    )
+    inputs = 2 * TINY.config["num_layers"] * 4 * 16 * 4 * 32  # in bfloat16; of 4 frames of 16 tokens, of 4 heads of 32
+    for row, other in zip(on_device, on_host, strict=True):
+        assert row.parts[KEPT] - other.parts[KEPT] >= inputs
 
 
 def test_under_autocast_loras_take_their_inputs_as_they_are(accelerator, monkeypatch):

@@ -172,6 +172,13 @@ def test_schedules_that_can_be_computed_to_the_last_update(schedule, warmup, mes
         assert 0 <= rates.get_last_lr()[0] <= options.learning_rate
 
 
+def test_only_checkpoints_can_wait_on_the_host():
+    words = [*NEEDED, "--activation_offloading", "true"]
+    with pytest.raises(ValueError, match="moves what --gradient_checkpointing keeps: set both"):
+        parse_arguments(words)
+    assert parse_arguments([*words, "--gradient_checkpointing", "true"]).optimization.activation_offloading
+
+
 def test_a_polynomial_has_to_fall():
     with pytest.raises(ValueError, match="polynomial falls to 1e-07: --learning_rate must be higher, got 1e-07"):
         parse_arguments([*NEEDED, "--lr_scheduler", "polynomial", "--learning_rate", "1e-7"])
