@@ -63,7 +63,7 @@ def test_operators_are_told_apart(operator, kind):
     [
         (lambda q: F.scaled_dot_product_attention(q, q, q), "aten::_scaled_dot_product_flash_attention_for_cpu"),
         (
-            lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(64, 64, requires_grad=True)),
+            lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(256, 256, requires_grad=True)),
             "aten::_scaled_dot_product_attention_math",
         ),
         (lambda q: attend(q.bfloat16(), q.bfloat16(), q.bfloat16()), PRODUCTS),
@@ -71,7 +71,7 @@ def test_operators_are_told_apart(operator, kind):
     ids=["flash", "math", "matrix products"],
 )
 def test_the_attention_that_ran_is_named(attention, kernel):
-    query, weight = torch.randn(2, 64, 64, 32), torch.randn(64, 64)
+    query, weight = torch.randn(2, 64, 256, 32), torch.randn(64, 64)  # large: a kernel takes longer than its calls
     with torch.no_grad():
         profiled = profile_forward(lambda: (attention(query), F.linear(weight, weight), weight.exp()), CPU)
     kernels = profiled["attention_kernels"]
