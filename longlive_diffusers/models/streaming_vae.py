@@ -71,7 +71,7 @@ class StreamingDecoder:
     def reset(self) -> None:
         """Forget the video so far: the next chunk begins a new one."""
         self._caches: dict[tuple[int, int, int], list] = {}
-        self._so_far = VideoSoFar()
+        self._so_far, self._pieces = VideoSoFar(), None
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -85,21 +85,44 @@ class StreamingDecoder:
             Pixels in [-1, 1], `[B, 3, frames, H, W]`; 1 + 4 (F - 1) frames for the first chunk, 4 F for later ones.
 
         Raises:
-            ValueError: For latents whose shape does not fit the network or the previous chunk.
+            ValueError: For latents whose shape does not fit the network or the previous chunk, or if slices or tiles
+                were switched since.
             RuntimeError: If an error has ended the call before, and there was no `reset()` since.
         """
-        shape = check_next_latents(latents, self.vae.config.z_dim, self._so_far.shape)
+        before = self._so_far.shape
+        shape = check_next_latents(latents, self.vae.config.z_dim, before)
+        pieces = self._describe_pieces(shape)
+        if before is not None and pieces != self._pieces:
+            raise ValueError(
+                f"The video so far was decoded {self._pieces}, this chunk would be {pieces}: `reset()` first."
+            )
+        self._pieces = pieces
         with self._so_far.continued(shape) as first:
             _bring_to_device(self.vae)
             if self.vae.use_slicing and latents.shape[0] > 1:
                 return torch.cat([self._decode_slice(part, i, first) for i, part in enumerate(latents.split(1))])
             return self._decode_slice(latents, 0, first)
 
+    def _describe_pieces(self, shape: tuple[int, ...]) -> str:
+        """Say of what latents (B, h, w) are decoded: what is kept for the next chunk is kept for each such piece."""
+        vae, (batch, height, width) = self.vae, shape
+        by_video = ", each video by itself" if vae.use_slicing and batch > 1 else ""
+        if not self._is_tiled(height, width):
+            return f"whole{by_video}"
+        size = (vae.tile_sample_min_height, vae.tile_sample_min_width)
+        step = (vae.tile_sample_stride_height, vae.tile_sample_stride_width)
+        return f"in tiles of {size} pixels, one every {step}{by_video}"
+
+    def _is_tiled(self, height: int, width: int) -> bool:
+        vae, ratio = self.vae, self.vae.spatial_compression_ratio
+        fits = height <= vae.tile_sample_min_height // ratio and width <= vae.tile_sample_min_width // ratio
+        return vae.use_tiling and not fits
+
     def _decode_slice(self, latents: torch.Tensor, slice_index: int, first: bool) -> torch.Tensor:
         vae, (height, width) = self.vae, latents.shape[-2:]
         ratio = vae.spatial_compression_ratio
         tile_height, tile_width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
-        tiled = vae.use_tiling and (width > tile_width or height > tile_height)
+        tiled = self._is_tiled(height, width)
         split = ColumnSplit.of_latents(height, width, None if tiled else self._group)
         if tiled:
             pixels = self._decode_tiles(latents, slice_index, first, tile_height, tile_width, split)

@@ -136,6 +136,36 @@ def test_tiling_is_not_used_for_what_one_tile_holds(make_vae):
     assert_same_pixels(decode_in_chunks(vae, latents, [1, 2]), untiled)
 
 
+SWITCHES = {
+    "tiles": (
+        lambda vae: None,
+        enable_small_tiles,
+        r"decoded whole, this chunk would be in tiles of \(24, 24\) pixels",
+    ),
+    "no tiles": (enable_small_tiles, AutoencoderKLWan.disable_tiling, "this chunk would be whole: `reset"),
+    "steps": (
+        enable_small_tiles,
+        lambda vae: vae.enable_tiling(24, 24, 8, 8),
+        r"one every \(16, 16\).* every \(8, 8\)",
+    ),
+    "slices": (lambda vae: None, AutoencoderKLWan.enable_slicing, "this chunk would be whole, each video by itself"),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_how_a_video_is_divided_does_not_change_in_it(switch):
+    before, after, message = SWITCHES[switch]
+    vae, latents = wan_2_1_vae(), random_latents(3, 5, 7, batch=2)
+    before(vae)
+    decoder = StreamingDecoder(vae)
+    decoder.decode(latents[:, :, :1])
+    after(vae)
+    with pytest.raises(ValueError, match=message):
+        decoder.decode(latents[:, :, 1:])
+    decoder.reset()
+    assert torch.equal(decoder.decode(latents), decode_in_chunks(vae, latents, [3]))
+
+
 @every_vae
 def test_uneven_tiles_decode_to_the_same(make_vae):
     """Tiles of other sizes in height and width, which are no multiples of a latent."""
