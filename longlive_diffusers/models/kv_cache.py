@@ -38,7 +38,7 @@ from .attend import allocate_scratch
 from .cache_journal import CacheJournal, Overwritten, Place
 from .chunk_history import ChunkHistory
 from .fp8_layer_cache import FP8LayerKVCache
-from .frame_store import KEYS, VALUES
+from .frame_store import KEYS, VALUES, Shape
 from .layer_kv_cache import (
     FP8_ATTENTION,
     ChunkSlots,
@@ -148,25 +148,28 @@ class KVCache:
         self._has_scales = dtype == FP8_ATTENTION
         self.is_packed = isinstance(dtype, str) and not self._has_scales
         self._dequant_buffers: DequantBuffers | None = None
-        self._layers: Sequence[LayerCacheBase]
-        if isinstance(dtype, torch.dtype):
-            self._layers = [LayerKVCache(shape, self._num_raw_slots, dtype, self.device) for _ in range(num_layers)]
-        elif self._has_scales:
-            self._layers = [
-                FP8LayerKVCache(shape, self._num_raw_slots, compute_dtype, self.device) for _ in range(num_layers)
-            ]
-        else:
-            buffers = self._dequant_buffers = DequantBuffers(shape, compute_dtype, self.device)
-            self._layers = [
-                PackedLayerKVCache(shape, self._num_raw_slots, dtype, compute_dtype, self.device, buffers)
-                for _ in range(num_layers)
-            ]
-        scratch = allocate_scratch(compute_dtype, self.device)
-        for layer in self._layers:
-            layer.scratch = scratch
+        with torch.inference_mode(False):  # what is made within, a video that goes on outside could not write to
+            self._layers = self._make_layers(num_layers, shape, dtype, compute_dtype)
         self._journal = CacheJournal()
         self._samples: list[_Sample] = []
         self.reset()
+
+    def _make_layers(
+        self, num_layers: int, shape: Shape, dtype: torch.dtype | str, compute_dtype: torch.dtype
+    ) -> Sequence[LayerCacheBase]:
+        """Allocate the memory of all layers."""
+        raw_slots, device, layers = self._num_raw_slots, self.device, range(num_layers)
+        if isinstance(dtype, torch.dtype):
+            made = [LayerKVCache(shape, raw_slots, dtype, device) for _ in layers]
+        elif self._has_scales:
+            made = [FP8LayerKVCache(shape, raw_slots, compute_dtype, device) for _ in layers]
+        else:
+            buffers = self._dequant_buffers = DequantBuffers(shape, compute_dtype, device)
+            made = [PackedLayerKVCache(shape, raw_slots, dtype, compute_dtype, device, buffers) for _ in layers]
+        scratch = allocate_scratch(compute_dtype, device)
+        for layer in made:
+            layer.scratch = scratch
+        return made
 
     def __getitem__(self, layer: int) -> LayerCacheBase:
         return self._layers[layer]

@@ -27,6 +27,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from longlive_diffusers import LongLivePipeline, LongLivePipelineOutput
+from tests.support.nvfp4_models import small_pipeline
 from tests.support.tiny_pipeline import TEXT_DIM, TEXT_LENGTH, tiny_arguments, tiny_pipeline, tiny_transformer
 from tests.support.tiny_vae import tiny_vae
 
@@ -126,6 +127,23 @@ def test_works_in_inference_mode(pipe):
     expected = run(pipe, output_type="np", guidance_scale=2.0)
     with torch.inference_mode():
         np.testing.assert_array_equal(run(pipe, output_type="np", guidance_scale=2.0), expected)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", [None, "fp8", "nvfp4", "fp8_attention"])
+def test_a_stream_goes_in_and_out_of_inference_mode(kv_cache_dtype):
+    pipe, videos = small_pipeline(), []
+    for is_within in ([False] * 4, [True, False, True, False]):
+        arguments = tiny_arguments(num_frames=None, kv_cache_dtype=kv_cache_dtype, relative_rope=True)
+        with torch.inference_mode(is_within[0]):
+            session = pipe.stream(**arguments)
+        chunks = []
+        for mode in is_within:
+            with torch.inference_mode(mode):
+                chunks.append(next(session).frames)
+            session.prompt = f"another prompt {len(chunks)}"
+        session.close()
+        videos.append(torch.cat(chunks, dim=2))
+    assert torch.equal(*videos)
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------
