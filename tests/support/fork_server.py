@@ -165,6 +165,8 @@ if __name__ == "__main__":
     gc.disable()  # nothing of what is imported is garbage
     for name in IMPORTED:
         importlib.import_module(name)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        importlib.import_module("tests.support.quick_interpreter").quicken_interpreter()
     sys.stdout.flush()  # or each process would print it again
     gc.collect()
     gc.freeze()  # so that no collection in a process touches, thus copies, the memory that all share
