@@ -16,8 +16,9 @@ What kernels allocate inside of themselves is not seen, nor are the gaps between
 nothing is computed: tensors have shapes and no numbers, and the 5B model fits any machine. Networks of two and three
 layers are measured then, and continued to all layers, which are alike. With `--computed`, everything is computed.
 
-Checkpoints wait on the device or, with `--activation_offloading`, on the host, whose memory is not counted.
-Ratios are to three networks in bfloat16, two of them with a LoRA, in the same update, with checkpoints on the device.
+Checkpoints wait on the device or, as with the trainer's `--activation_offloading`, on the host, whose memory is not
+counted. Ratios are to three networks in bfloat16, two of them with a LoRA, in the same update, with checkpoints on the
+device.
 """
 
 import argparse
