@@ -19,8 +19,8 @@ from .measure import synchronize
 Part = Literal["attention", "linear", "rest"]
 PARTS: tuple[Part, ...] = ("attention", "linear", "rest")
 
-# These match the names of PyTorch's operators, and of kernels that no operator launches. Where attention is not fused,
-# only it has batched products.
+# These match the names of operators, and of kernels that no operator launches. Where attention is no operator, only it
+# has batched products (those that choose blocks of keys are part of it).
 _ATTENTION = re.compile(r"attention|attn|flash|fmha|sdpa|sage", re.IGNORECASE)
 _ATTENTION_PRODUCT = re.compile(r"aten::(bmm|baddbmm|_softmax|softmax)$")
 _LINEAR = re.compile(
@@ -29,7 +29,6 @@ _LINEAR = re.compile(
     re.IGNORECASE,
 )
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-PRODUCTS = "attention by matrix products (aten::bmm, aten::softmax)"
 _CHUNK = "longlive bench: a chunk"
 
 
@@ -92,8 +91,7 @@ def work_on_cpu(events: Iterable[FunctionEvent]) -> Iterator[Work]:
     and bears the name of the innermost caller whose name says that it is attention."""
     for event in events:
         name = _caller_of(event).name
-        is_product = _ATTENTION_PRODUCT.match(name) is not None
-        yield Work(PRODUCTS if is_product else name, kind_of(name), event.self_cpu_time_total)
+        yield Work(name, kind_of(name), event.self_cpu_time_total)
 
 
 def work_on_gpu(events: Iterable[FunctionEvent]) -> Iterator[Work]:

@@ -6,6 +6,7 @@ import math
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from torch.profiler import record_function
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .flex import flex_attend
@@ -13,7 +14,9 @@ from .saved_recipes import Recipe, in_plain_autograd, save_recipes
 from .sdpa_kernels import kernel_named
 
 
-_SCORE_BYTES = 3 * 2**20  # of a block of scores, which so stays in the cache between the products
+MATMUL_ATTENTION = "longlive_diffusers::matmul_attention"
+_SCORE_BYTES = 6 * 2**20  # of a block of scores, which so stays in the processor's cache between the products
+_BYTES_OF_LARGE_HEADS = 2**20  # of the scores of one head; from here on, heads are multiplied one by one
 
 
 def attend(
@@ -28,7 +31,8 @@ def attend(
     if backend is None and _prefers_matmul(query):
         if torch.compiler.is_compiling():  # it would copy a buffer that an operator writes to, for each call
             return _uncompiled_matmul_attention(query, key, value)
-        return _matmul_attention(query, key, value, scratch)
+        with record_function(MATMUL_ATTENTION):  # a profiler could not tell its products from a linear layer's
+            return _matmul_attention(query, key, value, scratch)
     # A member of the enum already: making one of its value stops the compiler (seen on Python 3.12 with torch 2.11).
     name = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
     if name == AttentionBackendName.FLEX:
@@ -109,29 +113,32 @@ def allocate_scratch(dtype: torch.dtype, device: torch.device) -> torch.Tensor |
 def _matmul_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor | None
 ) -> torch.Tensor:
-    """Compute attention in blocks of heads and queries, whose scores share one buffer (`scratch`, or one of this
-    call's), small enough to be reused."""
+    """Compute attention in blocks of queries, whose scores share one buffer (`scratch`, or one of this call's), small
+    enough to be reused; large heads one by one, because a batched product copies the keys for each block of
+    queries."""
     batch, num_queries, heads, head_dim = query.shape
     scaled = query * head_dim**-0.5
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (scaled, key, value))  # [B * heads, ...]
     row_bytes = key.shape[1] * key.element_size()
     num_rows = min(num_queries, max(1, _SCORE_BYTES // row_bytes))
-    num_heads = min(batch * heads, max(1, _SCORE_BYTES // (row_bytes * num_rows)))
+    by_head = row_bytes * num_rows >= _BYTES_OF_LARGE_HEADS
+    num_heads = 1 if by_head else min(batch * heads, max(1, _SCORE_BYTES // (row_bytes * num_rows)))
     num_scores = num_heads * num_rows * key.shape[1]
     buffer = query.new_empty(num_scores) if scratch is None or scratch.numel() < num_scores else scratch
     output = query.new_empty(query.shape)
-    blocks = zip(*(states.split(num_heads) for states in (query, key, value, output)), strict=True)
-    for queries, keys, values, outputs in blocks:
-        for rows, result in zip(queries.split(num_rows, dim=1), outputs.split(num_rows, dim=1), strict=True):
-            shape = (*rows.shape[:2], keys.shape[1])
+    product = torch.mm if by_head else torch.bmm
+    parts = (states.unbind() if by_head else states.split(num_heads) for states in (query, key, value, output))
+    for queries, keys, values, outputs in zip(*parts, strict=True):
+        for rows, result in zip(queries.split(num_rows, dim=-2), outputs.split(num_rows, dim=-2), strict=True):
+            shape = (*rows.shape[:-1], keys.shape[-2])
             scores = buffer[: math.prod(shape)].view(shape)
-            torch.bmm(rows, keys.transpose(1, 2), out=scores)
+            product(rows, keys.transpose(-1, -2), out=scores)
             torch.softmax(scores, dim=-1, out=scores)
-            torch.bmm(scores, values, out=result)
+            product(scores, values, out=result)
     return output.unflatten(0, (batch, heads)).transpose(1, 2).contiguous()
 
 
-@torch.library.custom_op("longlive_diffusers::matmul_attention", mutates_args=())
+@torch.library.custom_op(MATMUL_ATTENTION, mutates_args=())
 def _uncompiled_matmul_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """[`_matmul_attention`] as an operator, which `torch.compile` leaves as it is: the compiler cannot trace the
     shared buffer, and the code it generated from the same products without one was slower, measured alone at the

@@ -8,14 +8,13 @@ from torch.autograd.profiler_util import DeviceType, Interval, Kernel
 from torch.nn import functional as F
 
 from longlive_diffusers.benchmark.profiling import (
-    PRODUCTS,
     Work,
     kind_of,
     profile_forward,
     waits_in_chunk,
     work_on_gpu,
 )
-from longlive_diffusers.models.attend import attend
+from longlive_diffusers.models.attend import MATMUL_ATTENTION, attend
 
 
 CPU = torch.device("cpu")
@@ -66,7 +65,7 @@ def test_operators_are_told_apart(operator, kind):
             lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(256, 256, requires_grad=True)),
             "aten::_scaled_dot_product_attention_math",
         ),
-        (lambda q: attend(q.bfloat16(), q.bfloat16(), q.bfloat16()), PRODUCTS),
+        (lambda q: attend(q.bfloat16(), q.bfloat16(), q.bfloat16()), MATMUL_ATTENTION),
     ],
     ids=["flash", "math", "matrix products"],
 )
