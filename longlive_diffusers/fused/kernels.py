@@ -92,6 +92,9 @@ def norm_rotate_and_write_kernel(
     value_factor,
     tokens,
     dim,
+    query_stride,
+    key_stride,
+    value_stride,
     rotary_batch_stride,
     key_batch_stride,
     key_head_stride,
@@ -117,7 +120,7 @@ def norm_rotate_and_write_kernel(
     batch, token = index // tokens, index % tokens
     columns = tl.arange(0, BLOCK)
     mask = columns < dim
-    row, head, channel = index * dim + columns, columns // HEAD_DIM, columns % HEAD_DIM
+    head, channel = columns // HEAD_DIM, columns % HEAD_DIM
     pair = tl.arange(0, BLOCK // 2)
     pair_mask, pair_head, pair_channel = pair < dim // 2, pair // (HEAD_DIM // 2), pair % (HEAD_DIM // 2)
     own_factor = batch * (dim // HEAD_DIM) + pair_head
@@ -125,7 +128,7 @@ def norm_rotate_and_write_kernel(
 
     if part == 2:
         cached = value_cache + batch * value_batch_stride + slot * value_slot_stride
-        number = tl.load(value + row, mask, other=0.0)
+        number = tl.load(value + index * value_stride + columns, mask, other=0.0)
         if CODES:
             factor = tl.load(value_factor + own_factor, pair_mask, other=0.0)
             codes = _pairs_of_codes(number.to(tl.float32), factor, BLOCK, PTX)
@@ -133,10 +136,10 @@ def norm_rotate_and_write_kernel(
         else:
             tl.store(cached + head * value_head_stride + channel, number.to(value_cache.dtype.element_ty), mask)
     else:
-        states, weight = query, query_weight
+        states, weight = query + index * query_stride, query_weight
         if part == 1:
-            states, weight = key, key_weight
-        x = tl.load(states + row, mask, other=0.0).to(tl.float32)
+            states, weight = key + index * key_stride, key_weight
+        x = tl.load(states + columns, mask, other=0.0).to(tl.float32)
         scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / dim + eps)
         x = x * scale * tl.load(weight + columns, mask, other=0.0).to(tl.float32)
         angle = rotary + batch * rotary_batch_stride + token * HEAD_DIM + channel
@@ -149,7 +152,7 @@ def norm_rotate_and_write_kernel(
                 codes_of_query = _pairs_of_codes(turned, factor_of_query, BLOCK, PTX)
                 tl.store(rotated + index * (dim // 2) + pair, codes_of_query, pair_mask)
             else:
-                tl.store(rotated + row, turned.to(rotated.dtype.element_ty), mask)
+                tl.store(rotated + index * dim + columns, turned.to(rotated.dtype.element_ty), mask)
         else:
             key_place = key_cache + batch * key_batch_stride + slot * key_slot_stride
             if CODES:

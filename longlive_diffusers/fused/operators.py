@@ -170,7 +170,7 @@ def norm_rotate_and_write(
     Compute [`rotation.norm_rotate_and_write`] in one pass.
 
     Args:
-        query, key, value: What the projections gave, `[B, tokens, dim]`.
+        query, key, value: What the projections gave, `[B, tokens, dim]`; parts of what one layer gave need no copies.
         query_weight, key_weight: The weights of the RMS norms, `[dim]`.
         eps: Added to the mean of squares.
         rotary: Cosines and sines, float32 `[B or 1, tokens, 1, head_dim / 2, 2]`.
@@ -192,15 +192,16 @@ def norm_rotate_and_write(
     rotated, factors = result, (query_factor, key_factor, value_factor)
     if query_factor is not None:  # two codes are written at once
         rotated, key_cache, value_cache = (codes.view(torch.int16) for codes in (result, key_cache, value_cache))
+    states = [in_rows(own) for own in (query, key, value)]
     raw = key_cache if raw_key_cache is None else raw_key_cache
     raw_strides = (0, 0, 0, 0) if raw_key_cache is None else raw_key_cache.stride()[:4]
     launch(
         "norm_rotate_and_write_kernel", (batch * tokens, 3), query,
-        *(states.contiguous() for states in (query, key, value)), query_weight, key_weight, rotary.contiguous(),
+        *states, query_weight, key_weight, rotary.contiguous(),
         rotated, key_cache, value_cache, token_slots.contiguous(),
         raw, token_slots if raw_slots is None else raw_slots.contiguous(),
         *(query_weight if factor is None else factor for factor in factors),
-        tokens, dim, 0 if rotary.shape[0] == 1 else tokens * head_dim,
+        tokens, dim, *(own.stride(1) for own in states), 0 if rotary.shape[0] == 1 else tokens * head_dim,
         *key_cache.stride()[:3], *value_cache.stride()[:3], *raw_strides,
         1 if raw_slots is None else raw_slots.shape[1], eps,
         BLOCK=next_power_of_two(dim), HEAD_DIM=head_dim, KEEPS_RAW=raw_key_cache is not None,
@@ -216,6 +217,13 @@ def _(
 ) -> torch.Tensor:  # fmt: skip
     shape = (*query.shape[:2], key_cache.shape[1], key_cache.shape[3])
     return query.new_empty(shape, dtype=_rotated_dtype(query, query_factor))
+
+
+def in_rows(states: torch.Tensor) -> torch.Tensor:
+    """Return `[B, tokens, dim]`, copied unless each token is dense and they all lie in steps of `stride(1)`."""
+    batch, tokens, _ = states.shape
+    is_even = states.stride(2) == 1 and (batch == 1 or states.stride(0) == tokens * states.stride(1))
+    return states if is_even else states.contiguous()
 
 
 def _rotated_dtype(query: torch.Tensor, query_factor: torch.Tensor | None) -> torch.dtype:

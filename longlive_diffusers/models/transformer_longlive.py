@@ -43,6 +43,7 @@ from .attention import LongLiveAttnProcessor
 from .attention_kwargs import lora_scale
 from .chunk_history import ChunkHistory
 from .chunk_mask import ChunkMask
+from .fused_projections import check_can_be_fused, check_can_be_unfused, fuse_projections, unfuse_projections
 from .kv_cache import KVCache
 from .layer_kv_cache import ChunkSlots, LayerCacheBase
 from .lean_feed_forward import feed_forward
@@ -540,24 +541,32 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         super().fuse_lora(lora_scale, safe_fusing, adapter_names)
 
     def fuse_qkv_projections(self) -> None:
-        """Fuse the projections of queries, keys and values like diffusers does, which keeps the separate ones.
+        """
+        Compute queries, keys and values of each layer by one product, and keys and values of the text, with weights
+        that take the place of the separate ones (diffusers keeps both).
 
         Raises:
-            ValueError: If a projection is no plain linear layer: the weights of one in NVFP4 cannot be joined without
-                rounding them again, and a LoRA would be left out.
+            ValueError: If the network was optimized, or a projection is no plain linear layer: quantized, offloaded by
+                itself, or with a LoRA.
         """
         check_not_optimized(self, "be fused")
-        special = [
-            f"{name} ({type(layer).__name__})"
-            for name, layer in self.named_modules()
-            if name.rpartition(".")[2] in ("to_q", "to_k", "to_v") and type(layer) is not nn.Linear
-        ]
-        if special:
-            raise ValueError(
-                f"{len(special)} projections are not plain linear layers, for instance {special[0]}: fuse projections "
-                "before quantizing, and without a LoRA that is not fused."
-            )
-        super().fuse_qkv_projections()
+        check_can_be_fused(self)
+        for attn in self._attention_layers():
+            fuse_projections(attn)
+
+    def unfuse_qkv_projections(self) -> None:
+        """
+        Undo [`fuse_qkv_projections`]; what the fused weights have learned stays.
+
+        Raises:
+            ValueError: If the fused projections were quantized or optimized since.
+        """
+        check_can_be_unfused(self)
+        for attn in self._attention_layers():
+            unfuse_projections(attn)
+
+    def _attention_layers(self) -> list[WanAttention]:
+        return [layer for layer in self.modules() if isinstance(layer, WanAttention)]
 
     def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> None:
         """

@@ -104,8 +104,7 @@ def test_fused_projections_compute_the_same(model, forward):
     expected = forward(model)
     model.fuse_qkv_projections()
     assert all(block.attn1.fused_projections and block.attn2.fused_projections for block in model.blocks)
-    model.blocks[0].attn1.to_q.weight.zero_()  # so that it shows if the projections are not the fused ones
-    model.blocks[0].attn2.to_k.weight.zero_()
+    assert model.blocks[0].attn1.to_q is model.blocks[0].attn2.to_v is None
     torch.testing.assert_close(forward(model), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -220,6 +219,65 @@ def test_attention_has_one_dtype_where_autocast_normalizes_in_float32(model, for
     with torch.autocast("cpu", torch.bfloat16):
         forward(model)
     assert dtypes == {torch.bfloat16}
+
+
+def weight_bytes(model) -> int:
+    storages = {own.untyped_storage().data_ptr(): own.untyped_storage().nbytes() for own in model.parameters()}
+    return sum(storages.values())
+
+
+def test_fused_projections_are_in_memory_once(model):
+    before, names = weight_bytes(model), list(model.state_dict())
+    model.fuse_qkv_projections()
+    assert weight_bytes(model) == weight_bytes(model.to(torch.float64)) / 2 == before
+    model.unfuse_qkv_projections()
+    assert weight_bytes(model) == 2 * before and list(model.state_dict()) == names
+
+
+@torch.no_grad()
+def test_what_fused_projections_learn_stays_when_they_are_split(model):
+    forward = FORWARDS["block causal"]
+    model.fuse_qkv_projections()
+    for block in model.blocks:
+        for layer in (block.attn1.to_qkv, block.attn2.to_kv):
+            layer.weight.mul_(2)
+            layer.bias.add_(1)
+    expected = forward(model)
+    model.unfuse_qkv_projections()
+    torch.testing.assert_close(forward(model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_fused_projections_are_trained_where_the_separate_ones_are(model):
+    model.requires_grad_(False).eval()
+    model.fuse_qkv_projections()
+    assert not any(own.requires_grad for own in model.parameters())
+    model.unfuse_qkv_projections()
+    assert not any(own.requires_grad or module.training for module in model.modules() for own in module.parameters())
+
+
+def quantize(model) -> None:
+    quantize_model(model, NVFP4Config())
+
+
+def add_hooks(model) -> None:
+    model.blocks[1].attn2.to_kv.register_forward_pre_hook(lambda module, args: None)
+
+
+@pytest.mark.parametrize("change", [quantize, add_hooks])
+def test_fused_projections_that_were_changed_are_not_split(change):
+    model = small_transformer()
+    model.fuse_qkv_projections()
+    change(model)
+    with pytest.raises(ValueError, match=r"of blocks\.\d\.attn\d were changed since, into .* cannot be split"):
+        model.unfuse_qkv_projections()
+    assert all(block.attn1.fused_projections for block in model.blocks)
+
+
+def test_projections_that_are_cast_by_themselves_are_not_fused(model):
+    model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"12 projections .* blocks\.0\.attn1\.to_q \(with hooks\)"):
+        model.fuse_qkv_projections()
+    assert not any(block.attn1.fused_projections for block in model.blocks)
 
 
 def test_projections_that_are_no_plain_layers_are_not_fused(model):

@@ -188,6 +188,16 @@ def test_what_is_to_come_before_it_is_refused_after_it(change):
     assert (video(pipe) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def test_fused_projections_are_optimized_and_not_split_again():
+    pipe = small_pipeline()
+    expected = video(pipe)
+    pipe.transformer.fuse_qkv_projections()
+    pipe.optimize()
+    assert (video(pipe) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with pytest.raises(ValueError, match=r"changed since, into PackedLinear"):
+        pipe.transformer.unfuse_qkv_projections()
+
+
 @needs_bf16
 def test_layers_that_are_cast_one_by_one_stay_as_they_are():
     pipe = tiny_pipeline()

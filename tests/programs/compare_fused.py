@@ -158,7 +158,9 @@ def rotations(device: torch.device) -> Iterator[Case]:
     kinds = itertools.product(ROUNDING, (False, True))
     for (dtype, own_positions), keeps_raw in zip(kinds, (False, True, True, False), strict=True):
         generator = torch.Generator().manual_seed(1)
-        query, key, value = (torch.randn(2, 12, dim, generator=generator).to(dtype) for _ in range(3))
+        projected = torch.randn(2, 12, 3 * dim, generator=generator).to(dtype)
+        query, key, value = projected.chunk(3, dim=-1)
+        query = query.transpose(0, 1).contiguous().transpose(0, 1)  # which has to be copied
         norms = [nn.RMSNorm(dim, eps=1e-6) for _ in range(2)]
         for own in norms:
             own.weight.data.normal_(generator=generator)

@@ -85,7 +85,7 @@ def fused_variants(bits: str, to_e4m3: bool):
     tensors |= {"rotary": "*fp32", "rotated": bits, "key_cache": bits, "value_cache": bits, "token_slots": "*i64"}
     tensors |= {"raw_key_cache": bits, "raw_slots": "*i64"}
     tensors |= dict.fromkeys(("query_factor", "key_factor", "value_factor"), "*fp32")
-    strides = ["rotary_batch_stride"]
+    strides = ["query_stride", "key_stride", "value_stride", "rotary_batch_stride"]
     strides += [f"{name}_{axis}_stride" for name in ("key", "value") for axis in ("batch", "head", "slot")]
     strides += [f"raw_{axis}_stride" for axis in ("batch", "head", "frame", "token")]
     sizes = dict.fromkeys(("tokens", "dim"), "i32")
