@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .user_path import user_path
 
 
@@ -84,6 +86,9 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
 
     Args:
         path: The file to create or to replace. A link is written through; a pipe or a device is written to directly.
+
+    Raises:
+        OSError: If it cannot be written, also where safetensors says so in an error of its own.
     """
     if is_stream(Path(path)):
         yield Path(path)
@@ -91,7 +96,8 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     temporary = _temporary(path)
     try:
-        yield temporary
+        with _errors_of_the_disk(path):
+            yield temporary
         os.replace(temporary, path)
     except BaseException:  # KeyboardInterrupt too
         temporary.unlink(missing_ok=True)
@@ -108,13 +114,15 @@ def new_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Pa
         replace: Whether an existing folder gives way, with all that is in it. Otherwise it has to be empty.
 
     Raises:
-        OSError: `path` has something in it that is not to be replaced.
+        OSError: If `path` has something in it that is not to be replaced, or if it cannot be written, also where
+            safetensors says so in an error of its own.
     """
     path = Path(os.path.realpath(path))  # a link is written through; "." and ".." have no name that could be given
     temporary = _temporary(path)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with _errors_of_the_disk(path):
+            yield temporary
         if replace and path.exists():
             _exchange(path, temporary)
         else:
@@ -139,6 +147,14 @@ def remove_unfinished(folder: str | os.PathLike) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+@contextmanager
+def _errors_of_the_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"'{path}' could not be written: {error}") from error
 
 
 def _exchange(path: Path, temporary: Path) -> None:

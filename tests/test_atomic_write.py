@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from longlive_diffusers.atomic_write import check_new_file, new_file, new_folder, write_text
 
@@ -33,6 +34,14 @@ def test_a_file_that_fails_leaves_the_one_that_was_there(tmp_path, error):
         unfinished.write_text("half")
         raise error
     assert contents(tmp_path) == {"file.txt": "before"}
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_what_safetensors_says_of_the_disk_is_an_error_of_the_disk(tmp_path, new):
+    message = r"^'.*model' could not be written: I/O error: File too large"
+    with pytest.raises(OSError, match=message), new(tmp_path / "model"):
+        raise SafetensorError("I/O error: File too large")
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):

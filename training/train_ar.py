@@ -18,6 +18,7 @@ import logging
 import math
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from run.cached_prompts import texts_of
 from run.checkpoints import Checkpoints, check_steps, resolve_checkpoint, saved_in
 from run.history import Setting, SettingsHistory
 from run.identity import common_identity, settings_in
-from run.interruption import StopRequest, end_early
+from run.interruption import StopRequest, end_early, end_with_result
 from run.log import LOG_FILE, TrainingLog, check_tracker
 from run.network import check_attention_backend, prepare_transformer
 from run.optimizers import build_optimizers, build_schedules, check_optimizer
@@ -46,7 +47,7 @@ from run.output_folder import output_folder
 from run.process_mesh import ProcessMesh, build_process_mesh
 from run.processes import build_accelerator
 from run.publishing import make_repository, publish
-from run.saving import generation_settings, load_start, save_result, trained_weights
+from run.saving import generation_settings, load_start, save_or_checkpoint, save_result, trained_weights
 from run.script import run_script
 from run.states import EMAState
 from run.validation import Validation
@@ -215,12 +216,20 @@ def train(accelerator: Accelerator, arguments: Arguments, output: Path) -> None:
                 validation.run(accelerator, done, lambda: for_inference(accelerator, model, ema))
 
     # 8. The result, and only then its videos, which may fail.
-    weights = trained_weights(accelerator, model, ema)
-    written: list[str] = []
-    if accelerator.is_main_process:
-        written = save_result(weights, transformer, arguments, history, repo_id)
-        logger.info("saved to '%s'", output)
-    del weights
+    with stop:
+        weights = trained_weights(accelerator, model, ema)
+        written = save_or_checkpoint(
+            accelerator,
+            partial(save_result, weights, transformer, arguments, history, repo_id),
+            checkpoints,
+            step=optimization.max_train_steps,
+            saved_step=saved_step,
+        )
+        del weights
+        if accelerator.is_main_process:
+            logger.info("saved to '%s'", output)
+        if signal_number := stop.agreed():
+            end_with_result(accelerator, signal_number)
     if run_args.validation_prompts:
         validation.run(accelerator, optimization.max_train_steps, lambda: for_inference(accelerator, model, ema))
     if accelerator.is_main_process and run_args.push_to_hub:

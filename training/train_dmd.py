@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ from run.distillation_start import build_networks
 from run.gradients import average_gradients
 from run.history import Setting, SettingsHistory
 from run.identity import common_identity, settings_in
-from run.interruption import StopRequest, end_early
+from run.interruption import StopRequest, end_early, end_with_result
 from run.log import LOG_FILE, TrainingLog, check_tracker
 from run.network import check_attention_backend
 from run.optimizers import build_optimizers, build_schedules, check_optimizer
@@ -66,7 +67,7 @@ from run.precision import compute_dtype
 from run.process_mesh import ProcessMesh, build_process_mesh
 from run.processes import build_accelerator
 from run.publishing import make_repository, publish
-from run.saving import GENERATION, generation_settings, load_start
+from run.saving import GENERATION, generation_settings, load_start, save_or_checkpoint
 from run.script import run_script
 from run.states import EMAState, OptimizerState, TrainedWeights
 from run.validation import Validation
@@ -265,12 +266,20 @@ def train(accelerator: Accelerator, arguments: DistillationArguments, output: Pa
                 validation.run(accelerator, done, result.for_inference)
 
     # 8. The result, and only then its videos, which may fail.
-    weights = result.weights()
-    written: list[str] = []
-    if accelerator.is_main_process:
-        written = save_distilled(weights, result, arguments, history, repo_id)
-        logger.info("saved to '%s'", output)
-    del weights
+    with stop:
+        weights = result.weights()
+        written = save_or_checkpoint(
+            accelerator,
+            partial(save_distilled, weights, result, arguments, history, repo_id),
+            checkpoints,
+            step=optimization.max_train_steps,
+            saved_step=saved_step,
+        )
+        del weights
+        if accelerator.is_main_process:
+            logger.info("saved to '%s'", output)
+        if signal_number := stop.agreed():
+            end_with_result(accelerator, signal_number)
     if run_args.validation_prompts:
         validation.run(accelerator, optimization.max_train_steps, result.for_inference)
     if accelerator.is_main_process and run_args.push_to_hub:

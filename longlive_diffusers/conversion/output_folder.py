@@ -7,7 +7,6 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError
 from torch import nn
 
 from ..atomic_write import new_folder
@@ -55,12 +54,9 @@ def save_atomically(pipeline: DiffusionPipeline, folder: Path, card: ModelCard) 
     free = shutil.disk_usage(_nearest(folder)).free
     if needed > free:
         raise OSError(f"{folder} needs {needed / 2**30:.2f} GiB, and its disk has {free / 2**30:.2f} GiB left.")
-    try:
-        with new_folder(folder) as unfinished:
-            card.save(unfinished / "README.md")  # first: otherwise saving writes one that names the unfinished folder
-            pipeline.save_pretrained(unfinished)
-    except SafetensorError as error:  # safetensors wraps what the disk says into an error of its own
-        raise OSError(f"{folder} could not be written: {error}") from error
+    with new_folder(folder) as unfinished:
+        card.save(unfinished / "README.md")  # first: otherwise saving writes one that names the unfinished folder
+        pipeline.save_pretrained(unfinished)
 
 
 def _check_writable(folder: Path, output: str | os.PathLike) -> None:

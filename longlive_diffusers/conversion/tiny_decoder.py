@@ -68,6 +68,7 @@ def convert_tiny_decoder(
     Raises:
         ValueError: If the file cannot be read or is of another kind, or the output cannot be written; nothing has been
             written then.
+        OSError: If the disk has no room for it, or fails; nothing is left of it then.
     """
     destination = prepare_output(output)
     decoder = TinyVideoDecoder.from_original(checkpoint, torch_dtype=dtype)

@@ -1,7 +1,9 @@
 """A run of `train_ar.py` from end to end: its losses, its result, and the ways it may be started."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train_ar
 from data.text_encoder import TextEncoder
-from longlive_diffusers import LongLivePipeline
+from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.video.reader import read_video
 from run.log import read_log
 from run.validation import Validation
@@ -188,19 +191,66 @@ def test_bad_input_is_named_before_anything_is_encoded(workshop, tmp_path, chang
 
 
 def test_a_validation_that_fails_is_named_and_loses_nothing(workshop, tmp_path, monkeypatch, caplog):
-    """Not even the last one: the result is written before it."""
-    output, saved = tmp_path / "run", []
+    """Not even the last one: the result is written before it. The network makes the other videos, too: where weights
+    are sharded, other processes wait for that."""
+    output, saved, made = tmp_path / "run", [], []
+    make_latents = Validation._make_latents
+
+    def counted(self, accelerator, index, prompt):
+        made.append(index)
+        return make_latents(self, accelerator, index, prompt)
 
     def full_disk(*_, **__):
         saved.append((output / "model_index.json").exists())
         raise OSError("No space left on device")
 
     monkeypatch.setattr("run.validation.VideoWriter", full_disk)
-    workshop.main(output, **VALIDATED, max_train_steps=2, validation_steps=1)
-    assert saved == [False, True]
+    monkeypatch.setattr(Validation, "_make_latents", counted)
+    two = VALIDATED | {"validation_prompts": ["a red circle", "a blue square"]}
+    workshop.main(output, **two, max_train_steps=2, validation_steps=1)
+    assert saved == [False, True] and made == [0, 1, 0, 1]
     for step in (1, 2):
         assert f"the validation after update {step} failed, training goes on: No space left on device" in caplog.text
     assert len(losses(output)) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(OSError("No space left on device"), "No space"), (SafetensorError("File too large"), "could not be written")],
+    ids=["other", "safetensors"],
+)
+def test_a_result_that_cannot_be_saved_leaves_its_updates_in_a_checkpoint(
+    workshop, tmp_path, monkeypatch, error, told
+):
+    output, save = tmp_path / "run", LongLiveTransformer3DModel.save_pretrained
+
+    def full_disk(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=told):
+        patch.setattr(LongLiveTransformer3DModel, "save_pretrained", full_disk)
+        workshop.main(output, max_train_steps=2)
+    assert sorted(path.name for path in output.glob("[!.]*")) == ["checkpoint-2", "training_log.jsonl"]
+    assert LongLiveTransformer3DModel.save_pretrained is save
+    workshop.main(output, max_train_steps=2, resume_from_checkpoint="latest")
+    assert (output / "model_index.json").exists() and len(losses(output)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_result_is_saved_ends_the_run_after_it(workshop, tmp_path, monkeypatch, caplog, number):
+    """Without its videos."""
+    output, save = tmp_path / "run", LongLiveTransformer3DModel.save_pretrained
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), number)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(LongLiveTransformer3DModel, "save_pretrained", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        workshop.main(output, **VALIDATED, max_train_steps=1)
+    assert ended.value.code == 128 + number and f"ended by {number.name}; the result is saved" in caplog.text
+    assert LongLivePipeline.from_pretrained(output).transformer is not None
+    assert not (output / "validation").exists()
 
 
 def test_validation_videos_are_like_the_clips(workshop, tmp_path):

@@ -244,7 +244,9 @@ class LatentDataset(Dataset):
 
 
 def collate(items: Sequence[dict]) -> dict:
-    """Collate items into one batch: tensors are stacked, integers become int64 `[B]`, anything else becomes a list."""
+    """Collate items into one batch: tensors are stacked, integers become int64 `[B]`, anything else becomes a list. Of
+    items that could not be read, see `WithSampleId`, only these."""
+    items = [item for item in items if "failure" in item] or items
     batch = {}
     for key, first in items[0].items():
         values = [item[key] for item in items]

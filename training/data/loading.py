@@ -15,7 +15,7 @@ from data.clips import VideoDataset, frame_rate
 from data.hub_dataset import write_list
 from data.latent_cache import LatentDataset, build_latent_cache, cache_settings, collate
 from data.sample_list import describe
-from data.sampler import EpochSampler, WithSampleId
+from data.sampler import EpochSampler, WithSampleId, raise_failures
 from data.text_cache import TextCache, missing_prompts
 from data.text_encoder import TextEncoder, encode_missing
 from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
@@ -156,10 +156,14 @@ def _scan_videos(
 
 
 def list_skipped(accelerator: Accelerator, videos: VideoDataset, output: Path) -> None:
-    """Write down which samples cannot be used, and why, if there are any."""
-    if accelerator.is_main_process and videos.skipped:
-        reasons = "".join(f"  {name}: {reason}\n" for name, reason in videos.skipped.items())
-        write_text(output / "skipped_samples.txt", reasons)
+    """Write down which samples cannot be used, and why, if there are any; a list of an earlier start goes."""
+    if not accelerator.is_main_process:
+        return
+    file = output / "skipped_samples.txt"
+    if videos.skipped:
+        write_text(file, "".join(f"  {name}: {reason}\n" for name, reason in videos.skipped.items()))
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _folder(accelerator: Accelerator, arguments: DataArguments, hub_folder: Path) -> Path:
@@ -243,7 +247,7 @@ def batches(
         num_workers=num_workers,
         worker_init_fn=ignore_stop_requests,
     )
-    return iter(loader)
+    return raise_failures(loader)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ A position in the stream is also a sample's id, which seeds its randomness (its 
 for any number of groups, and never repeats.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -100,7 +100,8 @@ class EpochSampler(Sampler[list[SampleIndex]]):
 class WithSampleId(Dataset):
     """
     A dataset, whose items are dicts, indexed by an `EpochSampler`: each item is given its "sample_id", so that the id
-    is known whichever process reads the item.
+    is known whichever process reads the item. What it fails with is an item, too: `{"failure": error}`, because torch
+    would hand the traceback of the process that reads over as the error's text.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -110,4 +111,15 @@ class WithSampleId(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, sample: SampleIndex) -> dict:
-        return {**self.dataset[sample.index], "sample_id": sample.sample_id}
+        try:
+            return {**self.dataset[sample.index], "sample_id": sample.sample_id}
+        except (ValueError, OSError) as error:
+            return {"failure": error}
+
+
+def raise_failures(batches: Iterable[dict]) -> Iterator[dict]:
+    """Iterate over batches of a [`WithSampleId`], and raise what one of them has failed with."""
+    for batch in batches:
+        if "failure" in batch:
+            raise batch["failure"][0]
+        yield batch

@@ -28,6 +28,7 @@ from run.seal import damages, sync, sync_files, write_seal
 PREFIX = "checkpoint-"
 PARTIAL = ".partial"
 RESULTS = ("model_index.json", "pytorch_lora_weights.safetensors")
+BESIDE_RESULTS = ("README.md", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 
 logger = logging.getLogger("checkpoints")
 
@@ -275,6 +276,11 @@ def _check_is_new(folder: Path) -> None:
         raise ValueError(
             f"--output_dir '{folder}' has {', '.join(results)} of an earlier run, and no checkpoint to go on from: "
             "choose another folder, or remove them"
+        )
+    if others := [name for name in BESIDE_RESULTS if (folder / name).exists()]:
+        raise ValueError(
+            f"--output_dir '{folder}' has {', '.join(others)}, which the result of this run may replace: choose "
+            "another folder, or remove them"
         )
 
 

@@ -1,5 +1,6 @@
 """The result of distillation: the generator as it is to be used, its files and its card."""
 
+import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,7 +162,7 @@ def save_distilled(
         card.text += training_table(INTRO, training_facts(arguments, history))
         card.save(folder / "README.md")
 
-    return place_result(arguments.run.output, write)
+    return place_result(arguments.run.output, write, sometimes=(ORIGINAL_LORA,))
 
 
 def _save_lora(
@@ -176,7 +177,9 @@ def _save_lora(
         folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
     )
     if model.save_original_lora:
-        torch.save(original_lora_state_dict(weights, metadata), folder / ORIGINAL_LORA)
+        buffer = io.BytesIO()  # of a full disk, torch itself says nothing that could be told from other errors
+        torch.save(original_lora_state_dict(weights, metadata), buffer)
+        (folder / ORIGINAL_LORA).write_bytes(buffer.getbuffer())
     # A local folder means nothing to others.
     is_named = model.ar_model_name_or_path is not None and not Path(model.pretrained_model_name_or_path).exists()
     trained_from = model.pretrained_model_name_or_path if is_named else None

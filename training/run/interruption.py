@@ -63,6 +63,15 @@ def ignore_stop_requests(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
+def end_with_result(accelerator: Accelerator, signal_number: int) -> NoReturn:
+    """End a run that was asked to when its last update was done; its result has been saved."""
+    if accelerator.is_main_process:
+        name = signal.Signals(signal_number).name
+        logger.warning("ended by %s; the result is saved, what would have come after it was left out", name)
+    accelerator.end_training()
+    raise SystemExit(128 + signal_number)
+
+
 def end_early(accelerator: Accelerator, signal_number: int, step: int, max_train_steps: int) -> NoReturn:
     """End a run that was asked to, after `step` updates, of which a checkpoint has been written, unless it is 0."""
     name = signal.Signals(signal_number).name

@@ -17,9 +17,11 @@ from longlive_diffusers import LongLivePipeline, LongLiveTransformer3DModel
 from longlive_diffusers.atomic_write import new_folder
 from longlive_diffusers.nvfp4 import nvfp4_layers
 from longlive_diffusers.pipelines.sharing import render_lora_card
+from run.agreement import on_main_process
 from run.arguments import Arguments, EncodingArguments, ModelArguments, OptimizationArguments, RunArguments
 from run.averaging import averaged_weights
 from run.cached_prompts import CachedPromptsPipeline, split_shots
+from run.checkpoints import Checkpoints
 from run.history import SettingsHistory
 from run.lora_settings import lora_settings
 
@@ -93,6 +95,34 @@ def trained_weights(accelerator: Accelerator, model: torch.nn.Module, ema: EMAMo
         return {name: tensor.detach().cpu().clone() for name, tensor in accelerator.get_state_dict(model).items()}
 
 
+def save_or_checkpoint(
+    accelerator: Accelerator, save: Callable[[], list[str]], checkpoints: Checkpoints, *, step: int, saved_step: int
+) -> list[str]:
+    """
+    Let the main process save the result of a run, and keep its last updates in a checkpoint if that fails. Every
+    process has to call this.
+
+    Args:
+        accelerator: The accelerator of the run.
+        save: Saves the result, and returns the names of its files and folders.
+        checkpoints: The checkpoints of the run.
+        step: The number of updates that were made.
+        saved_step: That of the newest checkpoint.
+
+    Returns:
+        What `save` returned.
+
+    Raises:
+        ValueError, OSError: What it raised in the main process; in the others, a ValueError.
+    """
+    try:
+        return on_main_process(accelerator, save)
+    except (ValueError, OSError):
+        if saved_step < step:
+            checkpoints.save(step)
+        raise
+
+
 def save_result(
     weights: dict[str, torch.Tensor],
     transformer: LongLiveTransformer3DModel,
@@ -122,21 +152,30 @@ def save_result(
     return place_result(arguments.run.output, write)
 
 
-def place_result(output: Path, write: Callable[[Path], None]) -> list[str]:
+def place_result(output: Path, write: Callable[[Path], None], *, sometimes: tuple[str, ...] = ()) -> list[str]:
     """
     Let `write` write a result into a new folder, then move all of it into the folder of the run.
+
+    Args:
+        output: The folder of the run.
+        write: Writes the result into a folder.
+        sometimes: Files that not every result has: those of an earlier one do not stay beside a new one.
 
     Returns:
         The names of the files and folders that were written.
     """
     with new_folder(output / "result", replace=True) as result:
         write(result)
-    # The index is moved last: without it, the folder is not taken for a pipeline.
-    names = sorted((path.name for path in (output / "result").iterdir()), key=lambda name: name == "model_index.json")
+    # The index is taken away first and moved last: without it, the folder is not taken for a pipeline.
+    (output / "model_index.json").unlink(missing_ok=True)
+    names = [path.name for path in (output / "result").iterdir()]
+    names.sort(key=lambda name: (name == "model_index.json", name))
     for name in names:
         if (output / name).is_dir():
             shutil.rmtree(output / name)
         os.replace(output / "result" / name, output / name)
+    for name in set(sometimes) - set(names):
+        (output / name).unlink(missing_ok=True)
     (output / "result").rmdir()
     return names
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from longlive_diffusers.pipelines.chunk_step import is_guided
+from longlive_diffusers.user_path import user_path
 from objectives.error_recycling import RecyclingSettings
 
 
 Settings = Mapping[str, Any]
+SECRETS = ("hub_token",)  # are not shown
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,18 @@ class Need:
     words: str
 
 
+def _is_local(model: str | None) -> bool:
+    return model is not None and user_path(model).exists()
+
+
 SHARED_NEEDS = (
+    Need(
+        ("revision",),
+        lambda given: not _is_local(given["pretrained_model_name_or_path"]),
+        "is of a repository of the Hub, and --pretrained_model_name_or_path is a folder",
+    ),
+    Need(("hub_token",), lambda given: given["push_to_hub"], "needs --push_to_hub true"),
+    Need(("tracker_name",), lambda given: given["report_to"] not in (None, "none"), "needs --report_to"),
     Need(("ema_start_step",), lambda given: given["ema_decay"] is not None, "needs --ema_decay"),
     Need(
         ("nvfp4_recipe", "nvfp4_backend"),
@@ -57,6 +70,11 @@ TEACHER_FORCING_NEEDS = (
         ("dataset_config_name", "dataset_split"),
         lambda given: given["dataset_name"] is not None,
         "needs --dataset_name",
+    ),
+    Need(
+        ("caption_column",),
+        lambda given: given["train_data_dir"] is not None or given["dataset_name"] is not None,
+        "needs a training set: --train_data_dir or --dataset_name",
     ),
     Need(("vae_halo",), lambda given: not given["cache_latents"], "needs --cache_latents false"),
     *SHARED_NEEDS,
@@ -105,4 +123,5 @@ def check_needs(needs: Iterable[Need], defaults: Settings, recipe: Settings, giv
         for name in need.options:
             is_switched_off = given[name] == recipe[name] and need.is_met(recipe)
             if given[name] != defaults[name] and not is_switched_off:
-                raise ValueError(f"--{name} {given[name]} {need.words}")
+                value = "" if name in SECRETS else f" {given[name]}"
+                raise ValueError(f"--{name}{value} {need.words}")

@@ -16,6 +16,9 @@ from run.cached_prompts import CachedPromptsPipeline, split_shots
 
 logger = logging.getLogger("validation")
 
+# What may happen to one video, and is no reason to end a run; out of memory is a RuntimeError.
+FAILURES = (ValueError, ArithmeticError, OSError, RuntimeError)
+
 Network = Callable[[], AbstractContextManager[LongLiveTransformer3DModel]]
 """Opens the network of a run as it is to be used, and gives it back to training."""
 
@@ -78,7 +81,7 @@ class Validation:
         if accelerator.is_main_process or accelerator.is_fsdp2:
             try:
                 self._make_videos(accelerator, step, network)
-            except (ValueError, ArithmeticError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
+            except FAILURES as error:
                 logger.warning("the validation after update %d failed, training goes on: %s", step, error)
         accelerator.wait_for_everyone()
 
@@ -110,30 +113,45 @@ class Validation:
 
     def _make_videos(self, accelerator: Accelerator, step: int, network: Network) -> None:
         random_state = torch.get_rng_state()  # what is drawn here must not change the run
-        vae, vae_device = self.pipe.vae, self.pipe.vae.device
+        failure: Exception | None = None
         with network() as transformer:
             self.pipe.transformer = transformer
             try:
-                vae.to(accelerator.device)
                 for index, prompt in enumerate(self.arguments.validation_prompts):
-                    self._make_video(accelerator, index, prompt, step)
+                    latents = self._make_latents(accelerator, index, prompt)
+                    if accelerator.is_main_process and failure is None:
+                        try:
+                            self._write_video(accelerator, latents, index, prompt, step)
+                        except FAILURES as error:  # the others wait for this process in the next video's network
+                            failure = error
             finally:
                 self.pipe.transformer = None
-                vae.to(vae_device)
                 torch.set_rng_state(random_state)
+        if failure is not None:
+            raise failure
 
-    def _make_video(self, accelerator: Accelerator, index: int, prompt: str, step: int) -> None:
+    def _make_latents(self, accelerator: Accelerator, index: int, prompt: str) -> torch.Tensor:
+        """Make a video's latents, `[1, C, F, h, w]`. Where weights are sharded, all processes run the network."""
         is_mixed = accelerator.mixed_precision == "bf16"
         with accelerator.autocast():
-            frames = self.pipe(
+            return self.pipe(
                 **self._options(index, prompt),
                 # The keys and values that the network computes, which has float32 weights, are in bfloat16.
                 kv_cache_dtype=self.kv_cache_dtype or (torch.bfloat16 if is_mixed else None),
-                # Where weights are sharded, all processes have to run the network, but one decodes.
-                output_type="np" if accelerator.is_main_process else "latent",
-            ).frames[0]
-        if not accelerator.is_main_process:
-            return
+                output_type="latent",
+            ).frames
+
+    def _write_video(
+        self, accelerator: Accelerator, latents: torch.Tensor, index: int, prompt: str, step: int
+    ) -> None:
+        """Decode a video, and write it. Nothing here waits for another process."""
+        vae, vae_device = self.pipe.vae, self.pipe.vae.device
+        try:
+            vae.to(accelerator.device)
+            with accelerator.autocast():
+                frames = self.pipe.decode_latents(latents)[0]
+        finally:
+            vae.to(vae_device)
         folder = self.output / "validation" / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         with VideoWriter(folder / f"{index}.mp4", fps=self.fps) as writer:

@@ -87,6 +87,32 @@ def test_captions_alone(tmp_path):
     assert (found.name, found.clips[0].path, found.clips[0].caption) == ("a", None, "a text")
 
 
+def test_captions_without_a_clip_are_none_where_there_are_clips(tmp_path):
+    for name in ("a.mp4", "a.txt", "LICENSE.txt", "more/urls.txt"):
+        write(tmp_path, name, "a text")
+    samples, skipped = scan(tmp_path, text_only=True)
+    assert [found.name for found in samples] == ["a"] and list(skipped) == ["LICENSE", "more/urls"]
+
+
+def test_linked_folders_are_read_and_each_folder_once(tmp_path):
+    """A link may lead out of the set, into it, to what has been read, and around in circles."""
+    root, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
+    for folder, name in ((root, "own/a"), (elsewhere, "b"), (elsewhere, "deep/c")):
+        write(folder, f"{name}.mp4")
+        write(folder, f"{name}.txt", "a text")
+    for link, target in {
+        root / "again": root / "own",
+        root / "own" / "around": root,
+        root / "more": elsewhere,
+        elsewhere / "back": root,
+        root / "nowhere": tmp_path / "missing",
+    }.items():
+        link.symlink_to(target)
+    samples, skipped = scan(root)
+    assert [found.name for found in samples] == ["more/b", "more/deep/c", "own/a"] and skipped == {}
+    assert samples[0].clips[0].path == root / "more" / "b.mp4"
+
+
 def test_a_dataset(tmp_path):
     for number in (10, 9):
         write_video(tmp_path / f"{number}.mp4", gray_frames(21, number))

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from data.cache_files import save_tensor
 from data.clips import VideoDataset
 from data.latent_cache import LatentDataset, collate
+from data.loading import batches
 from data.sample_list import describe
 from data.sampler import EpochSampler, WithSampleId
 from longlive_diffusers.models.streaming_vae import encode_video, normalize_latents
@@ -581,6 +583,22 @@ def test_batches_with_sample_ids(root, tmp_path, vae, memory_limit, num_workers)
         assert batch["name"] == [item["name"] for item in expected]
         assert torch.equal(batch["latents"], torch.stack([item["latents"] for item in expected]))
         batch["latents"].zero_()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_batch_fails_with_is_told_as_it_is(root, tmp_path, vae, num_workers):
+    """Without the traceback of the process that reads."""
+    data = dataset(root)
+    text = build_text(data.distinct_prompts(), tmp_path / "text")
+    latents = build(data, vae, tmp_path / "latents")
+    cached = LatentDataset(latents, text, memory_limit=0)
+    for path in (tmp_path / "latents").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    mesh = SimpleNamespace(dp_size=1, dp_rank=0)
+    loader = batches(cached, mesh, batch_size=2, num_workers=num_workers, seed=0, start_batch=0)
+    with pytest.raises(ValueError, match=r"^'.*\.safetensors'") as failed:
+        next(loader)
+    assert "\n" not in str(failed.value) and "Traceback" not in str(failed.value)
 
 
 def test_what_is_kept_in_memory_cannot_be_changed_from_outside(root, tmp_path, vae):

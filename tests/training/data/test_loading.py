@@ -155,6 +155,10 @@ def test_what_is_left_out_is_listed_whatever_it_is_called(start):
     listed = (start.folder / "run" / "skipped_samples.txt").read_text()
     assert listed.count("\n") == 2
     assert "  11: there is no clip beside '11.txt'" in listed and r"  caf\udce9: " in listed
+    for name in (broken, broken.with_suffix(".txt"), start.folder / "set" / "11.txt"):
+        name.unlink()
+    start.open()
+    assert not (start.folder / "run" / "skipped_samples.txt").exists()
 
 
 def test_one_training_set_at_a_time(start):

@@ -81,7 +81,7 @@ def test_a_wrong_file_is_named(tmp_path, content, message):
         ("revision: 1.10", "1.10"),
         ("revision: 010", "010"),
         ("variant: no", "no"),
-        ("hub_token: -x", "-x"),
+        ("hub_model_id: 0x1", "0x1"),
         ("rank: null", None),
         ("ema_decay: ~", None),
         ("compile: 1", True),

@@ -8,10 +8,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from longlive_diffusers import LongLivePipeline
 from run.distillation_arguments import parse_distillation_arguments
-from run.distillation_result import DistilledNetwork, save_distilled
+from run.distillation_result import ORIGINAL_LORA, DistilledNetwork, save_distilled
 from run.distillation_start import build_networks
 from run.history import SettingsHistory
 from run.lora_settings import lora_settings
+from run.saving import place_result
 from tests.support.tiny_pipeline import FORWARDS, tiny_pipeline, tiny_transformer
 
 
@@ -90,6 +91,33 @@ def test_what_that_layout_cannot_hold_is_refused_at_the_start(tmp_path, settings
     with pytest.raises(ValueError, match=f"--save_original_lora true is not possible: .*{message}"):
         distilled(start, tmp_path / "run", save_original_lora=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_a_later_result_does_not_have_goes(tmp_path):
+    start, output = lora(tmp_path), tmp_path / "run"
+    distilled(start, output, save_original_lora=True)
+    names = {path.name for path in output.iterdir()}
+    distilled(start, output)
+    assert names - {path.name for path in output.iterdir()} == {ORIGINAL_LORA}
+
+
+def test_a_result_that_is_half_in_place_is_not_taken_for_a_pipeline(tmp_path, monkeypatch):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+
+    def write(folder: Path) -> None:
+        for name in ("transformer", "vae"):
+            (folder / name).mkdir()
+        (folder / "model_index.json").write_text("{}")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("run.saving.shutil.rmtree", interrupted)
+        place_result(tmp_path, write)
+    assert (tmp_path / "transformer").exists() and not (tmp_path / "model_index.json").exists()
+    assert place_result(tmp_path, write) == ["transformer", "vae", "model_index.json"]
 
 
 def test_the_settings_of_a_plain_lora_are_those_that_every_release_of_peft_knows():

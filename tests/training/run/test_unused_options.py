@@ -9,7 +9,15 @@ from tests.support.paths import CONFIGS
 
 
 NEEDED = ["--pretrained_model_name_or_path", "model", "--output_dir", "run"]
+SHARED = {
+    "--revision main --pretrained_model_name_or_path .": "is of a repository of the Hub",
+    "--tracker_name test": "needs --report_to",
+    "--tracker_name test --report_to none": "needs --report_to",
+    "--ema_start_step 5": "needs --ema_decay",
+}
 TEACHER_FORCING = {
+    **SHARED,
+    "--caption_column text": "needs a training set",
     "--lora_dropout 0.1": "needs a --rank",
     "--lora_alpha 8": "needs a --rank",
     "--lora_layers to_q": "needs a --rank",
@@ -17,7 +25,6 @@ TEACHER_FORCING = {
     "--nvfp4_recipe nvfp4_pretrain": "needs --precision nvfp4",
     "--nvfp4_recipe nvfp4_pretrain --precision nvfp4 --rank 4": "under a LoRA",
     "--history_noise_max_timestep 200": "needs a --history_noise_probability above 0",
-    "--ema_start_step 5": "needs --ema_decay",
     "--dataset_config_name en": "needs --dataset_name",
     "--dataset_split test": "needs --dataset_name",
     "--vae_halo 4": "needs --cache_latents false",
@@ -28,12 +35,12 @@ TEACHER_FORCING = {
     },
 }
 DISTILLATION = {
+    **SHARED,
     "--rank 64 --train_all_weights true": "--train_all_weights true trains none",
     "--lora_alpha 64 --train_all_weights true": "--train_all_weights true trains none",
     "--lora_layers to_q --train_all_weights true": "--train_all_weights true trains none",
     "--negative_prompt blurry --score_guidance_scale 1": "needs guidance",
     "--negative_prompt blurry --score_guidance_scale 0": "needs guidance",
-    "--ema_start_step 5": "needs --ema_decay",
     "--nvfp4_recipe nvfp4_pretrain --train_all_weights true": "needs --precision nvfp4",
     "--nvfp4_backend te --precision nvfp4": "needs --train_all_weights true",
 }
@@ -49,7 +56,18 @@ def test_an_option_that_would_be_passed_over_is_refused(tmp_path, parse, words, 
     file, pairs = tmp_path / "recipe.yaml", zip(words.split()[::2], words.split()[1::2], strict=True)
     file.write_text("".join(f"{name[2:]}: {own}\n" for name, own in pairs))
     with pytest.raises(ValueError, match=rf"^{option} {value}(\.0)? .*{message}"):
-        parse([*NEEDED, "--config", str(file)])
+        parse([*set_otherwise(NEEDED, words), "--config", str(file)])
+
+
+def set_otherwise(options: list[str], words: str) -> list[str]:
+    """Options without those that `words` has."""
+    pairs = zip(options[::2], options[1::2], strict=True)
+    return [part for pair in pairs if pair[0] not in words.split() for part in pair]
+
+
+def test_a_token_that_would_be_passed_over_is_not_shown():
+    with pytest.raises(ValueError, match=r"^--hub_token needs --push_to_hub true$"):
+        parse_arguments([*NEEDED, "--hub_token", "hf_abc"])
 
 
 @pytest.mark.parametrize(
@@ -59,6 +77,8 @@ def test_an_option_that_would_be_passed_over_is_refused(tmp_path, parse, words, 
         (parse_arguments, "--error_recycling true --error_context_probability 0.5"),
         (parse_arguments, "--ema_start_step 100 --error_warmup_steps 50 --dataset_split train"),  # as without them
         (parse_arguments, "--precision nvfp4 --nvfp4_recipe nvfp4_pretrain"),
+        (parse_arguments, "--revision main --caption_column text --train_data_dir videos"),
+        (parse_arguments, "--tracker_name test --report_to tensorboard --push_to_hub true --hub_token hf_abc"),
         (parse_distillation_arguments, "--rank 128 --train_all_weights true --ema_start_step 0"),
         (parse_distillation_arguments, "--negative_prompt blurry"),
     ],
