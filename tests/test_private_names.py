@@ -211,6 +211,13 @@ PRIVATE_NAMES = [
             ("_NATIVE_MATH", (PACKAGE + "cli/backends.py",)),
         )
     ),
+    # -- Python --------------------------------------------------------------------------------------------------------
+    PrivateName(
+        "threading:_register_atexit",
+        (PACKAGE + "pipelines/prefetch.py",),
+        "Find what concurrent.futures ends its threads by; without it, a session that is still open when the "
+        "interpreter ends makes two more chunks.",
+    ),
     # -- diffusers: what callbacks write -----------------------------------------------------------------------------
     PrivateName(
         "_guidance_scale of a pipeline",

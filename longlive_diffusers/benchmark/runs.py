@@ -107,7 +107,7 @@ def measure_forward(forward: Forward, setup: Setup) -> tuple[float, float | None
 def denoised_chunks(setup: Setup, num_chunks: int) -> Generator[tuple[float, torch.Tensor], None, None]:
     """Make a video without decoding it; yield the seconds of each chunk (steps, solver and noise, and the clean pass
     of the chunk before) and its latents."""
-    with setup.stream(num_chunks, output_type="latent") as session:
+    with setup.stream(num_chunks + 1, output_type="latent") as session:  # the last chunk of a video has no clean pass
         for _ in range(num_chunks):
             synchronize(setup.device)
             began = time.perf_counter()

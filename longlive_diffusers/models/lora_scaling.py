@@ -30,6 +30,18 @@ class Turns:
         return Turns, ()
 
 
+def in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a network's method that changes its LoRAs wait for a forward that has them, in another thread: what it read
+    or wrote meanwhile would be the scales of that forward."""
+
+    @functools.wraps(method)
+    def waiting(self, *args: Any, **kwargs: Any) -> Any:
+        with self.lora_turns:
+            return method(self, *args, **kwargs)
+
+    return waiting
+
+
 def with_lora_scale(forward):
     """Check the `attention_kwargs` of a forward, and let its LoRAs have that scale, and no other forward's.
 

@@ -48,7 +48,7 @@ from .kv_cache import KVCache
 from .layer_kv_cache import ChunkSlots, LayerCacheBase
 from .lean_feed_forward import feed_forward
 from .lean_norms import add, norm, remade_in_backward
-from .lora_scaling import Turns, with_lora_scale, with_present_scales
+from .lora_scaling import Turns, in_turn, with_lora_scale, with_present_scales
 from .norms_of_inputs import add_and_norm_for, norm_for
 from .rotary import axis_frequencies, rotary_embedding
 
@@ -486,6 +486,17 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         check_can_be_saved(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    set_adapter = in_turn(PeftAdapterMixin.set_adapter)
+    set_adapters = in_turn(PeftAdapterMixin.set_adapters)
+    enable_adapters = in_turn(PeftAdapterMixin.enable_adapters)
+    disable_adapters = in_turn(PeftAdapterMixin.disable_adapters)
+    enable_lora = in_turn(PeftAdapterMixin.enable_lora)
+    disable_lora = in_turn(PeftAdapterMixin.disable_lora)
+    unfuse_lora = in_turn(PeftAdapterMixin.unfuse_lora)
+    unload_lora = in_turn(PeftAdapterMixin.unload_lora)
+    delete_adapters = in_turn(PeftAdapterMixin.delete_adapters)
+
+    @in_turn
     def add_adapter(self, adapter_config: PeftConfig, adapter_name: str = "default") -> None:
         """Like diffusers' own `add_adapter`.
 
@@ -497,6 +508,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         check_takes_adapter(self, adapter_config)
         super().add_adapter(adapter_config, adapter_name)
 
+    @in_turn
     def load_lora_adapter(
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict,
@@ -527,6 +539,7 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         check_not_optimized(self, "be compiled")
         super().compile_repeated_blocks(*args, **kwargs)
 
+    @in_turn
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
     ) -> None:

@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..host_copies import to_device
 from ..limits import MAX_GUIDANCE_SCALE
 from ..models.attention_kwargs import check_attention_kwargs
-from ..models.kv_cache import KVCache
+from ..models.kv_cache import KVCache, version_of
 from ..models.lora_scales import lora_scales
 from ..models.text_fingerprint import text_fingerprint
 from ..models.transformer_longlive import LongLiveTransformer3DModel
@@ -248,7 +248,8 @@ class ChunkDenoiser:
             latents = self._given_latents(index)
         else:
             latents = self._denoise(index, new_index, conditioning, orders.num_inference_steps)
-        self._clean_pass = partial(self._write_clean, index, latents, conditioning)
+        if index + 1 != self.request.num_chunks:  # nothing attends to the last one
+            self._clean_pass = partial(self._write_clean, index, latents, conditioning)
         stopwatch.stop()
         return DenoisedChunk(latents, index, prompts, stopwatch)
 
@@ -257,14 +258,14 @@ class ChunkDenoiser:
     ) -> torch.Tensor:
         """Denoise a chunk from its noise; what the pipeline shows, and what a callback changes, goes through the run's
         state."""
-
         first_step = self._num_steps
-        self._num_steps += num_inference_steps
-        if self.request.num_new_chunks is not None:
-            num_chunks_left = self.request.num_new_chunks - new_index
-            self.run.num_timesteps = first_step + num_chunks_left * num_inference_steps
 
         def iterate(timesteps: torch.Tensor) -> Iterable[torch.Tensor]:
+            # Of second order, a solver has more timesteps than steps.
+            self._num_steps = first_step + len(timesteps)
+            if self.request.num_new_chunks is not None:
+                num_chunks_left = self.request.num_new_chunks - new_index
+                self.run.num_timesteps = first_step + num_chunks_left * len(timesteps)
             bar = self._progress_bar(total=len(timesteps))
             bar.set_description(f"Chunk {index} steps")
             bar.leave = False
@@ -307,6 +308,9 @@ class ChunkDenoiser:
         returned = None if self._callback is None else self._callback(step, timestep, given)
         changed = self._agree_on_changes(check_returned(returned, tensors), given)
         self._check_text()
+        embeds = [given[name] for name in ("prompt_embeds", "negative_prompt_embeds") if given.get(name) is not None]
+        if any(version_of(tensor) is None for tensor in embeds):  # it may have changed in place what has no versions
+            self._clear_text()
         if changed.get("prompt_embeds", conditioning.prompt_embeds) is not conditioning.prompt_embeds:
             conditioning.prompt_embeds = changed["prompt_embeds"].to(self.device)
             self.prompts.replace_embeds(conditioning.prompt_embeds)
@@ -343,9 +347,12 @@ class ChunkDenoiser:
         others' code has run: it may have changed weights, or chosen another LoRA."""
         made_with = text_fingerprint(self.transformer)
         if made_with is None or made_with != self._text_made_with:
-            for kv_cache in self.own_caches:
-                kv_cache.clear_text()
+            self._clear_text()
         self._text_made_with = made_with
+
+    def _clear_text(self) -> None:
+        for kv_cache in self.own_caches:
+            kv_cache.clear_text()
 
     def _run_clean_pass(self) -> None:
         if self._clean_pass is not None:

@@ -239,6 +239,7 @@ def resolve_request(
         ValueError: If anything is malformed; the message states the numbers.
     """
     # 1. Settings, by themselves.
+    given_rope_offset = multi_shot_rope_offset
     window_size, sink_size, multi_shot_sink, multi_shot_rope_offset = (
         settings[name] if value is None else value
         for name, value in (
@@ -301,6 +302,13 @@ def resolve_request(
     num_condition_chunks = num_condition_frames // sizes.chunk_size
     num_chunks = resolve_num_chunks(num_frames, latents, num_condition_frames, sizes.chunk_size, sizes.temporal_scale)
     num_new_chunks = None if num_chunks is None else num_chunks - num_condition_chunks
+    if relative_rope is None:
+        relative_rope = num_chunks is None
+    if relative_rope and given_rope_offset:
+        logger.warning(
+            f"`multi_shot_rope_offset` {given_rope_offset} has no effect: with `relative_rope`, as in a video without "
+            "an end, time positions are counted from the cached frames alone."
+        )
     return Request(
         latent_shape=(batch_size, sizes.latent_channels, sizes.chunk_size, size.latent_height, size.latent_width),
         num_chunks=num_chunks,
@@ -325,7 +333,7 @@ def resolve_request(
         sink_size=sink_size,
         multi_shot_sink=multi_shot_sink,
         multi_shot_rope_offset=multi_shot_rope_offset,
-        relative_rope=num_chunks is None if relative_rope is None else relative_rope,
+        relative_rope=relative_rope,
         kv_cache_dtype=kv_cache_dtype,
         clean_pass=clean_pass,
         attention_density=attention_density,

@@ -2,8 +2,8 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         window_size: The number of latent frames that the KV cache holds.
         sink_size: How many of the video's first latent frames it never forgets.
         multi_shot_sink: Whether the frames that opened the current shot are kept as well.
-        multi_shot_rope_offset: The distance in time positions between two shots, on top of the frames between them.
+        multi_shot_rope_offset: The distance in time positions between two shots, on top of the frames between them;
+            with `relative_rope`, there is none.
         scene_cut_prefix: Put before the prompt of the chunk that opens a shot, except for the first shot.
     """
 
@@ -283,7 +284,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 and `video`.
             prompt_embeds, negative_prompt_embeds: Embeddings `[B, L, D]` in place of prompts.
             window_size, sink_size, multi_shot_sink, multi_shot_rope_offset: Override the pipeline's own settings.
-            relative_rope: Whether time positions are counted from the cached frames.
+            relative_rope: Whether time positions are counted from the cached frames, as by default in a stream
+                without an end; the distance between shots, `multi_shot_rope_offset`, is then left out.
             kv_cache_dtype: What keys and values are stored as: a dtype, "nvfp4", "fp8", or "fp8_attention", from which
                 attention is computed in FP8; the transformer's dtype by default.
             clean_pass: What the history remembers a chunk by: "full", a forward on its clean latents; "text_free", the
@@ -867,3 +869,9 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", True),
             hotswap=hotswap,
         )
+
+    def unfuse_lora(self, components: Sequence[str] = ("transformer",), **kwargs) -> None:
+        """Like diffusers' own `unfuse_lora`, which takes LoRAs out of the layers of a network by itself: a forward in
+        another thread is waited for."""
+        with nullcontext() if self.transformer is None else self.transformer.lora_turns:
+            super().unfuse_lora(list(components), **kwargs)

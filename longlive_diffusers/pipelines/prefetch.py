@@ -1,10 +1,12 @@
 """Run an iterator ahead of its consumer, in the thread of a worker."""
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 
@@ -19,12 +21,16 @@ class _Produced(Generic[Item]):
 
 
 class OneThread(ThreadPoolExecutor):
-    """An executor with one thread, in which it is known."""
+    """An executor with one thread, in which it is known. When the interpreter ends, which waits for the thread, it
+    does not begin what it was still to do for prefetchers."""
 
     def __init__(self, name: str):
         self._idents: list[int] = []
         note = self._idents.append  # the thread must not hold the executor, or neither would end
         super().__init__(max_workers=1, thread_name_prefix=name, initializer=lambda: note(threading.get_ident()))
+        self.runs: weakref.WeakSet[_Run] = weakref.WeakSet()
+        # As `concurrent.futures` itself does, which then waits for its threads: `atexit` comes later.
+        threading._register_atexit(partial(_stop, weakref.ref(self)))  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def is_here(self) -> bool:
@@ -48,6 +54,8 @@ class Prefetcher(Generic[Item]):
         depth: How many finished items may wait, at least 1.
         after: Called in the worker's thread after each item, which the consumer has by then. Its exception is raised
             in place of the next item.
+        stop: Called, from any thread, when nobody wants the item in progress any more: after Ctrl-C, and when the
+            interpreter ends.
     """
 
     def __init__(
@@ -57,12 +65,14 @@ class Prefetcher(Generic[Item]):
         depth: int = 1,
         *,
         after: Callable[[], object] | None = None,
+        stop: Callable[[], object] | None = None,
     ):
         self._pending: deque[Future[_Produced[Item] | None]] = deque()
         if depth < 1:
             raise ValueError(f"`depth` must be at least 1, got {depth}.")
-        self._run = _Run(source, after)
+        self._run = _Run(source, after, stop)
         self._worker = worker
+        worker.runs.add(self._run)
         self._finished, self._lock = False, threading.Lock()
         self._closing: Future[None] | None = None  # all who close it wait for the same end
         for _ in range(depth + 1):
@@ -81,6 +91,7 @@ class Prefetcher(Generic[Item]):
         except CancelledError:  # closed by another thread while this one waited
             raise StopIteration from None
         except BaseException:  # whatever it is, it ends the iteration
+            self._run.stop()
             self.close()
             raise
         if produced is None:
@@ -124,9 +135,14 @@ class Prefetcher(Generic[Item]):
 class _Run(Generic[Item]):
     """The worker's side of a prefetcher. It does not hold the prefetcher, so that one may be dropped meanwhile."""
 
-    def __init__(self, source: Iterator[Item], after: Callable[[], object] | None):
-        self.source, self.after = source, after
-        self._ended = False
+    def __init__(
+        self,
+        source: Iterator[Item],
+        after: Callable[[], object] | None,
+        stop: Callable[[], object] | None,
+    ):
+        self.source, self.after, self._stop = source, after, stop
+        self._ended, self._stopped = False, False
         self._error: BaseException | None = None  # what came after the last item, if nobody has been told
 
     def advance(self, promise: "Future[_Produced[Item] | None]") -> None:
@@ -150,7 +166,7 @@ class _Run(Generic[Item]):
         if self._error is not None:
             error, self._error = self._error, None
             return None, error
-        if self._ended:
+        if self._ended or self._stopped:
             return None, None
         try:
             return _Produced(next(self.source)), None
@@ -160,6 +176,12 @@ class _Run(Generic[Item]):
         except BaseException as error:
             self.close()
             return None, error
+
+    def stop(self) -> None:
+        """Begin no further item, and let the one in progress end early, if it can; from any thread."""
+        self._stopped = True
+        if self._stop is not None:
+            self._stop()
 
     def end(self) -> None:
         """Close the source, and forget an error that nobody will ask for: its traceback has what the source held."""
@@ -172,3 +194,10 @@ class _Run(Generic[Item]):
             self._ended = True
             self.source.close()
         self._ended = True
+
+
+def _stop(executor: "weakref.ref[OneThread]") -> None:
+    """Stop what an executor does for prefetchers, if it is still there."""
+    alive = executor()
+    for run in () if alive is None else tuple(alive.runs):
+        run.stop()

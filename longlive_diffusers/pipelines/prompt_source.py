@@ -145,7 +145,7 @@ class PromptSource:
             self._check_can_encode(len(prompts))
         with self._lock:
             cut = cut or (self._redirection is not None and self._redirection.cut)
-            self._redirection = Redirection(prompts, cut, 1 if cut else chunks, interpolation)
+            self._redirection = Redirection(list(prompts), cut, 1 if cut else chunks, interpolation)
 
     def upcoming(self) -> list[str | None]:
         """Return the prompts of the next chunk."""

@@ -31,6 +31,10 @@ class RunState:
         """Whether the chunk in progress, after its current step, is the last."""
         return self.interrupt or self.closed
 
+    def close(self) -> None:
+        """End the chunk in progress after its current step; nobody will have it."""
+        self.closed = True
+
 
 class _OfThread(threading.local):
     run: RunState | None = None

@@ -86,7 +86,12 @@ class StreamingSession:
         self._source: Prefetcher[DenoisedChunk] | Generator[DenoisedChunk, None, None] = (
             chunks
             if worker is None
-            else Prefetcher(worker.chunks(chunks), worker.thread, after=worker.on_stream(denoiser.finish_chunk))
+            else Prefetcher(
+                worker.chunks(chunks),
+                worker.thread,
+                after=worker.on_stream(denoiser.finish_chunk),
+                stop=denoiser.run.close,
+            )
         )
 
     def __iter__(self) -> "StreamingSession":
@@ -140,8 +145,8 @@ class StreamingSession:
         part, self._next_part = self._next_part, self._next_part + 1
         latents = self._parts[part]
         if self._decoder is None:
-            frames = latents
-            check_numbers(frames)
+            check_numbers(latents)
+            frames = latents.clone()  # what the caller does to them must not change what history is rewritten from
         else:
             frames = self._decoder.decode(latents, chunk.ready)
         if self._worker is None and self._next_part == len(self._parts):  # a worker does so in its own thread

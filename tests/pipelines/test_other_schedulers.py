@@ -56,6 +56,19 @@ def test_solvers_of_flows_make_videos(scheduler):
     assert frames(pipe, [1]).isfinite().all()
 
 
+def test_steps_are_counted_as_the_scheduler_makes_them():
+    """One of second order makes two of all but the last."""
+    pipe, steps = tiny_pipeline(), []
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=5.0)
+
+    def note(pipe, step, timestep, tensors):
+        steps.append((step, pipe.num_timesteps))
+        return tensors
+
+    frames(pipe, [1], num_inference_steps=3, callback_on_step_end=note)
+    assert steps == [(step, 10) for step in range(10)]
+
+
 @pytest.mark.parametrize("scheduler", [DDIMScheduler(), LCMScheduler(), EulerAncestralDiscreteScheduler()])
 def test_solvers_of_other_predictions_are_refused(scheduler):
     pipe = tiny_pipeline()

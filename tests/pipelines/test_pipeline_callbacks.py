@@ -168,6 +168,23 @@ def test_text_it_changes_is_used_from_then_on(pipe, name, in_place):
     assert torch.equal(last_only, expected), "after the last step, only the cache is left to be written"
 
 
+@pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds"])
+def test_so_is_text_that_it_changes_in_place_in_inference_mode(pipe, name):
+    """There, tensors do not count their changes."""
+
+    def change_text(pipe, step, timestep, tensors):
+        if step == 0:
+            tensors[name].mul_(-2.0)
+        return tensors
+
+    arguments = {"guidance_scale": 2.0, "negative_prompt": "snow", "num_frames": 5}
+    arguments |= {"callback_on_step_end": change_text, "callback_on_step_end_tensor_inputs": ["latents", name]}
+    expected = run(pipe, **arguments)
+    with torch.inference_mode():
+        found = run(pipe, **arguments)
+    assert torch.equal(found, expected)
+
+
 class HalvedLatents(PipelineCallback):
     """A callback as a library of callbacks would define it."""
 

@@ -2,6 +2,10 @@
 
 import functools
 import gc
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -126,6 +130,51 @@ def test_what_is_no_ordinary_exception_reaches_the_consumer_too(prefetch, kind):
     assert next(prefetcher) == 0
     with pytest.raises(kind):
         next(prefetcher)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals itself")
+def test_ctrl_c_in_the_consumer_stops_the_item_in_progress(prefetch):
+    waiting, stopped = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[bool]:
+        waiting.wait(WAIT)
+        time.sleep(0.2)  # until it waits
+        os.kill(os.getpid(), signal.SIGINT)
+        yield stopped.wait(WAIT)
+
+    prefetcher = prefetch(slow(), stop=stopped.set)
+    with pytest.raises(KeyboardInterrupt):
+        waiting.set()
+        next(prefetcher)
+    assert stopped.is_set() and list(prefetcher) == []
+
+
+LEFT_OPEN = """
+import threading, time
+from longlive_diffusers.pipelines.prefetch import OneThread, Prefetcher
+
+stopped, made = threading.Event(), []
+
+def slow():
+    while True:
+        made.append(len(made))
+        yield stopped.wait(5 if made[-1] else 0)
+
+prefetcher = Prefetcher(slow(), OneThread("test"), stop=lambda: (stopped.set(), print("stopped")))
+next(prefetcher)
+while len(made) < 2:
+    time.sleep(0.01)
+threading._register_atexit(lambda: print("ends"))
+import atexit
+atexit.register(lambda: print(made))
+"""
+
+
+def test_the_end_of_the_interpreter_waits_for_no_further_items():
+    began = time.perf_counter()
+    told = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines() == ["ends", "stopped", "[0, 1]"]
+    assert time.perf_counter() - began < 60
 
 
 def test_closing_while_items_wait_closes_the_source(prefetch):

@@ -1,6 +1,10 @@
 """Two LoRAs of the embedded model, both loaded: switched in a live stream with their numbers of steps, scaled, fused,
 saved and unloaded, on plain weights and on weights in 4 bits."""
 
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from longlive_diffusers import LongLivePipeline
+from longlive_diffusers.models.lora_scaling import scaled_loras
 from longlive_diffusers.nvfp4.quantizer import NVFP4Config, quantize_model
 from longlive_diffusers.pipelines.chunk_step import Conditioning, chunk_step
 from tests.support.short_toy import copy_of, short_toy_pipeline
@@ -196,6 +201,64 @@ def test_each_is_scaled(pipe):
     pipe.set_adapters("four")
     assert near(run(pipe, attention_kwargs={"scale": 0.5}), half) and not near(half, full)
     assert torch.equal(run(pipe), full)
+
+
+CHANGES = {
+    "set_adapters": lambda pipe: pipe.set_adapters("four", 0.2),
+    "set_adapters of the network": lambda pipe: pipe.transformer.set_adapters("four", 0.2),
+    "fuse": lambda pipe: pipe.fuse_lora(components=["transformer"], adapter_names=["four"]),
+    "unload": lambda pipe: pipe.unload_lora_weights(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_another_thread_changes_during_a_scaled_forward_is_as_it_says(kind, pipe, change):
+    """It is neither lost when the scales are put back, nor made of those of the forward."""
+    expected_pipe = copy_of(pipe)
+    change(expected_pipe)
+    expected, threads = run(expected_pipe), []
+
+    def change_meanwhile(*_):
+        if not threads:
+            threads.append(threading.Thread(target=change, args=(pipe,)))
+            threads[0].start()
+            threads[0].join(0.3)  # it waits for this forward
+
+    hook = pipe.transformer.blocks[0].register_forward_pre_hook(change_meanwhile)
+    run(pipe, attention_kwargs={"scale": 0.5})
+    threads[0].join()
+    hook.remove()
+    assert torch.equal(run(pipe), expected)
+
+
+def test_taking_a_fused_one_out_waits_for_a_scaled_forward(files):
+    pipe = pipeline("plain", **files)
+    pipe.set_adapters("four")
+    expected = run(pipe)
+    pipe.fuse_lora(components=["transformer"], adapter_names=["four"])
+    with scaled_loras_in_another_thread(pipe) as ended:
+        pipe.unfuse_lora(components=["transformer"])
+        assert ended.is_set()
+    pipe.set_adapters("four")
+    assert near(run(pipe), expected)
+
+
+@contextmanager
+def scaled_loras_in_another_thread(pipe) -> Iterator[threading.Event]:
+    """What a forward of another thread does to the LoRAs for 0.3 seconds; gives what is set at its end."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def forward() -> None:
+        with pipe.transformer.lora_turns, scaled_loras(pipe.transformer, 0.5):
+            begun.set()
+            time.sleep(0.3)
+            ended.set()
+
+    thread = threading.Thread(target=forward)
+    thread.start()
+    begun.wait()
+    yield ended
+    thread.join()
 
 
 def test_one_of_both_is_fused(kind, pipe):

@@ -160,3 +160,13 @@ def test_every_prompt_is_looked_at(pipe, monkeypatch, where):
             session.prompt = long
         next(session)
     assert len(messages) == 1 and f"is cut to {TEXT_LENGTH}" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("relative_rope", "num_frames", "warned"),
+    [(None, None, True), (True, 13, True), (None, 13, False), (False, None, False)],
+)
+def test_a_distance_between_shots_that_has_no_effect_is_named(pipe, relative_rope, num_frames, warned):
+    options = {"relative_rope": relative_rope, "num_frames": num_frames, "multi_shot_rope_offset": 4.0}
+    told = warnings_of(pipe, prompt="a cat", **options)
+    assert ["`multi_shot_rope_offset` 4.0 has no effect" in message for message in told] == [True] * warned
