@@ -23,11 +23,11 @@ class Summary:
         self._count += 1
 
     def lines(self, name: str) -> Iterable[str]:
-        """Yield the samples of this summary."""
+        """Yield the samples of this summary, with all their digits: a rate is the small difference of large sums."""
         if self._recent:
             for part in (0.5, 0.95):
-                yield f'{name}{{quantile="{part}"}} {quantile(self._recent, part):g}'
-        yield f"{name}_sum {self._sum:g}"
+                yield f'{name}{{quantile="{part}"}} {quantile(self._recent, part)!r}'
+        yield f"{name}_sum {self._sum!r}"
         yield f"{name}_count {self._count}"
 
 
@@ -65,7 +65,7 @@ class Metrics:
         """Return all of it, with what is measured now: values and their descriptions, by name."""
         lines = []
         for name, (value, text) in gauges.items():
-            lines += [*_head(name, "gauge", text), f"longlive_{name} {value:g}"]
+            lines += [*_head(name, "gauge", text), f"longlive_{name} {value!r}"]
         lines += [*_head("chunks_total", "counter", "Chunks made."), f"longlive_chunks_total {self._chunks}"]
         lines += [*_head("frames_total", "counter", "Frames made."), f"longlive_frames_total {self._frames}"]
         lines += _head("streams_ended_total", "counter", "Streams that are over, by the reason of their end.")
