@@ -2,7 +2,10 @@
 
 import io
 import os
+import struct
+import subprocess
 import warnings
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,8 +16,24 @@ from .input_file import existing_file
 from .levels import ROUNDING, white_level
 
 
-# What Pillow raises for damaged files, besides OSError: a broken PNG is a SyntaxError, for instance.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, Image.DecompressionBombError)
+# What Pillow raises for damaged files, besides OSError: a SyntaxError for a PNG, a RuntimeError for an AVIF, for a DDS
+# one that is a NotImplementedError, an AttributeError for a SPIDER, a TypeError for an IM, and for an EPS the error of
+# Ghostscript's process. No format promises which.
+DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    subprocess.SubprocessError,
+    Image.DecompressionBombError,
+)
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:

@@ -1,12 +1,16 @@
 """Pictures of every mode that Pillow opens are what a viewer shows, or are refused with a reason."""
 
+import io
 import os
+import re
+import struct
+import subprocess
 import threading
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin, features
 
 from longlive_diffusers.video.images import as_rgb, read_image
 
@@ -222,6 +226,79 @@ def test_a_file_with_more_transparency_than_palette(tmp_path):
     )
     with pytest.raises(ValueError, match=r"a\.png' cannot be read as an image: the picture's transparency"):
         read_image(path)
+
+
+def avif_without_pixels() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(COLORS).save(file, "avif")
+    header, _, pixels = file.getvalue().partition(b"mdat")
+    return header + b"mdat" + bytes(len(pixels))
+
+
+def dds_of_an_unknown_kind() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(COLORS).save(file, "dds")
+    data = bytearray(file.getvalue())
+    data[80:84] = bytes(4)  # the flags of its pixels
+    return bytes(data)
+
+
+def blp_of_an_unknown_kind() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(COLORS).convert("P").save(file, "blp")
+    data = bytearray(file.getvalue())
+    data[8] = 9  # its encoding
+    return bytes(data)
+
+
+def spider_of_a_stack() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(COLORS).convert("F").save(file, "spider")
+    header = np.frombuffer(file.getvalue(), np.float32).copy()
+    header[26] = 1  # the number of its picture; what says where its pictures are is missing
+    return header.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [
+        pytest.param(
+            "a.avif",
+            avif_without_pixels,
+            marks=pytest.mark.skipif(not features.check("avif"), reason="needs a Pillow that writes AVIF"),
+        ),
+        ("a.dds", dds_of_an_unknown_kind),
+        ("a.blp", blp_of_an_unknown_kind),
+        ("a.spider", spider_of_a_stack),
+    ],
+)
+def test_whatever_pillow_raises_for_a_damaged_file_is_named(tmp_path, name, damaged):
+    (tmp_path / name).write_bytes(damaged())
+    with pytest.raises(ValueError, match=rf"{name}' cannot be read as an image: \S") as refusal:
+        read_image(tmp_path / name)
+    assert not isinstance(refusal.value.__cause__, OSError | ValueError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("tile"),
+        TypeError("an integer is required"),
+        struct.error("unpack requires a buffer of 4 bytes"),
+        zlib.error("Error -3 while decompressing data"),
+        ZeroDivisionError("division by zero"),
+        RuntimeError("Failed to decode frame 0"),
+        subprocess.CalledProcessError(1, ["gs"]),  # which reads EPS
+    ],
+)
+def test_what_pillow_may_raise_elsewhere_is_named(tmp_path, monkeypatch, error):
+    def fail(image):
+        raise error
+
+    Image.fromarray(COLORS).save(tmp_path / "a.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(ValueError, match=re.escape(f"a.png' cannot be read as an image: {error}")):
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tiff", "bmp", "webp", "ppm", "ico", "tga", "pcx", "sgi"])
