@@ -1,7 +1,6 @@
 """What a forward and a chunk consist of, as torch's profiler sees them: which part takes the time, which attention
 kernels run, how many kernels there are, and how often the host waits for the device."""
 
-import math
 import os
 import re
 from collections import Counter
@@ -54,14 +53,14 @@ def profile_forward(forward: Callable[[], object], device: torch.device) -> dict
     Profile one forward.
 
     Returns:
-        `shares`: the share of each part in the time, NaN where the profiler could not see the device at work;
+        `shares`: the share of each part in the time, None where the profiler could not see the device at work;
         `attention_kernels`: the share of each kernel in the time of attention (on a CPU, of each operator, with all
         that it calls), by its name, the largest first; `kernels`: the number of kernels, copies and fills that were
         launched, None on a CPU.
     """
     events = _profile(forward, device)
     work = list(work_on_gpu(events) if device.type == "cuda" else work_on_cpu(events))
-    total = sum(item.time for item in work) or math.nan
+    total = sum(item.time for item in work)
     times: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
     kernels: dict[str, float] = {}
     for item in work:
@@ -70,7 +69,7 @@ def profile_forward(forward: Callable[[], object], device: torch.device) -> dict
             kernels[item.name] = kernels.get(item.name, 0.0) + item.time
     largest_first = sorted(kernels.items(), key=lambda kernel: -kernel[1])
     return {
-        "shares": {part: time / total for part, time in times.items()},
+        "shares": {part: time / total if total else None for part, time in times.items()},
         "attention_kernels": {name: time / times["attention"] for name, time in largest_first if time},
         "kernels": len(work) if device.type == "cuda" else None,
     }

@@ -105,15 +105,16 @@ def measure_one_forward(setup: Setup, options: BenchOptions, matmul: float) -> d
         matmul: The device's rate of matrix products in the networks' dtype, FLOP/s.
 
     Returns:
-        `forward`: its `seconds`, and those of its parts, which are the profile's shares of them. How much work it is,
-        in all and by part, at which rate it is done, and how that compares with `matmul`. How long the host was busy,
-        how many kernels there were, and which of these computed attention. The `kv_cache_bytes` of the full window.
+        `forward`: its `seconds`, and those of its parts, which are the profile's shares of them (None where it has
+        none). How much work it is, in all and by part, at which rate it is done, and how that compares with `matmul`.
+        How long the host was busy, how many kernels there were, and which of these computed attention. The
+        `kv_cache_bytes` of the full window.
     """
     with full_window_forward(setup) as forward:
         seconds, host_seconds = measure_forward(forward, setup)
         profiled = profile_forward(forward, setup.device)
         cache_bytes, num_keys = forward.kv_cache.num_bytes, forward.kv_cache.num_attended_tokens
-    parts = {name: seconds * share for name, share in profiled["shares"].items()}
+    parts = {name: None if share is None else seconds * share for name, share in profiled["shares"].items()}
     flops = forward_flops(options.size, options.num_devices, num_keys)
     rate = sum(flops.values()) / seconds
     return {
@@ -126,7 +127,9 @@ def measure_one_forward(setup: Setup, options: BenchOptions, matmul: float) -> d
         "forward_flops_per_second": rate,
         "forward_to_matmul": rate / matmul,
         "part_flops": flops,
-        "part_to_matmul": {name: work / parts[name] / matmul if parts[name] else None for name, work in flops.items()},
+        "part_to_matmul": {
+            name: work / part / matmul if (part := parts[name]) else None for name, work in flops.items()
+        },
     }
 
 

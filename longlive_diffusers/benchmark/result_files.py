@@ -1,6 +1,7 @@
 """Reports as files: JSON with everything, and Markdown to read, under a name that says what was measured."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -58,8 +59,16 @@ def write_results(folder: Path, report: dict[str, Any]) -> Path:
 
 
 def as_json(report: dict[str, Any]) -> str:
-    """Return the report as the text of a file."""
-    return json.dumps(report, indent=2) + "\n"
+    """Return the report as the text of a file; numbers that JSON does not know, which are not finite, are null."""
+    return json.dumps(_with_nulls(report), indent=2, allow_nan=False) + "\n"
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _reserve(folder: Path, stem: str) -> Path:

@@ -142,12 +142,12 @@ def _forward_rows(setting: dict[str, Any], results: dict[str, Any]) -> list[Row]
     on_each = " on each device" if setting["devices"] > 1 else ""
     compared = f"{100 * results['forward_to_matmul']:.0f} % of this run's matmul rate in {setting['dtype']}"
     parts = [
-        (f"  {name}", f"{as_time(forward[name])}  {100 * forward[name] / forward['seconds']:.0f} %", text)
+        (f"  {name}", "-", "the profiler did not see the device at work")
+        if forward[name] is None
+        else (f"  {name}", f"{as_time(forward[name])}  {100 * forward[name] / forward['seconds']:.0f} %", text)
         for name, text in FORWARD_PARTS.items()
     ]
-    by_part = ", ".join(
-        f"{name} {100 * share:.0f} %" for name, share in results["part_to_matmul"].items() if share is not None
-    )
+    by_part = [f"{name} {100 * share:.0f} %" for name, share in results["part_to_matmul"].items() if share is not None]
     not_here = "not applicable: a CPU is its own host"
     kernels = results["forward_kernels"]
     return [
@@ -161,7 +161,7 @@ def _forward_rows(setting: dict[str, Any], results: dict[str, Any]) -> list[Row]
         (
             "  rate",
             f"{results['forward_flops_per_second'] / 1e12:.3f} TFLOP/s",
-            f"work by time: {compared} ({by_part})",
+            f"work by time: {compared}" + (f" ({', '.join(by_part)})" if by_part else ""),
         ),
         *(
             ("  kernel", name, f"{100 * share:.0f} % of attention's time")

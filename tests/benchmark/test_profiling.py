@@ -8,6 +8,7 @@ from torch.autograd.profiler_util import DeviceType, Interval, Kernel
 from torch.nn import functional as F
 
 from longlive_diffusers.benchmark.profiling import (
+    PARTS,
     Work,
     kind_of,
     profile_forward,
@@ -86,6 +87,11 @@ def test_the_attention_that_ran_is_named(attention, kernel):
 def test_without_attention_no_kernel_is_named():
     profiled = profile_forward(lambda: torch.ones(4) + 1, CPU)
     assert profiled["attention_kernels"] == {} and profiled["shares"]["rest"] == 1
+
+
+def test_what_the_profiler_does_not_see_has_no_shares():
+    profiled = profile_forward(lambda: None, CPU)
+    assert profiled == {"shares": dict.fromkeys(PARTS), "attention_kernels": {}, "kernels": None}
 
 
 def test_kernels_belong_to_the_operator_that_launched_them():

@@ -1,12 +1,13 @@
 """Reports as dated files, which never replace others."""
 
 import json
+import math
 import os
 import stat
 
 import pytest
 
-from longlive_diffusers.benchmark.result_files import check_results_folder, result_name, slug, write_results
+from longlive_diffusers.benchmark.result_files import as_json, check_results_folder, result_name, slug, write_results
 
 
 def report(*labels: str, device: str = "NVIDIA H100 80GB HBM3") -> dict:
@@ -78,6 +79,21 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_results(tmp_path, report("float32"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_that_are_not_finite_are_null():
+    results = {"forward": {"seconds": 4.0, "rest": math.nan}, "pairs": [(1.0, math.inf)], "waits": None, "steps": 2}
+    text = as_json(report("float32") | {"results": results})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads(text, parse_constant=refuse)["results"] == {
+        "forward": {"seconds": 4.0, "rest": None},
+        "pairs": [[1.0, None]],
+        "waits": None,
+        "steps": 2,
+    }
 
 
 def test_the_folder_is_checked_first(tmp_path):

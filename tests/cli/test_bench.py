@@ -21,6 +21,7 @@ from longlive_diffusers.benchmark.options import BenchOptions
 from longlive_diffusers.benchmark.runs import full_window_forward, measure_denoise, measure_whole
 from longlive_diffusers.benchmark.setup import build
 from longlive_diffusers.benchmark.sizes import SIZES, BenchSize, forward_flops
+from longlive_diffusers.benchmark.table import as_table
 from longlive_diffusers.cli import main
 from longlive_diffusers.cli.choices import BENCH_DECODERS
 from longlive_diffusers.latency import Latency
@@ -212,21 +213,15 @@ def test_the_table_and_the_file_say_the_same(tmp_path, capfd):
     assert all(line.startswith("longlive bench: ") for line in progress.splitlines())
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "told"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 1, "error: out of memory; "),
-        (KeyboardInterrupt(), 130, "interrupted"),
-    ],
-)
-def test_what_was_measured_before_a_failure_is_reported(monkeypatch, tmp_path, capsys, error, status, told):
-    def fail(*args, **kwargs):
-        raise error
+def measure_quickly(monkeypatch: pytest.MonkeyPatch, *, share: float | None = 0.25, ending: BaseException) -> None:
+    """Let a benchmark have measured all but whole videos, without measuring, and then have an error."""
+
+    def end(*args, **kwargs):
+        raise ending
 
     report = "longlive_diffusers.benchmark.report."
     monkeypatch.setattr(report + "measure_matmul", lambda device, dtype: 2e9)
-    parts = {"seconds": 4.0, "attention": 1.0, "linear": 2.0, "rest": 1.0}
-    shares = {"attention": 0.25, "linear": 0.5, "rest": 0.25}
+    shares = {"attention": share, "linear": share and 0.5, "rest": share}
     profiled = {"shares": shares, "attention_kernels": {"aten::bmm": 1.0}, "kernels": None}
     monkeypatch.setattr(report + "warm_up", lambda *args, **options: None)
     cache = SimpleNamespace(num_bytes=2**20, num_attended_tokens=64)
@@ -235,17 +230,43 @@ def test_what_was_measured_before_a_failure_is_reported(monkeypatch, tmp_path, c
     monkeypatch.setattr(report + "measure_forward", lambda *args: (4.0, None))
     monkeypatch.setattr(report + "profile_forward", lambda *args: profiled)
     monkeypatch.setattr(report + "measure_denoise", lambda *args: ([0.5] * 12, []))
-    monkeypatch.setattr(report + "measure_whole", fail)
+    monkeypatch.setattr(report + "measure_whole", end)
     monkeypatch.setattr(report + "decoded_chunks", lambda *args: iter([0.25] * 12))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 1, "error: out of memory; "),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_was_measured_before_a_failure_is_reported(monkeypatch, tmp_path, capsys, error, status, told):
+    measure_quickly(monkeypatch, ending=error)
     path = tmp_path / "bench.json"
     assert main(["bench", "--json", str(path)]) == status
     table, err = capsys.readouterr()
     results = json.loads(path.read_text())["results"]
-    assert results["forward"] == parts and results["denoise_chunk"] == 0.5 and results["decode_chunk"] == 0.25
+    assert results["forward"] == {"seconds": 4.0, "attention": 1.0, "linear": 2.0, "rest": 1.0}
+    assert results["denoise_chunk"] == 0.5 and results["decode_chunk"] == 0.25
     assert "synchronous" not in results and "synchronous" not in table
     for row in ("matmul float32", "forward", "denoise", "decode", "weights", "KV cache"):
         assert any(line.startswith(row) for line in table.splitlines()), row
     assert told in err.splitlines()[-1]
+
+
+def test_parts_that_the_profiler_did_not_see_are_null_and_a_dash(monkeypatch, tmp_path, capsys):
+    measure_quickly(monkeypatch, share=None, ending=KeyboardInterrupt())
+    path = tmp_path / "bench.json"
+    assert main(["bench", "--json", str(path)]) == 130
+    table, _ = capsys.readouterr()
+    report = json.loads(path.read_text())
+    assert report["results"]["forward"] == {"seconds": 4.0, "attention": None, "linear": None, "rest": None}
+    assert report["results"]["part_to_matmul"] == {"attention": None, "linear": None}
+    for part in ("attention", "linear", "rest"):
+        (line,) = (line for line in table.splitlines() if line.split()[:1] == [part])
+        assert line.split("  ")[-1] == "the profiler did not see the device at work" and "nan" not in line
+    assert as_table(report) + "\n" == table  # also of a report that was read from its file
 
 
 def test_what_measured_nothing_replaces_no_report(monkeypatch, tmp_path, capsys):
