@@ -74,9 +74,16 @@ def shortened(name: str, room: int) -> str:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file in UTF-8; an existing one is replaced."""
-    with new_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Write a text file in UTF-8; an existing one is replaced.
+
+    Raises:
+        OSError: If that fails; it names the file.
+    """
+    try:
+        with new_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:  # of a full disk, it names no file, and elsewhere the temporary one
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 @contextmanager

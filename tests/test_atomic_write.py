@@ -149,6 +149,20 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path):
     assert (tmp_path / "nothing").is_char_device()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/full'"):
+        write_text(tmp_path / "full", "text")
+
+
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError) as error:
+        write_text(tmp_path / "a", "text")
+    assert error.value.filename == str(tmp_path / "a") and error.value.filename2 is None
+
+
 @pytest.mark.parametrize("how", ["by name", "by descriptor"])
 def test_a_pipe_is_written_to(tmp_path, how):
     """By descriptor, as a shell's `>(command)` names it."""

@@ -46,15 +46,18 @@ def write_results(folder: Path, report: dict[str, Any]) -> Path:
 
     Returns:
         The file of JSON.
+
+    Raises:
+        OSError: If one of them cannot be written. If it is the Markdown, the JSON stays: it has all that was measured.
     """
     stem = shortened(result_name(report), len("-9999.json"))
     path = _reserve(folder, stem)
     try:
         write_text(path, as_json(report))
-        write_text(path.with_suffix(".md"), as_markdown(report))
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+    write_text(path.with_suffix(".md"), as_markdown(report))
     return path
 
 

@@ -4,9 +4,10 @@ import argparse
 import copy
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -24,8 +25,10 @@ from ..models.layer_kv_cache import resolve_kv_cache_dtype
 from ..pipelines.inputs import resolve_size
 from .arguments import with_values_joined
 from .backends import check_attention_backend, check_nvfp4_backend
+from .console import flush
 from .device import choose_device
 from .devices import check_devices, device_of, prepare, share, start_ranks
+from .errors import one_line
 from .launched import own_rank
 from .shortcuts import kv_cache_dtype, shortcuts
 
@@ -63,14 +66,35 @@ def bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     try:
         for results in stages:
             report["results"].update(results)
-    finally:  # what was measured before an error or Ctrl-C took time, too
+    except BaseException:  # what was measured before an error or Ctrl-C took time, too
         if report["results"] and rank.leads:
-            if json_file is not None:
-                write_text(json_file, as_json(report))
-            if results_folder is not None:
-                log(f"wrote {write_results(results_folder, report)}, and the table beside it")
-            print(as_table(report))
+            log_errors(tell(report, json_file, results_folder))
+        raise
+    errors = tell(report, json_file, results_folder) if rank.leads else []
+    log_errors(errors[:-1])
+    if errors:
+        raise errors[-1]
     return 0
+
+
+def tell(report: dict[str, Any], json_file: Path | None, results_folder: Path | None) -> list[OSError]:
+    """Print the report, and write it to the files that were asked for.
+
+    Returns:
+        The errors of what could not be written; none of them keeps the rest from being written.
+    """
+    outputs: list[Callable[[], None]] = [lambda: print_now(as_table(report))]
+    if json_file is not None:
+        outputs.append(lambda: write_text(json_file, as_json(report)))
+    if results_folder is not None:
+        outputs.append(lambda: log(f"wrote {write_results(results_folder, report)}, and the table beside it"))
+    errors = []
+    for write in outputs:
+        try:
+            write()
+        except OSError as error:
+            errors.append(error)
+    return errors
 
 
 def _stages(asked: list[BenchOptions], rounds: int, log_stage: LogStage) -> Iterator[dict[str, Any]]:
@@ -183,6 +207,18 @@ def requested_size(args: argparse.Namespace) -> BenchSize:
     check_window(size.window_size, size.sink_size, size.chunk_size, True)
     check_bench_size(size)
     return size
+
+
+def print_now(text: str) -> None:
+    """Print a text, and raise an OSError at once where that cannot be done."""
+    print(text)
+    flush()
+
+
+def log_errors(errors: list[OSError]) -> None:
+    """Say what could not be written, where another error ends the command."""
+    for error in errors:
+        log(f"error: {one_line(error, None)}")
 
 
 def log_stage(stage: str) -> None:

@@ -7,6 +7,7 @@ import stat
 
 import pytest
 
+from longlive_diffusers.atomic_write import write_text
 from longlive_diffusers.benchmark.result_files import as_json, check_results_folder, result_name, slug, write_results
 
 
@@ -79,6 +80,19 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_results(tmp_path, report("float32"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_are_kept_where_their_table_cannot_be_written(tmp_path, monkeypatch):
+    def fail(path, text):
+        if path.suffix == ".md":
+            raise OSError(28, "No space left on device")
+        write_text(path, text)
+
+    monkeypatch.setattr("longlive_diffusers.benchmark.result_files.write_text", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_results(tmp_path, report("float32") | {"results": {"run": 1}})
+    (path,) = tmp_path.iterdir()
+    assert path.suffix == ".json" and json.loads(path.read_text())["results"] == {"run": 1}
 
 
 def test_numbers_that_are_not_finite_are_null():

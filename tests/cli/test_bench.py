@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -213,11 +214,15 @@ def test_the_table_and_the_file_say_the_same(tmp_path, capfd):
     assert all(line.startswith("longlive bench: ") for line in progress.splitlines())
 
 
-def measure_quickly(monkeypatch: pytest.MonkeyPatch, *, share: float | None = 0.25, ending: BaseException) -> None:
-    """Let a benchmark have measured all but whole videos, without measuring, and then have an error."""
+def measure_quickly(
+    monkeypatch: pytest.MonkeyPatch, *, share: float | None = 0.25, ending: BaseException | None, whole: object = None
+) -> None:
+    """Let a benchmark have measured all but whole videos, without measuring, and then have an error; or these, too."""
 
     def end(*args, **kwargs):
-        raise ending
+        if ending is not None:
+            raise ending
+        return whole
 
     report = "longlive_diffusers.benchmark.report."
     monkeypatch.setattr(report + "measure_matmul", lambda device, dtype: 2e9)
@@ -267,6 +272,34 @@ def test_parts_that_the_profiler_did_not_see_are_null_and_a_dash(monkeypatch, tm
         (line,) = (line for line in table.splitlines() if line.split()[:1] == [part])
         assert line.split("  ")[-1] == "the profiler did not see the device at work" and "nan" not in line
     assert as_table(report) + "\n" == table  # also of a report that was read from its file
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("ending", [None, KeyboardInterrupt()])
+def test_a_file_that_cannot_be_written_loses_neither_the_table_nor_another_file(monkeypatch, tmp_path, capsys, ending):
+    whole = {"seconds": 1.0, "frames_per_second": 37.0, "latency": Latency().as_dict()}
+    whole["latency"].update(first_frame=0.5, between_chunks_median=0.1, between_chunks_p95=0.1, real_time_factor=1.5)
+    measure_quickly(monkeypatch, ending=ending, whole=whole)
+    assert main(["bench", "--json", "/dev/full", "--results", str(tmp_path)]) == (1 if ending is None else 130)
+    table, err = capsys.readouterr()
+    assert any(line.startswith("denoise") for line in table.splitlines())
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["results"]["denoise_chunk"] == 0.5
+    assert path.with_suffix(".md").read_text().startswith("# longlive bench")
+    told = [line for line in err.splitlines() if "/dev/full" in line]
+    program = "longlive" if ending is None else "longlive bench"
+    assert told == [f"{program}: error: No space left on device: '/dev/full'"]
+
+
+def test_a_table_that_cannot_be_printed_loses_no_file(monkeypatch, tmp_path, capsys):
+    def fail(text):
+        raise OSError(28, "No space left on device")
+
+    measure_quickly(monkeypatch, ending=KeyboardInterrupt())
+    monkeypatch.setattr("longlive_diffusers.cli.run_bench.as_table", fail)
+    assert main(["bench", "--json", str(tmp_path / "bench.json")]) == 130
+    assert json.loads((tmp_path / "bench.json").read_text())["results"]["denoise_chunk"] == 0.5
+    assert "longlive bench: error: No space left on device\n" in capsys.readouterr().err
 
 
 def test_what_measured_nothing_replaces_no_report(monkeypatch, tmp_path, capsys):
