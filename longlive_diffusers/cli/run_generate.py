@@ -35,8 +35,15 @@ SHOWN_PROMPT = 100  # characters; prompts have up to thousands
 
 @dataclass
 class Progress:
-    """What has been written so far, and when; times are in seconds since the beginning."""
+    """
+    What has been written so far, and when; times are in seconds since the beginning.
 
+    Args:
+        continued: How many frames come first that are not made: those of a video that is continued. They are no part
+            of `latency`.
+    """
+
+    continued: int = 0
     began: float = field(default_factory=time.perf_counter)
     chunks: int = 0
     frames: int = 0
@@ -45,14 +52,16 @@ class Progress:
 
     def add(self, num_frames: int) -> None:
         """Count frames: those of a chunk, or of a part of one."""
+        made_before = self.made
         self.last_frame = time.perf_counter() - self.began
-        self.latency.add(self.last_frame, num_frames)
         self.frames += num_frames
+        if self.made > made_before:
+            self.latency.add(self.last_frame, self.made - made_before)
 
     @property
-    def first_frame(self) -> float | None:
-        """When the first frames were written; None before."""
-        return self.latency.first_frame
+    def made(self) -> int:
+        """How many frames are new."""
+        return max(0, self.frames - self.continued)
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -74,7 +83,7 @@ def generate(args: argparse.Namespace) -> int:
     loading = time.perf_counter() - began
 
     reset_peak_memory(request.device)
-    writer, progress, interrupted = VideoWriter(args.output, FPS), Progress(), False
+    writer, progress, interrupted = VideoWriter(args.output, FPS), Progress(request.condition_frames), False
     replaces = writer.path.is_file()
     try:
         # The launcher ends this process when another one has failed, and says so.
@@ -92,7 +101,7 @@ def generate(args: argparse.Namespace) -> int:
         progress.frames = writer.frames_written  # the last chunk may have been interrupted while it was written
         if interrupted:
             print_interruption(request, progress)
-        if progress.first_frame is not None:
+        if progress.frames:
             print_summary(request, progress, loading, split=args.split_first_chunk)
             print(f"output:              {writer.written_to}{fate_of_the_old(writer, replaces)}")
     return 130 if interrupted else 0
@@ -173,10 +182,10 @@ def interrupts(session: StreamingSession, *, is_shared: bool) -> Iterator[list[i
 
 def describe_chunk(chunk: VideoChunk, progress: Progress) -> str:
     """Describe a chunk that has just been written."""
-    speed = progress.frames / progress.last_frame
+    speed = f"{progress.made / progress.last_frame:.1f} {'new ' if progress.continued else ''}frames/s"
     return (
         f"chunk {chunk.index}, shot {chunk.shot_index}: {progress.frames / FPS:.1f} s of video after "
-        f"{progress.last_frame:.1f} s ({speed:.1f} frames/s)"
+        f"{progress.last_frame:.1f} s ({speed if progress.made else 'continued'})"
     )
 
 
@@ -204,25 +213,31 @@ def print_interruption(request: GenerationRequest, progress: Progress) -> None:
 
 def print_summary(request: GenerationRequest, progress: Progress, loading: float, *, split: bool) -> None:
     """Print what was made, how fast, and what these numbers count."""
-    assert progress.first_frame is not None
-    made = max(0, progress.frames - request.condition_frames)
-    continued = f", {progress.frames - made} of them continued" if request.condition_frames else ""
+    continued = f", {progress.frames - progress.made} of them continued" if progress.continued else ""
     memory, what = peak_memory(request.device)
     print(f"frames:              {progress.frames}{continued} ({counted(progress.chunks, 'chunk')})")
     print(f"duration:            {progress.frames / FPS:.2f} s at {FPS} frames per second, seed {request.seed}")
+    if progress.latency.first_frame is not None:
+        print_speed(progress, progress.latency.first_frame, loading, split=split)
+    print(f"peak memory:         {as_size(memory)} ({what})")
+
+
+def print_speed(progress: Progress, first_frame: float, loading: float, *, split: bool) -> None:
+    """Print how fast the new frames were made."""
+    new = "new " if progress.continued else ""
+    before = "of the new ones: to encode the inputs, write what is continued," if new else "to encode the inputs,"
     print(
-        f"time to first frame: {progress.first_frame:.2f} s (to encode the inputs, denoise the first chunk, decode "
-        f"and write {'its first frame' if split else 'it'}; after {loading:.1f} s of loading)"
+        f"time to first frame: {first_frame:.2f} s ({before} denoise the first {new}chunk, decode and write "
+        f"{'its first frame' if split and not new else 'it'}; after {loading:.1f} s of loading)"
     )
     print(
-        f"frames per second:   {made / progress.last_frame:.2f} (new frames; encoding, denoising, decoding and "
-        f"writing in the timer, {progress.last_frame:.2f} s; loading not)"
+        f"frames per second:   {progress.made / progress.last_frame:.2f} (new frames; encoding, denoising, decoding "
+        f"and writing in the timer, {progress.last_frame:.2f} s; loading not)"
     )
     latency = progress.latency
     if latency.real_time_factor is not None:
         stalls = f"{counted(latency.stalls, 'stall')}, {latency.stalled_seconds:.2f} s in all"
         print(
             f"watched meanwhile:   {stalls if latency.stalls else 'no stall'} ({latency.real_time_factor:.2f} s of "
-            "video were made in a second, after the first chunk)"
+            f"video were made in a second, after the first {new}chunk)"
         )
-    print(f"peak memory:         {as_size(memory)} ({what})")

@@ -1,11 +1,13 @@
 """`longlive generate` on the embedded toy: the file plays, is what was asked for, and errors are one line, at once."""
 
+import itertools
 import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from longlive_diffusers.assets import toy_pipeline_path
-from longlive_diffusers.cli import generate, main
+from longlive_diffusers.cli import generate, main, run_generate
 from longlive_diffusers.cli.run_generate import Progress
 from longlive_diffusers.conversion.pipeline_folder import PipelineFolder, stored_dtype, use_nvfp4
 from longlive_diffusers.models.transformer_longlive import LongLiveTransformer3DModel
@@ -255,6 +257,44 @@ def test_a_video_is_continued(output, tmp_path, capsys):
     assert difference(coarse(continued[:13]), coarse(seen)) < 0.01
 
 
+def test_frames_that_are_continued_are_not_counted_as_made(output, tmp_path, capsys, monkeypatch):
+    """By a clock that moves on by a second with every chunk: of four, two are continued."""
+    make(tmp_path / "first.mp4", "a red circle", "--num-frames", 13)
+    assert "video were made in a second, after the first chunk)" in capsys.readouterr().out
+    clock = itertools.count(100.0)
+    monkeypatch.setattr(run_generate, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(run_generate, "Progress", lambda *args: Progress(*args, began=next(clock)))
+    options = ["--video", tmp_path / "first.mp4", "--num-frames", 29, "--steps", 1, "--stream"]
+    make(output, "a blue square", *options, "--split-first-chunk")  # which is no new one
+    report = capsys.readouterr().out
+    parts = re.findall(r"^chunk (\d+), .* (\S+ s) of video after (\S+) s \((.*)\)$", report, re.M)
+    assert parts == [
+        ("0", "0.0 s", "1.0", "continued"),
+        ("0", "0.2 s", "2.0", "continued"),
+        ("1", "0.5 s", "3.0", "continued"),
+        ("2", "0.9 s", "4.0", "2.0 new frames/s"),
+        ("3", "1.2 s", "5.0", "3.2 new frames/s"),
+    ]
+    assert "frames:              29, 13 of them continued (4 chunks)\n" in report
+    told = (
+        "of the new ones: to encode the inputs, write what is continued, denoise the first new chunk, decode and write"
+    )
+    assert f"time to first frame: 4.00 s ({told} it; after " in report
+    assert "frames per second:   3.20 (new frames; " in report
+    assert "0.33 s of video were made in a second, after the first new chunk)\n" in report
+
+
+def test_an_interruption_before_anything_new_tells_no_speed(output, tmp_path, capsys, monkeypatch):
+    make(tmp_path / "first.mp4", "a red circle", "--num-frames", 13)
+    capsys.readouterr()
+    interrupt_after_the_first_chunk(monkeypatch)
+    assert main([*COMMAND, str(output), "--video", str(tmp_path / "first.mp4"), "--num-frames", "29"]) == 130
+    report = capsys.readouterr().out
+    assert "frames:              5, 5 of them continued (1 chunk)\n" in report
+    assert f"output:              {output}\n" in report
+    assert "frames per second: " not in report and "time to first frame" not in report
+
+
 # -- streams ---------------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +333,10 @@ def test_ctrl_c_ends_a_stream_with_a_file_that_plays(output):
 
 @pytest.fixture
 def ctrl_c_after_the_first_chunk(monkeypatch) -> None:
+    interrupt_after_the_first_chunk(monkeypatch)
+
+
+def interrupt_after_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     add = Progress.add
 
     def add_and_interrupt(progress: Progress, num_frames: int) -> None:
