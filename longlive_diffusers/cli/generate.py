@@ -59,7 +59,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default="video.mp4",
         metavar="FILE",
         help="The file to write, a .mp4, .mov or .mkv (default: %(default)s). A file that is there is replaced when "
-        "the new one is finished.",
+        "the new one is finished, unless another program has written it meanwhile: then both are kept.",
     )
     _add_size_options(parser)
     _add_sampling_options(parser)

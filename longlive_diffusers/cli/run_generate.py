@@ -195,12 +195,14 @@ def shortened(prompt: str) -> str:
 
 
 def fate_of_the_old(writer: VideoWriter, replaces: bool) -> str:
-    """Say what became of a file that had the video's name."""
-    if not replaces:
-        return ""
+    """Say what became of a file that had the video's name, or has it now."""
+    if writer.was_moved:
+        return " (moved away from there by another program)"
     if writer.written_to == writer.path:
-        return " (in place of the file that was there)"
-    return f" (unfinished; '{writer.path}' is what it was)"
+        return " (in place of the file that was there)" if replaces else ""
+    if writer.path_is_taken:
+        return f" ('{writer.path}' was written by another program meanwhile)"
+    return f" (unfinished; '{writer.path}' is what it was)" if replaces else " (unfinished)"
 
 
 def print_interruption(request: GenerationRequest, progress: Progress) -> None:

@@ -8,12 +8,13 @@ when `write` returns, all its frames but the last are on the disk, and that one 
 end, whatever then becomes of the process. Every chunk begins with a key frame, so a player can start or seek at any.
 
 A video that is there already is not lost to one that may never be finished: the new one is written beside it, and
-takes its name at the end.
+takes its name at the end. It does so only if that file is still the one that was there when the writer was made: what
+another program wrote meanwhile under the same name is not lost either.
 """
 
 import contextlib
-import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -27,7 +28,7 @@ import av.error
 import numpy as np
 import torch
 
-from ..atomic_write import check_new_file, shortened
+from ..atomic_write import check_new_file, is_stream, shortened
 from ..number_checks import is_finite
 from ..tensor_checks import check_plain
 from .h264 import ENCODER, add_h264_stream, as_video_frame
@@ -78,7 +79,10 @@ class VideoWriter:
     and after the process was killed: at most the last frame written is missing.
 
     Where there is a file already, the video is written to `NAME.unfinished.mp4` beside it, and replaces it when the
-    writer is closed; if the `with` block ends with an error, both stay. `written_to` says where the video is.
+    writer is closed; if the `with` block ends with an error, both stay. If another program has written that file
+    meanwhile, both stay, too: the video is then `NAME-2.mp4`. If one has removed or replaced what is being written, it
+    is written again at the end. `written_to` says where the video is; but if `was_moved`, another program has renamed
+    it, and only that one knows.
 
     Args:
         path: The path of the file to write; ends with .mp4, .mov or .mkv.
@@ -104,6 +108,10 @@ class VideoWriter:
         self.crf = crf
         self.written_to = self.path
         self.frames_written = 0
+        self._found = _state(self.path)
+        self._file: BinaryIO | None = None  # keeps what is written, also where its name is gone
+        self._is_kept_beside = False
+        self.was_moved = False
         self._size: tuple[int, int] | None = None  # height, width
         self._output: tuple[av.container.OutputContainer, av.VideoStream] | None = None
         self._pipe: BinaryIO | None = None  # keeps a pipe's reader until FFmpeg has opened it, too
@@ -136,8 +144,14 @@ class VideoWriter:
                 container.mux(stream.encode(picture))
                 self.frames_written += 1
 
+    @property
+    def path_is_taken(self) -> bool:
+        """Whether another program has written a file at `path` since this writer was made. Without a meaning where it
+        is this writer's own."""
+        return _state(self.path) not in (None, self._found)
+
     def close(self) -> None:
-        """Finish the video, and let it replace what had its name.
+        """Finish the video, and let it replace what had its name, but not what another program wrote meanwhile.
 
         Closing twice, or before any frame was written (there is no file then), does nothing.
 
@@ -145,9 +159,15 @@ class VideoWriter:
             OSError: If the end of the video cannot be written.
         """
         self._finish()
-        if self.written_to != self.path:
-            os.replace(self.written_to, os.path.realpath(self.path))
-            self.written_to = self.path
+        if self.written_to == self.path or self._is_kept_beside or self.was_moved:
+            return
+        target = Path(os.path.realpath(self.path))
+        if self.path_is_taken:
+            with _create_beside(target) as free:
+                target = Path(free.name)
+            self._is_kept_beside = True
+        os.replace(self.written_to, target)
+        self.written_to = target if self._is_kept_beside else self.path
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -166,13 +186,27 @@ class VideoWriter:
         if self._output is None:
             return
         (container, stream), self._output = self._output, None
-        with self._naming_the_file():
-            try:
-                container.mux(stream.encode(None))
-            finally:
-                container.close()
-                if self._pipe is not None:
-                    self._pipe.close()
+        with self._naming_the_file(), contextlib.ExitStack() as closing:
+            closing.callback(self._release)
+            if self._pipe is not None:
+                closing.callback(self._pipe.close)
+            closing.callback(container.close)
+            container.mux(stream.encode(None))
+
+    def _release(self) -> None:
+        """Close the file: if its name is gone, what is in it gets another; if nothing is in it, it is removed."""
+        if self._file is None:
+            return
+        with self._file as file:
+            self._file, state = None, os.fstat(file.fileno())
+            if state.st_nlink == 0 and state.st_size:
+                with _create_beside(Path(os.path.realpath(self.path)), ".unfinished") as copy:
+                    self.written_to = Path(copy.name)
+                    shutil.copyfileobj(file, copy)
+                return
+            self.was_moved = not _is_at(state, self.written_to)
+        if state.st_size == 0 and not self.was_moved:
+            self.written_to.unlink()
 
     @contextlib.contextmanager
     def _naming_the_file(self) -> Iterator[None]:
@@ -204,24 +238,61 @@ class VideoWriter:
     def _open(self, *, height: int, width: int) -> tuple[av.container.OutputContainer, av.VideoStream]:
         # flush_packets: no frame waits in a buffer of the process, where a kill would lose it.
         options = {"flush_packets": "1", **CONTAINER_OPTIONS[self.path.suffix.lower()]}
-        if Path(os.path.realpath(self.path)).is_file():
-            self.written_to = _unfinished_path(Path(os.path.realpath(self.path)))
-        # Named as a file: "12:30.mp4" would be taken for a protocol called 12.
+        if not is_stream(self.path):
+            self._file = self._create()
         if self.path.is_fifo():
             # It waits here, where Ctrl-C can end it, for somebody who reads it; FFmpeg, which opens it with the first
             # frame, then does not wait.
             self._pipe = open(self.path, "wb")  # noqa: SIM115 (closed with the container)
-        container = av.open(f"file:{self.written_to}", mode="w", options=options)
-        stream = add_h264_stream(container, height=height, width=width, fps=self.fps, crf=self.crf, preset="medium")
+        try:
+            # Named as a file: "12:30.mp4" would be taken for a protocol called 12.
+            container = av.open(f"file:{self.written_to}", mode="w", options=options)
+            stream = add_h264_stream(
+                container, height=height, width=width, fps=self.fps, crf=self.crf, preset="medium"
+            )
+        except BaseException:
+            self._release()
+            raise
         self._size = (height, width)
         return container, stream
 
+    def _create(self) -> BinaryIO:
+        """Create the file that FFmpeg then opens, so that of two programs that begin at once, one has the name."""
+        target = Path(os.path.realpath(self.path))
+        try:
+            return open(target, "x+b")
+        except FileExistsError:
+            file = _create_beside(target, ".unfinished")
+            self.written_to = Path(file.name)
+            return file
 
-def _unfinished_path(path: Path) -> Path:
-    """Return the first free path of `NAME.unfinished.mp4`, `NAME.unfinished-2.mp4`, ... beside a file."""
-    endings = (f".unfinished{'' if number == 1 else f'-{number}'}{path.suffix}" for number in itertools.count(1))
-    paths = (path.with_name(shortened(path.stem, len(os.fsencode(ending))) + ending) for ending in endings)
-    return next(candidate for candidate in paths if not os.path.lexists(candidate))
+
+def _create_beside(path: Path, mark: str = "") -> BinaryIO:
+    """Create the first file beside another whose name is free: `NAME-2.mp4`, `NAME-3.mp4`, ..., or with a mark,
+    `NAME.mark.mp4`, `NAME.mark-2.mp4`, ..."""
+    number = 1 if mark else 2
+    while True:
+        ending = f"{mark}{'' if number == 1 else f'-{number}'}{path.suffix}"
+        number += 1
+        with contextlib.suppress(FileExistsError):
+            return open(path.with_name(shortened(path.stem, len(os.fsencode(ending))) + ending), "x+b")
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is written; None where there is none."""
+    try:
+        state = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return state.st_size, state.st_mtime_ns
+
+
+def _is_at(state: os.stat_result, path: Path) -> bool:
+    """Return whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(state, os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _as_numpy(frames: np.ndarray | torch.Tensor) -> np.ndarray:

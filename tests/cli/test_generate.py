@@ -365,6 +365,50 @@ def test_an_interrupted_video_replaces_nothing(output, capsys, there_before):
         assert f"output:              {written} (unfinished; '{output}' is what it was)\n" in report
 
 
+@pytest.mark.parametrize(
+    ("ending", "name"), [(None, "out-2.mp4"), (KeyboardInterrupt(), "out.unfinished.mp4")], ids=["finished", "not"]
+)
+@pytest.mark.parametrize("there_before", [False, True])
+def test_what_another_program_writes_meanwhile_is_kept_and_told(
+    output, capsys, monkeypatch, there_before, ending, name
+):
+    add = Progress.add
+
+    def add_and_let_another_program_write(progress: Progress, num_frames: int) -> None:
+        add(progress, num_frames)
+        output.unlink()
+        output.write_bytes(b"another program's")
+        if ending is not None:
+            raise ending
+
+    monkeypatch.setattr(Progress, "add", add_and_let_another_program_write)
+    if there_before:
+        output.write_bytes(b"old")
+    assert main([*COMMAND, str(output), "--num-frames", "21"]) == (0 if ending is None else 130)
+    assert output.read_bytes() == b"another program's"
+    written = output.with_name(name)
+    assert len(read_video(written)[0]) == (21 if ending is None else 5)
+    told = f"output:              {written} ('{output}' was written by another program meanwhile)\n"
+    assert told in capsys.readouterr().out
+    assert len(list(output.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("moved", "told"), [(True, " (moved away from there by another program)"), (False, "")])
+def test_where_a_file_is_that_was_moved_or_removed(output, capsys, monkeypatch, moved, told):
+    add = Progress.add
+
+    def add_and_move(progress: Progress, num_frames: int) -> None:
+        add(progress, num_frames)
+        if progress.chunks == 1:
+            output.rename(output.with_name("mine.mp4")) if moved else output.unlink()
+
+    monkeypatch.setattr(Progress, "add", add_and_move)
+    assert main([*COMMAND, str(output), "--num-frames", "21"]) == 0
+    assert f"output:              {output}{told}\n" in capsys.readouterr().out
+    (file,) = output.parent.iterdir()
+    assert file.name == ("mine.mp4" if moved else "out.mp4") and len(read_video(file)[0]) == 21
+
+
 @pytest.mark.usefixtures("ctrl_c_after_the_first_chunk")
 def test_an_endless_video_is_finished_by_ctrl_c(output, capsys, monkeypatch):
     output.write_bytes(b"old")

@@ -219,6 +219,89 @@ def test_after_an_error_both_videos_are_there(tmp_path, error):
     assert path.read_bytes() == b"old"
 
 
+# Other programs that write, remove or move the same file.
+
+
+def frame_counts(folder: Path) -> dict[str, int]:
+    """The number of frames of every file in a folder, by its name; all of them have to be whole videos."""
+    return {path.name: len(read_video(path)[0]) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_two_writers_of_one_file_lose_nothing(tmp_path, there_before):
+    path = tmp_path / "video.mp4"
+    if there_before:
+        path.write_bytes(b"old")
+    first, second = VideoWriter(path), VideoWriter(path)
+    first.write(numbered_frames(0, 8))
+    second.write(numbered_frames(0, 4))
+    for writer in (first, second) if there_before else (second, first):
+        writer.close()
+        writer.close()
+    assert (first.written_to, second.written_to) == (path, tmp_path / "video-2.mp4")
+    assert frame_counts(tmp_path) == {"video.mp4": 8, "video-2.mp4": 4}
+
+
+def test_a_video_that_is_still_being_written_is_not_replaced(tmp_path):
+    first = VideoWriter(tmp_path / "video.mp4")
+    first.write(numbered_frames(0, 2))
+    (tmp_path / "video-2.mp4").write_bytes((tmp_path / "video.mp4").read_bytes())
+    with VideoWriter(tmp_path / "video.mp4") as second:
+        second.write(numbered_frames(0, 4))
+        first.write(numbered_frames(2, 6))
+    assert second.written_to == tmp_path / "video-3.mp4" and second.path_is_taken
+    assert len(decode(first.written_to)[1]) >= 7
+    first.close()
+    assert first.written_to == tmp_path / "video.mp4"
+    (tmp_path / "video-2.mp4").unlink()
+    assert frame_counts(tmp_path) == {"video.mp4": 8, "video-3.mp4": 4}
+
+
+def test_a_file_that_was_removed_or_replaced_is_written_again(tmp_path):
+    path = tmp_path / "video.mp4"
+    for other in (None, b"another program's"):
+        with VideoWriter(path) as writer:
+            writer.write(numbered_frames(0, 8))
+            path.unlink()
+            if other is not None:
+                path.write_bytes(other)
+        assert writer.written_to == (path if other is None else tmp_path / "video-2.mp4")
+        assert len(read_video(writer.written_to)[0]) == 8
+        writer.written_to.unlink()
+    assert path.read_bytes() == b"another program's" and list(tmp_path.iterdir()) == [path]
+
+
+def test_after_an_error_a_file_that_was_replaced_is_there_and_unfinished(tmp_path):
+    path = tmp_path / "video.mp4"
+    with pytest.raises(KeyboardInterrupt), VideoWriter(path) as writer:
+        writer.write(numbered_frames(0, 8))
+        (tmp_path / "other").write_bytes(b"another program's")
+        os.replace(tmp_path / "other", path)
+        raise KeyboardInterrupt
+    assert writer.written_to == tmp_path / "video.unfinished.mp4" and writer.path_is_taken
+    assert len(read_video(writer.written_to)[0]) == 8 and path.read_bytes() == b"another program's"
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_a_file_that_was_moved_is_where_it_was_moved_to(tmp_path, there_before):
+    path = tmp_path / "video.mp4"
+    if there_before:
+        path.write_bytes(b"old")
+    with VideoWriter(path) as writer:
+        writer.write(numbered_frames(0, 2))
+        writer.written_to.rename(tmp_path / "mine.mp4")
+        writer.write(numbered_frames(2, 6))
+    assert writer.was_moved
+    assert len(read_video(tmp_path / "mine.mp4")[0]) == 8
+    assert [file.read_bytes() for file in tmp_path.glob("video*")] == [b"old"] * there_before
+
+
+def test_frames_that_cannot_be_encoded_leave_no_file(tmp_path):
+    with pytest.raises(OSError, match=r"video\.mp4"), VideoWriter(tmp_path / "video.mp4") as writer:
+        writer.write(np.zeros((1, 2, 20_000, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_link_stays_one(tmp_path):
     (tmp_path / "there").mkdir()
     for name in ("old.mp4", "new.mp4"):
