@@ -95,7 +95,7 @@ def test_a_disk_that_fails_meanwhile_is_an_os_error_and_leaves_nothing(here):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(OSError, match=r"new could not be written: .*File too large"):
+        with pytest.raises(OSError, match=r"new' could not be written: .*File too large"):
             save_atomically(tiny_pipeline(tokenizer=None, text_encoder=None), prepare_output("new"), ModelCard("card"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
