@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from ..number_checks import is_finite
 from ..nvfp4.format import NVFP4Tensor, Weight
 from ..nvfp4.lora import check_no_magnitudes
 from ..wording import counted
@@ -86,8 +87,11 @@ def read_original_lora(checkpoint: Checkpoint | LoraFile, *, alpha: float | None
 
     Raises:
         ValueError: If the file cannot be read, or holds no LoRA, an empty one, or something besides lora_A and lora_B;
-            if a layer is incomplete, or shapes or ranks disagree; if `alpha` contradicts the file.
+            if a layer is incomplete, or shapes or ranks disagree; if `alpha` is no finite number, or contradicts the
+            file.
     """
+    if alpha is not None:
+        _check_alpha(alpha, "all layers", source="The given argument")
     if isinstance(checkpoint, Mapping):
         lora = LoraFile("The given dictionary", checkpoint)
     else:
@@ -338,7 +342,7 @@ def _alpha_of_pattern(patterns: Any, name: str, *, source: str) -> Any:
 
 
 def _check_alpha(alpha: Any, name: str, *, source: str) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if not is_finite(alpha):
         raise ValueError(f"{source} says alpha={alpha!r} for {name}; a finite number is expected.")
 
 

@@ -1,5 +1,6 @@
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -128,6 +129,17 @@ def test_rank_stabilised_alpha(stored, expected):
 def test_contradicting_alpha(stored):
     with pytest.raises(ValueError, match=r"says alpha=8 .* alpha=16 was given"):
         read_original_lora({"generator_lora": stored, "alpha": 8}, alpha=16)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "16", True, [16], torch.tensor(16.0)], ids=repr)
+def test_a_given_alpha_that_is_no_finite_number_is_refused(stored, alpha):
+    """As one that is stored is: weights of NaN would come of it."""
+    with pytest.raises(ValueError, match=r"argument says alpha=.* for all layers; a finite number is expected"):
+        read_original_lora(stored, alpha=alpha)
+
+
+def test_a_given_alpha_may_be_numpys(stored):
+    assert_equal(read_original_lora(stored, alpha=np.float32(16)), read_original_lora(stored, alpha=16))
 
 
 # With diffusers
