@@ -29,11 +29,11 @@ def check_booleans(**booleans: object) -> None:
             raise ValueError(f"`{name}` must be True or False, got {value!r}.")
 
 
-def check_counts(**counts: object) -> None:
-    """Raise a ValueError unless all values are integers of at least 1."""
+def check_counts(*, at_least: int = 1, **counts: object) -> None:
+    """Raise a ValueError unless all values are integers, `at_least` so large."""
     for name, value in counts.items():
-        if not is_count(value) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if not is_count(value) or value < at_least:
+            raise ValueError(f"`{name}` must be an integer of at least {at_least}, got {value!r}.")
 
 
 def check_non_negative(*, at_most: float = math.inf, **numbers: object) -> None:
