@@ -42,6 +42,17 @@ def test_a_saved_pipeline_names_the_package_and_carries_a_card(saved):
     assert "library_name: diffusers" in card
 
 
+def test_a_card_names_the_folder_that_is_saved_to_from_within(tmp_path, monkeypatch):
+    folder = tmp_path / "foxes"
+    (folder / "parts").mkdir(parents=True)
+    for here, saved_to in ((folder, "."), (folder / "parts", "..")):
+        monkeypatch.chdir(here)
+        tiny_pipeline().save_pretrained(saved_to)
+        card = (folder / "README.md").read_text()
+        assert "# foxes\n" in card and 'from_pretrained("foxes", ' in card
+        (folder / "README.md").unlink()
+
+
 def test_from_pretrained_gives_the_pipeline_back(saved):
     pipe = DiffusionPipeline.from_pretrained(saved)
     assert type(pipe) is LongLivePipeline

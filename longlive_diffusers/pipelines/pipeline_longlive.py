@@ -786,7 +786,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         strip_local_paths(save_directory, self.components)
         readme = Path(save_directory) / "README.md"
         if not readme.exists() and self.transformer is not None:
-            self.model_card(Path(save_directory).name).save(readme)
+            folder = os.path.abspath(save_directory)  # "." has no name of its own
+            self.model_card(Path(folder).name or "pipeline").save(readme)
 
     def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, token: str | None = None, **kwargs):
         """Upload to the Hub with a model card and without local paths.
