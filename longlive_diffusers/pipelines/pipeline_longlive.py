@@ -22,6 +22,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import logging, replace_example_docstring
+from diffusers.utils.torch_utils import unwrap_module
 from diffusers.video_processor import VideoProcessor
 from huggingface_hub import ModelCard
 from torch.distributed import ProcessGroup
@@ -112,7 +113,7 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     Args:
         tokenizer, text_encoder: UMT5, which encodes prompts; None where only embeddings are passed.
-        vae: Wan2.2's VAE; None where only latents are wanted.
+        vae: Wan2.2's VAE; None where only latents are wanted. One that is assigned later brings its scales along.
         transformer: The chunk-causal network; a `WanTransformer3DModel` is converted to one.
         scheduler: A [`LongLiveScheduler`]; Wan's UniPC is replaced by one with the same shift, others stay as they
             are.
@@ -155,16 +156,24 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             transformer = LongLiveTransformer3DModel.from_wan(transformer)
         if type(scheduler) is UniPCMultistepScheduler:
             scheduler = LongLiveScheduler(flow_shift=scheduler.config["flow_shift"])
+        self._set_scales(temporal=4, spatial=16)  # Wan2.2's, as long as there is no VAE
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
         self.register_to_config(**settings)
-        is_wans = isinstance(vae, AutoencoderKLWan)  # with another one, there are only latents
-        self.vae_scale_factor_temporal = vae.config["scale_factor_temporal"] if is_wans else 4
-        self.vae_scale_factor_spatial = vae.config["scale_factor_spatial"] if is_wans else 16
-        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
         self._runs = RunView()
         self._workers = AsyncWorkers()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Like diffusers' own, except that a VAE brings its scales along, also where it is assigned later."""
+        super().__setattr__(name, value)
+        if name == "vae" and isinstance(vae := unwrap_module(value), AutoencoderKLWan):
+            self._set_scales(vae.config["scale_factor_temporal"], vae.config["scale_factor_spatial"])
+
+    def _set_scales(self, temporal: int, spatial: int) -> None:
+        """Set how many frames, and how many pixels a side, latents stand for."""
+        self.vae_scale_factor_temporal, self.vae_scale_factor_spatial = temporal, spatial
+        self.video_processor = VideoProcessor(vae_scale_factor=spatial)
 
     # -- what callbacks read and change: the state of the session that calls them, see `run_state.py` -----------------
 

@@ -9,7 +9,8 @@ from diffusers import AutoModel, DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
 from longlive_diffusers import LongLivePipeline, LongLiveScheduler, LongLiveTransformer3DModel
-from tests.support.tiny_pipeline import TEXT_LENGTH, tiny_arguments, tiny_pipeline, tiny_transformer
+from tests.support.tiny_pipeline import CHANNELS, TEXT_LENGTH, tiny_arguments, tiny_pipeline, tiny_transformer
+from tests.support.tiny_vae import tiny_vae, wan_2_1_vae
 
 
 PROMPT = "a cat runs on the grass"
@@ -111,6 +112,19 @@ def test_a_component_given_replaces_the_saved_one(saved):
     assert loaded.transformer is other
     without = load(saved, text_encoder=None, tokenizer=None)
     assert without.text_encoder is None
+
+
+def test_a_vae_that_is_assigned_brings_its_scales():
+    """And latents that are wanted without it, later, have the size of those that it decodes."""
+    pipe = tiny_pipeline(vae=None)
+    assert (pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal) == (16, 4)
+    pipe.vae = wan_2_1_vae(CHANNELS)
+    assert run(pipe, height=64, width=32, output_type="np").shape == (1, 13, 64, 32, 3)
+    assert pipe.vae_scale_factor_spatial == pipe.video_processor.config["vae_scale_factor"] == 8
+    pipe.vae = None
+    assert run(pipe, height=64, width=32).shape == (1, CHANNELS, 4, 8, 4)
+    pipe.register_modules(vae=tiny_vae(CHANNELS))
+    assert pipe.sizes.spatial_scale == 16
 
 
 def test_auto_model_loads_components_by_subfolder(saved):
