@@ -107,6 +107,14 @@ def _run_property(name: str, *, writable: bool = False) -> property:
     return property(read, write if writable else None)
 
 
+def _on_own_grid(scheduler: Any) -> Any:
+    """Return a scheduler or, in place of Wan's UniPC, whose grid is not the one that this model learned, one with the
+    same shift on the model's own grid."""
+    if type(scheduler) is not UniPCMultistepScheduler:
+        return scheduler
+    return LongLiveScheduler(flow_shift=scheduler.config["flow_shift"])
+
+
 class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     r"""
     Real-time, multi-shot, endless video with LongLive-2.0 (arXiv 2605.18739).
@@ -115,8 +123,8 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         tokenizer, text_encoder: UMT5, which encodes prompts; None where only embeddings are passed.
         vae: Wan2.2's VAE; None where only latents are wanted. One that is assigned later brings its scales along.
         transformer: The chunk-causal network; a `WanTransformer3DModel` is converted to one.
-        scheduler: A [`LongLiveScheduler`]; Wan's UniPC is replaced by one with the same shift, others stay as they
-            are.
+        scheduler: A [`LongLiveScheduler`]; Wan's UniPC is replaced by one with the same shift (with a warning, where
+            it is assigned later), others stay as they are.
         window_size: The number of latent frames that the KV cache holds.
         sink_size: How many of the video's first latent frames it never forgets.
         multi_shot_sink: Whether the frames that opened the current shot are kept as well.
@@ -151,11 +159,10 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             "scene_cut_prefix": scene_cut_prefix,
         }
         check_setting_types(settings, LongLivePipeline)
-        # Third-party conversions have the layout of a Wan pipeline; UniPC's grid is not the one this model learned.
+        # Third-party conversions have the layout of a Wan pipeline.
         if isinstance(transformer, WanTransformer3DModel):
             transformer = LongLiveTransformer3DModel.from_wan(transformer)
-        if type(scheduler) is UniPCMultistepScheduler:
-            scheduler = LongLiveScheduler(flow_shift=scheduler.config["flow_shift"])
+        scheduler = _on_own_grid(scheduler)
         self._set_scales(temporal=4, spatial=16)  # Wan2.2's, as long as there is no VAE
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
@@ -165,7 +172,14 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._workers = AsyncWorkers()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Like diffusers' own, except that a VAE brings its scales along, also where it is assigned later."""
+        """Like diffusers' own, except that a VAE brings its scales along, also where it is assigned later, and that
+        Wan's UniPC is replaced then, too: loading would replace it, and the video would be another."""
+        if name == "scheduler" and (own := _on_own_grid(value)) is not value:
+            logger.warning(
+                f"{type(value).__name__} is replaced by {type(own).__name__}(flow_shift={own.config['flow_shift']}): "
+                "the model learned another grid of noise levels than Wan's."
+            )
+            value = own
         super().__setattr__(name, value)
         if name == "vae" and isinstance(vae := unwrap_module(value), AutoencoderKLWan):
             self._set_scales(vae.config["scale_factor_temporal"], vae.config["scale_factor_spatial"])

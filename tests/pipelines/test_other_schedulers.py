@@ -13,6 +13,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
+from longlive_diffusers import LongLivePipeline, LongLiveScheduler
 from tests.support.tiny_pipeline import tiny_arguments, tiny_pipeline
 
 
@@ -67,6 +68,25 @@ def test_steps_are_counted_as_the_scheduler_makes_them():
 
     frames(pipe, [1], num_inference_steps=3, callback_on_step_end=note)
     assert steps == [(step, 10) for step in range(10)]
+
+
+@pytest.mark.parametrize("shift", [5.0, 3.0])
+@pytest.mark.parametrize(
+    "assign", [setattr, lambda pipe, name, value: pipe.register_modules(**{name: value})], ids=["set", "registered"]
+)
+def test_wans_solver_is_replaced_where_it_is_assigned_as_where_it_is_loaded(tmp_path, caplog, assign, shift):
+    """The idiom of Wan's documentation: the video is the same before and after the pipeline is saved."""
+    pipe = tiny_pipeline()
+    with caplog.at_level("WARNING", logger="longlive_diffusers"):
+        assign(pipe, "scheduler", UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=shift))
+    assert f"UniPCMultistepScheduler is replaced by LongLiveScheduler(flow_shift={shift})" in caplog.text
+    assert type(pipe.scheduler) is LongLiveScheduler and pipe.scheduler.config["flow_shift"] == shift
+    found = frames(pipe, [1])
+    assert torch.equal(found, frames(tiny_pipeline(scheduler=LongLiveScheduler(flow_shift=shift)), [1]))
+    pipe.save_pretrained(tmp_path)
+    loaded = LongLivePipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(frames(loaded, [1], window_size=6, sink_size=2), found)
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler(), LCMScheduler(), EulerAncestralDiscreteScheduler()])
