@@ -435,6 +435,12 @@ PRIVATE_NAMES = [
         lambda: hasattr(torch.nn.Identity(), "_compiled_call_impl"),
     ),
     PrivateName(
+        "_torchdynamo_orig_callable of what torch.compile returns",
+        (FUSED_LAYERS,),
+        "Find another way to see that a `forward` was compiled.",
+        lambda: hasattr(torch.compile(len), "_torchdynamo_orig_callable"),
+    ),
+    PrivateName(
         "_forward_hooks of torch.nn.Module",
         (FUSED_LAYERS,),
         "find another way to see that a layer has hooks, or a hook would be passed by without a word",

@@ -3,6 +3,7 @@
 from typing import TypeGuard, TypeVar
 
 import torch
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -38,6 +39,13 @@ def is_undecorated(layer: nn.Module) -> bool:
 def is_compiled_in_place(layer: nn.Module) -> bool:
     """Whether `layer.compile()` was called."""
     return layer._compiled_call_impl is not None
+
+
+def is_compiled(layer: nn.Module) -> bool:
+    """Whether a layer is what `torch.compile` made of one, or it or its `forward` was compiled in place."""
+    if is_compiled_module(layer) or is_compiled_in_place(layer):
+        return True
+    return hasattr(vars(layer).get("forward"), "_torchdynamo_orig_callable")
 
 
 def is_for_inference() -> bool:

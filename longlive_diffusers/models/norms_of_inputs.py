@@ -7,7 +7,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 
 from ..fp8.rows import FP8Rows
 from ..fused import residual
-from ..fused.layers import is_compiled_in_place, uses_fused_kernels
+from ..fused.layers import is_compiled, uses_fused_kernels
 from ..nvfp4.together import take_fp8
 from . import attention, fp8_feed_forward, lean_norms
 
@@ -43,7 +43,7 @@ def add_and_norm_for(
 
 def reads_fp8(reader: Reader, x: torch.Tensor) -> bool:
     """Whether all that a module does with an input like `x` is to quantize it to FP8, and a fused kernel can do so."""
-    if not uses_fused_kernels(x) or is_compiled_in_place(reader):
+    if not uses_fused_kernels(x) or is_compiled(reader):
         return False
     if isinstance(reader, FeedForward):
         return take_fp8(fp8_feed_forward.first_layers(reader, x.device), x)

@@ -530,6 +530,15 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         # None is for keys without a prefix; diffusers' annotation, made of the default, says less.
         super().load_lora_adapter(lora, prefix, hotswap, **kwargs)  # pyright: ignore[reportArgumentType]
 
+    def compile(self, *args, **kwargs) -> None:
+        """Like PyTorch's own `compile`.
+
+        Raises:
+            ValueError: If the network was optimized for a CPU before: the compiler cannot look into its layers.
+        """
+        check_not_optimized(self, "be compiled")
+        super().compile(*args, **kwargs)
+
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Like diffusers' own `compile_repeated_blocks`.
 

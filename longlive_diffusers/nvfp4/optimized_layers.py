@@ -1,7 +1,9 @@
 """What cannot be done any more with layers that were exchanged for faster ones (`LongLivePipeline.optimize`)."""
 
+from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
+from ..fused.layers import is_compiled
 from ..fused.packed_linear import PackedLinear
 from .fp8_linear import FP8Linear
 
@@ -19,6 +21,17 @@ def check_not_optimized(model: nn.Module, purpose: str) -> None:
             f"The transformer was optimized: {len(optimized)} layers, for instance {optimized[0]}, cannot {purpose}. "
             "Load the pipeline again, and call `optimize` last."
         )
+
+
+def check_not_compiled_since(model: nn.Module) -> None:
+    """Raise a ValueError if layers were exchanged for faster ones of a CPU, and compiled after that: the compiler
+    cannot look into the layout of their weights."""
+    for compiled in map(unwrap_module, filter(is_compiled, model.modules())):
+        if packed := [name for name, layer in compiled.named_modules() if isinstance(layer, PackedLinear)]:
+            raise ValueError(
+                f"The transformer was compiled after it was optimized: {len(packed)} layers, for instance "
+                f"{packed[0]}, cannot be compiled. Load the pipeline again, and call `optimize` last."
+            )
 
 
 def check_not_in_fp8(model: nn.Module) -> None:

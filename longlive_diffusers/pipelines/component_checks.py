@@ -4,6 +4,8 @@ from typing import Any
 
 from diffusers import ConfigMixin, WanTransformer3DModel
 
+from ..nvfp4.optimized_layers import check_not_compiled_since
+
 
 NOT_VELOCITIES = ("epsilon", "sample", "v_prediction")
 
@@ -15,7 +17,8 @@ def check_has_transformer(transformer: Any, why: str) -> None:
 
 
 def check_components(transformer: Any, scheduler: Any) -> None:
-    """Raise a ValueError if the transformer or the scheduler of a pipeline is missing, or of another kind."""
+    """Raise a ValueError if the transformer or the scheduler of a pipeline is missing, or of another kind, or
+    the transformer was compiled after it was optimized."""
     missing = [name for name, it in (("transformer", transformer), ("scheduler", scheduler)) if it is None]
     if missing:
         raise ValueError(f"This pipeline has no {' and no '.join(missing)}, without which it makes no video.")
@@ -23,6 +26,7 @@ def check_components(transformer: Any, scheduler: Any) -> None:
         raise ValueError(
             "The transformer is a WanTransformer3DModel: give the pipeline `LongLiveTransformer3DModel.from_wan(it)`."
         )
+    check_not_compiled_since(transformer)
     predicts = scheduler.config.get("prediction_type") if isinstance(scheduler, ConfigMixin) else None
     if predicts in NOT_VELOCITIES:
         raise ValueError(

@@ -14,11 +14,12 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.activations import GELU
 from diffusers.models.modeling_utils import get_parameter_dtype
+from diffusers.utils.torch_utils import unwrap_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..fused.feed_forward import FusedGELU
-from ..fused.layers import is_compiled_in_place, is_plain, is_undecorated
+from ..fused.layers import is_compiled, is_plain, is_undecorated
 from ..fused.onednn import has_onednn
 from ..fused.packed_linear import PackedLinear
 from ..models.cudnn_attention import cudnn_unsupported_reason, has_cudnn_fp8
@@ -141,7 +142,7 @@ def _fuse_layers(transformer: LongLiveTransformer3DModel, device: torch.device) 
     if device.type != "cuda" and not (on_cpu and has_onednn(get_parameter_dtype(transformer.patch_embedding))):
         return []
     # The compiler cannot look into a layout of another library.
-    packs = on_cpu and not any(map(is_compiled_in_place, transformer.modules()))
+    packs = on_cpu and not any(map(is_compiled, transformer.modules()))
     config, patch = transformer.config, transformer.config.patch_size
     rows = config.chunk_size * (config.sample_height // patch[1]) * (config.sample_width // patch[2])
     num_fused = num_packed = 0
@@ -209,7 +210,7 @@ def _to_bfloat16(transformer: LongLiveTransformer3DModel, vae: nn.Module | None)
     models = [transformer, vae] if isinstance(vae, AutoencoderKLWan) else [transformer]
     if all(model.dtype == torch.bfloat16 for model in models):
         return []
-    if not all(is_undecorated(module) for block in transformer.blocks for module in block.modules()):
+    if not all(is_undecorated(unwrap_module(module)) for block in transformer.blocks for module in block.modules()):
         return ["The networks stay in their dtype: layers are offloaded or cast one by one, or have hooks."]
     kept = set(LongLiveTransformer3DModel._keep_in_fp32_modules)
     for layer in transformer.modules():

@@ -146,13 +146,82 @@ def test_a_lora_after_it_is_refused(tmp_path):
         pipe.load_lora_weights({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 16)})
 
 
-def test_compiled_blocks_are_not_packed():
+def compile_whole(pipe) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+
+
+def compile_in_place(pipe) -> None:
+    pipe.transformer.compile(backend="eager")
+
+
+def compile_forward(pipe) -> None:
+    pipe.transformer.forward = torch.compile(pipe.transformer.forward, backend="eager")
+
+
+def compile_repeated(pipe) -> None:
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+
+
+def compile_a_block(pipe) -> None:
+    pipe.transformer.blocks[1] = torch.compile(pipe.transformer.blocks[1], backend="eager")
+
+
+def compile_a_block_in_place(pipe) -> None:
+    pipe.transformer.blocks[1].compile(backend="eager")
+
+
+def compile_a_part(pipe) -> None:
+    pipe.transformer.blocks[1].ffn = torch.compile(pipe.transformer.blocks[1].ffn, backend="eager")
+
+
+WAYS_TO_COMPILE = (
+    compile_whole,
+    compile_in_place,
+    compile_forward,
+    compile_repeated,
+    compile_a_block,
+    compile_a_block_in_place,
+    compile_a_part,
+)
+
+
+@pytest.mark.parametrize("compile_it", WAYS_TO_COMPILE)
+def test_what_is_compiled_is_not_packed(compile_it):
     pipe = tiny_pipeline()
     expected = video(pipe)
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    compile_it(pipe)
     plan = pipe.optimize()
     assert PackedLinear not in kinds(pipe.transformer) and len(plan.choices) == 1
     torch.testing.assert_close(video(pipe), expected)
+
+
+@pytest.mark.parametrize("compile_it", WAYS_TO_COMPILE)
+def test_what_is_packed_is_not_compiled(compile_it):
+    """By one line, at the latest before a video is begun; the compiler's own error has thousands."""
+    pipe = tiny_pipeline()
+    pipe.optimize()
+    with pytest.raises(ValueError, match=r"\d+ layers, for instance .* cannot be compiled\..* call `optimize` last"):
+        compile_it(pipe)
+        video(pipe)
+
+
+def test_what_else_is_compiled_does_not_matter():
+    pipe = tiny_pipeline()
+    expected = video(pipe)
+    pipe.optimize()
+    pipe.transformer.blocks[0].norm2.compile(backend="eager")
+    pipe.text_encoder = torch.compile(pipe.text_encoder, backend="eager")
+    assert (video(pipe) - expected).abs().max() <= 5e-6 * expected.abs().max()
+
+
+@needs_bf16
+@pytest.mark.parametrize("compile_it", [compile_whole, compile_a_block])
+def test_what_is_compiled_is_bfloat16_at_a_faster_speed(compile_it):
+    pipe = tiny_pipeline()
+    compile_it(pipe)
+    plan = pipe.optimize("fast")
+    assert "bfloat16" in plan.choices[0] and pipe.transformer.dtype == torch.bfloat16
+    assert video(pipe).isfinite().all()
 
 
 @needs_bf16
