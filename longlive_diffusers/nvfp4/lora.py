@@ -86,6 +86,23 @@ def adopt_lora_layers(model: nn.Module, adapter_names: list[str] | None = None) 
         layer.__class__ = NVFP4LoraLinear
 
 
+def release_lora_layers(model: nn.Module) -> None:
+    """Give PEFT's layers around NVFP4 weights, which are about to be dequantized, PEFT's own class back.
+
+    Raises:
+        ValueError: If a LoRA is fused into one of them: it could not be taken out of the rounded sum.
+    """
+    layers = dict(_adapted_layers(model))
+    if fused := [name for name, layer in layers.items() if layer.merged]:
+        raise ValueError(
+            f"{len(fused)} layers in NVFP4 have a fused LoRA, for instance {fused[0]}: call `unload_lora_weights()`, "
+            "which leaves it in the weights, before they are dequantized."
+        )
+    for layer in layers.values():
+        if isinstance(layer, NVFP4LoraLinear):
+            layer.__class__ = LoraLinear
+
+
 def check_takes_adapter(model: nn.Module, config: PeftConfig) -> None:
     """Raise a ValueError if an adapter would read or change the weight of a layer in NVFP4, of which there are only
     the codes: DoRA and other variants of LoRA, and first values that are computed from the weight."""

@@ -24,6 +24,7 @@ from torch import nn
 from .backends import check_backend_name
 from .format import BLOCK, BLOCKS, check_stored
 from .linear import STORED, NVFP4Linear, nvfp4_layers
+from .lora import release_lora_layers
 from .optimized_layers import check_not_optimized
 from .recipes import NVFP4Recipe
 from .rules import scale_rule_named
@@ -318,6 +319,7 @@ class NVFP4Quantizer(DiffusersQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
+        release_lora_layers(model)
         for name, layer in nvfp4_layers(model).items():
             dtype = model.dtype if layer.bias is None else layer.bias.dtype
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")

@@ -9,6 +9,7 @@ from longlive_diffusers import LongLiveTransformer3DModel, NVFP4Config
 from longlive_diffusers.loaders import check_lora_fits
 from longlive_diffusers.nvfp4 import NVFP4Linear, quantize_model
 from longlive_diffusers.nvfp4.linear import weights_of
+from longlive_diffusers.nvfp4.lora import NVFP4LoraLinear
 from tests.support.nvfp4_models import small_pipeline, small_transformer
 from tests.support.tiny_pipeline import random_inputs
 
@@ -90,6 +91,37 @@ def test_a_lora_that_is_not_finite_in_a_late_layer_fuses_nothing(part, value):
     with pytest.raises(ValueError, match=r"1 layer cannot be fused.*blocks\.1\.ffn\.net\.2.*infinities or NaN"):
         model.fuse_lora()
     assert_unchanged(model, before)
+
+
+@torch.no_grad()
+def test_a_fused_lora_is_unloaded_before_the_weights_are_dequantized():
+    model = quantized()
+    for name in ("one", "two"):
+        model.add_adapter(config(), name)
+    model.fuse_lora(adapter_names=["one"])
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"10 layers in NVFP4 have a fused LoRA, .* call `unload_lora_weights\(\)`"):
+        model.dequantize()
+    assert_unchanged(model, before)
+    expected = model(**random_inputs()).sample
+    model.unload_lora()
+    model.dequantize()
+    torch.testing.assert_close(model(**random_inputs()).sample, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_dequantized_takes_loras_as_any_other():
+    """Also layers of an adapter that was to be fused, of which nothing was."""
+    model = quantized()
+    model.add_adapter(config(), "one")
+    model.fuse_lora(adapter_names=[])
+    model.dequantize()
+    assert not any(isinstance(layer, NVFP4LoraLinear) for layer in model.modules())
+    expected = model(**random_inputs()).sample
+    model.fuse_lora(adapter_names=["one"])
+    torch.testing.assert_close(model(**random_inputs()).sample, expected, atol=1e-4, rtol=1e-4)
+    model.unfuse_lora()
+    torch.testing.assert_close(model(**random_inputs()).sample, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_other_adapters_than_lora_are_refused_before_they_touch_the_codes():
