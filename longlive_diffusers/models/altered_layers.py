@@ -24,13 +24,33 @@ def check_can_be_saved(model: nn.Module) -> None:
         )
 
 
-def check_takes_lora(model: nn.Module) -> None:
-    """Raise a ValueError if layers of a model are such that a LoRA would be left out: optimized, or fused."""
+def check_takes_lora(model: nn.Module, *, is_there: bool = False) -> None:
+    """
+    Raise a ValueError if layers of a model are such that a LoRA would be left out, optimized or fused, or would be
+    stored in 8 bits.
+
+    Args:
+        model: The network.
+        is_there: Whether the LoRA takes the place of one that is there, and is stored as that is.
+    """
+    if not is_there:
+        check_not_in_8_bits(model)
     check_not_optimized(model, "have a LoRA")
     if fused := fused_projections(model):
         raise ValueError(
             f"{len(fused)} layers have fused projections, for instance {fused[0]}, which a LoRA would be left out of: "
             "call `unfuse_qkv_projections()` before the LoRA is loaded."
+        )
+
+
+def check_not_in_8_bits(model: nn.Module) -> None:
+    """Raise a ValueError if parameters of a model, which is to have a LoRA, are stored in 8 bits and cast where their
+    layers are called: PEFT would store the LoRA in 8 bits as well, and multiply by it as it is."""
+    parameters = dict(model.named_parameters())
+    if stored := [name for name, own in parameters.items() if own.is_floating_point() and own.dtype.itemsize < 2]:
+        raise ValueError(
+            f"{len(stored)} parameters are stored in 8 bits, for instance {stored[0]} "
+            f"({parameters[stored[0]].dtype}), and a LoRA would be, too: load it before `enable_layerwise_casting`."
         )
 
 

@@ -501,8 +501,8 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         """Like diffusers' own `add_adapter`.
 
         Raises:
-            ValueError: If the network was optimized, or projections are fused, of which a LoRA would be left out; for
-                a DoRA, or another adapter that reads the weights, on layers in NVFP4.
+            ValueError: If the network was optimized, or projections are fused, of which a LoRA would be left out; if
+                layers are stored in 8 bits; for a DoRA, or another adapter that reads the weights, on layers in NVFP4.
         """
         check_takes_lora(self)
         check_takes_adapter(self, adapter_config)
@@ -519,10 +519,10 @@ class LongLiveTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         """Like diffusers' own `load_lora_adapter`.
 
         Raises:
-            ValueError: If the network was optimized, or projections are fused, of which a LoRA would be left out; for
-                a dictionary with a DoRA, on layers in NVFP4.
+            ValueError: If the network was optimized, or projections are fused, of which a LoRA would be left out; if
+                layers are stored in 8 bits; for a dictionary with a DoRA, on layers in NVFP4.
         """
-        check_takes_lora(self)
+        check_takes_lora(self, is_there=hotswap)
         lora = pretrained_model_name_or_path_or_dict
         if isinstance(lora, Mapping):
             start = "" if prefix is None else f"{prefix}."

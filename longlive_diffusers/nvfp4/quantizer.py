@@ -21,6 +21,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..fused.layers import is_undecorated
 from .backends import check_backend_name
 from .format import BLOCK, BLOCKS, check_stored
 from .linear import STORED, NVFP4Linear, nvfp4_layers
@@ -200,7 +201,7 @@ def quantize_model(model: nn.Module, config: NVFP4Config) -> nn.Module:
 
     Raises:
         ValueError: If it is quantized already or shared by several ranks, has LoRA layers (fuse or unload them
-            first), or nothing to quantize.
+            first), layers that are offloaded or cast one by one, or nothing to quantize.
     """
     if vars(model).get("stream_ranks") is not None:
         raise ValueError("The model is shared by several ranks already: quantize it before `enable_parallelism`.")
@@ -209,10 +210,28 @@ def quantize_model(model: nn.Module, config: NVFP4Config) -> nn.Module:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model has LoRA layers: fuse and unload them, or unload them, before it is quantized.")
     check_not_optimized(model, "be quantized")
-    for name in layers_to_convert(model, config):
+    names = layers_to_convert(model, config)
+    _check_only_computed(model, names)
+    for name in names:
         model.set_submodule(name, config.quantize_layer(model.get_submodule(name), name))
     mark_quantized(model, config)
     return model
+
+
+def _check_only_computed(model: nn.Module, names: list[str]) -> None:
+    """Raise a ValueError if layers do more than to multiply by their weights, which would be lost with them, or have
+    weights that are none until a hook has brought them."""
+    layers = {name: model.get_submodule(name) for name in names}
+    special = [name for name, layer in layers.items() if not is_undecorated(layer) or _is_in_8_bits(layer)]
+    if special:
+        raise ValueError(
+            f"{len(special)} layers have hooks or weights of a special kind, for instance {special[0]}: quantize the "
+            "model before layers are offloaded, cast one by one, or shared among devices."
+        )
+
+
+def _is_in_8_bits(layer: nn.Module) -> bool:
+    return any(own.dtype.itemsize < 2 for own in layer.parameters(recurse=False))
 
 
 def mark_quantized(model: nn.Module, config: NVFP4Config) -> None:

@@ -876,11 +876,11 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         Raises:
             ValueError: If the LoRA cannot be found or read, or does not fit the transformer, or there is none, or it
-                was optimized, see [`optimize`], or its projections fused.
+                was optimized, see [`optimize`], its projections fused, or its layers stored in 8 bits.
         """
         check_booleans(hotswap=hotswap)
         check_has_transformer(self.transformer, "the LoRA is put onto it")
-        check_takes_lora(self.transformer)
+        check_takes_lora(self.transformer, is_there=hotswap)
         kwargs["return_lora_metadata"] = True
         state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
         check_lora_fits(state_dict, weights_of(self.transformer))

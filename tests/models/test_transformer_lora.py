@@ -426,6 +426,20 @@ def test_layerwise_casting_leaves_the_adapter_in_full_precision(model):
 
 
 @torch.no_grad()
+def test_layers_that_are_stored_in_8_bits_take_another_adapter_only_in_place_of_one(model, saved, tmp_path):
+    """PEFT would store it in 8 bits, too, in which nothing is multiplied."""
+    folder, with_second = second_lora(tmp_path)
+    load(model, saved[0], adapter_name="default")
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    for add in (lambda: load(model, folder), lambda: model.add_adapter(lora_config(1), "second")):
+        with pytest.raises(ValueError, match=r"parameters are stored in 8 bits, .*: load it before `enable_layerwise"):
+            add()
+    assert set(model.peft_config) == {"default"}
+    load(model, folder, adapter_name="default", hotswap=True)
+    assert (BLOCK_CAUSAL(model) - with_second).square().mean().sqrt() < 0.1 * with_second.square().mean().sqrt()
+
+
+@torch.no_grad()
 def test_group_offload_computes_the_same_with_an_adapter(model, tmp_path):
     model.add_adapter(lora_config())
     expected = BLOCK_CAUSAL(model)

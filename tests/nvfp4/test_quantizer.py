@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoModel, DiffusionPipeline, PipelineQuantizationConfig
 from peft import LoraConfig
 from safetensors import safe_open
@@ -280,6 +281,57 @@ def test_a_wrong_rule_in_the_configuration_is_found_out(quantized_folder):
     path.write_text(path.read_text().replace('"weight_scale_rule": "mse"', '"weight_scale_rule": "static_6"'))
     with pytest.raises(ValueError, match=r"largest block scale is .* by the rule 'static_6' it would be 448:"):
         LongLiveTransformer3DModel.from_pretrained(quantized_folder)
+
+
+def cast_layers(model) -> None:
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+
+
+def offload_layers(model) -> None:
+    model.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+
+
+def offload_sequentially(model) -> None:
+    cpu_offload(model, torch.device("cpu"))
+
+
+def watch_a_layer(model) -> None:
+    model.blocks[1].ffn.net[2].register_forward_hook(lambda layer, args, output: None)
+
+
+def store_in_8_bits(model) -> None:
+    model.blocks[1].ffn.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [
+        (cast_layers, NUM_LAYERS),
+        (offload_layers, NUM_LAYERS),
+        (offload_sequentially, NUM_LAYERS),
+        (watch_a_layer, 1),
+        (store_in_8_bits, 2),
+    ],
+)
+def test_layers_that_do_more_than_multiply_are_refused(change, count):
+    """Their hooks would be lost, and a weight that waits in 8 bits, or nowhere, is not what they multiply by."""
+    model = small_transformer()
+    change(model)
+    with pytest.raises(ValueError, match=rf"{count} layers have hooks or .* quantize the model before"):
+        quantize_model(model, NVFP4Config())
+    assert not nvfp4_layers(model)
+
+
+@torch.no_grad()
+def test_what_is_compiled_or_offloaded_as_a_whole_is_quantised():
+    model = small_transformer()
+    expected = quantize_model(small_transformer(), NVFP4Config())(**random_inputs()).sample
+    cpu = torch.device("cpu")
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    model.enable_group_offload(onload_device=cpu, offload_type="block_level", num_blocks_per_group=1)
+    quantize_model(model, NVFP4Config())
+    assert len(nvfp4_layers(model)) == NUM_LAYERS
+    torch.testing.assert_close(model(**random_inputs()).sample, expected)
 
 
 def test_offloaded_it_gives_the_same(tmp_path):

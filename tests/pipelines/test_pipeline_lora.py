@@ -261,6 +261,14 @@ def test_a_lora_is_loaded_into_an_offloaded_pipeline(pipe, lora):
     assert close(run(other), expected)
 
 
+def test_a_lora_for_layers_that_are_stored_in_8_bits_is_refused(pipe, lora):
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    before = run(pipe)
+    with pytest.raises(ValueError, match=r"stored in 8 bits, for instance blocks.0.* load it before") as raised:
+        pipe.load_lora_weights(lora)
+    assert "\n" not in str(raised.value) and torch.equal(run(pipe), before)
+
+
 # -- LongLive's own file ---------------------------------------------------------------------------------------------
 
 GOLDEN_KEYS = ["<negative>", "The scene transitions. b", "The scene transitions. c", "a", "b", "c"]
