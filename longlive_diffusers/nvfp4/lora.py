@@ -100,7 +100,7 @@ def release_lora_layers(model: nn.Module) -> None:
         )
     for layer in layers.values():
         if isinstance(layer, NVFP4LoraLinear):
-            layer.__class__ = LoraLinear
+            layer.__class__ = LoraLinear  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_takes_adapter(model: nn.Module, config: PeftConfig) -> None:
