@@ -98,9 +98,9 @@ def release_lora_layers(model: nn.Module) -> None:
             f"{len(fused)} layers in NVFP4 have a fused LoRA, for instance {fused[0]}: call `unload_lora_weights()`, "
             "which leaves it in the weights, before they are dequantized."
         )
-    for layer in layers.values():
-        if isinstance(layer, NVFP4LoraLinear):
-            layer.__class__ = LoraLinear  # pyright: ignore[reportAttributeAccessIssue]
+    adopted: list[LoraLinear] = [layer for layer in layers.values() if isinstance(layer, NVFP4LoraLinear)]
+    for layer in adopted:
+        layer.__class__ = LoraLinear
 
 
 def check_takes_adapter(model: nn.Module, config: PeftConfig) -> None:

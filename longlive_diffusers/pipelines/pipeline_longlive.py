@@ -694,18 +694,22 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return min(max_sequence_length, limit)
 
     def _check_vae(self, *, is_needed: bool) -> None:
-        if is_needed and not isinstance(self.vae, AutoencoderKLWan):
+        vae = unwrap_module(self.vae)
+        if is_needed and not isinstance(vae, AutoencoderKLWan):
             raise ValueError(
-                f"Pixels need an AutoencoderKLWan, this pipeline's VAE is {type(self.vae).__name__}: pass latents, "
+                f"Pixels need an AutoencoderKLWan, this pipeline's VAE is {type(vae).__name__}: pass latents, "
                 'and `output_type="latent"`.'
             )
-        if self.transformer is None or not isinstance(self.vae, AutoencoderKLWan):
+        if is_needed and vae is not self.vae:
+            raise ValueError(
+                "The VAE is what `torch.compile` returned, which is never called as a whole: keep it as it was, and "
+                "call `pipe.vae.decoder.compile()`."
+            )
+        if self.transformer is None or not isinstance(vae, AutoencoderKLWan):
             return
         channels = self.transformer.config.in_channels
-        if self.vae.config["z_dim"] != channels:
-            raise ValueError(
-                f"The transformer's latents have {channels} channels, the VAE's {self.vae.config['z_dim']}."
-            )
+        if vae.config["z_dim"] != channels:
+            raise ValueError(f"The transformer's latents have {channels} channels, the VAE's {vae.config['z_dim']}.")
 
     def _check_can_encode(self, num_prompts: int) -> None:
         if self.tokenizer is None or self.text_encoder is None:
@@ -880,13 +884,14 @@ class LongLivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         check_booleans(hotswap=hotswap)
         check_has_transformer(self.transformer, "the LoRA is put onto it")
-        check_takes_lora(self.transformer, is_there=hotswap)
+        transformer = unwrap_module(self.transformer)  # a compiled one has other names
+        check_takes_lora(transformer, is_there=hotswap)
         kwargs["return_lora_metadata"] = True
         state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-        check_lora_fits(state_dict, weights_of(self.transformer))
+        check_lora_fits(state_dict, weights_of(transformer))
         self.load_lora_into_transformer(
             state_dict,
-            transformer=self.transformer,
+            transformer=transformer,
             adapter_name=adapter_name,
             metadata=metadata,
             _pipeline=self,

@@ -467,6 +467,22 @@ def test_another_vae_leaves_latents():
         assert_raises(lambda pipe=pipe: pipe(**tiny_arguments(output_type="np")), "AutoencoderTiny", "latent")
 
 
+def test_a_vae_that_is_compiled_as_a_whole_leaves_latents():
+    """It is never called as a whole: that it was compiled would change nothing."""
+    pipe = tiny_pipeline()
+    expected = pipe(**tiny_arguments(height=32, width=64)).frames
+    for pipe in (tiny_pipeline(vae=torch.compile(tiny_vae())), tiny_pipeline()):
+        pipe.vae = torch.compile(tiny_vae())
+        assert torch.equal(pipe(**tiny_arguments(height=32, width=64)).frames, expected)
+        for call in (
+            lambda pipe=pipe: pipe(**tiny_arguments(output_type="np")),
+            lambda pipe=pipe: pipe.stream(**tiny_arguments(image=IMAGE)),
+            lambda pipe=pipe: pipe.encode_video(PIXELS),
+            lambda pipe=pipe: pipe.decode_latents(latents(1, 8, 2, 4, 4)),
+        ):
+            assert_raises(call, "The VAE is what `torch.compile` returned", "call `pipe.vae.decoder.compile()`")
+
+
 @pytest.mark.parametrize("change", ["prompt", "cut", "blend"])
 def test_a_session_that_cannot_encode_goes_on_as_it_was(change):
     pipe = tiny_pipeline(tokenizer=None, text_encoder=None)

@@ -248,6 +248,23 @@ def test_an_adapter_is_swapped_in_place(pipe, lora, second_lora):
     assert close(run(other), expected)
 
 
+def test_a_compiled_network_takes_loras(pipe, lora, second_lora):
+    """Also by diffusers' sequence for one after the other without compiling again."""
+    other = tiny_pipeline()
+    other.load_lora_weights(second_lora)
+    expected = run(other)
+    pipe.transformer.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(lora, adapter_name="mine")
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    torch._dynamo.reset()
+    run(pipe)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        pipe.load_lora_weights(second_lora, adapter_name="mine", hotswap=True)
+        assert close(run(pipe), expected)
+    pipe.load_lora_weights(lora, adapter_name="another")
+    assert pipe.transformer.blocks[0].attn1.to_q.scaling == {"mine": 2.0, "another": 2.0}
+
+
 # -- together with offloading ----------------------------------------------------------------------------------------
 
 
