@@ -9,6 +9,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
 from ..fused.layers import is_undecorated
+from .altered_layers import fused_projections
 
 
 def check_can_be_fused(model: nn.Module) -> None:
@@ -32,9 +33,9 @@ def check_can_be_fused(model: nn.Module) -> None:
 
 def check_can_be_unfused(model: nn.Module) -> None:
     """Raise a ValueError if the fused projections of a model have become other layers since, which cannot be split."""
-    for name, attn in model.named_modules():
-        if not isinstance(attn, WanAttention) or not attn.fused_projections:
-            continue
+    for name in fused_projections(model):
+        attn = model.get_submodule(name)
+        assert isinstance(attn, WanAttention)  # this network has no other attention
         fused = getattr(attn, _fused_name(attn))
         if type(fused) is not nn.Linear or not is_undecorated(fused):
             raise ValueError(
